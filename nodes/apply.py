@@ -1,0 +1,78 @@
+"""Load, apply and save a T-LoRA."""
+import torch
+from comfy_api.latest import io
+from comfy_execution.graph_utils import ExecutionBlocker
+
+from ..tlora_core.comfy_host.files import lora_names, lora_path, name_of, new_lora_path
+from ..tlora_core.comfy_host.sampling import apply_tlora
+from ..tlora_core.file import TLoRAFile
+from .sockets import CATEGORY, TLORA, file_name_input, strength_input
+
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class LoadTLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRALoad", display_name="Load T-LoRA", category=CATEGORY, search_aliases=["lora", "tlora"],
+            description="Loads a T-LoRA file and applies it to a model. Rank, minimum rank and alpha come from the file.",
+            inputs=[
+                io.Combo.Input("file", options=lora_names(), tooltip="A T-LoRA in the loras folder or below it."),
+                strength_input(),
+                io.Model.Input("model", optional=True, tooltip="The model to apply it to; leave free to use only the T-LoRA output."),
+            ],
+            outputs=[io.Model.Output(tooltip="The model with the T-LoRA."),
+                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save and Schedule Preview.")])
+
+    @classmethod
+    def execute(cls, file, strength, model=None):
+        tlora = TLoRAFile.load(lora_path(file))
+        if model is None:
+            return io.NodeOutput(ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output."), tlora)
+        return io.NodeOutput(apply_tlora(model, tlora, strength), tlora)
+
+    @classmethod
+    def fingerprint_inputs(cls, file, **kwargs):
+        stat = lora_path(file).stat()
+        return f"{stat.st_mtime_ns}-{stat.st_size}"
+
+
+class ApplyTLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRAApply", display_name="Apply T-LoRA", category=CATEGORY, search_aliases=["lora", "tlora", "model patcher"],
+            description="Makes a model sample with a T-LoRA: at each evaluation the ranks of that evaluation's noise level "
+                        "are on, whatever the sampler and scheduler. The given model itself is not changed.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model it was trained on, or one of the same family."),
+                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
+                strength_input(),
+            ],
+            outputs=[io.Model.Output()])
+
+    @classmethod
+    def execute(cls, model, tlora, strength):
+        return io.NodeOutput(apply_tlora(model, tlora, strength))
+
+
+class SaveTLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRASave", display_name="Save T-LoRA", category=CATEGORY, is_output_node=True,
+            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA.",
+            inputs=[
+                TLORA.Input("tlora", display_name="T-LoRA"), file_name_input(),
+                io.Combo.Input("dtype", options=list(DTYPES), default="float16",
+                               tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact."),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")])
+
+    @classmethod
+    def execute(cls, tlora, file_name, dtype):
+        path = new_lora_path(file_name)
+        tlora.save(path, DTYPES[dtype])
+        return io.NodeOutput(name_of(path), ui={"tlora_files": [str(path)], "text": [name_of(path)]})

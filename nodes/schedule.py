@@ -1,0 +1,36 @@
+"""A picture of the rank schedule."""
+from comfy_api.latest import io
+
+from ..tlora_core.comfy_host.noise import noise_level
+from ..tlora_core.errors import TLoRAError
+from ..tlora_core.images import to_tensor
+from ..tlora_core.plot import schedule_curve
+from ..tlora_core.schedule import RankSchedule
+from .sockets import CATEGORY, TLORA, alpha_input, rank_inputs
+
+
+class TLoRASchedulePreview(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRASchedulePreview", display_name="T-LoRA Schedule Preview", category=CATEGORY,
+            description="Draws how many ranks are on at each noise level, with the steps of a sampler marked.",
+            inputs=[
+                *rank_inputs(), alpha_input(),
+                TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes rank, min_rank and alpha from it."),
+                io.Model.Input("model", optional=True, tooltip="Says which noise level a sigma is; needed with sigmas."),
+                io.Sigmas.Input("sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."),
+            ],
+            outputs=[io.Image.Output()])
+
+    @classmethod
+    def execute(cls, rank, min_rank, alpha, tlora=None, model=None, sigmas=None):
+        schedule = RankSchedule(rank, min_rank, alpha) if tlora is None else tlora.schedule
+        steps = []
+        if sigmas is not None:
+            if model is None:
+                raise TLoRAError("model is not connected; connect the model that the sigmas belong to.")
+            # The last sigma is where the sampler ends: the model is not evaluated there.
+            timesteps, T = noise_level(model.get_model_object("model_sampling"), sigmas[:-1])
+            steps = [(t / T, schedule.active_rank(t, T)) for t in timesteps.tolist()]
+        return io.NodeOutput(to_tensor(schedule_curve(schedule, steps)))

@@ -1,0 +1,35 @@
+"""What the nodes share: the TLORA socket, the category, and inputs that stand on more than one node."""
+from comfy_api.latest import io
+
+CATEGORY = "T-LoRA"
+TLORA = io.Custom("TLORA")
+
+
+def strength_input():
+    return io.Float.Input(
+        "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+        tooltip="How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject.")
+
+
+def rank_inputs(rank: int = 64, min_rank: int = 32):
+    return [
+        io.Int.Input(
+            "rank", default=rank, min=1, max=4096,
+            tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file."),
+        io.Int.Input(
+            "min_rank", default=min_rank, min=0, max=4096,
+            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half the rank is the paper's "
+                    "choice; fewer follow the prompt more freely but may lose the subject; as many as rank switches the mask off."),
+    ]
+
+
+def alpha_input():
+    return io.Float.Input(
+        "alpha", default=1.0, min=0.05, max=10.0, step=0.05, advanced=True,
+        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer ranks are on at middle noise, below 1 more.")
+
+
+def file_name_input():
+    return io.String.Input(
+        "file_name", default="tlora/my_subject",
+        tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is overwritten.")

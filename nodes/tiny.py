@@ -1,0 +1,50 @@
+"""The embedded tiny base model and its sample concepts: everything a first try needs, with nothing to download."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+
+from ..tlora_core import tiny
+from ..tlora_core.comfy_host import tiny_base
+from ..tlora_core.tiny import world
+from .sockets import CATEGORY
+
+WEIGHTS = Path(tiny.__file__).parent / "weights" / "tiny_base.safetensors"
+
+
+class TinyBaseModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRATinyBaseModel", display_name="Tiny Base Model (T-LoRA)", category=CATEGORY,
+            description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA without "
+                        "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
+            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
+
+    @classmethod
+    def execute(cls):
+        return io.NodeOutput(*tiny_base.load(str(WEIGHTS)))
+
+
+class TinySampleConcept(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRATinySampleConcept", display_name="Sample Concept (T-LoRA)", category=CATEGORY,
+            description="A picture of an object that the tiny base model has never seen.",
+            inputs=[
+                io.Combo.Input("concept", options=[c.name for c in world.CONCEPTS], tooltip="Which object."),
+                io.Combo.Input("background", options=list(world.BACKGROUNDS), default="meadow", tooltip="Where it stands."),
+                io.Combo.Input("place", options=list(world.PLACES), default="centre", tooltip="Its place in the picture."),
+                io.Int.Input("count", default=1, min=1, max=16, tooltip="Number of pictures, each with another pose."),
+                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
+                             tooltip="Another seed gives other poses."),
+            ],
+            outputs=[io.Image.Output(), io.String.Output(display_name="class_word", tooltip="What kind of thing it is.")])
+
+    @classmethod
+    def execute(cls, concept, background, place, count, seed):
+        found = next(c for c in world.CONCEPTS if c.name == concept)
+        scenes = world.concept_scenes(found, count, np.random.default_rng(seed), background, place)
+        return io.NodeOutput(torch.from_numpy(world.render(scenes)), found.shape)

@@ -1,0 +1,84 @@
+"""Fixtures: the real ComfyUI server, its Python modules in this process, and the browser.
+
+Tests import the core as `tlora_core`. The repository root must stay off sys.path, because its `nodes/` would hide
+ComfyUI's `nodes.py`; a finder for that one package takes its place.
+"""
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from hostlib.build import Host
+from hostlib.chromium import ABSENT, find_chromium
+from hostlib.process import exit_on_signals
+from hostlib.server import Server
+
+REPO = Path(__file__).resolve().parents[1]
+NEEDS_HOST = "This test needs ComfyUI; run it with: python3 tools/host.py test"
+
+# `python -m pytest` puts the current folder there.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
+# A terminated test run still stops its server.
+exit_on_signals()
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile("tlora", deadline=None)
+hypothesis.settings.load_profile("tlora")
+
+
+class CoreFinder(importlib.abc.MetaPathFinder):
+    """Finds the top-level package `tlora_core` in the repository, and nothing else there."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "tlora_core":
+            return importlib.machinery.PathFinder.find_spec(name, [str(REPO)])
+        return None
+
+
+sys.meta_path.append(CoreFinder())
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The ComfyUI folder and interpreter that tools/host.py chose."""
+    comfyui = os.environ.get("TLORA_COMFYUI")
+    if not comfyui:
+        pytest.fail(NEEDS_HOST)
+    return Host(Path(comfyui), Path(sys.executable), os.environ.get("TLORA_HOST_VERSION", "unknown"), ours=True)
+
+
+@pytest.fixture(scope="session")
+def server(host, tmp_path_factory):
+    """The real server with the pack, started once, in a workspace of its own."""
+    with Server(host, tmp_path_factory.mktemp("workspace")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def comfy(host, tmp_path_factory):
+    """ComfyUI's modules in this process, on the CPU; import what you need (`import comfy.samplers`) inside the test."""
+    sys.path.insert(0, str(host.comfyui))
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    from comfy.cli_args import args
+
+    # These are read when comfy.model_management and folder_paths are first imported.
+    args.cpu = True
+    args.base_directory = str(tmp_path_factory.mktemp("comfy"))
+    import comfy.model_management
+
+    yield comfy
+    sys.path.remove(str(host.comfyui))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium for the browser tests."""
+    path = find_chromium()
+    if path is None:
+        pytest.skip(ABSENT)
+    return path

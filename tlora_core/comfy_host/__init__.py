@@ -1,0 +1,1 @@
+"""The one place that touches ComfyUI. Nothing outside this package and `nodes/` imports the host."""

@@ -1,0 +1,37 @@
+"""Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
+from pathlib import Path
+
+import folder_paths
+
+from ..errors import TLoRAError
+
+EXTENSION = ".safetensors"
+
+
+def lora_names() -> list[str]:
+    """The safetensors files of the loras folders, with their sub-folders, as the host lists them."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(EXTENSION)]
+
+
+def lora_path(name: str) -> Path:
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        raise TLoRAError(f'file: "{name}" is not in the loras folders any more; press R to refresh the list and choose another.')
+    return Path(path)
+
+
+def new_lora_path(prefix: str) -> Path:
+    """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number."""
+    folder = folder_paths.get_folder_paths("loras")[0]
+    if not prefix.strip() or prefix.strip().endswith(("/", "\\")):
+        raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
+    try:
+        parent, stem, counter, _, _ = folder_paths.get_save_image_path(prefix.strip(), folder)
+    except Exception as error:  # the host raises a bare Exception
+        raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".') from error
+    return Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
+
+
+def name_of(path: Path) -> str:
+    """The name by which the host's loaders list a file that `new_lora_path` made."""
+    return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()

@@ -1,0 +1,68 @@
+"""The host's noise parameterisations: sigma to t, and the scale of a model's own output.
+
+`model_sampling` below is always the one of the model really evaluated: nodes such as ModelSamplingDiscrete replace it.
+"""
+import comfy.model_sampling as host
+import torch
+from torch import Tensor
+
+from ..errors import TLoRAError
+
+
+def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
+    """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and that unit's end.
+
+    Noise and v prediction on discrete timesteps: the host's own timestep, T = 1000. Flow models: the shifted time
+    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1.
+    Raises TLoRAError for a parameterisation that is none of these: t is never guessed.
+    """
+    m = model_sampling
+    if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
+        return m.timestep(sigma).clamp(0, 1), 1.0
+    if isinstance(m, host.ModelSamplingDiscrete):
+        # By the base class: a subclass reports a log sigma for the same table of discrete timesteps.
+        return host.ModelSamplingDiscrete.timestep(m, sigma), float(m.num_timesteps)
+    if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
+        return sigma.clamp(0, 1), 1.0
+    if isinstance(m, host.ModelSamplingContinuousEDM):
+        low, high = m.sigma_min.log(), m.sigma_max.log()
+        return ((sigma.log() - low) / (high - low)).clamp(0, 1), 1.0
+    raise TLoRAError(
+        f"This model's noise schedule ({type(m).__mro__[1].__name__}) is not one T-LoRA knows, so the timestep of a "
+        "sigma is unknown; use a model with noise, v, EDM or flow prediction.")
+
+
+def domain(model_sampling) -> str:
+    """The name under which a file records what t means: "discrete", "flow" or "continuous"."""
+    if isinstance(model_sampling, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
+        return "flow"
+    discrete = isinstance(model_sampling, host.ModelSamplingDiscrete)
+    return "discrete" if discrete and not isinstance(model_sampling, host.StableCascadeSampling) else "continuous"
+
+
+def output_scale(model_sampling, sigma: Tensor) -> Tensor:
+    """d(denoised) / d(model output) up to sign: dividing an error of the denoised latent by it gives the error in
+    what the model itself predicts (noise, v or flow), the paper's loss. Without this the loss would be weighted by
+    sigma^2 and come almost wholly from the noisiest timesteps, the ones T-LoRA protects.
+
+    sigma [B], any float dtype. Raises TLoRAError for a prediction type that training does not know.
+    """
+    m = model_sampling
+    if isinstance(m, host.X0 | host.IMG_TO_IMG_FLOW):
+        return torch.ones_like(sigma)
+    if isinstance(m, host.V_PREDICTION):  # EDM's output scale is the same
+        return sigma * m.sigma_data / (sigma.square() + m.sigma_data**2).sqrt()
+    if isinstance(m, host.EPS | host.CONST):
+        return sigma
+    raise TLoRAError(
+        f"Training on this model's prediction type ({type(m).__mro__[1].__name__}) is not supported; use a model "
+        "with noise, v, EDM or flow prediction.")
+
+
+def draw_sigmas(model_sampling, count: int, generator: torch.Generator) -> Tensor:
+    """`count` training sigmas, float32 on the CPU: t uniform over the model's training timesteps."""
+    m = model_sampling
+    if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
+        return torch.rand(count, generator=generator).clamp(min=1e-4)
+    rows = torch.randint(len(m.sigmas), (count,), generator=generator)
+    return m.sigmas.cpu().float()[rows]

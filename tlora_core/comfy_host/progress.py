@@ -1,0 +1,39 @@
+"""Progress of a long node: the host's bar, a line of text with the time left, and a picture."""
+import time
+from collections.abc import Callable
+
+from comfy.utils import ProgressBar
+from PIL import Image
+from server import PromptServer
+
+PICTURE_EVERY = 2.0  # seconds
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """Call `update` after each step. It raises the host's interrupt when the user has pressed cancel."""
+
+    def __init__(self, total: int, node_id: str | None, picture: Callable[[], Image.Image]):
+        self.total, self.node_id, self.picture = total, node_id, picture
+        self.bar = ProgressBar(total, node_id=node_id)
+        self.began = time.monotonic()
+        self.shown = 0.0
+
+    def update(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        preview = None
+        if now - self.shown > PICTURE_EVERY or step == self.total:
+            self.shown = now
+            preview = ("JPEG", self.picture(), None)
+            left = (now - self.began) / step * (self.total - step)
+            self._say(f"step {step} of {self.total}, {text}, {duration(left)} left")
+        self.bar.update_absolute(step, self.total, preview)
+
+    def _say(self, text: str) -> None:
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and self.node_id is not None:
+            server.send_progress_text(text, self.node_id)

@@ -1,0 +1,280 @@
+"""The T-LoRA file: a safetensors file that any program can load as a plain LoRA.
+
+The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight`
+and `.alpha` (the stored rank, so the scale is 1). A program that knows nothing of timesteps reads the
+full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again: the fields of
+TLoRAFile, with the rank of each layer in place of its tensors.
+"""
+
+import json
+import os
+import re
+import sys
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapters import METHODS, LowRank
+from .errors import TLoRAError
+from .schedule import RankSchedule
+from .version import __version__
+
+FORMAT_VERSION = 1
+METADATA_KEY = "tlora"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base", "flux": "flux-1-dev"}
+
+
+@dataclass(frozen=True, eq=False)
+class TLoRAFile:
+    """A trained T-LoRA with everything needed to apply it again.
+
+    layers: path of a module in the diffusion model -> its update.
+    method: a key of METHODS. schedule: of the full rank; see schedule_of for one layer's.
+    num_timesteps: T of r(t), in the unit of noise_domain, the name of the parameterisation whose t it is:
+        "discrete" counts training steps (T = 1000), "flow" is sigma itself (T = 1).
+    base_model: family it was trained on, for example "sdxl".
+    token, class_word: the prompt's "sks" and "dog".
+    training: what it was trained with; JSON values. Stored as given: put no path, user name or image in it.
+
+    Raises TLoRAError when fields do not fit together.
+    """
+
+    layers: Mapping[str, LowRank]
+    method: str
+    schedule: RankSchedule
+    num_timesteps: float
+    noise_domain: str
+    base_model: str
+    token: str = ""
+    class_word: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    pack_version: str = __version__
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_layers(self)
+
+    def schedule_of(self, name: str) -> RankSchedule:
+        """The schedule of one layer, whose own rank may be smaller than the file's."""
+        return self.schedule.for_rank(self.layers[name].rank)
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
+
+        Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
+        """
+        path = Path(path)
+        if dtype not in DTYPES.values():
+            raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
+            stored = layer.to("cpu", dtype)
+            _require_finite(name, stored)
+            key = layer_key(name)
+            tensors[key + _UP] = stored.up.detach().contiguous()
+            tensors[key + _DOWN] = stored.down.detach().contiguous()
+            tensors[key + _ALPHA] = torch.tensor(float(stored.up.shape[1]))
+        _write(path, tensors, _metadata(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TLoRAFile":
+        """Reads a file, trusting nothing in it; the tensors keep the stored dtype.
+
+        Raises TLoRAError, naming the file, when it is missing, damaged, not a T-LoRA, or contradicts itself.
+        """
+        path = Path(path)
+        try:
+            return _read(path)
+        except TLoRAError as error:
+            raise TLoRAError(f'"{path.name}": {error}') from error
+        except (OSError, SafetensorError) as error:
+            raise TLoRAError(
+                f'"{path.name}" cannot be read as a safetensors file ({error}); '
+                "check that it is there and complete, or get it again."
+            ) from error
+
+
+def layer_key(name: str) -> str:
+    """kohya's name of the layer at a module path."""
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def _check_fields(file: TLoRAFile) -> None:
+    if not isinstance(file.method, str) or file.method not in METHODS:
+        raise TLoRAError(f"method is {file.method!r}; this version knows {', '.join(METHODS)}.")
+    if not METHODS[file.method].is_masked and not file.schedule.is_constant:
+        raise TLoRAError(f'The method "{file.method}" has no mask; set min_rank to the rank, {file.schedule.rank}.')
+    T = file.num_timesteps
+    if not isinstance(T, (int, float)) or isinstance(T, bool) or not 0 < T <= sys.float_info.max:
+        raise TLoRAError(f"num_timesteps is {T!r}; it must be a finite number above 0.")
+    for name in ("noise_domain", "base_model", "token", "class_word", "pack_version"):
+        value = getattr(file, name)
+        if not isinstance(value, str) or not value.isprintable():
+            raise TLoRAError(f"{name} is {value!r}; it must be one line of text.")
+    for name in ("noise_domain", "base_model"):
+        if not getattr(file, name):
+            raise TLoRAError(f"{name} is empty; without it the T-LoRA cannot be applied again.")
+    if not isinstance(file.training, Mapping):
+        raise TLoRAError("training is not a table of parameters; pass names and JSON values.")
+
+
+def _check_layers(file: TLoRAFile) -> None:
+    if not file.layers:
+        raise TLoRAError("There are no layers in this T-LoRA; train or choose one that has some.")
+    group = METHODS[file.method].group
+    names: dict[str, str] = {}
+    for name, layer in file.layers.items():
+        if not _LAYER_NAME.fullmatch(name):
+            raise TLoRAError(f"{name!r} is not the path of a module; paths are words joined by dots.")
+        twin = names.setdefault(layer_key(name), name)
+        if twin != name:
+            raise TLoRAError(f'The layers "{twin}" and "{name}" share one name in the file; rename one of them.')
+        if layer.group != group:
+            raise TLoRAError(f'"{name}" has {layer.group} columns per component; "{file.method}" has {group}.')
+    largest = max(layer.rank for layer in file.layers.values())
+    if largest != file.schedule.rank:
+        raise TLoRAError(f"The largest layer has rank {largest}, but the schedule is for rank {file.schedule.rank}.")
+
+
+def _metadata(file: TLoRAFile) -> dict[str, str]:
+    content = {
+        "format": FORMAT_VERSION,
+        "pack_version": file.pack_version,
+        "method": file.method,
+        "rank": file.schedule.rank,
+        "min_rank": file.schedule.min_rank,
+        "alpha": file.schedule.alpha,
+        "num_timesteps": file.num_timesteps,
+        "noise_domain": file.noise_domain,
+        "base_model": file.base_model,
+        "token": file.token,
+        "class_word": file.class_word,
+        "training": dict(file.training),
+        "layers": {name: layer.rank for name, layer in file.layers.items()},
+    }
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TLoRAError(f"A training parameter cannot be written as JSON ({error}); pass plain values.") from error
+    stored_rank = str(file.schedule.rank * METHODS[file.method].group)
+    phrase = f"{file.token} {file.class_word}".strip()
+    metadata = {
+        METADATA_KEY: text,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": stored_rank,
+        "ss_network_alpha": stored_rank,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.title": f"{phrase} T-LoRA".strip(),
+        "modelspec.trigger_phrase": phrase,
+    }
+    if file.base_model in _ARCHITECTURES:
+        metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model] + "/lora"
+    return metadata
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
+    # that no file picker offers it.
+    temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise TLoRAError(
+            f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
+            "A file of that name is as it was."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> TLoRAFile:
+    if not path.is_file():
+        raise TLoRAError("there is no such file; choose one from the list or check the folder.")
+    with safe_open(path, framework="pt") as opened:
+        content = _parse(opened.metadata() or {})
+        ranks = _field(content, "layers", dict)
+        keys = set(opened.keys())
+        layers = {name: _read_layer(opened, keys, name, rank, content) for name, rank in ranks.items()}
+        unnamed = keys - {layer_key(name) + part for name in ranks for part in (_UP, _DOWN, _ALPHA)}
+    if unnamed:
+        raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
+    schedule = RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")))
+    rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
+    return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    if METADATA_KEY not in metadata:
+        raise TLoRAError("it has no T-LoRA metadata; load a plain LoRA with the Load LoRA node.")
+    try:
+        content = json.loads(metadata[METADATA_KEY], parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise TLoRAError(f"its T-LoRA metadata is damaged ({error}); get the file again.") from error
+    if not isinstance(content, dict):
+        raise TLoRAError("its T-LoRA metadata is damaged (not a table); get the file again.")
+    version = _field(content, "format", int)
+    if isinstance(version, bool) or version < 1:
+        raise TLoRAError(f"its format version is {version!r}; get the file again.")
+    if version > FORMAT_VERSION:
+        raise TLoRAError(
+            f"it has format version {version} and this version of T-LoRA reads up to {FORMAT_VERSION}; "
+            "update the node pack."
+        )
+    if _field(content, "method", str) not in METHODS:
+        raise TLoRAError(f"its method is {content['method']!r}; this version knows {', '.join(METHODS)}.")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
+    if not isinstance(content.get(name), kind) or name not in content:
+        raise TLoRAError(f'its T-LoRA metadata has no valid "{name}"; get the file again.')
+    return content[name]
+
+
+def _read_layer(opened: Any, keys: set[str], name: str, rank: object, content: dict[str, Any]) -> LowRank:
+    group = METHODS[content["method"]].group
+    key = layer_key(name)
+    tensors = []
+    for part in (_UP, _DOWN, _ALPHA):
+        if key + part not in keys:
+            raise TLoRAError(f"the tensor {key + part!r} is missing; get the file again.")
+        if opened.get_slice(key + part).get_dtype() not in DTYPES:
+            raise TLoRAError(f"the tensor {key + part!r} is not in float32, bfloat16 or float16; save it in one.")
+        # A copy: the memory-mapped original would keep the file from being replaced on Windows.
+        tensors.append(opened.get_tensor(key + part).clone())
+    up, down, alpha = tensors
+    if up.dtype != down.dtype:
+        raise TLoRAError(f'the two halves of the layer "{name}" differ in dtype; get the file again.')
+    layer = LowRank(up, down, group)
+    if isinstance(rank, bool) or layer.rank != rank:
+        raise TLoRAError(f'the layer "{name}" has rank {layer.rank} and its metadata says {rank!r}; get it again.')
+    if alpha.numel() != 1 or alpha.item() != up.shape[1]:
+        raise TLoRAError(f'the layer "{name}" has an alpha that is not its stored rank, {up.shape[1]}; get it again.')
+    _require_finite(name, layer)
+    return layer
+
+
+def _require_finite(name: str, layer: LowRank) -> None:
+    if not (torch.isfinite(layer.up).all() and torch.isfinite(layer.down).all()):
+        raise TLoRAError(
+            f'The layer "{name}" has NaN or infinite values in {layer.up.dtype}; '
+            "store it in float32, or train it again with a lower learning rate."
+        )

@@ -1,0 +1,93 @@
+"""The rank schedule r(t): how many components of an adapter act at a timestep.
+
+This is the only copy of the formula; training, sampling and plots all ask it.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import LongTensor, Tensor
+
+from .errors import TLoRAError
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """r(t) = floor((r - r_min) * ((T - t) / T)^alpha) + r_min (section 3.1 of the T-LoRA paper, where alpha = 1).
+
+    rank: r, the number of components at t = 0, a whole number of at least 1.
+    min_rank: r_min, the number at t = T, from 0 to rank. Equal to rank, the schedule is constant: plain
+        LoRA and Ortho-LoRA.
+    alpha: exponent, above 0. Above 1 the components leave sooner as the noise grows.
+
+    Raises TLoRAError when a field is out of its range.
+    """
+
+    rank: int
+    min_rank: int
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_whole("rank", self.rank)
+        _require_whole("min_rank", self.min_rank)
+        if self.rank < 1:
+            raise TLoRAError(f"rank is {self.rank}; set it to 1 or more.")
+        if not 0 <= self.min_rank <= self.rank:
+            raise TLoRAError(
+                f"min_rank is {self.min_rank}; set it to a whole number from 0 to the rank, which is {self.rank}."
+            )
+        is_number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not is_number or not 0 < self.alpha <= sys.float_info.max:
+            raise TLoRAError(f"alpha is {self.alpha!r}; set it to a finite number above 0 (the paper uses 1).")
+
+    @property
+    def is_constant(self) -> bool:
+        """True when every timestep has the full rank."""
+        return self.min_rank == self.rank
+
+    def active_rank(self, timestep: float, num_timesteps: float = 1000) -> int:
+        """r(t) for t = timestep and T = num_timesteps, both in the unit of the model's noise domain.
+
+        t is clamped into [0, T]. Raises TLoRAError when t is NaN or T is not a finite number above 0.
+        """
+        if not 0 < num_timesteps <= sys.float_info.max:
+            raise TLoRAError(f"num_timesteps is {num_timesteps!r}; it must be a finite number above 0.")
+        T, t = float(num_timesteps), float(timestep)
+        if math.isnan(t):
+            raise TLoRAError("The timestep is NaN; check the sigmas given to the sampler.")
+        t = min(max(t, 0.0), T)
+        # (T - t) / T and not 1 - t / T: the latter rounds differently and drops a rank at some t.
+        return math.floor((self.rank - self.min_rank) * ((T - t) / T) ** self.alpha) + self.min_rank
+
+    def active_ranks(self, timesteps: Tensor, num_timesteps: float = 1000) -> LongTensor:
+        """r(t) for each element of timesteps [B]; int64 [B] on the same device. See active_rank."""
+        # Through the scalar formula: a vectorised power may differ from it in the last bit, hence by a rank.
+        ranks = [self.active_rank(t, num_timesteps) for t in timesteps.tolist()]
+        return torch.tensor(ranks, dtype=torch.long, device=timesteps.device)
+
+    def for_rank(self, layer_rank: int) -> "RankSchedule":
+        """The schedule of a layer whose own rank is layer_rank <= rank.
+
+        r_min shrinks in proportion, rounded up so that a minimum above 0 never vanishes.
+        """
+        _require_whole("layer_rank", layer_rank)
+        if not 1 <= layer_rank <= self.rank:
+            raise TLoRAError(
+                f"A layer has rank {layer_rank}; the schedule serves ranks from 1 to {self.rank}. "
+                "Use the schedule the layer was trained with."
+            )
+        min_rank = -(-self.min_rank * layer_rank // self.rank)
+        return replace(self, rank=layer_rank, min_rank=min_rank)
+
+    def curve(self, n: int = 101, num_timesteps: float = 1000) -> list[tuple[float, int]]:
+        """n points (t, r(t)) with t evenly spaced from 0 to T, both ends included; n >= 2."""
+        times = [num_timesteps * i / (n - 1) for i in range(n)]
+        return [(t, self.active_rank(t, num_timesteps)) for t in times]
+
+
+def _require_whole(name: str, value: object) -> None:
+    # bool is an int to Python; a rank of True is a wiring mistake.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TLoRAError(f"{name} is {value!r}; it must be a whole number.")

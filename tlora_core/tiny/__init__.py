@@ -1,0 +1,1 @@
+"""The embedded tiny base model: its picture world, tokenizer, autoencoder and weights. Plain torch and numpy."""

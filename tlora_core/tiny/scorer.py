@@ -1,0 +1,58 @@
+"""Scorers for pictures of the tiny world, independent of the model that made them.
+
+`AttributeScorer` is a small classifier trained on rendered pictures only; `ConceptMatcher` knows a concept from the
+world's own rules and needs no training.
+"""
+import numpy as np
+import torch
+from torch import nn
+
+from . import world
+
+HEADS = {
+    "shape": len(world.SHAPES), "colour": len(world.COLOURS), "pattern": len(world.PATTERNS),
+    "background": len(world.BACKGROUNDS), "place": len(world.PLACES),
+}
+
+
+class AttributeScorer(nn.Module):
+    """Which shape, colour, pattern, background and place a picture shows. Takes [B, 3, 64, 64] in -1..1."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        widths = [3, width, 2 * width, 3 * width, 4 * width]
+        blocks = []
+        for a, b in zip(widths, widths[1:]):
+            blocks += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
+                       nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(256, count) for name, count in HEADS.items()})
+
+    def forward(self, pixels):
+        features = self.trunk(pixels)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    @torch.no_grad()
+    def predict(self, pixels) -> dict[str, torch.Tensor]:
+        """Index of the likeliest value of each attribute, [B] each."""
+        return {name: logits.argmax(1) for name, logits in self(pixels).items()}
+
+
+class ConceptMatcher:
+    """How far a picture is from showing one concept: the mean absolute RGB error over the object's own pixels of
+    the best fitting pose, 0 (the concept itself) to 1. Poses are a grid over place, size and angle."""
+
+    def __init__(self, concept: world.Concept, size: int = 64):
+        axis, radii, angles = np.linspace(-0.48, 0.48, 13), (0.46, 0.53, 0.6), np.linspace(-0.4, 0.4, 5)
+        poses = np.array([(x, y, r, a) for x in axis for y in axis for r in radii for a in angles])
+        scenes = world.concept_scenes(concept, len(poses), np.random.default_rng(0), background="greywall")
+        scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
+        self.poses = poses
+        self.pictures = torch.from_numpy(world.render(scenes, size)).flatten(1)
+        mask = torch.from_numpy(world.object_mask(scenes, size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
+        self.weights = mask / mask.sum(1, keepdim=True)
+
+    def distance(self, pictures: torch.Tensor) -> torch.Tensor:
+        """`pictures` [B, H, W, 3] in 0..1. Returns [B]."""
+        rows = [((p.flatten() - self.pictures).abs() * self.weights).sum(1).min() for p in pictures]
+        return torch.stack(rows)

@@ -1,0 +1,75 @@
+"""The command line of tools/host.py."""
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import commands
+from .errors import HostError
+from .pins import default_version, read_pins
+from .process import exit_on_signals
+
+
+def main(argv: list[str]) -> int:
+    exit_on_signals()
+    try:
+        args = parse(argv)
+        return args.command(args)
+    except HostError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command is commands.test:
+        # pytest's own options may stand anywhere, so argparse cannot be told about them.
+        args.arguments = [argument for argument in unknown if argument != "--"]
+    elif unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="host.py", description="ComfyUI with this pack: set up, run, serve, test.", allow_abbrev=False)
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str) -> argparse.ArgumentParser:
+        added = subparsers.add_parser(name, help=text, description=text, parents=[_host_options()], allow_abbrev=False)
+        added.set_defaults(command=command)
+        return added
+
+    demo = add("demo", commands.demo, "run the bundled quickstart workflow")
+    demo.add_argument("--serve", action="store_true", help="leave ComfyUI running afterwards")
+    _add_run_options(demo)
+    run = add("run", commands.run, "run a workflow file, in the interface's format or in API format")
+    run.add_argument("workflow", metavar="WORKFLOW.json")
+    _add_run_options(run)
+    serve = add("serve", commands.serve, "start ComfyUI with the pack linked in")
+    serve.add_argument("--port", type=int, default=0, help="the port on 127.0.0.1 (default: a free one)")
+    add("test", commands.test, "run the tests; further arguments go to pytest")
+    bench = add("bench", commands.bench, "run benchmarks/NAME.py with the host importable")
+    bench.add_argument("name", metavar="NAME")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the benchmark")
+    python = add("python", commands.python, "run a script with the host's interpreter and the host importable")
+    python.add_argument("script", metavar="SCRIPT")
+    python.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
+    return parser
+
+
+def _host_options() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--comfyui", metavar="PATH", help="use this ComfyUI instead of setting one up")
+    options.add_argument("--python", metavar="PATH", help="the interpreter of that ComfyUI (default: its own venv)")
+    versions = ", ".join(read_pins()["hosts"])
+    options.add_argument("--host-version", metavar="V", help=f"{versions} (default: {default_version()})")
+    return options
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="replace an input; NODE is an id, title or class")
+    parser.add_argument("--out", metavar="FOLDER", help="copy what the workflow produced there")

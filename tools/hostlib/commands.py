@@ -1,0 +1,169 @@
+"""The commands of tools/host.py."""
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from .build import Host, ensure_host, ensure_test_packages, user_host
+from .cache import cache_root
+from .chromium import ABSENT, find_chromium
+from .errors import HostError
+from .overrides import parse_sets
+from .pins import REPO
+from .process import run_foreground
+from .progress import ProgressLine, format_time
+from .results import OutputFile, RunResult
+from .server import Server
+
+QUICKSTART = REPO / "workflows" / "quickstart.json"
+TESTS = REPO / "tests"
+
+
+def chosen_host(args: argparse.Namespace) -> Host:
+    if args.comfyui:
+        if args.host_version:
+            raise HostError("--host-version chooses a host that this tool sets up; it cannot be combined with --comfyui.")
+        return user_host(args.comfyui, args.python)
+    if args.python:
+        raise HostError("--python names the interpreter of the ComfyUI given with --comfyui; give both.")
+    return ensure_host(args.host_version)
+
+
+def make_server(host: Host, port: int = 0, log_to_terminal: bool = False) -> Server:
+    """Our own host works in the cache; the user's ComfyUI keeps using its own folders."""
+    workspace = cache_root() / "workspace" if host.ours else None
+    return Server(host, workspace, port, log_to_terminal)
+
+
+def demo(args: argparse.Namespace) -> int:
+    if not QUICKSTART.is_file():
+        raise HostError(f"The bundled workflow {QUICKSTART} is missing.")
+    return _run_on_server(args, QUICKSTART, args.serve)
+
+
+def run(args: argparse.Namespace) -> int:
+    return _run_on_server(args, args.workflow, serve=False)
+
+
+def _run_on_server(args: argparse.Namespace, workflow: str | Path, serve: bool) -> int:
+    if not Path(workflow).is_file():
+        raise HostError(f"There is no workflow file {workflow}.")
+    sets = parse_sets(args.set)
+    host = chosen_host(args)
+    _say(f"Starting ComfyUI {host.version} ...")
+    with make_server(host) as server:
+        _say(f"Running {Path(workflow).name} ...")
+        result = server.run(workflow, sets, listener=ProgressLine())
+        report(server, result, args.out)
+        if serve:
+            _say(f"ComfyUI is running at {server.url} - press Ctrl-C to stop it.")
+            server.wait()
+            server.check_alive()
+    return 0
+
+
+def report(server: Server, result: RunResult, out: str | None) -> None:
+    """Print where everything lies, copied to the folder `out` if one was asked for."""
+    for text in result.texts:
+        print(text)
+    for path in result.tlora_files:
+        print(f"T-LoRA:  {_copy(path.name, path.read_bytes(), out) if out else path}")
+    for label, files in (("Picture:", result.images), ("File:   ", result.other)):
+        for file in files:
+            if out:
+                print(f"{label} {_copy(file.filename, server.client.fetch(file), out)}")
+            elif file.kind == "output":
+                print(f"{label} {file.path}")
+    if not out and _only_previews(result.images + result.other):
+        print("The workflow made previews only, which are not kept; --out FOLDER saves them.")
+    print(f"Done in {format_time(result.seconds)}.", flush=True)
+
+
+def _only_previews(files: list[OutputFile]) -> bool:
+    return bool(files) and all(file.kind != "output" for file in files)
+
+
+def _copy(name: str, data: bytes, out: str) -> Path:
+    """Write `data` to a new file in the folder `out`; nothing that is there already is overwritten."""
+    folder = Path(out).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / name, 2
+    while path.exists():
+        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
+        number += 1
+    path.write_bytes(data)
+    return path
+
+
+def serve(args: argparse.Namespace) -> int:
+    host = chosen_host(args)
+    with make_server(host, args.port, log_to_terminal=True) as server:
+        _say(f"ComfyUI {host.version} with the pack is running at {server.url} - press Ctrl-C to stop it.")
+        return server.wait()
+
+
+def test(args: argparse.Namespace) -> int:
+    host = chosen_host(args)
+    env = script_environment(host)
+    # Not the pack's own root: its nodes/ must never be importable as `nodes`. tests/conftest.py makes tlora_core importable.
+    env["PYTHONPATH"] = str(ensure_test_packages(host.python))
+    browser = find_chromium()
+    if browser:
+        env["CHROMIUM"] = browser
+    else:
+        _say(f"{ABSENT} The browser tests will be SKIPPED.")
+    arguments = list(args.arguments)
+    if not _names_tests(arguments):
+        arguments.append(str(TESTS))
+    started = time.monotonic()
+    status = run_foreground([str(host.python), "-m", "pytest", *arguments], env)
+    _say(f"Tests on ComfyUI {host.version} {'passed' if status == 0 else 'FAILED'} in {format_time(time.monotonic() - started)}.")
+    return status
+
+
+def _names_tests(arguments: list[str]) -> bool:
+    """Whether pytest was told which files to run; otherwise it gets the whole tests folder."""
+    for before, argument in zip([""] + arguments, arguments):
+        path = Path(argument.split("::")[0])
+        if before not in ("-k", "-m") and path.exists() and TESTS in (path.resolve(), *path.resolve().parents):
+            return True
+    return False
+
+
+def bench(args: argparse.Namespace) -> int:
+    script = REPO / "benchmarks" / f"{args.name}.py"
+    if not script.is_file():
+        known = sorted(path.stem for path in script.parent.glob("*.py") if not path.stem.startswith("_"))
+        raise HostError(f"There is no benchmark '{args.name}'; there are: {', '.join(known) or 'none'}.")
+    return _run_script(args, script)
+
+
+def python(args: argparse.Namespace) -> int:
+    script = Path(args.script)
+    if not script.is_file():
+        raise HostError(f"There is no script {script}.")
+    return _run_script(args, script)
+
+
+def _run_script(args: argparse.Namespace, script: Path) -> int:
+    host = chosen_host(args)
+    return run_foreground([str(host.python), str(script), *args.arguments], script_environment(host))
+
+
+def script_environment(host: Host) -> dict[str, str]:
+    """The environment in which a script can import the host's modules and tlora_core."""
+    # ComfyUI first: its nodes.py must win over this repository's nodes/.
+    paths = [str(host.comfyui), str(REPO)] + [path for path in [os.environ.get("PYTHONPATH")] if path]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "TLORA_COMFYUI": str(host.comfyui),
+        "TLORA_HOST_VERSION": host.version,
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

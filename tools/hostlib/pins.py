@@ -1,0 +1,49 @@
+"""Reads tools/host_pins.json, the only place where versions are pinned."""
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import HostError
+
+REPO = Path(__file__).resolve().parents[2]
+PINS_FILE = REPO / "tools" / "host_pins.json"
+
+
+@dataclass(frozen=True)
+class HostPins:
+    """Everything one host version is built from."""
+
+    version: str
+    sdist: str
+    sha256: str
+    torch: tuple[str, ...]
+    constraints: tuple[str, ...]
+
+
+def read_pins() -> dict:
+    return json.loads(PINS_FILE.read_text(encoding="utf-8"))
+
+
+def default_version() -> str:
+    return read_pins()["default_host"]
+
+
+def host_pins(version: str | None = None) -> HostPins:
+    pins = read_pins()
+    version = version or pins["default_host"]
+    if version not in pins["hosts"]:
+        raise HostError(f"ComfyUI {version} is not a supported host version; choose one of {', '.join(pins['hosts'])}.")
+    host = pins["hosts"][version]
+    return HostPins(
+        version=version,
+        sdist=host["sdist"],
+        sha256=host["sha256"],
+        torch=tuple(pins["torch"]),
+        constraints=tuple(pins["torch"] + pins["constraints"] + host.get("constraints", [])),
+    )
+
+
+def test_pins() -> tuple[str, ...]:
+    return tuple(read_pins()["tests"])

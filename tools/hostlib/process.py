@@ -1,0 +1,67 @@
+"""Child processes that never outlive this one."""
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Mapping, Sequence
+
+GRACE_SECONDS = 10
+
+
+def exit_on_signals() -> None:
+    """Turn termination signals into SystemExit, so that `finally` blocks run and stop the children."""
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), leave)
+
+
+def start_group(command: Sequence[str], **options) -> subprocess.Popen:
+    """Start a child in a process group of its own, so that it can be stopped together with its children."""
+    if sys.platform == "win32":
+        options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+    else:
+        options["start_new_session"] = True
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+
+
+def stop_group(process: subprocess.Popen) -> None:
+    """Ask the child's whole group to end, and make it end when it does not."""
+    if process.poll() is None:
+        _signal_group(process, force=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
+    # The leader may be gone while a grandchild is left.
+    _signal_group(process, force=True)
+    process.wait()
+
+
+def _signal_group(process: subprocess.Popen, force: bool) -> None:
+    if sys.platform == "win32":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
+        return
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL if force else signal.SIGTERM)
+
+
+def run_foreground(command: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> int:
+    """Run a child on this terminal, pass its exit status on, and end it when this process is told to end."""
+    with subprocess.Popen(command, env=dict(env), cwd=cwd) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            # The terminal has sent Ctrl-C to the child as well; let it finish in its own way.
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_SECONDS)
+            process.kill()
+            raise
