@@ -65,7 +65,7 @@ class SaveTLoRA(io.ComfyNode):
             node_id="TLoRASave", display_name="Save T-LoRA", category=CATEGORY, is_output_node=True,
             description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA.",
             inputs=[
-                TLORA.Input("tlora", display_name="T-LoRA"), file_name_input(),
+                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."), file_name_input(),
                 io.Combo.Input("dtype", options=list(DTYPES), default="float16",
                                tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact."),
             ],

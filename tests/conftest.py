@@ -22,8 +22,8 @@ NEEDS_HOST = "This test needs ComfyUI; run it with: python3 tools/host.py test"
 
 # `python -m pytest` puts the current folder there.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
-# A terminated test run still stops its server.
-exit_on_signals()
+# A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed test.
+exit_on_signals(lambda status: pytest.exit("The test run was terminated.", status))
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("tlora", deadline=None)
 hypothesis.settings.load_profile("tlora")

@@ -19,6 +19,15 @@ from tlora_core import (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small only lose time to a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
 def start_of(kind, out=96, width=64, rank=16):
     g = torch.Generator().manual_seed(3)

@@ -7,6 +7,15 @@ from hypothesis import strategies as st
 from tlora_core import low_rank_delta
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small only lose time to a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def reference(x, up, down, active, group):
     """One row of x at a time, with the mask M_t written out as a matrix."""
     rows = []

@@ -33,7 +33,7 @@ def singular_values(squares: Sequence[tuple[Tensor, Tensor]], first: int, count:
     """Singular values number first, ..., first + count - 1 (from the smallest) of each bidiagonal matrix.
 
     squares: per matrix what chi_squares returns; all of one size. Returns ascending float32 [count] each:
-    typically right to float32 rounding, and always within 1/300 of the spacing between neighbours.
+    mostly right to float32 rounding, and always within about 1/300 of the mean spacing of the values.
     """
     result: list[Tensor] = []
     step = max(1, _LANES // count)

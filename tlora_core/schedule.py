@@ -58,7 +58,7 @@ class RankSchedule:
         if math.isnan(t):
             raise TLoRAError("The timestep is NaN; check the sigmas given to the sampler.")
         t = min(max(t, 0.0), T)
-        # (T - t) / T and not 1 - t / T: the latter rounds differently and drops a rank at some t.
+        # (T - t) / T and not 1 - t / T, in the reference's order: rewritten, it differs by a rank at some t.
         return math.floor((self.rank - self.min_rank) * ((T - t) / T) ** self.alpha) + self.min_rank
 
     def active_ranks(self, timesteps: Tensor, num_timesteps: float = 1000) -> LongTensor:

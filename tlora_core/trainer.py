@@ -73,16 +73,18 @@ def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConf
     """
     generator = torch.Generator().manual_seed(config.seed)
     parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, (config.beta1, config.beta2),
-                                  weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(denoiser.latents.device.type, enabled=denoiser.needs_loss_scaling)
+    device = denoiser.latents.device
+    optimizer = torch.optim.AdamW(
+        parameters, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay,
+        fused=device.type in ("cuda", "cpu"))  # one kernel instead of ten for each of a thousand small tensors
+    scaler = torch.amp.GradScaler(device.type, enabled=denoiser.needs_loss_scaling)
     order = _image_order(len(denoiser.latents), generator)
     losses: list[float] = []
     snapshot = (0, [])
     for step in range(config.steps):
         rows = [next(order) for _ in range(config.batch_size)]
-        noise = torch.randn(len(rows), *denoiser.latents.shape[1:], generator=generator).to(denoiser.latents.device)
-        sigmas = denoiser.draw_sigmas(len(rows), generator).to(denoiser.latents.device)
+        noise = torch.randn(len(rows), *denoiser.latents.shape[1:], generator=generator).to(device)
+        sigmas = denoiser.draw_sigmas(len(rows), generator).to(device)
         loss = denoiser.output_error(rows, noise, sigmas).float().square().mean()
         value = loss.item()
         if not math.isfinite(value):

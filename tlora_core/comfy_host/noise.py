@@ -41,9 +41,9 @@ def domain(model_sampling) -> str:
 
 
 def output_scale(model_sampling, sigma: Tensor) -> Tensor:
-    """d(denoised) / d(model output) up to sign: dividing an error of the denoised latent by it gives the error in
-    what the model itself predicts (noise, v or flow), the paper's loss. Without this the loss would be weighted by
-    sigma^2 and come almost wholly from the noisiest timesteps, the ones T-LoRA protects.
+    """-d(denoised) / d(model output): dividing the missing part of a denoised latent by it gives the error in what the
+    model itself predicts (noise, v or flow; for EDM with the other sign), the paper's loss. Without this the loss
+    would be weighted by sigma^2 and come almost wholly from the noisiest timesteps, the ones T-LoRA protects.
 
     sigma [B], any float dtype. Raises TLoRAError for a prediction type that training does not know.
     """

@@ -119,4 +119,4 @@ class HostDenoiser:
         inputs = comfy.samplers.cond_cat(conditions)
         options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(rows)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
-        return (denoised - latents) / output_scale(self.sampling, sigmas).view(-1, 1, 1, 1)
+        return (latents - denoised) / output_scale(self.sampling, sigmas).view(-1, 1, 1, 1)

@@ -7,11 +7,9 @@ import sys
 from . import commands
 from .errors import HostError
 from .pins import default_version, read_pins
-from .process import exit_on_signals
 
 
 def main(argv: list[str]) -> int:
-    exit_on_signals()
     try:
         args = parse(argv)
         return args.command(args)
@@ -71,5 +69,6 @@ def _host_options() -> argparse.ArgumentParser:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="replace an input; NODE is an id, title or class")
+    help_text = "replace an input; NODE is an id, title or class"
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help=help_text)
     parser.add_argument("--out", metavar="FOLDER", help="copy what the workflow produced there")

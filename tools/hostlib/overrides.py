@@ -31,7 +31,8 @@ def apply_overrides(prompt: dict, sets: dict[str, object], object_info: dict) ->
         node = changed[node_id]
         known = set(node["inputs"]) | declared_inputs(object_info.get(node["class_type"], {}))
         if name not in known:
-            raise HostError(f"--set {target}: node {node_id} ({node['class_type']}) has no input '{name}', only {', '.join(sorted(known))}.")
+            has = f"has no input '{name}', only {', '.join(sorted(known))}"
+            raise HostError(f"--set {target}: node {node_id} ({node['class_type']}) {has}.")
         node["inputs"][name] = {"__value__": value} if isinstance(value, list) else value
     return changed
 

@@ -7,20 +7,22 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Callable, Mapping, Sequence
 
 GRACE_SECONDS = 10
+# A script or a test run has servers of its own to stop.
+FOREGROUND_GRACE_SECONDS = 30
 
 
-def exit_on_signals() -> None:
-    """Turn termination signals into SystemExit, so that `finally` blocks run and stop the children."""
+def exit_on_signals(leave: Callable[[int], None] = sys.exit) -> None:
+    """Turn termination signals into an exception raised by `leave`, so that `finally` blocks run and stop the children."""
 
-    def leave(number: int, _frame: object) -> None:
-        raise SystemExit(128 + number)
+    def handle(number: int, _frame: object) -> None:
+        leave(128 + number)
 
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), leave)
+            signal.signal(getattr(signal, name), handle)
 
 
 def start_group(command: Sequence[str], **options) -> subprocess.Popen:
@@ -62,6 +64,6 @@ def run_foreground(command: Sequence[str], env: Mapping[str, str], cwd: Path | N
         except BaseException:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE_SECONDS)
+                process.wait(FOREGROUND_GRACE_SECONDS)
             process.kill()
             raise

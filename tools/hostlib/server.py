@@ -20,7 +20,8 @@ from .process import start_group, stop_group
 from .results import RunResult
 
 PACK_NAME = "ComfyUI-T-LoRA"
-START_SECONDS = 300
+# Generous, because starting takes a minute and more on a busy machine.
+START_SECONDS = 600
 LOG_TAIL_LINES = 30
 
 

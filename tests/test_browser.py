@@ -1,0 +1,82 @@
+"""The quickstart in the real interface: opened from the template browser, run with the Run button, seen in pictures."""
+import json
+from pathlib import Path
+
+import pytest
+from hostlib.server import PACK_NAME
+from playwright.sync_api import sync_playwright
+
+REPO = Path(__file__).resolve().parents[1]
+QUICKSTART = REPO / "workflows" / "quickstart.json"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+# A busy machine may need long; a failure still ends.
+STEP_MS, RUN_MS = 120_000, 300_000
+GRAPH_IS_LOADED = "count => window.app?.graph?.nodes?.length === count"
+UNKNOWN_NODES = """() => window.app.graph.nodes
+    .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""
+PICTURE_WIDTHS = """() => Object.fromEntries(window.app.graph.nodes.filter(node => node.type === "SaveImage")
+    .map(node => [node.widgets[0].value, (node.imgs ?? []).map(picture => picture.naturalWidth)]))"""
+
+
+@pytest.fixture
+def page(chromium, tmp_path):
+    """A page of a browser without history; `page.complaints` collects what goes wrong in the page."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        page = browser.new_page(viewport={"width": 1800, "height": 1050})
+        page.set_default_timeout(STEP_MS)
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(f"{error}\n{error.stack}"))
+        page.on("console", lambda message: page.complaints.append(f"{message.text} ({message.location['url']})")
+                if message.type == "error" else None)
+        page.on("response", lambda answer: page.complaints.append(f"{answer.status} {answer.url}")
+                if answer.status >= 400 and PACK_NAME in answer.url else None)
+        yield page
+        browser.close()
+
+
+def ours(complaints: list[str]) -> list[str]:
+    """Those that name the pack's files or nodes; an offline machine gives the interface others of its own."""
+    return [text for text in complaints if PACK_NAME in text or "TLoRA" in text]
+
+
+def open_quickstart(page) -> None:
+    """Through the template browser, which the interface shows by itself only on a user's first visit."""
+    card = page.get_by_test_id("template-workflow-quickstart")
+    content = page.get_by_test_id("template-workflows-content")
+    page.wait_for_function("() => window.app?.graph && document.querySelector('.side-tool-bar-container, [data-testid=template-workflows-content]')")
+    if not content.is_visible():
+        page.locator(".templates-tab-button").click()
+    content.wait_for()
+    page.get_by_text(PACK_NAME, exact=True).first.click()
+    card.click()
+    content.wait_for(state="hidden")
+
+
+def test_quickstart_opens_from_the_template_browser_and_run_makes_pictures_appear(server, page, tmp_path):
+    saved = json.loads(QUICKSTART.read_text())
+    page.goto(server.url)
+    open_quickstart(page)
+    page.wait_for_function(GRAPH_IS_LOADED, arg=len(saved["nodes"]))
+    assert page.evaluate(UNKNOWN_NODES) == []
+    # The interface's own reading of the file: every widget has the value that the file means, and every link is there.
+    shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    meant = server.to_prompt(QUICKSTART)
+    assert {node: entry["inputs"] for node, entry in shown.items()} == {node: entry["inputs"] for node, entry in meant.items()}
+    page.screenshot(path=tmp_path / "opened.png")
+
+    page.evaluate("""() => {
+        const training = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
+        training.widgets.find(widget => widget.name === "steps").value = 3;
+    }""")
+    page.get_by_test_id("queue-button").click()
+    four = "(Object.values((" + PICTURE_WIDTHS + ")()).every(widths => widths.length === 4 && widths.every(width => width > 0)))"
+    page.wait_for_function(f"() => {four}", timeout=RUN_MS)
+    assert page.evaluate(PICTURE_WIDTHS) == {"tlora/with": [64] * 4, "tlora/without": [64] * 4}
+    page.screenshot(path=tmp_path / "pictures.png")
+
+    page.reload()
+    page.wait_for_function(GRAPH_IS_LOADED, arg=len(saved["nodes"]))
+    assert page.evaluate(UNKNOWN_NODES) == []
+    assert ours(page.complaints) == []
