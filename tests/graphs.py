@@ -46,7 +46,10 @@ class TinyGraph(Graph):
         }
         if "image" not in inputs:
             inputs["image"] = self.concept()
-        return self.add("TLoRATrainFromImage", **inputs)
+        training = self.add("TLoRATrainFromImage", **inputs)
+        # The server runs only what leads to an output.
+        self.add("PreviewAny", source=training[2])
+        return training
 
     def picture(self, model: list) -> Node:
         """A picture sampled anew with `model`: always the same prompt and seed."""

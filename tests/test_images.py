@@ -1,0 +1,49 @@
+"""Pictures in and out of training."""
+import numpy as np
+import pytest
+import torch
+
+from tlora_core import RankSchedule, TLoRAError
+from tlora_core.images import check_images, square, to_tensor
+from tlora_core.plot import loss_curve, schedule_curve
+
+
+@pytest.mark.parametrize("images, words", [
+    (None, "empty"), (torch.zeros(0, 64, 64, 3), "empty"), (torch.zeros(1, 64, 64, 4), "4 channels"),
+    (torch.zeros(1, 1, 1, 3), "1x1 pixels"), (torch.full((1, 64, 64, 3), torch.nan), "no numbers"),
+])
+def test_image_that_cannot_work_is_refused_in_a_sentence(images, words):
+    with pytest.raises(TLoRAError, match=words) as raised:
+        check_images(images)
+    assert str(raised.value).startswith("image ") and str(raised.value).endswith(".")
+
+
+def test_crop_is_the_centre_square():
+    image = torch.zeros(1, 40, 100, 3)
+    image[:, :, 30:70] = 1
+    assert torch.equal(square(image, 40), torch.ones(1, 40, 40, 3))
+
+
+def test_resize_keeps_range_and_mean():
+    image = torch.rand(2, 96, 64, 3, generator=torch.Generator().manual_seed(0))
+    small = square(image, 32)
+    assert small.shape == (2, 32, 32, 3) and small.min() >= 0 and small.max() <= 1
+    assert small.mean() == pytest.approx(image[:, 16:80].mean().item(), abs=0.01)
+
+
+def colours(picture):
+    return {tuple(c) for c in np.asarray(picture).reshape(-1, 3).tolist()}
+
+
+def test_loss_curve_is_drawn_for_any_number_of_steps():
+    empty, one, many = (loss_curve(losses) for losses in ([], [0.5], [1 / (i + 1) for i in range(500)]))
+    line = (100, 180, 255)
+    assert line not in colours(empty) and line in colours(many)
+    assert one.size == many.size and to_tensor(many).shape == (1, many.height, many.width, 3)
+
+
+def test_schedule_picture_marks_the_samplers_steps():
+    schedule = RankSchedule(64, 32)
+    mark = (255, 176, 80)
+    assert mark not in colours(schedule_curve(schedule))
+    assert mark in colours(schedule_curve(schedule, [(0.5, 48)]))

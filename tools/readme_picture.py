@@ -1,0 +1,45 @@
+"""Lay out what the quickstart made as one picture: the training picture, then with the T-LoRA above without it.
+
+    python3 tools/host.py run workflows/quickstart.json --out FOLDER
+    python3 tools/host.py python tools/readme_picture.py FOLDER docs/quickstart.png
+"""
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tlora_core.tiny import world
+
+SIDE, GAP, LABEL = 160, 8, 26
+SCENES = ("in the snow", "at night", "by a brick wall", "under the sea")
+
+
+def training_picture() -> Image.Image:
+    """What Sample Concept gives with the quickstart's values."""
+    scenes = world.concept_scenes(world.CONCEPTS[0], 1, np.random.default_rng(0), "beach", "centre")
+    return Image.fromarray(np.round(world.render(scenes)[0] * 255).astype(np.uint8))
+
+
+def main(folder: Path, target: Path) -> None:
+    sheet = Image.new("RGB", (GAP + 5 * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + 2 * LABEL + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+
+    def place(picture, column, row, text=None):
+        x, y = GAP + column * (SIDE + GAP) + (GAP if column else 0), LABEL + row * (SIDE + GAP)
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        if text:
+            draw.text((x + SIDE / 2, y - 6), text, "black", font=font, anchor="ms")
+
+    place(training_picture(), 0, 0, "the one picture")
+    for column, scene in enumerate(SCENES):
+        for row, name in enumerate(("with", "without")):
+            place(Image.open(sorted(folder.glob(f"{name}_*.png"))[column]), column + 1, row, None if row else scene)
+    for row, name in enumerate(("with the T-LoRA →", "without it →")):
+        draw.text((GAP + SIDE, LABEL + row * (SIDE + GAP) + SIDE - 6), name if row else "", "black", font=font, anchor="rs")
+    sheet.save(target)
+    print(target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
