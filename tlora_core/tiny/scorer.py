@@ -39,20 +39,35 @@ class AttributeScorer(nn.Module):
 
 
 class ConceptMatcher:
-    """How far a picture is from showing one concept: the mean absolute RGB error over the object's own pixels of
-    the best fitting pose, 0 (the concept itself) to 1. Poses are a grid over place, size and angle."""
+    """How far a picture is from showing one concept: the mean absolute RGB error over the object's own pixels in the
+    best fitting pose, 0 (the concept itself) to 1. The pose is searched on a coarse grid over place, size and angle,
+    then on a fine one around the best."""
 
     def __init__(self, concept: world.Concept, size: int = 64):
-        axis, radii, angles = np.linspace(-0.48, 0.48, 13), (0.46, 0.53, 0.6), np.linspace(-0.4, 0.4, 5)
-        poses = np.array([(x, y, r, a) for x in axis for y in axis for r in radii for a in angles])
-        scenes = world.concept_scenes(concept, len(poses), np.random.default_rng(0), background="greywall")
+        self.concept, self.size = concept, size
+        place, radii, angles = np.linspace(-0.48, 0.48, 13), (0.46, 0.53, 0.6), np.linspace(-0.4, 0.4, 5)
+        self.coarse = self._templates(np.array([(x, y, r, a) for x in place for y in place for r in radii for a in angles]))
+
+    def _templates(self, poses):
+        """(poses [P, 4], pictures [P, n], weights [P, n] that sum to 1) of the concept in each pose."""
+        scenes = world.concept_scenes(self.concept, len(poses), np.random.default_rng(0), background="greywall")
         scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
-        self.poses = poses
-        self.pictures = torch.from_numpy(world.render(scenes, size)).flatten(1)
-        mask = torch.from_numpy(world.object_mask(scenes, size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
-        self.weights = mask / mask.sum(1, keepdim=True)
+        pictures = torch.from_numpy(world.render(scenes, self.size)).flatten(1)
+        mask = torch.from_numpy(world.object_mask(scenes, self.size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
+        return poses, pictures, mask / mask.sum(1, keepdim=True)
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
         """`pictures` [B, H, W, 3] in 0..1. Returns [B]."""
-        rows = [((p.flatten() - self.pictures).abs() * self.weights).sum(1).min() for p in pictures]
-        return torch.stack(rows)
+        return torch.stack([self._distance(picture.flatten()) for picture in pictures])
+
+    def _distance(self, picture):
+        poses, errors = self.coarse[0], _errors(picture, self.coarse)
+        x, y, r, a = poses[int(errors.argmin())]
+        shifts, sizes, turns = (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (-0.1, -0.05, 0, 0.05, 0.1)
+        near = np.array([(x + i, y + j, r + k, a + m) for i in shifts for j in shifts for k in sizes for m in turns])
+        return torch.minimum(errors.min(), _errors(picture, self._templates(near)).min())
+
+
+def _errors(picture, templates):
+    _, pictures, weights = templates
+    return ((picture - pictures).abs() * weights).sum(1)
