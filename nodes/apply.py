@@ -8,7 +8,6 @@ from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.file import TLoRAFile
 from .sockets import CATEGORY, TLORA, file_name_input, strength_input
 
-
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-
 from hostlib.build import Host
 from hostlib.chromium import ABSENT, find_chromium
 from hostlib.process import exit_on_signals

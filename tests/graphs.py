@@ -41,7 +41,7 @@ class TinyGraph(Graph):
         """A training of a second or so that moves the model far; outputs T-LoRA, MODEL, file, loss."""
         inputs = {
             "model": self.model, "clip": self.clip, "vae": self.vae, "token": "sks", "class_word": "flower",
-            "method": "tlora", "rank": 4, "min_rank": 2, "steps": 3, "learning_rate": 0.03, "resolution": 64, "seed": 0,
+            "method": "tlora", "rank": 4, "min_rank": 2, "steps": 3, "learning_rate": 0.1, "resolution": 64, "seed": 0,
             "file_name": "tests/trained", "alpha": 1.0, "start": "last_random", "batch_size": 1, **changes,
         }
         if "image" not in inputs:

@@ -6,6 +6,7 @@ def random_unet(seed: int = 0, dtype=torch.float32):
     """The tiny base's architecture with random weights everywhere, so that every layer matters."""
     import comfy.model_management
     import comfy.model_patcher
+
     from tlora_core.comfy_host import tiny_base
 
     torch.manual_seed(seed)

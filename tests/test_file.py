@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
 from tlora_core import METHODS, LowRank, RankSchedule, TLoRAError, TLoRAFile, make_adapters
 
 LAYERS = {

@@ -14,13 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
-
 from hostlib import build, cache, cli, commands
 from hostlib.build import Host, unpack_comfyui, user_host
 from hostlib.cache import build_once, is_complete
 from hostlib.errors import HostError
-from hostlib.pip import pip
 from hostlib.pins import host_pins, read_pins
+from hostlib.pip import pip
 from hostlib.process import start_group, stop_group
 from hostlib.progress import ProgressLine
 from hostlib.server import PACK_NAME, Server, free_port

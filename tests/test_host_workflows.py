@@ -3,7 +3,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from hostlib import chromium, cli, commands
 from hostlib.errors import HostError
 from hostlib.graph import to_prompt

@@ -430,7 +430,7 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
     def training(steps):
         graph = TinyGraph()
         model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name="overflow.safetensors", strength_model=1.0)
-        node = graph.train(model=model[0], steps=steps, rank=2, min_rank=1, seed=3, file_name=f"tests/nan{steps}")
+        node = graph.train(model=model[0], steps=steps, learning_rate=0.01, rank=2, min_rank=1, seed=3, file_name=f"tests/nan{steps}")
         return graph, node
 
     before = files_below(loras)

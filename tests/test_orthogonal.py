@@ -10,6 +10,7 @@ import functools
 import pytest
 import torch
 from scipy import stats
+
 from tlora_core import STARTS, TLoRAError, orthogonal_start, orthogonal_starts
 from tlora_core.bidiagonal import chi_squares, count_below, singular_values
 

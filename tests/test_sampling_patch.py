@@ -1,10 +1,9 @@
 """The timestep-aware patch on the host's own samplers."""
 import math
 
+import host_models as models
 import pytest
 import torch
-
-import host_models as models
 
 RANK, MIN_RANK = 64, 32
 
@@ -66,6 +65,7 @@ def assert_ranks_follow(recorder, table, what):
 
 def test_every_sampler_and_scheduler_applies_the_rank_of_each_evaluation(model, tlora, monkeypatch):
     import comfy.samplers
+
     from tlora_core.comfy_host.sampling import apply_tlora
 
     table = model.model.model_sampling.sigmas
@@ -144,6 +144,7 @@ def _row(model, sigmas, i):
 def test_stock_loader_gives_the_full_rank_update_of_the_same_file(model, tlora, tmp_path):
     import comfy.sd
     import comfy.utils
+
     from tlora_core.comfy_host.sampling import apply_tlora
 
     tlora.save(tmp_path / "x.safetensors")
@@ -215,6 +216,7 @@ def test_model_without_the_layers_is_refused_in_a_sentence(model, tlora):
 
 def test_noise_level_of_each_parameterisation_of_the_host(comfy):
     import comfy.model_sampling as ms
+
     from tlora_core import TLoRAError
     from tlora_core.comfy_host.noise import noise_level
 

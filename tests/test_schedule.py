@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tlora_core import RankSchedule, TLoRAError
 
 schedules = st.integers(1, 256).flatmap(

@@ -1,8 +1,7 @@
 """Training on the host's model."""
+import host_models as models
 import pytest
 import torch
-
-import host_models as models
 
 
 @pytest.fixture
@@ -138,6 +137,7 @@ def test_each_sample_of_a_batch_is_masked_by_its_own_timestep(model):
 
 def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
     import comfy.model_management
+
     from tlora_core.comfy_host.training import training_session
     from tlora_core.trainer import TrainConfig, train
 

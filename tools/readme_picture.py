@@ -22,7 +22,7 @@ def training_picture() -> Image.Image:
 
 
 def main(folder: Path, target: Path) -> None:
-    sheet = Image.new("RGB", (GAP + 5 * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + 2 * LABEL + GAP), "white")
+    sheet = Image.new("RGB", (GAP + 5 * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + LABEL), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
 
     def place(picture, column, row, text=None):
@@ -35,8 +35,7 @@ def main(folder: Path, target: Path) -> None:
     for column, scene in enumerate(SCENES):
         for row, name in enumerate(("with", "without")):
             place(Image.open(sorted(folder.glob(f"{name}_*.png"))[column]), column + 1, row, None if row else scene)
-    for row, name in enumerate(("with the T-LoRA →", "without it →")):
-        draw.text((GAP + SIDE, LABEL + row * (SIDE + GAP) + SIDE - 6), name if row else "", "black", font=font, anchor="rs")
+    draw.text((GAP + SIDE, LABEL + 1.5 * SIDE), "above: with the T-LoRA\nright: without it", "black", font=font, anchor="rm", align="right")
     sheet.save(target)
     print(target)
 

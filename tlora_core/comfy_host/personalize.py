@@ -2,8 +2,6 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-import comfy.model_management
-import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor

@@ -139,7 +139,7 @@ def _read_version(comfyui: Path) -> str:
     return text.split('"')[1] if text.count('"') >= 2 else "unknown"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def has_accelerator(python: Path) -> bool:
     """Whether that interpreter's PyTorch sees a GPU of any make."""
     # Importing PyTorch takes seconds; a Linux without any GPU device file need not wait for its answer.

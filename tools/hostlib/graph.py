@@ -1,8 +1,9 @@
 """Turns a workflow as the interface saves it into the prompt that the server runs."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator, Union
+from typing import Union
 
 from .errors import HostError
 from .widgets import widget_values

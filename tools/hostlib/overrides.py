@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import Iterable
+from collections.abc import Iterable
 
 from .errors import HostError
 from .widgets import declared_inputs
