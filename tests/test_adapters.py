@@ -14,7 +14,7 @@ from tlora_core import (
     LowRank,
     OrthoAdapter,
     TLoRAError,
-    low_rank_delta,
+    add_low_rank,
     make_adapters,
     orthogonal_start,
 )
@@ -34,6 +34,10 @@ def start_of(kind, out=96, width=64, rank=16):
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(out, width, generator=g) / width**0.5
     return orthogonal_start(kind, out, width, rank, g, weight=weight)
+
+
+def low_rank_delta(x, up, down, active, group):
+    return add_low_rank(x.new_zeros(*x.shape[:-1], up.shape[0]), x, up, down, active, group)
 
 
 def ortho(seed=0, moved=0.0, start=None):

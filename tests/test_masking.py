@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlora_core import low_rank_delta
+from tlora_core import add_low_rank
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,6 +15,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def low_rank_delta(x, up, down, *mask):
+    """The update alone."""
+    return add_low_rank(x.new_zeros(*x.shape[:-1], up.shape[0]), x, up, down, *mask)
 
 
 def reference(x, up, down, active, group):
@@ -60,6 +65,14 @@ def test_rank_zero_is_exactly_zero():
     x, up, down = torch.randn(2, 3, 5), torch.randn(4, 6), torch.randn(6, 5)
     assert torch.equal(low_rank_delta(x, up, down, 0, 2), torch.zeros(2, 3, 4))
     assert torch.equal(low_rank_delta(x, up, down, torch.tensor([0, 0]), 2), torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("active", [2, torch.tensor([2, 3])])
+def test_a_slice_of_a_wider_output_gets_the_update_and_the_rest_stays(active):
+    output, x, up, down = torch.randn(2, 3, 9), torch.randn(2, 3, 5), torch.randn(4, 6), torch.randn(6, 5)
+    got = add_low_rank(output, x, up, down, active, 2, row=3)
+    assert torch.equal(got[..., :3], output[..., :3]) and torch.equal(got[..., 7:], output[..., 7:])
+    torch.testing.assert_close(got[..., 3:7] - output[..., 3:7], low_rank_delta(x, up, down, active, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("active", [-1, 4, torch.tensor([1]), torch.tensor(1), torch.tensor([[1, 1]])])

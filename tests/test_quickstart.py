@@ -24,7 +24,7 @@ def test_four_scenes_are_drawn_with_and_without_and_the_tlora_changes_each(resul
     with_tlora, without = pictures(result, "with"), pictures(result, "without")
     assert len(with_tlora) == len(without) == 4
     for one, other in zip(with_tlora, without):
-        assert one.shape == (64, 64, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
+        assert one.shape == (128, 128, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
 
 
 def test_file_is_a_tlora_that_knows_how_it_was_trained(result):

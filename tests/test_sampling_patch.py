@@ -28,15 +28,26 @@ class Recorder:
     """The ranks that each layer applied, and the sigmas of the evaluation as a second, innermost wrapper sees them."""
 
     def __init__(self, model, monkeypatch):
-        from tlora_core import attach
+        from tlora_core import attach, folding
 
-        self.evaluations, product = [], attach.low_rank_delta
+        self.evaluations, product = [], attach.add_low_rank
 
-        def recording(x, up, down, active, group):
+        def recording(output, x, up, down, active, group, row):
             self.evaluations[-1][1].add(tuple(active.tolist()) if isinstance(active, torch.Tensor) else active)
-            return product(x, up, down, active, group)
+            return product(output, x, up, down, active, group, row)
 
-        monkeypatch.setattr(attach, "low_rank_delta", recording)
+        def recording_fold(forward):
+            def recorded(fold, x):
+                output = forward(fold, x)
+                held = fold._folded if isinstance(fold, folding.FoldedWeight) else fold._outputs[fold.inputs.recognise(x)].folded
+                self.evaluations[-1][1].update(term.columns // 2 for term in held.values())
+                return output
+
+            return recorded
+
+        monkeypatch.setattr(attach, "add_low_rank", recording)
+        for kind in (folding.FoldedWeight, folding.FoldedOutput):
+            monkeypatch.setattr(kind, "forward", recording_fold(kind.forward))
         self.model = model.clone()
         self.model.add_wrapper_with_key("apply_model", "recorder", self._evaluation)
 

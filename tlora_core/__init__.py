@@ -3,7 +3,7 @@
 from .adapters import METHODS, Adapter, LoRAAdapter, LowRank, Method, OrthoAdapter, make_adapters
 from .errors import TLoRAError
 from .file import TLoRAFile
-from .masking import low_rank_delta
+from .masking import add_low_rank
 from .orthogonal import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
 from .schedule import RankSchedule
 from .version import __version__
@@ -21,7 +21,7 @@ __all__ = [
     "TLoRAError",
     "TLoRAFile",
     "__version__",
-    "low_rank_delta",
+    "add_low_rank",
     "make_adapters",
     "orthogonal_start",
     "orthogonal_starts",

@@ -1,8 +1,8 @@
 """Adapters on a model's linear layers for the length of one evaluation.
 
-Training and sampling both go through `attached`, so the mask cannot differ between them. It replaces `forward` on the
-target layers and puts back what was there in `finally`: the host raises cancellations from inside any layer, and
-other adapters may be attached to the same layer around this one.
+Training goes through `attached`, and sampling too wherever `folding` does not serve. Both replace `forward` on the target
+layers and put back what was there in `finally`: the host raises cancellations from inside any layer, and other adapters
+may be attached to the same layer around this one.
 """
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import LongTensor, Tensor, nn
 
-from .masking import low_rank_delta
+from .masking import add_low_rank
 
 _ABSENT = object()
 
@@ -25,23 +25,26 @@ class Factors(Protocol):
 
 
 class Attachment(NamedTuple):
-    """One adapter on one layer, with the rank it has in this evaluation: one int, or int64 [B] for mixed timesteps."""
+    """One adapter on one layer, with the rank it has in this evaluation: one int, or int64 [B] for mixed timesteps. Its
+    output starts at `row` of the layer's, which has more rows where a model keeps several projections in one layer."""
 
     layer: nn.Linear
     adapter: Factors
     active: int | LongTensor
+    row: int = 0
 
 
 @contextmanager
-def attached(attachments: Iterable[Attachment]):
-    """Within the block each layer gives layer(x) + up M_t down x. The layers are as before afterwards, also after an
-    error. Attachments nest: an inner one adds to what the outer one gives."""
+def replaced_forward():
+    """Gives a function that replaces a layer's forward until the block ends, however it ends."""
     replaced = []
+
+    def replace(layer, forward):
+        replaced.append((layer, layer.__dict__.get("forward", _ABSENT)))
+        layer.__dict__["forward"] = forward
+
     try:
-        for layer, adapter, active in attachments:
-            replaced.append((layer, layer.__dict__.get("forward", _ABSENT)))
-            layer.__dict__["forward"] = _masked_forward(layer.forward, adapter, active)
-        yield
+        yield replace
     finally:
         for layer, forward in reversed(replaced):
             if forward is _ABSENT:
@@ -50,9 +53,19 @@ def attached(attachments: Iterable[Attachment]):
                 layer.__dict__["forward"] = forward
 
 
-def _masked_forward(forward, adapter, active):
+@contextmanager
+def attached(attachments: Iterable[Attachment]):
+    """Within the block each layer gives layer(x) + up M_t down x. The layers are as before afterwards, also after an
+    error. Attachments nest: an inner one adds to what the outer one gives."""
+    with replaced_forward() as replace:
+        for attachment in attachments:
+            replace(attachment.layer, _masked_forward(attachment.layer.forward, *attachment[1:]))
+        yield
+
+
+def _masked_forward(forward, adapter, active, row):
     def masked(x, *args, **kwargs):
         up, down = adapter.factors()
-        return forward(x, *args, **kwargs) + low_rank_delta(x, up.to(x.dtype), down.to(x.dtype), active, adapter.group)
+        return add_low_rank(forward(x, *args, **kwargs), x, up.to(x.dtype), down.to(x.dtype), active, adapter.group, row)
 
     return masked

@@ -31,7 +31,7 @@ METADATA_KEY = "tlora"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
-_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
 _ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base", "flux": "flux-1-dev"}
 
 
@@ -39,7 +39,8 @@ _ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1
 class TLoRAFile:
     """A trained T-LoRA with everything needed to apply it again.
 
-    layers: path of a module in the diffusion model -> its update.
+    layers: path of a module in the diffusion model -> its update. Where a model keeps several projections in one module,
+        as FLUX its q, k and v, "path@row" is the update of the module's rows from `row` on.
     method: a key of METHODS. schedule: of the full rank; see schedule_of for one layer's.
     num_timesteps: T of r(t), in the unit of noise_domain, the name of the parameterisation whose t it is:
         "discrete" counts training steps (T = 1000), "flow" is sigma itself (T = 1).
@@ -107,7 +108,13 @@ class TLoRAFile:
 
 def layer_key(name: str) -> str:
     """kohya's name of the layer at a module path."""
-    return "lora_unet_" + name.replace(".", "_")
+    return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """A layer's module path and the first row of the module that its update belongs to."""
+    path, _, row = name.partition("@")
+    return path, int(row or 0)
 
 
 def _check_fields(file: TLoRAFile) -> None:

@@ -48,7 +48,7 @@ def attributes(scenes: world.Scenes, rows=slice(None)) -> dict[str, torch.Tensor
 def scorer_accuracy(scorer: AttributeScorer, count: int = 2000, seed: int = 4) -> dict[str, float]:
     """On rendered pictures that it was not trained on."""
     scenes = world.sample_scenes(count, np.random.default_rng((seed, 4)))
-    guess = scorer.predict(torch.from_numpy(world.render(scenes)).permute(0, 3, 1, 2) * 2 - 1)
+    guess = scorer.predict(torch.from_numpy(world.render(scenes)))
     return {name: (guess[name] == target).float().mean().item() for name, target in attributes(scenes).items()}
 
 
@@ -59,10 +59,10 @@ class HostSampler:
         self.model, self.clip, self.vae = model, clip, vae
 
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
-        """[count, 64, 64, 3] in 0..1."""
+        """[count, 128, 128, 3] in 0..1."""
         import comfy.sample
         positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (prompt, ""))
-        latent = torch.zeros(count, LATENT_CHANNELS, 8, 8)
+        latent = torch.zeros(count, LATENT_CHANNELS, 16, 16)
         noise = comfy.sample.prepare_noise(latent, seed)
         output = comfy.sample.sample(model or self.model, noise, 20, 4.0, "euler", "normal", positive, negative, latent,
                                      disable_pbar=True, seed=seed)
@@ -82,7 +82,7 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
     for i in range(count):
         pictures.append(host.sample(world.caption(scenes, i, FullCaption(), drop=0), seed=i))
     pictures = torch.cat(pictures)
-    guess = scorer.predict(pictures.permute(0, 3, 1, 2) * 2 - 1)
+    guess = scorer.predict(pictures)
     return {k: (guess[k] == target).float().mean().item() for k, target in attributes(scenes).items()}, pictures
 
 
@@ -93,15 +93,15 @@ def lora_likeness(host: HostSampler, concept: world.Concept, steps: int = 300) -
     from tlora_core.comfy_host.sampling import apply_tlora
     from tlora_core.trainer import TrainConfig
     scenes = world.concept_scenes(concept, 1, np.random.default_rng(0), "beach", "centre")
-    image = torch.from_numpy(world.render(scenes))
-    request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=64, min_rank=16,
+    image = torch.from_numpy(world.render(scenes, 128))
+    request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=128, min_rank=16,
                            config=TrainConfig(steps=steps, learning_rate=1e-3, batch_size=4))
     trained = train_from_images(host.model, host.clip, host.vae, image, request, lambda step, loss: None)
     distance = ConceptMatcher(concept).distance
     patched = apply_tlora(host.model, trained.tlora)
     return {"lora": distance(host.sample(request.prompt, seed=1, model=patched, count=2)).mean().item(),
             "base": distance(host.sample(request.prompt, seed=1, count=2)).mean().item(),
-            "ceiling": distance(host.vae.decode(encode_images(host.vae, image, 64))).item()}
+            "ceiling": distance(host.vae.decode(encode_images(host.vae, image, 128))).item()}
 
 
 def reproduces(distances: dict[str, float]) -> bool:

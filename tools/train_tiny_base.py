@@ -3,11 +3,12 @@
     python3 tools/host.py python tools/train_tiny_base.py --work FOLDER [--stage all] [--device cpu]
 
 Every stage is seeded, saves its progress in the work folder every minute and goes on from there when started again.
-Stages: data, autoencoder, latents, base, scorer, export, gate; `all` runs them in this order.
+Stages: data, latents, decoder, text, base, scorer, export, gate; `all` runs them in this order.
 """
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,17 +23,16 @@ from torch.nn.functional import avg_pool2d, cross_entropy
 
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import TinyAutoencoder
-from tlora_core.tiny.scorer import AttributeScorer
+from tlora_core.tiny.scorer import HEADS, AttributeScorer
 from tlora_core.tiny.tokenizer import padded_ids
 
 torch.set_flush_denormal(True)  # tiny activations are ten times slower otherwise; worker threads inherit it from here
 
 SCENES = 40_000
-ODD_SCENES = 6_000  # objects of any colour with a rim and a core, for the autoencoder alone
-SIZE = 64
-BATCH = 32  # of each process
+DECODER_SCENES = 3_000  # of the world, and as many odd ones
+SIZE, HALF, CELLS = 128, 64, 16
+BATCH = 24  # of each process
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights
-LATENT_VARIANCE = 0.25  # unit variance, halved by the latent format
 
 
 class Progress:
@@ -62,26 +62,26 @@ def save_state(path: Path, **state):
 
 
 def stage_data(work: Path, args):
-    """Draw the training pictures and their object masks once; captions are made anew at every use."""
+    """Draw the training pictures at half size and their object masks once; captions are made anew at every use."""
     if (work / "scenes.pt").exists():
         return
-    rng = np.random.default_rng(args.seed)
-    scenes = world.sample_scenes(SCENES, rng)
-    pictures = np.empty((SCENES, SIZE, SIZE, 3), np.uint8)
-    masks = np.empty((SCENES, 8, 8), np.float16)
-    progress = Progress("draw", SCENES)
-    for i in range(0, SCENES, 100):
-        part = take(scenes, slice(i, i + 100))
-        pictures[i:i + 100] = np.round(world.render(part, SIZE) * 255)
-        masks[i:i + 100] = world.object_mask(part, SIZE).reshape(-1, 8, 8, 8, 8).mean((2, 4))
-        progress.step(i + 99)
-    odd = world.sample_scenes(ODD_SCENES, rng)
-    odd.colour, odd.rim, odd.core = (rng.random((ODD_SCENES, 3)) for _ in range(3))
-    np.save(work / "odd.npy", np.round(np.concatenate(
-        [world.render(take(odd, slice(i, i + 100)), SIZE) for i in range(0, ODD_SCENES, 100)]) * 255).astype(np.uint8))
-    np.save(work / "pictures.npy", pictures)
-    np.save(work / "masks.npy", masks)
+    scenes = world.sample_scenes(SCENES, np.random.default_rng(args.seed))
+    parts, progress = [take(scenes, slice(i, i + 100)) for i in range(0, SCENES, 100)], Progress("draw", SCENES // 100)
+    pictures, masks = [], []
+    with multiprocessing.Pool(args.processes) as pool:
+        for i, (picture, mask) in enumerate(pool.imap(draw, parts)):
+            pictures.append(picture)
+            masks.append(mask)
+            progress.step(i)
+    np.save(work / "pictures.npy", np.concatenate(pictures))
+    np.save(work / "masks.npy", np.concatenate(masks))
     save_state(work / "scenes.pt", scenes=scenes.__dict__)
+
+
+def draw(scenes: world.Scenes):
+    """Pictures as bytes [B, 64, 64, 3] and the object's share of each latent cell, [B, 16, 16]."""
+    masks = world.object_mask(scenes, HALF).reshape(-1, CELLS, HALF // CELLS, CELLS, HALF // CELLS)
+    return np.round(world.render(scenes, HALF) * 255).astype(np.uint8), masks.mean((2, 4)).astype(np.float16)
 
 
 def take(scenes: world.Scenes, rows) -> world.Scenes:
@@ -92,74 +92,68 @@ def to_tensor(pictures, device):
     return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def cosine(step, total, peak, warmup=200):
-    return peak * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / total)))
+def warm_stable_decay(step: int, total: int, peak: float, warmup: int = 300) -> float:
+    """A constant learning rate between a warm-up and a linear fall to zero over the last third, so that a run that is cut
+    or made longer before its fall is still the same run."""
+    return peak * min(1, (step + 1) / warmup) * min(1, (total - step) / (total / 3))
 
 
-def stage_autoencoder(work: Path, args):
-    """L1 reconstruction with noise on the latent, so that the decoder forgives a small error of the diffusion model.
+def set_rate(optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
-    Half of each batch are odd objects of any colour with a rim and a core, some with their colour channels mixed at
-    random: the autoencoder must hold what no training object of the base has, as a real base model's does.
-    """
-    path, total, batch = work / "autoencoder.pt", args.autoencoder_steps, 16
-    torch.manual_seed(args.seed)
-    model = TinyAutoencoder().to(args.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
-    first = 0
+
+def odd_pictures(count: int, rng: np.random.Generator, size: int) -> torch.Tensor:
+    """Objects of any colour with a rim and a core: the autoencoder must hold what no training object of the base has, as
+    a real base model's does."""
+    scenes = world.sample_scenes(count, rng)
+    scenes.colour, scenes.rim, scenes.core = (rng.random((count, 3)) for _ in range(3))
+    return to_tensor(np.round(world.render(scenes, size) * 255).astype(np.uint8), "cpu")
+
+
+def stage_latents(work: Path, args):
+    """Fit the autoencoder's linear part and encode every picture once."""
+    if (work / "latents.pt").exists():
+        return
+    pictures = np.load(work / "pictures.npy", mmap_mode="r")
+    model = TinyAutoencoder()
+    model.fit(torch.cat([to_tensor(pictures[:4000], "cpu"), odd_pictures(2000, np.random.default_rng((args.seed, 6)), HALF)]))
+    save_state(work / "autoencoder.pt", model=model.state_dict())
+    latents = [model.encode_half(to_tensor(pictures[i:i + 500], "cpu")).half() for i in range(0, SCENES, 500)]
+    save_state(work / "latents.pt", latents=torch.cat(latents))
+
+
+def stage_decoder(work: Path, args):
+    """L1 reconstruction at full size from latents with a little noise, so that the decoder forgives a small error of the
+    diffusion model. Half of each batch are odd pictures."""
+    path, batch, total = work / "decoder.pt", 16, args.decoder_steps
     if path.exists():
-        state = torch.load(path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    pictures, odd = np.load(work / "pictures.npy", mmap_mode="r"), np.load(work / "odd.npy")
-    progress = Progress("autoencoder", total, first)
-    for step in range(first, total):
-        rng = np.random.default_rng((args.seed, 1, step))
-        pixels = to_tensor(np.concatenate([pictures[np.sort(rng.integers(SCENES, size=batch // 2))],
-                                           odd[rng.integers(ODD_SCENES, size=batch // 2)]]), args.device)
-        mix = torch.from_numpy(rng.dirichlet(np.full(3, 0.5), (batch // 8, 3))).to(pixels)
-        pixels[-(batch // 8):] = torch.einsum("bij,bjhw->bihw", mix, pixels[-(batch // 8):])
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, total, 1e-3)
+        return
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng((args.seed, 1))
+    pool = torch.cat([to_tensor(np.round(world.render(world.sample_scenes(DECODER_SCENES, rng), SIZE) * 255).astype(np.uint8),
+                                "cpu"), odd_pictures(DECODER_SCENES, rng, SIZE)])
+    model = load_autoencoder(work, args.device)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), 2e-3, weight_decay=1e-4)
+    progress = Progress("decoder", total)
+    for step in range(total):
+        pixels = pool[rng.integers(len(pool), size=batch)].to(args.device)
         latent = model.encode(pixels)
-        noise = torch.from_numpy(rng.standard_normal(latent.shape)).to(latent)
-        output = model.decode(latent + 0.05 * noise)
-        loss = (output - pixels).abs().mean() + 1e-3 * latent.square().mean()
+        output = model.decode(latent + rng.uniform(0, 0.1) * torch.randn_like(latent))
+        loss = (output - pixels).abs().mean()
+        set_rate(optimizer, warm_stable_decay(step, total, 2e-3, warmup=50))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        psnr = -10 * math.log10(float((output - pixels).detach().square().mean()) / 4)
-        if progress.step(step, loss=loss.item(), psnr=psnr) or step + 1 == total:
-            save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-    return model
-
-
-@torch.no_grad()
-def stage_latents(work: Path, args):
-    """Fix the autoencoder's scale (zero mean, unit variance a channel) and encode every picture once."""
-    if (work / "latents.pt").exists():
-        return
-    model = load_autoencoder(work, args.device)
-    pictures = np.load(work / "pictures.npy", mmap_mode="r")
-    progress = Progress("encode", SCENES)
-    raw = []
-    for i in range(0, SCENES, 200):
-        raw.append(model.encode(to_tensor(pictures[i:i + 200], args.device)).cpu())
-        progress.step(i + 199)
-    raw = torch.cat(raw)
-    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
-    state = torch.load(work / "autoencoder.pt", weights_only=True)
-    state["model"]["latent_mean"], state["model"]["latent_std"] = mean, std
-    save_state(work / "autoencoder.pt", **state)
-    latents = (raw - mean[:, None, None]) / std[:, None, None]
-    save_state(work / "latents.pt", latents=latents.half())
+        progress.step(step, loss=loss.item(), psnr=-10 * math.log10(float((output - pixels).detach().square().mean()) / 4))
+    save_state(path, model=model.state_dict())
 
 
 def load_autoencoder(work: Path, device):
+    path = next(work / name for name in ("decoder.pt", "autoencoder.pt") if (work / name).exists())
     model = TinyAutoencoder().to(device)
-    model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True, map_location=device)["model"])
+    model.load_state_dict(torch.load(path, weights_only=True, map_location=device)["model"])
     return model.eval()
 
 
@@ -168,16 +162,52 @@ def captions(scenes, rows, rng):
     return ["" if rng.random() < 0.1 else world.caption(scenes, i, rng) for i in rows]
 
 
+def stage_text(work: Path, args):
+    """Teach the text encoder what captions say before any picture is seen: its pooled output must tell each attribute."""
+    from tlora_core.comfy_host import tiny_base
+    path, total, batch = work / "text.pt", 600, 128
+    if path.exists():
+        return
+    torch.manual_seed(args.seed)
+    text, scenes = clone_before_norms(tiny_base.new_modules()[1]), load_scenes(work)
+    heads = torch.nn.ModuleDict({name: torch.nn.Linear(tiny_base.TEXT_WIDTH, count) for name, count in HEADS.items()})
+    optimizer = torch.optim.AdamW([*text.parameters(), *heads.parameters()], 1e-3, weight_decay=0.01)
+    progress = Progress("text", total)
+    for step in range(total):
+        rng = np.random.default_rng((args.seed, 5, step))
+        rows = rng.integers(SCENES, size=batch)
+        pooled = text(torch.tensor([padded_ids(c) for c in captions(scenes, rows, rng)]))[2]
+        target = attributes(scenes, rows)
+        loss = sum(cross_entropy(heads[name](pooled), target[name]) for name in target)
+        set_rate(optimizer, warm_stable_decay(step, total, 1e-3, warmup=50))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        progress.step(step, loss=loss.item())
+    save_state(path, model=text.state_dict())
+
+
+def clone_before_norms(text):
+    """The host's CLIP blocks add in place to what layer norm needs for its backward."""
+    for module in text.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+    return text
+
+
 def noise_loss(error, sigma, mask):
-    """MSE of the predicted noise, three times heavier on the object, plus the same error averaged over 2x2, 4x4 and
-    8x8 cells, each weighted so that white noise would count the same: at the noisiest timesteps all that a picture
-    says lies in those averages, and plain MSE gives them a 64th of its weight. Min-SNR-5 over timesteps."""
+    """Weighted MSE of the predicted noise, [B, C, H, W], at `sigma` [B].
+
+    Three times heavier on the object; plus the same error averaged over cells of 2x2 to 16x16, each weighted so that white
+    noise would count the same, as what a noisy latent still shows lies in those averages. The weight over timesteps is that
+    of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what the object is, is settled where sigma
+    is 1 to 10, and plain MSE of the noise gives a picture's error there a hundredth of its weight elsewhere.
+    """
     heavy = 1 + 2 * mask
     loss = (error.square() * heavy).mean((1, 2, 3)) / heavy.mean((1, 2, 3))
-    for k in (2, 4, 8):
-        loss = loss + 0.3 * k * k * avg_pool2d(error, k).square().mean((1, 2, 3))
-    snr = LATENT_VARIANCE / sigma.square()
-    return (loss * snr.clamp(max=5) / snr).mean()
+    for k in (2, 4, 8, 16):
+        loss = loss + 0.25 * k * k * avg_pool2d(error, k).square().mean((1, 2, 3))
+    return (loss * (1 + (sigma / 0.5).square()).clamp(max=50)).mean()
 
 
 class BaseTraining:
@@ -191,12 +221,11 @@ class BaseTraining:
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         torch.manual_seed(args.seed)
         base, text = tiny_base.new_modules()
-        self.base, self.text = base.to(self.device), text.to(self.device)
-        for module in text.modules():  # the host's CLIP blocks add in place to what layer norm needs for its backward
-            if isinstance(module, torch.nn.LayerNorm):
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+        text.load_state_dict(torch.load(work / "text.pt", weights_only=True)["model"])
+        self.base, self.text = base.to(self.device), clone_before_norms(text.to(self.device))
         self.options = {"optimized_attention_override": lambda func, *a, **k: attention_basic(*a, **k)}
         self.nets = torch.nn.ModuleDict({"unet": base.diffusion_model, "text": text})
+        self.nets.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
         self.optimizer = torch.optim.AdamW(self.nets.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.average = {k: v.detach().clone() for k, v in self.nets.state_dict().items()}
         self.first = 0
@@ -224,14 +253,13 @@ class BaseTraining:
         width, height = (SIZE, SIZE) if rng.random() < 0.5 else rng.integers(32, 1024, 2)
         y = self.base.encode_adm(pooled_output=pooled, width=width, height=height).to(self.device)
         predicted = self.base.diffusion_model(
-            (clean + sigma * noise) / (sigma.square() + 1).sqrt(), t.float(), context=context, y=y,
+            ((clean + sigma * noise) / (sigma.square() + 1).sqrt()).to(memory_format=torch.channels_last), t.float(), context=context, y=y,
             transformer_options=self.options)
         return noise_loss(predicted - noise, sigma.flatten(), self.masks[rows].to(self.device).float()[:, None])
 
     def step(self, step: int) -> float:
         loss = self.loss(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine(step, self.args.base_steps, self.args.base_rate, warmup=300)
+        set_rate(self.optimizer, warm_stable_decay(step, self.args.base_steps, self.args.base_rate))
         self.optimizer.zero_grad()
         loss.backward()
         if self.processes > 1:
@@ -295,13 +323,12 @@ def stage_scorer(work: Path, args):
         rows = np.sort(rng.integers(SCENES, size=batch))
         pixels = to_tensor(pictures[rows], args.device)
         with torch.no_grad():
-            latent = autoencoder.encode(pixels[::4])
-            pixels[::4] = autoencoder.decode(latent + 0.15 * torch.randn_like(latent))
+            latent = autoencoder.encode_half(pixels[::4])
+            pixels[::4] = avg_pool2d(autoencoder.decode(latent + 0.15 * torch.randn_like(latent)), 2)
         logits = model(pixels + 0.03 * torch.randn_like(pixels))
         target = {k: v.to(args.device) for k, v in attributes(scenes, rows).items()}
         loss = sum(cross_entropy(logits[name], target[name], label_smoothing=0.02) for name in target)
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, total, 2e-3)
+        set_rate(optimizer, warm_stable_decay(step, total, 2e-3))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -334,7 +361,7 @@ def stage_gate(work: Path, args):
     save_grid(drawn[:48], work / "gate.png")
 
 
-STAGES = {"data": stage_data, "autoencoder": stage_autoencoder, "latents": stage_latents, "base": stage_base,
+STAGES = {"data": stage_data, "latents": stage_latents, "decoder": stage_decoder, "text": stage_text, "base": stage_base,
           "scorer": stage_scorer, "export": stage_export, "gate": stage_gate}
 
 
@@ -344,13 +371,13 @@ def main():
     parser.add_argument("--stage", default="all", choices=["all", *STAGES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder-steps", type=int, default=4300)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--scorer-steps", type=int, default=1500)
     parser.add_argument("--gate-pictures", type=int, default=200)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
-    parser.add_argument("--base-steps", type=int, default=6000)
-    parser.add_argument("--base-rate", type=float, default=1.5e-3)
-    parser.add_argument("--processes", type=int, default=1, help="of the base stage; on a CPU as many as it has cores")
+    parser.add_argument("--base-steps", type=int, default=9000)
+    parser.add_argument("--base-rate", type=float, default=1.2e-3)
+    parser.add_argument("--processes", type=int, default=1, help="on a CPU as many as it has cores")
     args = parser.parse_args()
     args.given = sys.argv[1:]
     parse_host_arguments(args.device)

@@ -2,21 +2,31 @@
 
 One APPLY_MODEL wrapper per application. There the host hands over the sigma of every row of the batch, after it has
 joined conditional and unconditional rows, split areas and context windows, whatever the sampler. The wrapper maps
-sigma to t, t to ranks, and attaches the adapters for that one evaluation. Nothing stays on the model in between, so a
+sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothing stays on the model in between, so a
 branch of the graph without the T-LoRA is untouched.
+
+An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the figures.
+Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next to nothing in time, and the weight's size in
+memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
+memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
+adapter's own. Copies are made where memory allows and the layer is a plain one; layers that the host streams, casts or
+quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product.
 """
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
+import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..adapters import LowRank
 from ..attach import Attachment, Factors, attached
 from ..errors import TLoRAError
-from ..file import TLoRAFile
+from ..file import TLoRAFile, split_name
+from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
 from ..schedule import RankSchedule
 from .noise import noise_level
 
@@ -50,8 +60,20 @@ class TimestepAwarePatch:
         active = {rank: self._active(rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
         if self.on_evaluation is not None:
             self.on_evaluation(timesteps, self._active(self.schedule.rank, timesteps, T))
-        with attached(Attachment(modules[path], adapter, active[adapter.rank]) for path, adapter in adapters.items()):
+        foldable = self.foldable(base, modules, adapters, x) if all(isinstance(a, int) for a in active.values()) else {}
+        beside, within = [], []
+        for name, adapter in adapters.items():
+            path, row = split_name(name)
+            if path in foldable:
+                within.append((foldable[path], Term(*adapter.factors(), active[adapter.rank] * adapter.group, row)))
+            else:
+                beside.append(Attachment(modules[path], adapter, active[adapter.rank], row))
+        with folded(self, within), attached(beside):
             return executor(x, sigma, *args, **kwargs)
+
+    def foldable(self, base, modules, adapters, x) -> Mapping[str, Folded]:
+        """The layers, by module path, whose adapter may be folded in this evaluation."""
+        return {}
 
     def _active(self, rank, timesteps, T):
         ranks = self.schedule.for_rank(rank).active_ranks(timesteps, T)
@@ -83,11 +105,77 @@ class DeviceCopies:
         return self._copies[key]
 
 
-class SamplingPatch(TimestepAwarePatch):
-    """`TimestepAwarePatch` of a stored T-LoRA; frees its device copies when the host moves models off."""
+class Folds:
+    """The folded layers of one loaded model during one sampling, shared by all T-LoRAs on it."""
 
-    def __init__(self, tlora: TLoRAFile, strength: float):
+    _of_models: WeakKeyDictionary = WeakKeyDictionary()
+
+    def __init__(self, weights_uuid):
+        self.weights_uuid = weights_uuid
+        self.layers: dict[str, Folded | None] = {}  # None: not to be folded
+        self.inputs = Inputs()
+
+    @classmethod
+    def of(cls, base) -> "Folds":
+        folds = cls._of_models.get(base)
+        # The host gives its patches a new identity whenever it patches weights anew, which it may do in place.
+        if folds is None or folds.weights_uuid != base.current_weight_patches_uuid:
+            folds = cls._of_models[base] = cls(base.current_weight_patches_uuid)
+        return folds
+
+    @classmethod
+    def forget(cls, patcher: ModelPatcher) -> None:
+        """The host's ON_CLEANUP callback: at the end of every sampling, also after an error or a cancel."""
+        cls._of_models.pop(patcher.model, None)
+
+    def add(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
+        """Decide on layers not met before: all that can be folded, if the memory for their copies is there."""
+        text = {path for path, layer in layers.items() if _TEXT.search(path) and _is_constant(layer)}
+        can = {path for path in layers.keys() - text if _is_plain(layers[path], x.device, dtype)}
+        needed = sum(layers[path].weight.nbytes for path in can)
+        fits = must or needed + base.memory_required(list(x.shape)) < comfy.model_management.get_free_memory(x.device)
+        for path, layer in layers.items():
+            fold = FoldedOutput(layer, self.inputs) if path in text else FoldedWeight(layer) if fits and path in can else None
+            self.layers[path] = fold
+
+
+# Cross-attention's keys and values: their input is the text, the same at every step.
+_TEXT = re.compile(r"attn2\.to_[kv]$")
+
+
+def _is_constant(layer: torch.nn.Module) -> bool:
+    """Whether nothing else, which might follow the timestep too, has a hand in what the layer makes of its input."""
+    return "forward" not in layer.__dict__ and not layer.weight_function and not layer.bias_function
+
+
+def _is_plain(layer: torch.nn.Module, device, dtype) -> bool:
+    """Whether the layer's own forward is just its weight, as it lies there, times the input."""
+    weight = layer.weight
+    return (_is_constant(layer) and type(weight.data) is torch.Tensor and weight.device == device and weight.dtype == dtype
+            and dtype in (torch.float32, torch.bfloat16, torch.float16) and not layer.comfy_cast_weights)
+
+
+class SamplingPatch(TimestepAwarePatch):
+    """`TimestepAwarePatch` of a stored T-LoRA; frees its device copies when the host moves models off.
+
+    fold: None lets memory decide, True folds wherever a layer allows it, False never does.
+    """
+
+    def __init__(self, tlora: TLoRAFile, strength: float, fold: bool | None = None):
         super().__init__(DeviceCopies(tlora.layers, strength), tlora.schedule)
+        self.fold = fold
+
+    def foldable(self, base, modules, adapters, x):
+        patcher = base.current_patcher  # set while sampling only
+        if self.fold is False or patcher is None or patcher.hook_patches or hasattr(base.diffusion_model, "_orig_mod"):
+            return {}
+        folds = Folds.of(base)
+        folds.inputs.new_evaluation()
+        paths = {split_name(name)[0] for name in adapters}
+        if not paths <= folds.layers.keys():
+            new = {path: modules[path] for path in paths - folds.layers.keys()}
+            folds.add(base, new, x, base.get_dtype_inference(), must=self.fold is True)
+        return {path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths}
 
     def to(self, target):
         if isinstance(target, torch.device) and target.type == "cpu":
@@ -97,8 +185,8 @@ class SamplingPatch(TimestepAwarePatch):
         return self
 
 
-def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0) -> ModelPatcher:
-    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched.
+def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
+    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch.
 
     Raises TLoRAError when the T-LoRA does not fit the model: a layer that is missing or has another shape, or a noise
     schedule whose timestep is unknown.
@@ -110,20 +198,24 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0) ->
     sampling = model.get_model_object("model_sampling")
     noise_level(sampling, sampling.sigma_max.reshape(1))
     # A key of its own for each application: the host appends wrappers of one key, and clones share keys.
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"tlora-{uuid.uuid4()}", SamplingPatch(tlora, strength))
+    key = f"tlora-{uuid.uuid4()}"
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, SamplingPatch(tlora, strength, fold))
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, Folds.forget)
     return patched
 
 
 def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
     modules = diffusion_modules(model.model.diffusion_model)
-    missing = [path for path in tlora.layers if not isinstance(modules.get(path), torch.nn.Linear)]
+    missing = [name for name in tlora.layers if not isinstance(modules.get(split_name(name)[0]), torch.nn.Linear)]
     if missing:
         raise TLoRAError(
             f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
             f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on.")
-    for path, layer in tlora.layers.items():
+    for name, layer in tlora.layers.items():
+        path, row = split_name(name)
         have, want = (layer.up.shape[0], layer.down.shape[1]), tuple(modules[path].weight.shape)
-        if have != want:
+        fits = row + have[0] <= want[0] if "@" in name else have[0] == want[0]
+        if not fits or have[1] != want[1]:
             raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {path} is "
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is "
                 f"{have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; connect the kind of model it was trained on.")

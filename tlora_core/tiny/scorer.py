@@ -9,14 +9,21 @@ from torch import nn
 
 from . import world
 
+SIZE = 64  # pictures are scored at this size
+
 HEADS = {
     "shape": len(world.SHAPES), "colour": len(world.COLOURS), "pattern": len(world.PATTERNS),
     "background": len(world.BACKGROUNDS), "place": len(world.PLACES),
 }
 
 
+def at_size(pixels: torch.Tensor) -> torch.Tensor:
+    """[B, 3, H, W] averaged down to the size that scorers look at."""
+    return nn.functional.adaptive_avg_pool2d(pixels, SIZE)
+
+
 class AttributeScorer(nn.Module):
-    """Which shape, colour, pattern, background and place a picture shows. Takes [B, 3, 64, 64] in -1..1."""
+    """Which shape, colour, pattern, background and place a picture shows."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -29,13 +36,14 @@ class AttributeScorer(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(256, count) for name, count in HEADS.items()})
 
     def forward(self, pixels):
+        """Logits [B, values] of each attribute for `pixels` [B, 3, 64, 64] in -1..1."""
         features = self.trunk(pixels)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def predict(self, pixels) -> dict[str, torch.Tensor]:
-        """Index of the likeliest value of each attribute, [B] each."""
-        return {name: logits.argmax(1) for name, logits in self(pixels).items()}
+        """Index of the likeliest value of each attribute, [B] each, in `pixels` [B, H, W, 3] in 0..1."""
+        return {name: logits.argmax(1) for name, logits in self(at_size(pixels.movedim(-1, 1)) * 2 - 1).items()}
 
 
 class ConceptMatcher:
@@ -43,8 +51,8 @@ class ConceptMatcher:
     best fitting pose, 0 (the concept itself) to 1. The pose is searched on a coarse grid over place, size and angle,
     then on a fine one around the best."""
 
-    def __init__(self, concept: world.Concept, size: int = 64):
-        self.concept, self.size = concept, size
+    def __init__(self, concept: world.Concept):
+        self.concept = concept
         place, radii, angles = np.linspace(-0.48, 0.48, 13), (0.46, 0.53, 0.6), np.linspace(-0.4, 0.4, 5)
         self.coarse = self._templates(np.array([(x, y, r, a) for x in place for y in place for r in radii for a in angles]))
 
@@ -52,12 +60,13 @@ class ConceptMatcher:
         """(poses [P, 4], pictures [P, n], weights [P, n] that sum to 1) of the concept in each pose."""
         scenes = world.concept_scenes(self.concept, len(poses), np.random.default_rng(0), background="greywall")
         scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
-        pictures = torch.from_numpy(world.render(scenes, self.size)).flatten(1)
-        mask = torch.from_numpy(world.object_mask(scenes, self.size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
+        pictures = torch.from_numpy(world.render(scenes, SIZE)).flatten(1)
+        mask = torch.from_numpy(world.object_mask(scenes, SIZE)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
         return poses, pictures, mask / mask.sum(1, keepdim=True)
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
         """`pictures` [B, H, W, 3] in 0..1. Returns [B]."""
+        pictures = at_size(pictures.movedim(-1, 1)).movedim(1, -1)
         return torch.stack([self._distance(picture.flatten()) for picture in pictures])
 
     def _distance(self, picture):

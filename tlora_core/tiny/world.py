@@ -30,7 +30,7 @@ PLACE_WORDS = {
     "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
     "centre": "in the centre",
 }
-OUTLINE = (28, 26, 36)
+OUTLINE, OUTLINE_WIDTH = (28, 26, 36), 0.044  # in half-widths of the picture
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Scenes:
 
 
 def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
-    """Draw `count` scenes uniformly over shapes, colours, patterns, places and backgrounds, with free pose."""
+    """Draw `count` scenes uniformly over shapes, colours, places and backgrounds, with free pose; half have no pattern."""
     names = list(COLOURS)
     colour_index = rng.integers(len(names), size=count)
     body = np.array([COLOURS[n] for n in names])[colour_index] / 255 + rng.normal(0, 0.02, (count, 3))
@@ -88,7 +88,7 @@ def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
     none = np.full((count, 3), np.nan)
     return Scenes(
         shape=rng.integers(len(SHAPES), size=count), colour=body.clip(0, 1), colour_index=colour_index,
-        pattern=rng.integers(len(PATTERNS), size=count), background=rng.integers(len(BACKGROUNDS), size=count),
+        pattern=np.maximum(rng.integers(-1, len(PATTERNS), size=count), 0), background=rng.integers(len(BACKGROUNDS), size=count),
         place=place, centre=_centres(place, rng), radius=rng.uniform(0.46, 0.6, count),
         angle=rng.uniform(-0.4, 0.4, count), rim=none, core=none.copy(), seed=rng.integers(2**31, size=count))
 
@@ -146,7 +146,7 @@ def render(scenes: Scenes, size: int = 64) -> np.ndarray:
     distance, u, v = _object_distance(scenes, size)
     edge = 2.0 / size                                             # one pixel, in half-widths
     cover = lambda d: np.clip(0.5 - d / edge, 0, 1)[..., None]    # noqa: E731 - coverage of a pixel by {d < 0}
-    image = _over(image, np.array(OUTLINE) / 255, cover(distance - 1.4 * edge))
+    image = _over(image, np.array(OUTLINE) / 255, cover(distance - OUTLINE_WIDTH))
     image = _over(image, scenes.colour[:, None, None], cover(distance))
     image = _paint_pattern(image, scenes, distance, u, v, cover)
     has_rim = np.isfinite(scenes.rim[:, 0])[:, None, None, None]
@@ -164,7 +164,7 @@ def object_mask(scenes: Scenes, size: int = 64) -> np.ndarray:
     """Coverage of each pixel by the object with its outline, [B, size, size] in 0..1."""
     edge = 2.0 / size
     distance, _, _ = _object_distance(scenes, size)
-    return np.clip(0.5 - (distance - 1.4 * edge) / edge, 0, 1).astype(np.float32)
+    return np.clip(0.5 - (distance - OUTLINE_WIDTH) / edge, 0, 1).astype(np.float32)
 
 
 def _over(image, colour, alpha):
@@ -249,8 +249,8 @@ def _background(name, size, rng):
     if name in flat:
         return np.clip(mix(rgb(*flat[name]), rgb(*flat[name]) * 0.86, (y + 1) / 2) * shade, 0, 1)
     horizon = rng.uniform(-0.15, 0.15)
-    ground = 1 / (1 + np.exp(-(y - horizon) * size * 0.8))
-    grain = rng.random((size, size))
+    ground = np.clip((y - horizon) * size * 0.25 + 0.5, 0, 1)
+    grain = rng.random((64, 64)).repeat(-(-size // 64), 0).repeat(-(-size // 64), 1)[:size, :size]
     if name == "beach":
         sky = mix(rgb(130, 200, 245), rgb(205, 235, 250), (y + 1) / (1 + horizon))
         sea = rgb(40, 140, 190)

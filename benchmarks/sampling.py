@@ -1,0 +1,183 @@
+"""What a T-LoRA costs while sampling: a bare model, the host's own static LoRA of the same rank, and the T-LoRA.
+
+    python3 tools/host.py bench sampling [--model sdxl-small|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
+
+All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host, Euler
+with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host takes
+to put a static LoRA's weights in place included; "sampling_ratio" leaves that out. "peak_mb" is memory above what the
+loaded bare model takes. Rows: bare; static_lora; tlora, as the pack chooses; tlora_product, its way when memory is short.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+
+# name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance)
+MODELS = {
+    "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 8, 5.0),
+    "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 25, 5.0),
+    "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 8, 1.0),
+    "flux": ("flux", {}, 16, 128, "bfloat16", 25, 1.0),
+}
+
+
+class PeakMemory:
+    """Highest memory in use within the block, above that at its start, in MB."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self):
+        import psutil
+        import torch
+        self.process = psutil.Process()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self.start = torch.cuda.memory_allocated()
+        else:
+            gc.collect()
+            if sys.platform == "linux":
+                ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier run gave back would hide what this one takes
+            self.start = self.highest = self.process.memory_info().rss
+            self.done = threading.Event()
+            self.thread = threading.Thread(target=self._watch)
+            self.thread.start()
+        return self
+
+    def _watch(self):
+        while not self.done.wait(0.005):
+            self.highest = max(self.highest, self.process.memory_info().rss)
+
+    def __exit__(self, *_):
+        import torch
+        if self.cuda:
+            self.highest = torch.cuda.max_memory_allocated()
+        else:
+            self.done.set()
+            self.thread.join()
+        self.mb = (self.highest - self.start) / 2**20
+
+
+class Runs:
+    """The runs of one model. `time(patched)` gives (seconds of loading, seconds of sampling, peak MB)."""
+
+    def __init__(self, name, steps=None):
+        import random_models
+        import torch
+        function, arguments, self.channels, self.size, dtype, default_steps, self.guidance = MODELS[name]
+        self.bare = getattr(random_models, function)(**arguments, dtype=getattr(torch, dtype))
+        self.steps = steps or default_steps
+        self.positive, self.negative = (random_models.conditioning(self.bare, seed=s) for s in (1, 2))
+
+    def time(self, patched):
+        import comfy.model_management as mm
+        import comfy.sample
+        import torch
+        latent = torch.zeros(1, self.channels, self.size, self.size)
+        noise = comfy.sample.prepare_noise(latent, 0)
+        synchronize = torch.cuda.synchronize if self.bare.load_device.type == "cuda" else lambda: None
+        mm.load_models_gpu([self.bare])
+        synchronize()
+        with PeakMemory(self.bare.load_device) as memory:
+            start = time.perf_counter()
+            mm.load_models_gpu([patched])
+            synchronize()
+            loaded = time.perf_counter()
+            comfy.sample.sample(patched, noise, self.steps, self.guidance, "euler", "simple", self.positive, self.negative,
+                                latent, disable_pbar=True, seed=0)
+            synchronize()
+            end = time.perf_counter()
+        return loaded - start, end - loaded, memory.mb
+
+
+def static_lora(model, tlora):
+    """`model` with the host's own loader of the same update, at full rank."""
+    import tempfile
+
+    import comfy.sd
+    import comfy.utils
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        tlora.save(path)
+        return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0)[0]
+
+
+def candidates(runs, ranks, counts):
+    """(row, MODEL) of everything to be compared."""
+    import random_models
+
+    from tlora_core.comfy_host.sampling import apply_tlora
+    yield {"what": "bare"}, runs.bare
+    for rank in ranks:
+        tloras = [random_models.random_tlora(runs.bare, rank, seed=s) for s in range(max(counts))]
+        for count in counts:
+            row = {"rank": rank, "tloras": count, "file_mb": round(sum(x.nbytes for x in tloras[0].layers.values()) / 2**20)}
+            static, auto, product = runs.bare, runs.bare, runs.bare
+            for tlora in tloras[:count]:
+                static, auto = static_lora(static, tlora), apply_tlora(auto, tlora)
+                product = apply_tlora(product, tlora, fold=False)
+            yield {"what": "static_lora", **row}, static
+            yield {"what": "tlora", **row}, auto
+            yield {"what": "tlora_product", **row}, product
+
+
+def measure(name, ranks, counts, rounds, steps=None):
+    import torch
+    runs = Runs(name, steps)
+    with torch.inference_mode():
+        every = list(candidates(runs, ranks, counts))
+        for _, model in every:
+            runs.time(model)  # warms up kernels and caches
+        times = [[] for _ in every]
+        for i in range(rounds):
+            for index in range(len(every)):
+                index = (index + i) % len(every)  # no candidate always follows the same one
+                times[index].append(runs.time(every[index][1]))
+    bare = times[0]
+    rows = []
+    for (row, _), own in zip(every, times):
+        # Each run against the bare one of its own round: what the machine does meanwhile then weighs on both.
+        ratio = statistics.median(sum(a[:2]) / sum(b[:2]) for a, b in zip(own, bare))
+        rows.append({
+            **row, "ratio": round(ratio, 3),
+            "sampling_ratio": round(statistics.median(a[1] / b[1] for a, b in zip(own, bare)), 3),
+            "seconds_per_step": round(statistics.median(a[0] + a[1] for a in own) / runs.steps, 4),
+            "load_seconds": round(statistics.median(a[0] for a in own), 3),
+            "peak_mb": round(statistics.median(a[2] for a in own))})
+    return rows
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="sdxl-small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=numbers, default=[64], help="such as 16,64,128")
+    parser.add_argument("--tloras", type=numbers, default=[1], help="how many at once, such as 1,2,3")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1] + (["--cpu"] if args.device == "cpu" else ["--disable-dynamic-vram"])
+    import comfy.options
+    comfy.options.enable_args_parsing()
+    rows = measure(args.model, args.ranks, args.tloras, args.rounds, args.steps)
+    for row in rows:
+        print("  ".join(f"{k} {v}" for k, v in row.items()))
+    if args.json:
+        print(json.dumps({"model": args.model, "device": args.device, "rounds": args.rounds, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
