@@ -3,7 +3,10 @@ from comfy_api.latest import ComfyExtension
 from typing_extensions import override
 
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
+from .bake import BakeTLoRA
+from .export import ExportTLoRA
 from .prompts import TLoRAPrompts
+from .report import TLoRAInfo
 from .schedule import TLoRASchedulePreview
 from .tiny import TinyBaseModel, TinySampleConcept
 from .train import TrainTLoRAFromImage
@@ -12,8 +15,8 @@ from .train import TrainTLoRAFromImage
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, LoadTLoRA, ApplyTLoRA, SaveTLoRA, TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel,
-                TinySampleConcept]
+        return [TrainTLoRAFromImage, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
+                TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

@@ -1,11 +1,16 @@
 """Load, apply and save a T-LoRA."""
+import logging
+
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..tlora_core.comfy_host.files import lora_names, lora_path, name_of, new_lora_path
+from ..tlora_core.comfy_host.progress import say
 from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.file import TLoRAFile
+from ..tlora_core.comfy_host.targets import target_of
+from ..tlora_core.foreign import load_any
+from ..tlora_core.images import thumbnail as make_thumbnail
 from .sockets import CATEGORY, TLORA, file_name_input, strength_input
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -16,21 +21,37 @@ class LoadTLoRA(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="TLoRALoad", display_name="Load T-LoRA", category=CATEGORY, search_aliases=["lora", "tlora"],
-            description="Loads a T-LoRA file and applies it to a model. Rank, minimum rank and alpha come from the file.",
+            description="Loads a T-LoRA file and applies it to a model: ours, the reference's, LyCORIS' or SimpleTuner's, "
+                        "or a plain LoRA. Rank, minimum rank and alpha come from the file where it holds them.",
             inputs=[
-                io.Combo.Input("file", options=lora_names(), tooltip="A T-LoRA in the loras folder or below it."),
+                io.Combo.Input("file", options=lora_names(), tooltip="A T-LoRA or LoRA in the loras folder or below it."),
                 strength_input(),
                 io.Model.Input("model", optional=True, tooltip="The model to apply it to; leave free to use only the T-LoRA output."),
+                io.Int.Input(
+                    "min_rank", default=-1, min=-1, max=4096, optional=True, advanced=True,
+                    tooltip="Components that stay on at pure noise. -1: as the file says, or half the rank (none masked for "
+                            "a plain LoRA) where it says nothing."),
+                io.Float.Input(
+                    "alpha", default=0.0, min=0.0, max=10.0, step=0.05, optional=True, advanced=True,
+                    tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing."),
             ],
             outputs=[io.Model.Output(tooltip="The model with the T-LoRA."),
-                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save and Schedule Preview.")])
+                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save and Schedule Preview."),
+                     io.String.Output(display_name="report", tooltip="What was matched, what not, and what was assumed.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def execute(cls, file, strength, model=None):
-        tlora = TLoRAFile.load(lora_path(file))
+    def execute(cls, file, strength, model=None, min_rank=-1, alpha=0.0):
+        path = lora_path(file)
+        target = None if model is None else target_of(model)
+        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None)
+        if loaded.unmatched or loaded.notes:
+            logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
+        say(loaded.report, cls.hidden.unique_id)
         if model is None:
-            return io.NodeOutput(ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output."), tlora)
-        return io.NodeOutput(apply_tlora(model, tlora, strength), tlora)
+            blocked = ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output.")
+            return io.NodeOutput(blocked, loaded.tlora, loaded.report)
+        return io.NodeOutput(apply_tlora(model, loaded.tlora, strength), loaded.tlora, loaded.report)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
@@ -67,11 +88,14 @@ class SaveTLoRA(io.ComfyNode):
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."), file_name_input(),
                 io.Combo.Input("dtype", options=list(DTYPES), default="float16",
                                tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact."),
+                io.Image.Input("thumbnail", optional=True,
+                               tooltip="A picture to put into the file, for LoRA managers. All who get the file can see it."),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")])
 
     @classmethod
-    def execute(cls, tlora, file_name, dtype):
+    def execute(cls, tlora, file_name, dtype, thumbnail=None):
+        small = make_thumbnail(thumbnail)
         path = new_lora_path(file_name)
-        tlora.save(path, DTYPES[dtype])
+        tlora.save(path, DTYPES[dtype], small)
         return io.NodeOutput(name_of(path), ui={"tlora_files": [str(path)], "text": [name_of(path)]})

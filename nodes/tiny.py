@@ -19,7 +19,7 @@ class TinyBaseModel(io.ComfyNode):
         return io.Schema(
             node_id="TLoRATinyBaseModel", display_name="Tiny Base Model (T-LoRA)", category=CATEGORY,
             description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA without "
-                        "a download. It draws 128x128 pictures of simple objects; use it with the stock nodes.",
+                        "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
             outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
 
     @classmethod
@@ -47,4 +47,4 @@ class TinySampleConcept(io.ComfyNode):
     def execute(cls, concept, background, place, count, seed):
         found = next(c for c in world.CONCEPTS if c.name == concept)
         scenes = world.concept_scenes(found, count, np.random.default_rng(seed), background, place)
-        return io.NodeOutput(torch.from_numpy(world.render(scenes, tiny_base.SIZE)), found.shape)
+        return io.NodeOutput(torch.from_numpy(world.render(scenes)), found.shape)

@@ -1,16 +1,21 @@
 """The T-LoRA file: exact round trips, a plain LoRA to everyone else, atomic writing, hostile input."""
 
+import base64
 import errno
+import hashlib
+import io
 import json
 import os
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tlora_core import METHODS, LowRank, RankSchedule, TLoRAError, TLoRAFile, make_adapters
+from tlora_core.images import thumbnail
 
 LAYERS = {
     "input_blocks.4.1.transformer_blocks.0.attn1.to_q": (12, 10),
@@ -92,6 +97,27 @@ def test_others_read_a_plain_lora_of_scale_one(saved):
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert metadata["modelspec.trigger_phrase"] == "sks dog" and "sks dog" in metadata["modelspec.title"]
     assert json.loads(metadata["tlora"])["format"] == 1
+
+
+def test_lora_managers_find_the_hash_of_the_tensors(saved):
+    content = saved.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
+    with safe_open(saved, framework="pt") as f:
+        metadata = f.metadata()
+    assert metadata["sshs_model_hash"] == digest and metadata["modelspec.hash_sha256"] == f"0x{digest}"
+    assert "min_rank 2" in metadata["modelspec.description"] and metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_a_thumbnail_is_in_the_file_only_when_given(tmp_path, saved):
+    picture = thumbnail(torch.rand(2, 40, 60, 3))
+    make().save(tmp_path / "a.safetensors", thumbnail=picture)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as f:
+        kind, _, data = f.metadata()["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64" and base64.b64decode(data) == picture
+    assert Image.open(io.BytesIO(picture)).size == (256, 256)
+    with safe_open(saved, framework="pt") as f:
+        assert "modelspec.thumbnail" not in f.metadata()
+    TLoRAFile.load(tmp_path / "a.safetensors")
 
 
 def test_nothing_of_this_machine_is_in_the_file(saved):
@@ -241,6 +267,10 @@ DAMAGE = {
     "layer rank nested": (dict(layers={n: [4] for n in LAYERS}), "metadata says"),
     "layer not stored": (dict(layers={n: 4 for n in [*LAYERS, "x.y"]}), "'lora_unet_x_y.lora_up.weight' is missing"),
     "layer not named": (dict(layers={next(iter(LAYERS)): 4}), "3 of its tensors belong to no layer"),
+    "keys a list": (dict(keys=["a"]), 'no valid "keys"'),
+    "keys of numbers": (dict(keys={next(iter(LAYERS)): 1}), 'no valid "keys"'),
+    "one key for two layers": (dict(keys=dict.fromkeys(LAYERS, "a")), "two of its layers share their tensors"),
+    "a key that is not stored": (dict(keys={next(iter(LAYERS)): "a"}), "'a.lora_up.weight' is missing"),
     "training a list": (dict(training=[]), "training is not a table"),
     "half a pair": (dict(drop=[UP]), "lora_up.weight' is missing"),
     "other half": (dict(drop=[DOWN]), "lora_down.weight' is missing"),
@@ -278,7 +308,7 @@ def test_a_file_cut_anywhere_is_refused(saved):
     content = saved.read_bytes()
     for length in [0, 1, 7, 8, 9, 100, len(content) // 2, len(content) - 1]:
         saved.write_bytes(content[:length])
-        with pytest.raises(TLoRAError, match='"sks dog.safetensors" cannot be read as a safetensors file'):
+        with pytest.raises(TLoRAError, match='"sks dog.safetensors": it cannot be read as a safetensors file'):
             TLoRAFile.load(saved)
 
 
@@ -286,7 +316,7 @@ def test_a_file_cut_anywhere_is_refused(saved):
 def test_other_kinds_of_file_are_refused(tmp_path, content):
     path = tmp_path / "модель.safetensors"
     path.write_bytes(content)
-    with pytest.raises(TLoRAError, match='"модель.safetensors" cannot be read as a safetensors file'):
+    with pytest.raises(TLoRAError, match='"модель.safetensors": it cannot be read as a safetensors file'):
         TLoRAFile.load(path)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from tlora_core import RankSchedule, TLoRAError
 from tlora_core.images import check_images, square, to_tensor
-from tlora_core.plot import loss_curve, schedule_curve
+from tlora_core.plot import _round_ticks, loss_curve, schedule_curve
 
 
 @pytest.mark.parametrize("images, words", [
@@ -47,3 +47,11 @@ def test_schedule_picture_marks_the_samplers_steps():
     mark = (255, 176, 80)
     assert mark not in colours(schedule_curve(schedule))
     assert mark in colours(schedule_curve(schedule, [(0.5, 48)]))
+
+
+@pytest.mark.parametrize("top", [1e-9, 0.0999, 0.1, 1, 5.4, 16.2, 60, 99.99, 100, 123456])
+def test_ticks_of_bars_are_few_and_round(top):
+    ticks = _round_ticks(top)
+    assert 3 <= len(ticks) <= 6 and ticks[0] == (0, "0") and ticks[-1][0] <= top
+    # One digit, 1, 2 or 5, is all there is to the distance.
+    assert f"{ticks[1][0]:e}"[0] in "125" and float(f"{ticks[1][0]:.0e}") == pytest.approx(ticks[1][0])

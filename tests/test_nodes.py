@@ -25,6 +25,9 @@ NODES = {
     "TLoRALoad": "Load T-LoRA",
     "TLoRAApply": "Apply T-LoRA",
     "TLoRASave": "Save T-LoRA",
+    "TLoRAExport": "Export T-LoRA",
+    "TLoRABake": "Bake T-LoRA",
+    "TLoRAInfo": "T-LoRA Info",
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",
@@ -226,6 +229,102 @@ def test_quickstart_trains_saves_and_shows_four_pictures_with_and_four_without(s
         assert len(pictures) == 4 and len(set(pictures)) == 4
 
 
+# --- info and bake ---
+
+
+def test_info_reports_settings_ranks_and_blocks_as_text_and_picture(server, loras, trained):
+    with safe_open(loras / trained[0], framework="pt") as file:
+        recorded = json.loads(file.metadata()["tlora"])["training"]["effective_rank_B"]
+    assert len(recorded) == 88 and all(type(rank) is int and 1 <= rank <= 4 for rank in recorded.values())
+    graph = TinyGraph()
+    info = graph.add("TLoRAInfo", tlora=graph.add("TLoRALoad", file=trained[0], strength=1.0)[1])
+    text, picture = graph.add("PreviewAny", source=info[0]), graph.save(info[1])
+    result = server.run(graph)
+    report = result.outputs[text.id]["text"][0]
+    for words in ("method tlora, rank 4, min_rank 2, alpha 1", "1: 2, 0.75: 2, 0.5: 3, 0.25: 3, 0: 4", "88 layers",
+                  'class word "flower"', f"{min(recorded.values())}/", "\n  middle_block"):
+        assert words in report
+    assert "not recorded" not in report
+    assert pixels(result, picture).shape == (1, 720, 640, 3)
+
+
+def bake(graph, name, mode, **changes):
+    """Bake T-LoRA on a file, in float32 so that nothing is rounded."""
+    inputs = {"mode": mode, "interval_start": 1.0, "interval_end": 0.0, "noise_level": 1.0, "parts": 3,
+              "file_name": f"tests/baked_{mode}", "dtype": "float32", **changes}
+    return graph.add("TLoRABake", tlora=graph.add("TLoRALoad", file=name, strength=1.0)[1], **inputs)
+
+
+@pytest.mark.parametrize("mode", ["timestep", "interval"])
+def test_baked_file_acts_the_same_in_the_hosts_own_loader(server, loras, trained, good, mode):
+    graph = TinyGraph()
+    baking = bake(graph, trained[0], mode)
+    name = server.run(graph).outputs[baking.id]["text"][0]
+    ranks = {tensor.shape[0] for key, tensor in load_file(loras / name).items() if key.endswith("lora_down.weight")}
+    # Two columns a component: at pure noise two components are on, and over the whole interval a third for a while.
+    assert ranks == {"timestep": {4}, "interval": {6}}[mode]
+    with safe_open(loras / name, framework="pt") as file:
+        baked = json.loads(file.metadata()["tlora"])
+    assert baked["method"] == "lora" and baked["training"]["baked"]["mode"] == mode and baked["training"]["steps"] == 3
+    graph = TinyGraph()
+    plain = graph.picture(graph.add("LoraLoaderModelOnly", model=graph.model, lora_name=name, strength_model=1.0)[0])
+    shown = pixels(server.run(graph), plain)
+    bare, adapted = bare_and_adapted(server, name)
+    effect = difference(adapted, bare)
+    assert effect > 2 and difference(shown, adapted) <= 0.05 * effect
+    assert difference(shown, good[1]) > 0.05 * effect, "a constant LoRA is not the T-LoRA"
+
+
+def hooked_picture(graph, start_percents):
+    """A picture like TinyGraph.picture's, of the bare model with plain LoRAs that come on by the host's own hooks.
+
+    start_percents: file -> its percent; None is always on."""
+    hooks = None
+    for name, percent in start_percents.items():
+        hook = graph.add("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)[0]
+        if percent is not None:
+            off = graph.add("CreateHookKeyframe", strength_mult=0.0, start_percent=0.0)[0]
+            on = graph.add("CreateHookKeyframe", strength_mult=1.0, start_percent=percent, prev_hook_kf=off)[0]
+            hook = graph.add("SetHookKeyframes", hooks=hook, hook_kf=on)[0]
+        hooks = hook if hooks is None else graph.add("CombineHooks2", hooks_A=hooks, hooks_B=hook)[0]
+    saved = graph.picture(graph.model)
+    sampler = next(node for node in reversed(graph.values()) if node["class_type"] == "KSampler")["inputs"]
+    props = graph.add("PairConditioningSetProperties", positive_NEW=sampler["positive"], negative_NEW=sampler["negative"],
+                      strength=1.0, set_cond_area="default", hooks=hooks)
+    sampler["positive"], sampler["negative"] = props[0], props[1]
+    return saved
+
+
+def test_split_files_switched_on_by_the_hosts_hooks_are_the_tlora(server, loras, trained, good):
+    graph, before = TinyGraph(), files_below(loras)
+    baking = bake(graph, trained[0], "steps")
+    result = server.run(graph)
+    lines = result.outputs[baking.id]["text"][0].splitlines()
+    names = [line.partition(": ")[0] for line in lines]
+    assert set(names) == files_below(loras) - before and len(result.tlora_files) == 3
+    stem = names[0].removesuffix("part1.safetensors")
+    assert names == [f"{stem}part{part}.safetensors" for part in (1, 2, 3)]
+    assert lines[0].endswith(": always on")
+    percents = [float(re.search(r": start_percent (\S+) \(noise level", line)[1]) for line in lines[1:]]
+    assert percents == [0.5, 0.999]
+    graph = TinyGraph()
+    hooked = hooked_picture(graph, dict(zip(names, (None, *percents))))
+    always = hooked_picture(graph, dict.fromkeys(names))
+    result = server.run(graph)
+    effect = difference(good[1], good[0])
+    assert difference(pixels(result, hooked), good[1]) <= 0.05 * effect
+    assert difference(pixels(result, always), good[1]) > 0.05 * effect, "without keyframes it is a plain LoRA"
+
+
+def test_a_second_bake_into_parts_overwrites_nothing(server, loras, trained):
+    graph = TinyGraph()
+    bakes = [bake(graph, trained[seed], "steps", file_name="tests/twice") for seed in (0, 1)]
+    before = files_below(loras)
+    result = server.run(graph)
+    names = [line.partition(": ")[0] for node in bakes for line in result.outputs[node.id]["text"][0].splitlines()]
+    assert len(set(names)) == 6 and set(names) == files_below(loras) - before
+
+
 # --- cancel ---
 
 
@@ -319,11 +418,20 @@ def preview_of_sigmas_without_a_model():
     return graph
 
 
-def saving_as(name):
+def saving_as(file_name):
     def build():
         graph = TinyGraph()
         tlora = graph.add("TLoRALoad", file="tests/good.safetensors", strength=1.0)[1]
-        graph.add("TLoRASave", tlora=tlora, file_name=name, dtype="float16")
+        graph.add("TLoRASave", tlora=tlora, file_name=file_name, dtype="float16")
+        return graph
+    return build
+
+
+def baking(**changes):
+    """A case: the good file baked with these inputs."""
+    def build():
+        graph = TinyGraph()
+        bake(graph, "tests/good.safetensors", **{"mode": "interval", **changes})
         return graph
     return build
 
@@ -339,10 +447,10 @@ BAD = {
     "no token and no class word": (bad_training(token=" ", class_word=""), "token and class_word are both empty"),
     "resolution that the VAE cannot encode": (bad_training(resolution=68), "resolution is 68; set it to a multiple of 8"),
     "unsupported model": (bad_training(model=diffusion_transformer), "model is a SD3, which .* training does not support"),
-    "file that is a plain LoRA": (load_of("tests/plain.safetensors"), '"plain.safetensors": it has no T-LoRA metadata'),
-    "file that is cut off": (load_of("tests/cut.safetensors"), '"cut.safetensors" cannot be read as a safetensors file'),
-    "file that is a pickle": (load_of("tests/pickle.safetensors"), '"pickle.safetensors" cannot be read as a safetensors'),
-    "file that is empty": (load_of("tests/empty.safetensors"), '"empty.safetensors" cannot be read as a safetensors file'),
+    "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),
+    "file that is cut off": (load_of("tests/cut.safetensors"), '"cut.safetensors": it cannot be read as a safetensors file'),
+    "file that is a pickle": (load_of("tests/pickle.safetensors"), '"pickle.safetensors": it cannot be read as a safetensors'),
+    "file that is empty": (load_of("tests/empty.safetensors"), '"empty.safetensors": it cannot be read as a safetensors file'),
     "no prompts": (single("TLoRAPrompts", prompts=" \n\n", subject="sks dog"), "prompts is empty; write at least one line"),
     "sigmas without their model": (preview_of_sigmas_without_a_model, "model is not connected"),
     "preview with min_rank above rank": (single("TLoRASchedulePreview", rank=4, min_rank=5, alpha=1.0), "min_rank is 5"),
@@ -351,6 +459,9 @@ BAD = {
     "file at an absolute path": (saving_as(str(OUTSIDE / "x")), "which leaves the loras folder"),
     "file up and down again": (saving_as("a/../../x"), "which leaves the loras folder"),
     "file without a name": (saving_as("tests/"), 'file_name is "tests/"; give a name'),
+    "baking into a folder above": (baking(file_name="../x"), "which leaves the loras folder"),
+    "baking without a name": (baking(mode="steps", file_name="tests/"), 'file_name is "tests/"; give a name'),
+    "more parts than components": (baking(mode="steps", parts=4), "parts is 4; set it to a whole number from 2 to 3"),
 }
 
 
@@ -482,12 +593,13 @@ def small_files(server, folder: Path):
 
 
 @pytest.mark.parametrize("obstacle", [small_disk, small_files])
-@pytest.mark.parametrize("what", ["training", "saving"])
+@pytest.mark.parametrize("what", ["training", "saving", "baking"])
 @pytest.mark.usefixtures("bad_files")
 def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, loras, good, trained, obstacle, what):
     folder = loras / f"{obstacle.__name__}_{what}"
     folder.mkdir(exist_ok=True)
-    case = {"training": bad_training(file_name=f"{folder.name}/x"), "saving": saving_as(f"{folder.name}/x")}[what]
+    cases = {"training": bad_training, "saving": saving_as, "baking": baking}
+    case = cases[what](file_name=f"{folder.name}/x")
     with obstacle(server, folder):
         message = error_of(server, case())
         left = files_below(folder)

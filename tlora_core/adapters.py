@@ -71,6 +71,14 @@ class LowRank:
         dtype = self.up.dtype if dtype is None else dtype
         return LowRank(self.up.to(device, dtype), self.down.to(device, dtype), self.group)
 
+    def balanced(self) -> "LowRank":
+        """The same update, each column of up as long as its row of down, so that both use the range of a half precision
+        format alike. A column whose product is zero stays as it is."""
+        up_norm, down_norm = self.up.norm(dim=0), self.down.norm(dim=1)
+        balance = (down_norm / up_norm).sqrt()
+        balance = torch.where((up_norm > 0) & (down_norm > 0), balance, 1.0)
+        return LowRank(self.up * balance, self.down / balance[:, None], self.group)
+
 
 class Adapter(nn.Module):
     """Common part of the adapters; see the module's docstring for the contract."""
@@ -86,16 +94,9 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def detach(self) -> LowRank:
-        """The update as it stands, in float32 and apart from the parameters.
-
-        Each column of up and its row of down get equal norms, so that both use the range of a half
-        precision format alike. A column whose product is zero stays as it is.
-        """
+        """The update as it stands, balanced, in float32 and apart from the parameters."""
         up, down = (factor.float().clone() for factor in self.factors())
-        up_norm, down_norm = up.norm(dim=0), down.norm(dim=1)
-        balance = (down_norm / up_norm).sqrt()
-        balance = torch.where((up_norm > 0) & (down_norm > 0), balance, 1.0)
-        return LowRank(up * balance, down / balance[:, None], self.group)
+        return LowRank(up, down, self.group).balanced()
 
 
 class LoRAAdapter(Adapter):

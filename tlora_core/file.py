@@ -3,15 +3,17 @@
 The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight`
 and `.alpha` (the stored rank, so the scale is 1). A program that knows nothing of timesteps reads the
 full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again: the fields of
-TLoRAFile, with the rank of each layer in place of its tensors.
+TLoRAFile, with the rank of each layer in place of its tensors. `docs/FILE_FORMAT.md` is the specification.
 """
 
+import base64
+import hashlib
 import json
 import os
 import re
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +24,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
+from .container import check_header, one_line
 from .errors import TLoRAError
+from .names import diffusers_name, family_of
 from .schedule import RankSchedule
 from .version import __version__
 
 FORMAT_VERSION = 1
 METADATA_KEY = "tlora"
+HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
-_ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sdxl": "stable-diffusion-xl-v1-base", "flux": "flux-1-dev"}
+# base_model -> kohya's ss_base_model_version and ModelSpec's architecture
+_ARCHITECTURES = {
+    "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd20": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    "flux": ("flux1", "flux-1-dev/lora"),
+    "fluxschnell": ("flux1", "flux-1-schnell/lora"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,23 +82,26 @@ class TLoRAFile:
         """The schedule of one layer, whose own rank may be smaller than the file's."""
         return self.schedule.for_rank(self.layers[name].rank)
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
         """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
 
+        thumbnail: a small JPEG that LoRA managers show; everyone who gets the file can see it.
         Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
         """
         path = Path(path)
         if dtype not in DTYPES.values():
             raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
         tensors: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            stored = layer.to("cpu", dtype)
+        for name, key in stored_keys(self.layers).items():
+            stored = self.layers[name].to("cpu", dtype)
             _require_finite(name, stored)
-            key = layer_key(name)
             tensors[key + _UP] = stored.up.detach().contiguous()
             tensors[key + _DOWN] = stored.down.detach().contiguous()
             tensors[key + _ALPHA] = torch.tensor(float(stored.up.shape[1]))
-        _write(path, tensors, _metadata(self))
+        metadata = _metadata(self)
+        if thumbnail is not None:
+            metadata["modelspec.thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(thumbnail).decode()
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "TLoRAFile":
@@ -101,7 +116,7 @@ class TLoRAFile:
             raise TLoRAError(f'"{path.name}": {error}') from error
         except (OSError, SafetensorError) as error:
             raise TLoRAError(
-                f'"{path.name}" cannot be read as a safetensors file ({error}); '
+                f'"{path.name}": it cannot be read as a safetensors file ({one_line(error)}); '
                 "check that it is there and complete, or get it again."
             ) from error
 
@@ -109,6 +124,23 @@ class TLoRAFile:
 def layer_key(name: str) -> str:
     """kohya's name of the layer at a module path."""
     return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
+
+
+def stored_keys(layers: Mapping[str, LowRank]) -> dict[str, str]:
+    """The name in the file of each layer: kohya's; but kohya's have none for the parts of FLUX's fused modules, so where all
+    layers of a file with parts have one in OneTrainer's naming, which ComfyUI and diffusers read too, they get that."""
+    names = {name: _onetrainer_key(name, layer) for name, layer in layers.items()}
+    if any("@" in name for name in layers) and all(names.values()):
+        return names
+    return {name: layer_key(name) for name in layers}
+
+
+def _onetrainer_key(name: str, layer: LowRank) -> str | None:
+    path, row = split_name(name)
+    part, beyond = divmod(row, layer.down.shape[1])
+    named = diffusers_name(path, part if "@" in name else None)
+    is_named = named is not None and not beyond and family_of(path) == "flux"
+    return "lora_transformer_" + named.replace(".", "_") if is_named else None
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -169,33 +201,60 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
         "class_word": file.class_word,
         "training": dict(file.training),
         "layers": {name: layer.rank for name, layer in file.layers.items()},
+        "keys": {name: key for name, key in stored_keys(file.layers).items() if key != layer_key(name)},
     }
     try:
         text = json.dumps(content, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TLoRAError(f"A training parameter cannot be written as JSON ({error}); pass plain values.") from error
-    stored_rank = str(file.schedule.rank * METHODS[file.method].group)
+    return {METADATA_KEY: text, **plain_metadata(file, file.schedule.rank * METHODS[file.method].group)}
+
+
+def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
+    """What LoRA managers show of a file: kohya's `ss_` keys and those of Stability's ModelSpec 1.0.0."""
     phrase = f"{file.token} {file.class_word}".strip()
+    s = file.schedule
     metadata = {
-        METADATA_KEY: text,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": stored_rank,
-        "ss_network_alpha": stored_rank,
+        "ss_network_dim": str(stored_rank),
+        "ss_network_alpha": str(stored_rank),
+        "sshs_model_hash": HASH_TO_COME,
         "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.title": f"{phrase} T-LoRA".strip(),
+        "modelspec.description": f"{file.method}, rank {s.rank}, min_rank {s.min_rank}, alpha {s.alpha:g}. "
+        "A program that knows nothing of timesteps applies the full rank at all of them.",
+        "modelspec.hash_sha256": f"0x{HASH_TO_COME}",
         "modelspec.trigger_phrase": phrase,
+        "modelspec.tags": "t-lora",
     }
     if file.base_model in _ARCHITECTURES:
-        metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model] + "/lora"
+        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model]
     return metadata
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, all of it or nothing, with the hash of its tensors where metadata has HASH_TO_COME.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, dict(metadata))
+        _fill_in_hash(temporary)
+
+    write_whole(path, write)
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes a file by `write(temporary path)`. A file already there is replaced at once or not at all.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
     # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
     # that no file picker offers it.
     temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
     try:
-        save_file(tensors, temporary, metadata)
+        write(temporary)
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -208,20 +267,45 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
         temporary.unlink(missing_ok=True)
 
 
+def _fill_in_hash(path: Path) -> None:
+    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME."""
+    with open(path, "r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        # The hash is as long as what stood in its place, so nothing moves.
+        file.seek(8)
+        file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))
+
+
 def _read(path: Path) -> TLoRAFile:
     if not path.is_file():
         raise TLoRAError("there is no such file; choose one from the list or check the folder.")
+    check_header(path)
     with safe_open(path, framework="pt") as opened:
         content = _parse(opened.metadata() or {})
         ranks = _field(content, "layers", dict)
+        names = _names_in_file(content, ranks)
         keys = set(opened.keys())
-        layers = {name: _read_layer(opened, keys, name, rank, content) for name, rank in ranks.items()}
-        unnamed = keys - {layer_key(name) + part for name in ranks for part in (_UP, _DOWN, _ALPHA)}
+        layers = {name: _read_layer(opened, keys, names[name], name, rank, content) for name, rank in ranks.items()}
+        unnamed = keys - {key + part for key in names.values() for part in (_UP, _DOWN, _ALPHA)}
     if unnamed:
         raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
     schedule = RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")))
     rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
     return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+
+
+def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, str]:
+    """The name in the file of each layer. Files may tell it for some layers; the others have kohya's."""
+    told = content.get("keys", {})
+    if not isinstance(told, dict) or not all(isinstance(key, str) for key in told.values()):
+        raise TLoRAError('its T-LoRA metadata has no valid "keys"; get the file again.')
+    names = {name: told.get(name, layer_key(name)) for name in ranks}
+    if len(set(names.values())) != len(names):
+        raise TLoRAError("two of its layers share their tensors; get the file again.")
+    return names
 
 
 def _parse(metadata: dict[str, str]) -> dict[str, Any]:
@@ -256,9 +340,10 @@ def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
     return content[name]
 
 
-def _read_layer(opened: Any, keys: set[str], name: str, rank: object, content: dict[str, Any]) -> LowRank:
+def _read_layer(
+    opened: Any, keys: set[str], key: str, name: str, rank: object, content: dict[str, Any]
+) -> LowRank:
     group = METHODS[content["method"]].group
-    key = layer_key(name)
     tensors = []
     for part in (_UP, _DOWN, _ALPHA):
         if key + part not in keys:

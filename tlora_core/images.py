@@ -1,4 +1,6 @@
 """Pictures in and out of training: checked, cut square and resized as the paper does; loss and schedule as pictures."""
+import io
+
 import numpy as np
 import torch
 from PIL import Image
@@ -36,6 +38,16 @@ def square(images: Tensor, resolution: int) -> Tensor:
     pictures = (crops.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
     resized = [Image.fromarray(p).resize((resolution, resolution), Image.Resampling.LANCZOS) for p in pictures]
     return torch.from_numpy(np.stack([np.asarray(p) for p in resized]).astype(np.float32) / 255)
+
+
+def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
+    """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images does."""
+    if images is None:
+        return None
+    picture = square(check_images(images, "thumbnail")[:1], side)[0]
+    written = io.BytesIO()
+    Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(written, "JPEG", quality=85)
+    return written.getvalue()
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

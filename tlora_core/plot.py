@@ -1,4 +1,5 @@
-"""Two small pictures, drawn with Pillow: the loss of a training, and a rank schedule with a sampler's steps on it."""
+"""Small pictures, drawn with Pillow: the loss of a training, a rank schedule with a sampler's steps on it, bars."""
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -80,3 +81,39 @@ def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = 
         axes.draw.line([(x, axes.bottom), (x, y)], _FAINT)
         axes.dot(u, rank, _MARK)
     return axes.image
+
+
+def bar_chart(labels: Sequence[str], values: Sequence[float], title: str, x_label: str,
+              spans: Sequence[tuple[float, float]] = (), dots: Sequence[float | None] = (),
+              size: tuple[int, int] = (640, 240)) -> Image.Image:
+    """A bar for each value, with a thin line over its span (low, high) and a dot, where given. Of many labels every
+    second, third and so on is drawn, so that they do not touch."""
+    top = max([*values, *(high for _, high in spans), *(dot for dot in dots if dot is not None)]) * 1.08 or 1.0
+    every = -(-30 * len(labels) // size[0])
+    ticks = [(i + 0.5, label) for i, label in enumerate(labels) if i % every == 0]
+    axes = _Axes(size, (0, len(labels)), (0, top), title, x_label, ticks, _round_ticks(top))
+    for i, value in enumerate(values):
+        axes.draw.rectangle([axes.xy(i + 0.2, value), axes.xy(i + 0.8, 0)], _LINE)
+    for i, (low, high) in enumerate(spans):
+        axes.line([(i + 0.5, low), (i + 0.5, high)], _TEXT, 2)
+    for i, dot in enumerate(dots):
+        if dot is not None:
+            axes.dot(i + 0.5, dot, _MARK)
+    return axes.image
+
+
+def _round_ticks(top: float) -> list[tuple[float, str]]:
+    """At most six ticks from 0 to top, one, two or five times a power of ten apart."""
+    power = 10.0 ** math.floor(math.log10(top) - 1)
+    step = next(step for step in (power * k for k in (1, 2, 5, 10, 20)) if top / step < 6)
+    return [(step * k, f"{step * k:g}") for k in range(int(top / step) + 1)]
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one width, one below the other."""
+    whole = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)))
+    y = 0
+    for picture in pictures:
+        whole.paste(picture, (0, y))
+        y += picture.height
+    return whole

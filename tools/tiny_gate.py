@@ -59,10 +59,10 @@ class HostSampler:
         self.model, self.clip, self.vae = model, clip, vae
 
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
-        """[count, 128, 128, 3] in 0..1."""
+        """[count, 64, 64, 3] in 0..1."""
         import comfy.sample
         positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (prompt, ""))
-        latent = torch.zeros(count, LATENT_CHANNELS, 16, 16)
+        latent = torch.zeros(count, LATENT_CHANNELS, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
         output = comfy.sample.sample(model or self.model, noise, 20, 4.0, "euler", "normal", positive, negative, latent,
                                      disable_pbar=True, seed=seed)
@@ -86,22 +86,22 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
     return {k: (guess[k] == target).float().mean().item() for k, target in attributes(scenes).items()}, pictures
 
 
-def lora_likeness(host: HostSampler, concept: world.Concept, steps: int = 300) -> dict[str, float]:
+def lora_likeness(host: HostSampler, concept: world.Concept, steps: int = 400) -> dict[str, float]:
     """Distances from the concept under the training prompt: "lora" after a plain LoRA learnt it from one picture, "base"
     before, and "ceiling", the training picture itself seen through the autoencoder."""
     from tlora_core.comfy_host.personalize import TrainRequest, encode_images, train_from_images
     from tlora_core.comfy_host.sampling import apply_tlora
     from tlora_core.trainer import TrainConfig
     scenes = world.concept_scenes(concept, 1, np.random.default_rng(0), "beach", "centre")
-    image = torch.from_numpy(world.render(scenes, 128))
-    request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=128, min_rank=16,
-                           config=TrainConfig(steps=steps, learning_rate=1e-3, batch_size=4))
+    image = torch.from_numpy(world.render(scenes))
+    request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=64, min_rank=16,
+                           config=TrainConfig(steps=steps, learning_rate=3e-3, batch_size=4))
     trained = train_from_images(host.model, host.clip, host.vae, image, request, lambda step, loss: None)
     distance = ConceptMatcher(concept).distance
     patched = apply_tlora(host.model, trained.tlora)
     return {"lora": distance(host.sample(request.prompt, seed=1, model=patched, count=2)).mean().item(),
             "base": distance(host.sample(request.prompt, seed=1, count=2)).mean().item(),
-            "ceiling": distance(host.vae.decode(encode_images(host.vae, image, 128))).item()}
+            "ceiling": distance(host.vae.decode(encode_images(host.vae, image, 64))).item()}
 
 
 def reproduces(distances: dict[str, float]) -> bool:

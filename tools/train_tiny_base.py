@@ -3,7 +3,7 @@
     python3 tools/host.py python tools/train_tiny_base.py --work FOLDER [--stage all] [--device cpu]
 
 Every stage is seeded, saves its progress in the work folder every minute and goes on from there when started again.
-Stages: data, latents, decoder, text, base, scorer, export, gate; `all` runs them in this order.
+Stages: data, autoencoder, latents, text, base, scorer, export, gate; `all` runs them in this order.
 """
 import argparse
 import json
@@ -29,9 +29,9 @@ from tlora_core.tiny.tokenizer import padded_ids
 torch.set_flush_denormal(True)  # tiny activations are ten times slower otherwise; worker threads inherit it from here
 
 SCENES = 40_000
-DECODER_SCENES = 3_000  # of the world, and as many odd ones
-SIZE, HALF, CELLS = 128, 64, 16
-BATCH = 24  # of each process
+ODD_SCENES = 6_000  # for the autoencoder alone
+SIZE, CELLS = 64, 8
+BATCH = 32  # of each process
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights
 
 
@@ -62,26 +62,36 @@ def save_state(path: Path, **state):
 
 
 def stage_data(work: Path, args):
-    """Draw the training pictures at half size and their object masks once; captions are made anew at every use."""
+    """Draw the training pictures and their object masks once; captions are made anew at every use."""
     if (work / "scenes.pt").exists():
         return
-    scenes = world.sample_scenes(SCENES, np.random.default_rng(args.seed))
-    parts, progress = [take(scenes, slice(i, i + 100)) for i in range(0, SCENES, 100)], Progress("draw", SCENES // 100)
-    pictures, masks = [], []
-    with multiprocessing.Pool(args.processes) as pool:
-        for i, (picture, mask) in enumerate(pool.imap(draw, parts)):
-            pictures.append(picture)
-            masks.append(mask)
-            progress.step(i)
-    np.save(work / "pictures.npy", np.concatenate(pictures))
-    np.save(work / "masks.npy", np.concatenate(masks))
+    rng = np.random.default_rng(args.seed)
+    scenes = world.sample_scenes(SCENES, rng)
+    pictures, masks = draw(scenes, args.processes, "draw")
+    # Objects of any colour with a rim and a core: the autoencoder must hold what no training object of the base has.
+    odd = world.sample_scenes(ODD_SCENES, rng)
+    odd.colour, odd.rim, odd.core = (rng.random((ODD_SCENES, 3)) for _ in range(3))
+    np.save(work / "odd.npy", draw(odd, args.processes, "draw odd ones")[0])
+    np.save(work / "pictures.npy", pictures)
+    np.save(work / "masks.npy", masks)
     save_state(work / "scenes.pt", scenes=scenes.__dict__)
 
 
-def draw(scenes: world.Scenes):
-    """Pictures as bytes [B, 64, 64, 3] and the object's share of each latent cell, [B, 16, 16]."""
-    masks = world.object_mask(scenes, HALF).reshape(-1, CELLS, HALF // CELLS, CELLS, HALF // CELLS)
-    return np.round(world.render(scenes, HALF) * 255).astype(np.uint8), masks.mean((2, 4)).astype(np.float16)
+def draw(scenes: world.Scenes, processes: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures as bytes [B, 64, 64, 3] and the object's share of each latent cell [B, 8, 8]."""
+    parts = [take(scenes, slice(i, i + 100)) for i in range(0, len(scenes), 100)]
+    done, progress = [], Progress(what, len(parts))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for i, part in enumerate(pool.imap(draw_part, parts)):
+            done.append(part)
+            progress.step(i)
+    pictures, masks = zip(*done)
+    return np.concatenate(pictures), np.concatenate(masks)
+
+
+def draw_part(scenes: world.Scenes):
+    masks = world.object_mask(scenes, SIZE).reshape(-1, CELLS, SIZE // CELLS, CELLS, SIZE // CELLS).mean((2, 4))
+    return np.round(world.render(scenes, SIZE) * 255).astype(np.uint8), masks.astype(np.float16)
 
 
 def take(scenes: world.Scenes, rows) -> world.Scenes:
@@ -103,57 +113,69 @@ def set_rate(optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def odd_pictures(count: int, rng: np.random.Generator, size: int) -> torch.Tensor:
-    """Objects of any colour with a rim and a core: the autoencoder must hold what no training object of the base has, as
-    a real base model's does."""
-    scenes = world.sample_scenes(count, rng)
-    scenes.colour, scenes.rim, scenes.core = (rng.random((count, 3)) for _ in range(3))
-    return to_tensor(np.round(world.render(scenes, size) * 255).astype(np.uint8), "cpu")
+def stage_autoencoder(work: Path, args):
+    """L1 reconstruction with noise on the latent, so that the decoder forgives a small error of the diffusion model.
 
-
-def stage_latents(work: Path, args):
-    """Fit the autoencoder's linear part and encode every picture once."""
-    if (work / "latents.pt").exists():
-        return
-    pictures = np.load(work / "pictures.npy", mmap_mode="r")
-    model = TinyAutoencoder()
-    model.fit(torch.cat([to_tensor(pictures[:4000], "cpu"), odd_pictures(2000, np.random.default_rng((args.seed, 6)), HALF)]))
-    save_state(work / "autoencoder.pt", model=model.state_dict())
-    latents = [model.encode_half(to_tensor(pictures[i:i + 500], "cpu")).half() for i in range(0, SCENES, 500)]
-    save_state(work / "latents.pt", latents=torch.cat(latents))
-
-
-def stage_decoder(work: Path, args):
-    """L1 reconstruction at full size from latents with a little noise, so that the decoder forgives a small error of the
-    diffusion model. Half of each batch are odd pictures."""
-    path, batch, total = work / "decoder.pt", 16, args.decoder_steps
-    if path.exists():
-        return
+    Half of each batch are odd objects of any colour with a rim and a core, some with their colour channels mixed at
+    random: the autoencoder must hold what no training object of the base has, as a real base model's does.
+    """
+    path, total, batch = work / "autoencoder.pt", args.autoencoder_steps, 16
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng((args.seed, 1))
-    pool = torch.cat([to_tensor(np.round(world.render(world.sample_scenes(DECODER_SCENES, rng), SIZE) * 255).astype(np.uint8),
-                                "cpu"), odd_pictures(DECODER_SCENES, rng, SIZE)])
-    model = load_autoencoder(work, args.device)
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), 2e-3, weight_decay=1e-4)
-    progress = Progress("decoder", total)
-    for step in range(total):
-        pixels = pool[rng.integers(len(pool), size=batch)].to(args.device)
+    model = TinyAutoencoder().to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
+    first = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    pictures, odd = np.load(work / "pictures.npy", mmap_mode="r"), np.load(work / "odd.npy")
+    progress = Progress("autoencoder", total, first)
+    for step in range(first, total):
+        rng = np.random.default_rng((args.seed, 1, step))
+        pixels = to_tensor(np.concatenate([pictures[np.sort(rng.integers(SCENES, size=batch // 2))],
+                                           odd[rng.integers(ODD_SCENES, size=batch // 2)]]), args.device)
+        mix = torch.from_numpy(rng.dirichlet(np.full(3, 0.5), (batch // 8, 3))).to(pixels)
+        pixels[-(batch // 8):] = torch.einsum("bij,bjhw->bihw", mix, pixels[-(batch // 8):])
+        set_rate(optimizer, warm_stable_decay(step, total, 1e-3))
         latent = model.encode(pixels)
-        output = model.decode(latent + rng.uniform(0, 0.1) * torch.randn_like(latent))
-        loss = (output - pixels).abs().mean()
-        set_rate(optimizer, warm_stable_decay(step, total, 2e-3, warmup=50))
+        noise = torch.from_numpy(rng.standard_normal(latent.shape)).to(latent)
+        output = model.decode(latent + 0.05 * noise)
+        loss = (output - pixels).abs().mean() + 1e-3 * latent.square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        progress.step(step, loss=loss.item(), psnr=-10 * math.log10(float((output - pixels).detach().square().mean()) / 4))
-    save_state(path, model=model.state_dict())
+        psnr = -10 * math.log10(float((output - pixels).detach().square().mean()) / 4)
+        if progress.step(step, loss=loss.item(), psnr=psnr) or step + 1 == total:
+            save_state(path, model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+    return model
+
+
+@torch.no_grad()
+def stage_latents(work: Path, args):
+    """Fix the autoencoder's scale (zero mean, unit variance a channel) and encode every picture once."""
+    if (work / "latents.pt").exists():
+        return
+    model = load_autoencoder(work, args.device)
+    pictures = np.load(work / "pictures.npy", mmap_mode="r")
+    progress = Progress("encode", SCENES)
+    raw = []
+    for i in range(0, SCENES, 200):
+        raw.append(model.encode(to_tensor(pictures[i:i + 200], args.device)).cpu())
+        progress.step(i + 199)
+    raw = torch.cat(raw)
+    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
+    state = torch.load(work / "autoencoder.pt", weights_only=True)
+    state["model"]["latent_mean"], state["model"]["latent_std"] = mean, std
+    save_state(work / "autoencoder.pt", **state)
+    latents = (raw - mean[:, None, None]) / std[:, None, None]
+    save_state(work / "latents.pt", latents=latents.half())
 
 
 def load_autoencoder(work: Path, device):
-    path = next(work / name for name in ("decoder.pt", "autoencoder.pt") if (work / name).exists())
     model = TinyAutoencoder().to(device)
-    model.load_state_dict(torch.load(path, weights_only=True, map_location=device)["model"])
+    model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True, map_location=device)["model"])
     return model.eval()
 
 
@@ -198,15 +220,18 @@ def clone_before_norms(text):
 def noise_loss(error, sigma, mask):
     """Weighted MSE of the predicted noise, [B, C, H, W], at `sigma` [B].
 
-    Three times heavier on the object; plus the same error averaged over cells of 2x2 to 16x16, each weighted so that white
-    noise would count the same, as what a noisy latent still shows lies in those averages. The weight over timesteps is that
+    Heavier on the object and most on its edge, where all that tells one shape from another lies; plus the same error averaged
+    over 2x2 and 4x4 cells, weighted so that white noise would count half, as what a noisy latent still shows lies in such
+    averages. The weight over timesteps is that
     of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what the object is, is settled where sigma
     is 1 to 10, and plain MSE of the noise gives a picture's error there a hundredth of its weight elsewhere.
     """
-    heavy = 1 + 2 * mask
-    loss = (error.square() * heavy).mean((1, 2, 3)) / heavy.mean((1, 2, 3))
-    for k in (2, 4, 8, 16):
-        loss = loss + 0.25 * k * k * avg_pool2d(error, k).square().mean((1, 2, 3))
+    blurred = avg_pool2d(mask, 3, stride=1, padding=1)
+    heavy = 1 + 2 * mask + 6 * (4 * blurred * (1 - blurred))
+    heavy = heavy / heavy.mean((1, 2, 3), keepdim=True)
+    loss = (error.square() * heavy).mean((1, 2, 3))
+    for k in (2, 4):
+        loss = loss + 0.5 * k * k * (avg_pool2d(error, k).square() * avg_pool2d(heavy, k)).mean((1, 2, 3))
     return (loss * (1 + (sigma / 0.5).square()).clamp(max=50)).mean()
 
 
@@ -323,8 +348,8 @@ def stage_scorer(work: Path, args):
         rows = np.sort(rng.integers(SCENES, size=batch))
         pixels = to_tensor(pictures[rows], args.device)
         with torch.no_grad():
-            latent = autoencoder.encode_half(pixels[::4])
-            pixels[::4] = avg_pool2d(autoencoder.decode(latent + 0.15 * torch.randn_like(latent)), 2)
+            latent = autoencoder.encode(pixels[::4])
+            pixels[::4] = autoencoder.decode(latent + 0.15 * torch.randn_like(latent))
         logits = model(pixels + 0.03 * torch.randn_like(pixels))
         target = {k: v.to(args.device) for k, v in attributes(scenes, rows).items()}
         loss = sum(cross_entropy(logits[name], target[name], label_smoothing=0.02) for name in target)
@@ -361,8 +386,8 @@ def stage_gate(work: Path, args):
     save_grid(drawn[:48], work / "gate.png")
 
 
-STAGES = {"data": stage_data, "latents": stage_latents, "decoder": stage_decoder, "text": stage_text, "base": stage_base,
-          "scorer": stage_scorer, "export": stage_export, "gate": stage_gate}
+STAGES = {"data": stage_data, "autoencoder": stage_autoencoder, "latents": stage_latents, "text": stage_text,
+          "base": stage_base, "scorer": stage_scorer, "export": stage_export, "gate": stage_gate}
 
 
 def main():
@@ -371,7 +396,7 @@ def main():
     parser.add_argument("--stage", default="all", choices=["all", *STAGES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
+    parser.add_argument("--autoencoder-steps", type=int, default=4300)
     parser.add_argument("--scorer-steps", type=int, default=1500)
     parser.add_argument("--gate-pictures", type=int, default=200)
     parser.add_argument("--output", type=Path, default=WEIGHTS)

@@ -6,11 +6,12 @@ import folder_paths
 from ..errors import TLoRAError
 
 EXTENSION = ".safetensors"
+READABLE = (EXTENSION, ".pt")  # the reference writes FLUX checkpoints as lora.pt
 
 
 def lora_names() -> list[str]:
-    """The safetensors files of the loras folders, with their sub-folders, as the host lists them."""
-    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(EXTENSION)]
+    """The files of the loras folders that may be a LoRA, with their sub-folders, as the host lists them."""
+    return [name for name in folder_paths.get_filename_list("loras") if name.endswith(READABLE)]
 
 
 def lora_path(name: str) -> Path:

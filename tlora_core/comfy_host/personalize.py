@@ -10,6 +10,7 @@ from ..adapters import METHODS, make_adapters
 from ..errors import TLoRAError
 from ..file import TLoRAFile
 from ..images import check_images, square
+from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
 from ..trainer import TrainConfig, TrainingDiverged, train
 from .noise import domain, noise_level
@@ -89,7 +90,8 @@ def train_from_images(model: ModelPatcher, clip: CLIP, vae: VAE, images: Tensor,
         schedule=request.schedule, num_timesteps=num_timesteps, noise_domain=domain(sampling),
         base_model=type(model.model.model_config).__name__.lower(), token=request.token, class_word=request.class_word,
         training={**asdict(request.config), "start": request.start, "resolution": request.resolution,
-                  "images": len(images), "steps_done": stopped.kept_step if stopped else len(losses)})
+                  "images": len(images), "steps_done": stopped.kept_step if stopped else len(losses),
+                  B_KEY: effective_rank_of_b(adapters)})
     return Trained(tlora, losses, stopped)
 
 

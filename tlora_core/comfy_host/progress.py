@@ -14,6 +14,13 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
+def say(text: str, node_id: str | None) -> None:
+    """Shows text on the node, where there is one and a page to show it on."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
+
+
 class Progress:
     """Call `update` after each step. It raises the host's interrupt when the user has pressed cancel."""
 
@@ -30,10 +37,5 @@ class Progress:
             self.shown = now
             preview = ("JPEG", self.picture(), None)
             left = (now - self.began) / step * (self.total - step)
-            self._say(f"step {step} of {self.total}, {text}, {duration(left)} left")
+            say(f"step {step} of {self.total}, {text}, {duration(left)} left", self.node_id)
         self.bar.update_absolute(step, self.total, preview)
-
-    def _say(self, text: str) -> None:
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self.node_id is not None:
-            server.send_progress_text(text, self.node_id)

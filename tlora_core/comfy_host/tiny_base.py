@@ -16,13 +16,12 @@ from comfy.ldm.models.autoencoder import AutoencoderKL
 from ..tiny.autoencoder import LATENT_CHANNELS, TinyAutoencoder
 from ..tiny.tokenizer import END, MAX_TOKENS, PAD, START, VOCABULARY_SIZE, WordTokenizer
 
-SIZE = 128  # of the pictures it was trained on
 TEXT_WIDTH = 128
-NORM_GROUP_WIDTH = 16
+NORM_GROUPS = 8
 UNET_CONFIG = {
-    "image_size": 16, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "model_channels": 32,
-    "channel_mult": [1, 3, 4], "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 1],
-    "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "image_size": 8, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "model_channels": 96,
+    "channel_mult": [1, 1], "num_res_blocks": [1, 1], "transformer_depth": [1, 2],
+    "transformer_depth_middle": 2, "transformer_depth_output": [1, 1, 2, 2],
     "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": TEXT_WIDTH,
     "num_classes": "sequential", "adm_in_channels": TEXT_WIDTH + 6 * 256, "use_temporal_attention": False,
     "use_temporal_resblock": False, "legacy": False,
@@ -34,8 +33,7 @@ TEXT_CONFIG = {
 
 
 class TinyLatent(comfy.latent_formats.LatentFormat):
-    """Latents, whose largest channel has unit variance, are halved before noising, so that at the last timestep noise hides
-    even their mean."""
+    """Latents of unit variance are halved before noising, so that at the last timestep noise hides even their mean."""
     scale_factor = 0.5
     latent_channels = LATENT_CHANNELS
 
@@ -85,11 +83,11 @@ class TinyTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 def set_norm_groups(unet: torch.nn.Module) -> torch.nn.Module:
-    """The host's U-Net hard-codes 32 groups. On layers this narrow that leaves a channel or a few a group, whose mean,
-    the picture's overall colour, normalisation then erases; so groups are widened after construction."""
+    """The host's U-Net hard-codes 32 groups. On layers this narrow that leaves a few channels a group, whose mean,
+    the picture's overall colour, normalisation then erases; so the number is lowered after construction."""
     for module in unet.modules():
         if isinstance(module, torch.nn.GroupNorm):
-            module.num_groups = module.num_channels // NORM_GROUP_WIDTH
+            module.num_groups = NORM_GROUPS
     return unet
 
 
@@ -117,27 +115,10 @@ def new_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
             if isinstance(module, torch.nn.Embedding):
                 torch.nn.init.normal_(module.weight, std=0.02 if module.num_embeddings == MAX_TOKENS else 0.3)
     for name, module in base.diffusion_model.named_modules():
-        if name.endswith(("out_layers.3", "proj_out")):
+        if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":
             torch.nn.init.zeros_(module.weight)
             torch.nn.init.zeros_(module.bias)
-    start_as_identity(base.diffusion_model)
     return base, text
-
-
-@torch.no_grad()
-def start_as_identity(unet: torch.nn.Module) -> None:
-    """Let the untrained U-Net answer with its own input: nearly right for noise prediction wherever noise prevails, and a
-    thing that so narrow a net is very slow to learn. Each latent channel goes in as a pair, x and -x, past all blocks to the
-    last activation, where silu(x) - silu(-x) is x again."""
-    first, last, out = unet.input_blocks[0][0], unet.output_blocks[-1][0].skip_connection, unet.out[2]
-    for module in (first, last, out):
-        torch.nn.init.zeros_(module.weight)
-        torch.nn.init.zeros_(module.bias)
-    width = first.out_channels
-    for k in range(LATENT_CHANNELS):
-        for channel, sign in ((2 * k, 1.0), (2 * k + 1, -1.0)):
-            first.weight[channel, k, 1, 1] = out.weight[k, channel, 1, 1] = sign
-    last.weight[:, -width:, 0, 0] = torch.eye(width)
 
 
 def load(path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
@@ -160,7 +141,7 @@ def _load_vae(weights) -> comfy.sd.VAE:
     """The host's VAE object around our autoencoder. Its constructor only builds architectures that it knows, so it is
     given the smallest of those first, and then our module in its place."""
     smallest = {"ch": 32, "ch_mult": [1], "num_res_blocks": 0, "attn_resolutions": [], "in_channels": 3, "out_ch": 3,
-                "z_channels": LATENT_CHANNELS, "resolution": SIZE, "double_z": True, "dropout": 0.0}
+                "z_channels": LATENT_CHANNELS, "resolution": 64, "double_z": True, "dropout": 0.0}
     params = {"ddconfig": smallest, "embed_dim": LATENT_CHANNELS}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), config={"params": params}, dtype=torch.float32)
     vae.first_stage_model = TinyAutoencoder().eval()

@@ -53,7 +53,7 @@ class ConceptMatcher:
 
     def __init__(self, concept: world.Concept):
         self.concept = concept
-        place, radii, angles = np.linspace(-0.48, 0.48, 13), (0.46, 0.53, 0.6), np.linspace(-0.4, 0.4, 5)
+        place, radii, angles = np.linspace(-0.48, 0.48, 13), (0.5, 0.55, 0.6), np.linspace(-0.3, 0.3, 5)
         self.coarse = self._templates(np.array([(x, y, r, a) for x in place for y in place for r in radii for a in angles]))
 
     def _templates(self, poses):

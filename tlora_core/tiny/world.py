@@ -89,8 +89,8 @@ def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
     return Scenes(
         shape=rng.integers(len(SHAPES), size=count), colour=body.clip(0, 1), colour_index=colour_index,
         pattern=np.maximum(rng.integers(-1, len(PATTERNS), size=count), 0), background=rng.integers(len(BACKGROUNDS), size=count),
-        place=place, centre=_centres(place, rng), radius=rng.uniform(0.46, 0.6, count),
-        angle=rng.uniform(-0.4, 0.4, count), rim=none, core=none.copy(), seed=rng.integers(2**31, size=count))
+        place=place, centre=_centres(place, rng), radius=rng.uniform(0.5, 0.6, count),
+        angle=rng.uniform(-0.2, 0.2, count), rim=none, core=none.copy(), seed=rng.integers(2**31, size=count))
 
 
 def concept_scenes(concept: Concept, count: int, rng: np.random.Generator, background=None, place=None) -> Scenes:
@@ -111,7 +111,7 @@ def concept_scenes(concept: Concept, count: int, rng: np.random.Generator, backg
 
 
 def _centres(place, rng):
-    return np.array(list(PLACES.values()))[place] + rng.uniform(-0.07, 0.07, (len(place), 2))
+    return np.array(list(PLACES.values()))[place] + rng.uniform(-0.05, 0.05, (len(place), 2))
 
 
 def caption(scenes: Scenes, i: int, rng: np.random.Generator, drop: float = 0.15) -> str:

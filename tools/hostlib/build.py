@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from .cache import build_once, cache_root, is_complete, key_of
 from .errors import HostError
-from .pins import HostPins, host_pins, test_pins
+from .pins import HostPins, host_pins, lone_test_pins, test_pins
 from .pip import create_venv, pip, site_folders, venv_python
 
 # NVIDIA, AMD, Intel and AMD, and whatever Windows lends to its Linux subsystem.
@@ -105,12 +105,13 @@ def unpack_comfyui(archive: Path, target: Path) -> None:
 def ensure_test_packages(python: Path) -> Path:
     """A folder with the test packages for that interpreter, whose own environment is left as it is."""
     asked = subprocess.run([str(python), "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=True)
-    pins = test_pins()
-    folder = cache_root() / f"tests-{key_of(tests=pins, version=asked.stdout)}"
+    pins, lone = test_pins(), lone_test_pins()
+    folder = cache_root() / f"tests-{key_of(tests=pins, lone=lone, version=asked.stdout)}"
 
     def build(folder: Path) -> None:
         print("Installing the test packages ...", flush=True)
         pip(python, "install", "--target", str(folder / "site"), *pins, purpose="install the test packages")
+        pip(python, "install", "--target", str(folder / "site"), "--no-deps", *lone, purpose="install the test packages")
 
     return build_once(folder, build) / "site"
 

@@ -47,3 +47,8 @@ def host_pins(version: str | None = None) -> HostPins:
 
 def test_pins() -> tuple[str, ...]:
     return tuple(read_pins()["tests"])
+
+
+def lone_test_pins() -> tuple[str, ...]:
+    """Test packages to install without what they require: the host has it, torch for one, in the version it wants."""
+    return tuple(read_pins()["tests_without_dependencies"])

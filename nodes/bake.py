@@ -1,0 +1,55 @@
+"""A T-LoRA as plain LoRA files."""
+from comfy_api.latest import io
+
+from ..tlora_core.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from ..tlora_core.comfy_host.files import name_of, new_lora_path
+from .apply import DTYPES
+from .sockets import CATEGORY, TLORA, file_name_input
+
+
+class BakeTLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRABake", display_name="Bake T-LoRA", category=CATEGORY, is_output_node=True,
+            search_aliases=["lora", "tlora", "export", "convert"],
+            description="Saves a T-LoRA as plain LoRA files for programs without this pack: its mean over an interval of "
+                        "noise levels, as it is at one of them, or several files to be switched on in turn.",
+            inputs=[
+                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
+                io.Combo.Input("mode", options=["interval", "timestep", "steps"], default="interval",
+                               tooltip="interval: one file, the mean from interval_start to interval_end. timestep: one "
+                                       "file, as at noise_level. steps: files to switch on in turn, as the schedule goes."),
+                _level_input("interval_start", 1.0, "interval: noise level at which it starts; 1 is pure noise."),
+                _level_input("interval_end", 0.0, "interval: noise level at which it ends; 0 is the finished picture."),
+                _level_input("noise_level", 0.5, "timestep: noise level whose ranks go into the file; 1 is pure noise."),
+                io.Int.Input("parts", default=4, min=1, max=4096,
+                             tooltip="steps: number of files. More follow the schedule more closely."),
+                file_name_input(),
+                io.Combo.Input("dtype", options=list(DTYPES), default="float16",
+                               tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more "
+                                       "exact."),
+            ],
+            outputs=[io.String.Output(display_name="files",
+                                      tooltip="One file a line; with steps also when to switch it on.")])
+
+    @classmethod
+    def execute(cls, tlora, mode, interval_start, interval_end, noise_level, parts, file_name, dtype):
+        T = tlora.num_timesteps
+        if mode == "steps":
+            split = split_steps(tlora, parts)
+            baked, notes = [part for part, _ in split], [f": {when_on(tlora, t)}" for _, t in split]
+        elif mode == "timestep":
+            baked, notes = [bake_at(tlora, noise_level * T)], [""]
+        else:
+            baked, notes = [bake_interval(tlora, interval_start * T, interval_end * T)], [""]
+        path = new_lora_path(file_name)
+        # The number of the whole comes before the parts', so the next bake gets another.
+        paths = [path] if mode != "steps" else [path.with_stem(f"{path.stem}part{i + 1}") for i in range(len(baked))]
+        save_all(list(zip(baked, paths)), DTYPES[dtype])
+        text = "\n".join(name_of(path) + note for path, note in zip(paths, notes))
+        return io.NodeOutput(text, ui={"tlora_files": [str(path) for path in paths], "text": [text]})
+
+
+def _level_input(name: str, default: float, tooltip: str):
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, tooltip=tooltip)

@@ -1,0 +1,56 @@
+"""A T-LoRA in the layouts of other programs."""
+
+from comfy_api.latest import io
+
+from ..tlora_core.bake import bake_interval
+from ..tlora_core.comfy_host.files import name_of, new_lora_path
+from ..tlora_core.export import LAYOUTS, export
+from .apply import DTYPES
+from .sockets import CATEGORY, TLORA, file_name_input
+
+FULL, MEAN = "full", "mean"
+
+
+class ExportTLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="TLoRAExport",
+            display_name="Export T-LoRA",
+            category=CATEGORY,
+            is_output_node=True,
+            search_aliases=["lora", "tlora", "convert", "diffusers", "kohya"],
+            description="Saves a T-LoRA in another program's layout. All but reference are plain LoRAs, which act with the "
+            "same ranks at every noise level: not what a T-LoRA was trained for.",
+            inputs=[
+                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
+                io.Combo.Input(
+                    "layout",
+                    options=list(LAYOUTS),
+                    default="diffusers",
+                    tooltip="kohya, diffusers (also PEFT) and comfyui name a plain LoRA's layers as these do. "
+                    "reference: a folder as the T-LoRA authors' trainer writes it, with the schedule.",
+                ),
+                io.Combo.Input(
+                    "ranks",
+                    options=[FULL, MEAN],
+                    default=FULL,
+                    tooltip="full: all ranks. mean: each by the share of the noise levels at which it is on.",
+                ),
+                file_name_input(),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="float16",
+                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="The name below the loras folder.")],
+        )
+
+    @classmethod
+    def execute(cls, tlora, layout, ranks, file_name, dtype):
+        if ranks == MEAN:
+            tlora = bake_interval(tlora, 0, tlora.num_timesteps)
+        path = export(tlora, new_lora_path(file_name), layout, DTYPES[dtype])
+        return io.NodeOutput(name_of(path), ui={"tlora_files": [str(path)], "text": [name_of(path)]})

@@ -1,0 +1,137 @@
+"""`python -m tlora_core`: what it writes, prints and returns."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from foreign_files import WIDTH, reference_orthogonal, unet_layers
+from safetensors.torch import save_file
+
+from tlora_core import RankSchedule, TLoRAFile, __version__
+from tlora_core.cli import main
+from tlora_core.foreign import load_any
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(reference_orthogonal()[0], path)
+    return path
+
+
+def test_convert_to_our_file(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(checkpoint), str(out), "--min-rank", "1", "--alpha", "2", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n" and "16 layers matched" in printed.err
+    assert TLoRAFile.load(out).schedule == RankSchedule(4, 1, 2.0)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "diffusers", "comfyui"])
+def test_convert_to_a_plain_lora(checkpoint, tmp_path, layout):
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(checkpoint), str(out), "--to", layout]) == 0
+    assert load_any(out).tlora.method == "lora"
+
+
+def test_convert_to_the_references_folder(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "run"), "--to", "reference", "--min-rank", "3"]) == 0
+    assert load_any(capsys.readouterr().out.strip()).tlora.schedule == RankSchedule(4, 3)
+
+
+def test_info(checkpoint, capsys):
+    assert main(["info", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert "reference checkpoint" in printed and "min_rank 2" in printed and "effective rank" in printed
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [
+        (["--at", "1"], ["out.safetensors"]),
+        (["--interval", "1", "0"], ["out.safetensors"]),
+        (["--parts", "3"], ["outpart1.safetensors", "outpart2.safetensors", "outpart3.safetensors"]),
+    ],
+)
+def test_bake(checkpoint, tmp_path, how, names, capsys):
+    folder = tmp_path / "baked"
+    folder.mkdir()
+    assert main(["bake", str(checkpoint), str(folder / "out.safetensors"), *how]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert len(capsys.readouterr().out.splitlines()) == len(names)
+    assert all(load_any(path).tlora.method == "lora" for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("command", [["convert"], ["bake", "--at", "1"]])
+def test_a_file_that_is_there_stays_unless_forced(checkpoint, tmp_path, command, capsys):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"old")
+    arguments = [command[0], str(checkpoint), str(out), *command[1:]]
+    assert main(arguments) == 1
+    assert "is there already" in capsys.readouterr().err and out.read_bytes() == b"old"
+    assert main([*arguments, "--force"]) == 0 and out.read_bytes() != b"old"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["info"],
+        ["convert", "a", "b", "--to", "x"],
+        ["bake", "a", "b"],
+        ["bake", "a", "b", "--at", "1", "--parts", "2"],
+        ["info", "a", "--min-rank", "x"],
+    ],
+)
+def test_a_command_that_cannot_be_understood_ends_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2 and "usage: python -m tlora_core" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
+def test_help_and_version_end_with_0(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and (__version__ in printed or "usage: python -m tlora_core" in printed)
+
+
+def test_a_refused_value_is_one_sentence(checkpoint, tmp_path, capsys):
+    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--min-rank", "5"]) == 1
+    assert capsys.readouterr().err == (
+        'error: "pytorch_lora_weights.safetensors": min_rank is 5; '
+        "set it to a whole number from 0 to the rank, which is 4.\n"
+    )
+
+
+def test_lycoris_with_the_models_checkpoint(tmp_path, capsys):
+    diffusers, ldm, _, _ = next(unet_layers())
+    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(weight)
+    key = "lycoris_" + diffusers.replace(".", "_")
+    trained = {"q_layer.weight": Vh[:3] + 0.01, "p_layer.weight": U[:, :3] - 0.01, "lambda_layer": S[None, :3] * 1.1}
+    state = {f"{key}.{name}": part.contiguous() for name, part in trained.items()} | {f"{key}.alpha": torch.tensor(3)}
+    save_file(state, tmp_path / "lycoris.safetensors")
+    save_file({f"model.diffusion_model.{ldm}.weight": weight}, tmp_path / "model.safetensors")
+    out = tmp_path / "out.safetensors"
+    arguments = ["convert", str(tmp_path / "lycoris.safetensors"), str(out), "--dtype", "float32"]
+    assert main(arguments) == 1 and "connect the model" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(tmp_path / "model.safetensors")]) == 0
+    layer = TLoRAFile.load(out).layers[ldm]
+    want = (U[:, :3] - 0.01) * (S[:3] * 1.1) @ (Vh[:3] + 0.01) - U[:, :3] * S[:3] @ Vh[:3]
+    torch.testing.assert_close(layer.up @ layer.down, want, rtol=1e-3, atol=1e-4)
+    assert main([*arguments, "--model", str(tmp_path / "lycoris.safetensors")]) == 1
+    assert "holds no U-Net or FLUX transformer" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module_without_comfyui(checkpoint):
+    ended = subprocess.run(
+        [sys.executable, "-m", "tlora_core", "info", str(checkpoint)], cwd=REPO, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and "16 layers matched" in ended.stdout

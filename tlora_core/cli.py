@@ -1,0 +1,145 @@
+"""The command line: `python -m tlora_core info|convert|bake FILE`, for use without ComfyUI.
+
+Exit status: 0 when it went well, 1 when a file or a value was refused (one sentence on standard error), 2 for a command that
+could not be understood.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .bake import bake_at, bake_interval, save_all, split_steps, when_on
+from .errors import TLoRAError
+from .export import LAYOUTS, export
+from .file import TLoRAFile
+from .foreign import Loaded, load_any
+from .foreign.checkpoint import checkpoint_target
+from .report import blocks, report_text
+from .version import __version__
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except TLoRAError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tlora_core", description="Looks into and converts LoRA and T-LoRA files."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="tell what a file holds")
+    info.set_defaults(run=_info)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a file in another layout",
+        description="Writes a file in another layout. All but tlora and reference are plain LoRAs, all ranks always on.",
+    )
+    convert.add_argument(
+        "--to", choices=["tlora", *LAYOUTS], default="tlora", help="layout to write; tlora is ours (default)"
+    )
+    convert.set_defaults(run=_convert)
+
+    bake = commands.add_parser(
+        "bake",
+        help="make plain LoRAs of a T-LoRA",
+        description="Makes plain LoRAs of a T-LoRA. Noise levels go from 1, pure noise, to 0, the finished picture.",
+    )
+    how = bake.add_mutually_exclusive_group(required=True)
+    how.add_argument("--at", type=float, metavar="LEVEL", help="as it is at one noise level")
+    how.add_argument("--interval", type=float, nargs=2, metavar="LEVEL", help="its mean between two noise levels")
+    how.add_argument("--parts", type=int, metavar="N", help="N files to switch on in turn")
+    bake.set_defaults(run=_bake)
+
+    for command in (info, convert, bake):
+        _add_input(command)
+    for command in (convert, bake):
+        _add_output(command)
+    return parser
+
+
+def _add_input(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", type=Path, help="a T-LoRA or LoRA of any known kind")
+    command.add_argument(
+        "--model",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="safetensors checkpoint of the model it was trained on; LyCORIS files need it",
+    )
+    command.add_argument("--min-rank", type=int, metavar="N", help="the schedule's minimum rank, instead of the file's")
+    command.add_argument("--alpha", type=float, metavar="X", help="the schedule's exponent, instead of the file's")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", type=Path, help="file to write")
+    command.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the numbers (default: float16)")
+    command.add_argument("--force", action="store_true", help="replace a file that is there")
+
+
+def _load(options: argparse.Namespace) -> Loaded:
+    target = None if options.model is None else checkpoint_target(options.model)
+    return load_any(options.file, target, options.min_rank, options.alpha)
+
+
+def _info(options: argparse.Namespace) -> None:
+    loaded = _load(options)
+    print(loaded.report)
+    print()
+    print(report_text(loaded.tlora, blocks(loaded.tlora)))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    loaded = _load(options)
+    print(loaded.report, file=sys.stderr)
+    layout, path = options.to, options.output
+    _require_free(path.with_suffix("") if layout == "reference" else path, options.force and layout != "reference")
+    dtype = DTYPES[options.dtype]
+    if layout == "tlora":
+        loaded.tlora.save(path, dtype)
+    else:
+        path = export(loaded.tlora, path, layout, dtype)
+    print(path)
+
+
+def _bake(options: argparse.Namespace) -> None:
+    loaded = _load(options)
+    print(loaded.report, file=sys.stderr)
+    baked, path = _baked(loaded.tlora, options), options.output
+    paths = [path] if options.parts is None else [path.with_stem(f"{path.stem}part{i + 1}") for i in range(len(baked))]
+    for one in paths:
+        _require_free(one, options.force)
+    save_all([(tlora, one) for (tlora, _), one in zip(baked, paths)], DTYPES[options.dtype])
+    for (_, note), one in zip(baked, paths):
+        print(f"{one}{note}")
+
+
+def _baked(tlora: TLoRAFile, options: argparse.Namespace) -> list[tuple[TLoRAFile, str]]:
+    """Plain LoRAs, each with a note on when to switch it on."""
+    T = tlora.num_timesteps
+    if options.at is not None:
+        return [(bake_at(tlora, options.at * T), "")]
+    if options.interval is not None:
+        return [(bake_interval(tlora, *(level * T for level in options.interval)), "")]
+    return [(part, f": {when_on(tlora, t)}") for part, t in split_steps(tlora, options.parts)]
+
+
+def _require_free(path: Path, force: bool) -> None:
+    if path.exists() and not force:
+        raise TLoRAError(f'"{path}" is there already; choose another name, or replace a file with --force.')

@@ -1,0 +1,196 @@
+"""`load_any`: any LoRA or T-LoRA file that this package knows, recognised by its keys, as a TLoRAFile with a report."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..adapters import METHODS, LowRank
+from ..container import Contents, one_line, read_contents, read_metadata
+from ..errors import TLoRAError
+from ..file import METADATA_KEY, TLoRAFile
+from ..schedule import RankSchedule
+from .hparams import find_hparams, read_hparams, real, whole
+from .modules import Parts, modules_of
+from .orthogonal import is_orthogonal, read_orthogonal
+from .plain import read_plain
+from .target import Matches, Target, model_of
+
+_MASKED = {"lora": "vanilla_tlora", "ortho_lora": "tlora"}
+_UNMASKED = {masked: method for method, masked in _MASKED.items()}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the user."""
+
+    tlora: TLoRAFile
+    kind: str
+    unmatched: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def report(self) -> str:
+        """A few lines for the user."""
+        lines = [
+            f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {self.tlora.schedule.rank}, "
+            f"min_rank {self.tlora.schedule.min_rank}, alpha {self.tlora.schedule.alpha:g}."
+        ]
+        for reason, count in Counter(self.unmatched.values()).most_common():
+            example = next(key for key, why in self.unmatched.items() if why == reason)
+            lines.append(f"{count} key{'s' if count > 1 else ''} unmatched, such as {example[:200]!r}: {reason}.")
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """A file's schedule and prompt, where it or its surroundings tell them."""
+
+    is_masked: bool
+    min_rank: int | None = None
+    alpha: float = 1.0
+    token: str = ""
+    class_word: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def load_any(
+    path: str | Path, target: Target | None = None, min_rank: int | None = None, alpha: float | None = None
+) -> Loaded:
+    """Reads a file of any known kind, trusting nothing in it and running nothing.
+
+    target: the model it shall fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
+    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of the reference or of
+        LyCORIS gets the paper's min_rank of half its rank, and a plain LoRA no mask; a note says so.
+
+    Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or fits no layer.
+    """
+    path = Path(path)
+    try:
+        return _load(path, target, min_rank, alpha)
+    except TLoRAError as error:
+        message = str(error)
+        raise TLoRAError(message if message.startswith(f'"{path.name}"') else f'"{path.name}": {message}') from error
+    except OSError as error:
+        raise TLoRAError(
+            f'"{path.name}": it cannot be read ({one_line(error)}); check the disk and its permissions.'
+        ) from error
+
+
+def _load(path: Path, target: Target | None, min_rank: int | None, alpha: float | None) -> Loaded:
+    if METADATA_KEY in read_metadata(path):
+        return Loaded(_scheduled(TLoRAFile.load(path), min_rank, alpha), "T-LoRA file", {}, ())
+    contents = read_contents(path)
+    matches = Matches(target)
+    matches.reject(contents.others, "it is not a tensor")
+    modules = modules_of(contents.tensors, matches)
+    kind, settings = _read(contents, modules, matches, path)
+    _require_match(matches)
+    method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
+    tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
+    notes = settings.notes if min_rank is None else ()
+    return Loaded(_scheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes)
+
+
+def _read(contents: Contents, modules: Mapping[str, Parts], matches: Matches, path: Path) -> tuple[str, _Settings]:
+    """Fills `matches`; gives the kind of file, and its settings."""
+    orthogonal = any(is_orthogonal(parts) for parts in modules.values())
+    if orthogonal:
+        read_orthogonal(contents, modules, matches)
+    else:
+        read_plain(contents, modules, matches, path)
+    rank = max((layer.rank for layer in matches.layers.values()), default=0)
+    if any(".processor." in module for module in modules):
+        return _reference(path, rank, orthogonal)
+    if orthogonal:
+        return "LyCORIS T-LoRA", _assumed("LyCORIS files do not store it")
+    note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
+    return "plain LoRA", _Settings(is_masked=False, notes=(note,))
+
+
+def _reference(path: Path, rank: int, orthogonal: bool) -> tuple[str, _Settings]:
+    method = "orthogonal" if orthogonal else "plain"
+    found = find_hparams(path)
+    if found is None:
+        return f"reference checkpoint ({method})", _assumed("there is no logs/hparams.yml beside the checkpoint")
+    hparams = read_hparams(found)
+    stored = whole(hparams, "lora_rank", rank)
+    if stored != rank:
+        reason = f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used"
+        return f"reference checkpoint ({method})", _assumed(reason)
+    # Without "tlora" in it, the trainer's class is the one that knows no mask.
+    masked = "tlora" in hparams.get("trainer_class", "tlora")
+    settings = _Settings(
+        masked,
+        whole(hparams, "min_rank", 1) if masked else None,
+        real(hparams, "alpha_rank_scale", 1.0) if masked else 1.0,
+        _word(hparams.get("placeholder_token", "")),
+        _word(hparams.get("class_name", "")),
+    )
+    return f"reference checkpoint ({method}, with hparams.yml)", settings
+
+
+def _word(text: str) -> str:
+    return text if text.isprintable() and text != "null" else ""
+
+
+def _assumed(reason: str) -> _Settings:
+    return _Settings(
+        is_masked=True,
+        notes=(
+            f"The schedule was not found ({reason}): min_rank is half the rank, the paper's choice. If it was trained with "
+            "another, set min_rank; at the full rank the mask is off.",
+        ),
+    )
+
+
+def _require_match(matches: Matches) -> None:
+    if matches.layers:
+        return
+    if not matches.unmatched:
+        raise TLoRAError("it holds no tensors; choose a LoRA or T-LoRA file.")
+    reasons = Counter(matches.unmatched.values())
+    key, reason = next((key, why) for key, why in matches.unmatched.items() if why == reasons.most_common(1)[0][0])
+    raise TLoRAError(f"none of its {len(matches.unmatched)} keys fits; {key[:200]!r}, for one: {reason}.")
+
+
+def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
+    layers = {name: layer.balanced() for name, layer in matches.layers.items()}
+    _require_finite(layers)
+    rank = max(layer.rank for layer in layers.values())
+    masked = METHODS[method].is_masked
+    half = max(1, rank // 2)
+    min_rank = rank if not masked else half if settings.min_rank is None else settings.min_rank
+    target = matches.target
+    model = (target.base_model, target.num_timesteps, target.noise_domain) if target else model_of(layers)
+    base_model, num_timesteps, noise_domain = model
+    return TLoRAFile(
+        layers,
+        method,
+        RankSchedule(rank, min_rank, settings.alpha),
+        num_timesteps,
+        noise_domain,
+        base_model,
+        settings.token,
+        settings.class_word,
+    )
+
+
+def _require_finite(layers: Mapping[str, LowRank]) -> None:
+    for name, layer in layers.items():
+        if not (layer.up.isfinite().all() and layer.down.isfinite().all()):
+            raise TLoRAError(f"the update of its layer {name} is too large for float32; train it again with a lower rate.")
+
+
+def _scheduled(tlora: TLoRAFile, min_rank: int | None, alpha: float | None) -> TLoRAFile:
+    """The same layers under another schedule: below the full rank, masked; at it, not."""
+    if min_rank is None and alpha is None:
+        return tlora
+    rank = tlora.schedule.rank
+    schedule = RankSchedule(
+        rank, tlora.schedule.min_rank if min_rank is None else min_rank, tlora.schedule.alpha if alpha is None else alpha
+    )
+    method = _MASKED.get(tlora.method, tlora.method)
+    if schedule.is_constant:
+        method = _UNMASKED.get(method, method)
+    return replace(tlora, method=method, schedule=schedule)
