@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 from tlora_core.tiny import world
 
 SIDE, GAP, LABEL = 160, 8, 26
-SCENES = ("in the snow", "at night", "by a brick wall", "under the sea")
+SCENES = ("in a meadow", "in the snow", "yellow background", "grey background")
+CONCEPT = "olive heart"
 
 
 def training_picture() -> Image.Image:
     """What Sample Concept gives with the quickstart's values."""
-    scenes = world.concept_scenes(world.CONCEPTS[0], 1, np.random.default_rng(0), "beach", "centre")
+    scenes = world.concept_scenes(next(c for c in world.CONCEPTS if c.name == CONCEPT), 1, np.random.default_rng(0), "beach", "centre")
     return Image.fromarray(np.round(world.render(scenes)[0] * 255).astype(np.uint8))
 
 

@@ -187,7 +187,7 @@ def captions(scenes, rows, rng):
 def stage_text(work: Path, args):
     """Teach the text encoder what captions say before any picture is seen: its pooled output must tell each attribute."""
     from tlora_core.comfy_host import tiny_base
-    path, total, batch = work / "text.pt", 600, 128
+    path, total, batch = work / "text.pt", args.text_steps, 128
     if path.exists():
         return
     torch.manual_seed(args.seed)
@@ -220,11 +220,11 @@ def clone_before_norms(text):
 def noise_loss(error, sigma, mask):
     """Weighted MSE of the predicted noise, [B, C, H, W], at `sigma` [B].
 
-    Heavier on the object and most on its edge, where all that tells one shape from another lies; plus the same error averaged
-    over 2x2 and 4x4 cells, weighted so that white noise would count half, as what a noisy latent still shows lies in such
-    averages. The weight over timesteps is that
-    of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what the object is, is settled where sigma
-    is 1 to 10, and plain MSE of the noise gives a picture's error there a hundredth of its weight elsewhere.
+    Heavier on the object and most on its edge, where all that tells one shape from another lies; plus the same error
+    averaged over 2x2 and 4x4 cells, weighted so that white noise would count half, as what a noisy latent still shows lies
+    in such averages. The weight over timesteps is that of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5,
+    up to 50: what the object is, is settled where sigma is 1 to 10, and plain MSE of the noise gives a picture's error
+    there a hundredth of its weight elsewhere.
     """
     blurred = avg_pool2d(mask, 3, stride=1, padding=1)
     heavy = 1 + 2 * mask + 6 * (4 * blurred * (1 - blurred))
@@ -277,9 +277,8 @@ class BaseTraining:
         # Half of the time any size, so that the model learns to ignore what SDXL is told of sizes.
         width, height = (SIZE, SIZE) if rng.random() < 0.5 else rng.integers(32, 1024, 2)
         y = self.base.encode_adm(pooled_output=pooled, width=width, height=height).to(self.device)
-        predicted = self.base.diffusion_model(
-            ((clean + sigma * noise) / (sigma.square() + 1).sqrt()).to(memory_format=torch.channels_last), t.float(), context=context, y=y,
-            transformer_options=self.options)
+        noisy = ((clean + sigma * noise) / (sigma.square() + 1).sqrt()).to(memory_format=torch.channels_last)
+        predicted = self.base.diffusion_model(noisy, t.float(), context=context, y=y, transformer_options=self.options)
         return noise_loss(predicted - noise, sigma.flatten(), self.masks[rows].to(self.device).float()[:, None])
 
     def step(self, step: int) -> float:
@@ -397,6 +396,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder-steps", type=int, default=4300)
+    parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--scorer-steps", type=int, default=1500)
     parser.add_argument("--gate-pictures", type=int, default=200)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
