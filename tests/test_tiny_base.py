@@ -93,3 +93,13 @@ def test_repository_holds_the_sheet_of_pictures_and_the_model_card():
     root = Path(__file__).resolve().parents[1]
     assert (root / "docs" / "tiny_base.png").stat().st_size > 10_000
     assert "gate" in (root / "tlora_core" / "tiny" / "MODEL_CARD.md").read_text().lower()
+
+
+def test_a_plain_lora_on_one_picture_of_a_concept_reproduces_it(comfy):
+    from tlora_core.comfy_host import tiny_base
+
+    heart = next(c for c in world.CONCEPTS if c.name == "olive heart")
+    with torch.inference_mode():
+        host = tiny_gate.HostSampler(*tiny_base.load(str(WEIGHTS / "tiny_base.safetensors")))
+        distances = tiny_gate.lora_likeness(host, heart)
+    assert tiny_gate.reproduces(distances), distances
