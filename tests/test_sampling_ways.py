@@ -309,3 +309,19 @@ def test_on_another_copy_of_the_model(unet, tlora):
     clone.model = other.model
     assert torch.equal(sample(clone, *pair(sd_conditioning, unet)), sample(patched, *pair(sd_conditioning, unet)))
     assert models.is_untouched(other)
+
+
+def test_a_folded_tlora_inside_one_that_is_beside_the_layers_loses_neither(unet, tlora):
+    """Rows of different timesteps: the outer T-LoRA's ranks differ and go beside, the inner one's are constant and fold."""
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    patched = apply_tlora(apply_tlora(unet, tlora), models.random_tlora(unet, 4, 4, seed=4))
+    sigmas = unet.model.model_sampling.sigmas[[999, 300]]
+    wanted = models.evaluate(patched, sigmas)
+    patched.pre_run()
+    try:
+        models.evaluate(patched, sigmas[:1])  # one timestep: both fold
+        got = models.evaluate(patched, sigmas)
+    finally:
+        patched.cleanup()
+    assert models.relative_error(got, wanted) < 1e-5

@@ -64,8 +64,9 @@ class Folded:
 
     @property
     def is_current(self) -> bool:
-        """False once the host has given the layer another weight."""
-        return self.layer.weight is self.source
+        """False once the host has given the layer another weight, or while something else stands in for its forward, which
+        folding would drop."""
+        return self.layer.weight is self.source and self.layer.__dict__.get("forward", self.forward) == self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
