@@ -74,6 +74,17 @@ def comfy(host, tmp_path_factory):
     sys.path.remove(str(host.comfyui))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of products so small that they only lose time to a second thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of a Chromium for the browser tests."""

@@ -9,13 +9,7 @@ from tlora_core.folding import STEPS_UNTIL_REBUILD, FoldedWeight, Term, folded
 RANK = 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def layer(dtype=torch.float32):

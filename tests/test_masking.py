@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 from tlora_core import add_low_rank
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def low_rank_delta(x, up, down, *mask):

@@ -20,13 +20,7 @@ P_MIN = 1e-3
 PARTS = ["last", "middle", "principal"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Products this small only lose time to a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @functools.cache
