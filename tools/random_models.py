@@ -58,6 +58,9 @@ def _filled(config, dtype=torch.float32, device=None, seed: int = 0) -> comfy.mo
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
         if parameter.ndim == 1 and name.endswith(("weight", "scale")):
             parameter.data.add_(1)
+    for name, buffer in base.diffusion_model.named_buffers():
+        if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
+            buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
     return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
 
 
