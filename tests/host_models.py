@@ -23,7 +23,7 @@ def random_unet(seed: int = 0, dtype=torch.float32):
 def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, seed: int = 0, alpha: float = 1.0):
     """A T-LoRA for `model` whose factors have moved by about `scale` from their start."""
     from tlora_core import RankSchedule, TLoRAFile, make_adapters
-    from tlora_core.comfy_host.training import target_layers
+    from tlora_core.comfy_host.families import target_layers
 
     torch.manual_seed(seed)
     shapes = {path: tuple(layer.weight.shape) for path, layer in target_layers(model).items()}

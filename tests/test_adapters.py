@@ -19,7 +19,6 @@ from tlora_core import (
     orthogonal_start,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -518,8 +518,8 @@ def test_all_names_the_host_knows_reach_the_model(comfy, tmp_path):
     import comfy.lora
     from host_models import random_unet
 
+    from tlora_core.comfy_host.families import target_layers
     from tlora_core.comfy_host.targets import target_of
-    from tlora_core.comfy_host.training import target_layers
 
     model = random_unet()
     target = target_of(model)

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from tlora_core import add_low_rank
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -112,8 +112,8 @@ def test_rows_of_a_batch_have_each_the_rank_of_their_own_timestep(model, tlora, 
 
 @pytest.mark.parametrize("timestep", [0, 250, 500, 999])
 def test_output_is_that_of_weights_merged_with_the_masked_update(comfy, model, tlora, timestep):
+    from tlora_core.comfy_host.families import target_layers
     from tlora_core.comfy_host.sampling import apply_tlora
-    from tlora_core.comfy_host.training import target_layers
 
     sigma = float(model.model.model_sampling.sigmas[timestep])
     columns = 2 * ((RANK - MIN_RANK) * (1000 - timestep) // 1000 + MIN_RANK)

@@ -170,10 +170,9 @@ def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, 
 def test_half_precision_is_no_worse_than_the_hosts_own_static_lora(comfy, dtype, tmp_path):
     import comfy.sd
     import comfy.utils
+    import random_models
 
     from tlora_core.comfy_host.sampling import apply_tlora
-
-    import random_models
 
     half, exact = (random_models.flux(256, (1, 1), 64, 32, dtype=d) for d in (dtype, torch.float32))
     texts = pair(lambda model, seed: random_models.conditioning(model, 6, seed), exact)

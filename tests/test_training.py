@@ -11,7 +11,8 @@ def model(comfy):
 
 def denoiser_for(model, method="tlora", rank=16, min_rank=8, latents=1, moved=0.1):
     from tlora_core import RankSchedule, make_adapters
-    from tlora_core.comfy_host.training import HostDenoiser, target_layers
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.comfy_host.families import target_layers
 
     shapes = {path: tuple(layer.weight.shape) for path, layer in target_layers(model).items()}
     adapters = make_adapters(method, "last_random", shapes, rank, 0)
@@ -179,7 +180,7 @@ def test_error_in_the_middle_of_a_step_leaves_no_trace(model):
 
 def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.training import target_layers
+    from tlora_core.comfy_host.families import target_layers
 
     class Patcher:
         model = type("SD3", (torch.nn.Module,), {})()

@@ -13,8 +13,10 @@ from ..images import check_images, square
 from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
 from ..trainer import TrainConfig, TrainingDiverged, train
+from .denoiser import HostDenoiser
+from .families import target_layers
 from .noise import domain, noise_level
-from .training import HostDenoiser, target_layers, training_session
+from .training import training_session
 
 
 @dataclass(frozen=True)

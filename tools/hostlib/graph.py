@@ -31,7 +31,7 @@ class Literal:
     value: object
 
 
-Source = Union[list, Literal, None]
+Source = Union[list, Literal, None]  # noqa: UP007 (Python 3.10 cannot | these)
 
 
 @dataclass
