@@ -258,7 +258,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise TLoRAError(
             f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
             "A file of that name is as it was."
