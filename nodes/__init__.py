@@ -1,7 +1,9 @@
 """The pack's nodes."""
 from comfy_api.latest import ComfyExtension
+from server import PromptServer
 from typing_extensions import override
 
+from ..tlora_core.comfy_host import live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
 from .export import ExportTLoRA
@@ -20,4 +22,5 @@ class TLoRAExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TLoRAExtension:
+    live_routes.add_routes(PromptServer.instance.routes)
     return TLoRAExtension()
