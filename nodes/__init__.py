@@ -12,12 +12,13 @@ from .report import TLoRAInfo
 from .schedule import TLoRASchedulePreview
 from .tiny import TinyBaseModel, TinySampleConcept
 from .train import TrainTLoRAFromImage
+from .training import TLoRAImages, TLoRATrainingOptions
 
 
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
+        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
                 TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel, TinySampleConcept]
 
 

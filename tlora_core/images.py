@@ -35,8 +35,7 @@ def resized(picture: Tensor, box: tuple[float, float, float, float], target: tup
     picture = picture.float().cpu()
     if (width, height) == target and left == int(left) and top == int(top):
         return picture[int(top):int(top) + int(height), int(left):int(left) + int(width)].clone()
-    drawn = Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
-    drawn = drawn.resize(target, how, box=(left, top, left + width, top + height))
+    drawn = to_picture(picture).resize(target, how, box=(left, top, left + width, top + height))
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
 
@@ -56,10 +55,14 @@ def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
     """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images does."""
     if images is None:
         return None
-    picture = square(check_images(images, "thumbnail")[:1], side)[0]
     written = io.BytesIO()
-    Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(written, "JPEG", quality=85)
+    to_picture(square(check_images(images, "thumbnail")[:1], side)[0]).save(written, "JPEG", quality=85)
     return written.getvalue()
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Pixels [H, W, 3], or a mask [H, W], in 0..1 as a PIL picture."""
+    return Image.fromarray((pixels.float().cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

@@ -1,7 +1,8 @@
 """Training runs on disk: one folder each, with its settings, its checkpoint, its loss and its validation pictures.
 
     <name>-<key>/run.json           what it was asked for, where it stands, which file it made
-                 checkpoint.pt      all that is needed to go on
+                 checkpoint.pt      all that is needed to go on; gone when the run has finished
+                 loss.csv           the loss of each step, once the run has ended
                  validation/*.png   the pictures made on the way
                  events.out.*       loss and pictures for TensorBoard
 
@@ -14,7 +15,7 @@ import pickle
 import platform
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from .file import write_whole
 from .packages import required
 from .version import __version__
 
-RECORD, CHECKPOINT = "run.json", "checkpoint.pt"
+RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 KEY_SHOWN = 16  # digits of the key in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 class RunFolder:
-    """One run's folder. `record` is what run.json holds: key, file, state, step, steps, settings, versions, message."""
+    """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once there
+    is a result its SHA-256 and `files`, the names under which it was saved, by the name that was asked for."""
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path, self.record = path, record
@@ -49,14 +51,14 @@ class RunFolder:
         return max(found, key=lambda run: run.record["started"], default=None)
 
     @classmethod
-    def create(cls, root: Path, name: str, key: str, file: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
-        """A new folder below `root`. `file`: the name of the T-LoRA that the run is for."""
+    def create(cls, root: Path, name: str, key: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
+        """A new folder below `root`. `settings`: JSON values for people to read."""
         stem = f"{_UNSAFE.sub('_', name).strip('._') or 'run'}-{key[:KEY_SHOWN]}"
         taken = {path.name for path in root.glob(f"{stem}*")}
         path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         path.mkdir(parents=True)
         versions = {"pack": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        run = cls(path, {"key": key, "file": file, "state": "running", "step": 0, "steps": steps, "message": "",
+        run = cls(path, {"key": key, "state": "running", "step": 0, "steps": steps, "message": "", "files": {}, "sha256": "",
                          "started": time.time(), "settings": dict(settings), "versions": versions})
         run.update()
         return run
@@ -85,6 +87,18 @@ class RunFolder:
 
     def forget_checkpoint(self) -> None:
         (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+    def save_losses(self, losses: Sequence[float]) -> None:
+        text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
+        write_whole(self.path / LOSS, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def load_losses(self) -> list[float]:
+        """What save_losses wrote; [] where that is gone."""
+        try:
+            lines = (self.path / LOSS).read_text(encoding="utf-8").splitlines()[1:]
+            return [float(line.split(",")[1]) for line in lines]
+        except (OSError, ValueError, IndexError):
+            return []
 
     def save_picture(self, step: int, picture: Image.Image) -> None:
         folder = self.path / "validation"

@@ -73,22 +73,25 @@ class Trainer:
         if self.scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
         batches = Batches(denoiser.buckets, self.config.batch_size, self.config.seed)
-        pending = None
-        while self.step < until:
-            if self.step % SNAPSHOT_EVERY == 0:
-                self._candidate = (self.step, self._copy())
-            loss = self._backward(denoiser, batches)
-            # A GPU's loss is read while it is at the next step, so that it never waits.
-            if pending is not None and self._record(pending.value(), on_step):
-                return False
-            self._update()
-            pending = Reading(loss)
-            if self.device.type == "cpu":
-                ended, pending = self._record(pending.value(), on_step), None
-                if ended:
-                    return self.step == until
-        if pending is not None:
-            self._record(pending.value(), on_step)
+        pending: Reading | None = None
+        try:
+            while self.step < until:
+                if self.step % SNAPSHOT_EVERY == 0:
+                    self._candidate = (self.step, self._copy())
+                loss = self._backward(denoiser, batches)
+                # A GPU's loss is read while it is at the next step, so that it never waits.
+                reading, pending = pending, None
+                if reading is not None and self._record(reading.value(), on_step):
+                    return False
+                self._update()
+                pending = Reading(loss)
+                if self.device.type == "cpu":
+                    reading, pending = pending, None
+                    if self._record(reading.value(), on_step):
+                        return self.step == until
+        finally:
+            if pending is not None:
+                self._record(pending.value(), on_step)
         return True
 
     def _backward(self, denoiser: Denoiser, batches: "Batches") -> Tensor:
