@@ -78,8 +78,8 @@ def train_from_images(model: ModelPatcher, clip: CLIP, vae: VAE, images: Tensor,
         on_step(step, loss)
 
     with training_session(model):
-        sources = {path: layer.weight.detach().float() for path, layer in layers.items()} if "weight" in request.start \
-            else {path: tuple(layer.weight.shape) for path, layer in layers.items()}
+        sources = {path: layer.weight for path, layer in layers.items()} if "weight" in request.start \
+            else {path: layer.shape for path, layer in layers.items()}
         adapters = make_adapters(request.method, request.start, sources, request.rank, request.config.seed,
                                  device=model.load_device)
         denoiser = HostDenoiser(model, adapters, request.schedule, latents, [conditioning])
