@@ -3,10 +3,9 @@ from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
 from ..tlora_core.comfy_host.files import lora_path
-from ..tlora_core.comfy_host.personalize import TrainRequest
+from ..tlora_core.comfy_host.personalize import filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
-from ..tlora_core.config import TrainConfig
 from ..tlora_core.dataset import FRAMINGS, training_images
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
@@ -30,16 +29,16 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. The centre square is used."),
                 io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
                 io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
-                io.Combo.Input("method", options=list(METHODS), default="tlora",
-                               tooltip="tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
+                io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
+                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX and SD3. tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
                                        "without the mask. lora: neither."),
                 *rank_inputs(),
-                io.Int.Input("steps", default=800, min=1, max=100000,
-                             tooltip="Training steps. The paper uses 800 for tlora and ortho_lora, 500 for the others; too many copy the image."),
-                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
-                               tooltip="Size of the steps. Higher learns faster and breaks sooner."),
-                io.Int.Input("resolution", default=1024, min=64, max=4096, step=8,
-                             tooltip="Side of the square training picture in pixels; the model's own is best. Lower needs less memory."),
+                io.Int.Input("steps", default=0, min=0, max=100000,
+                             tooltip="Training steps. 0: what suits the model. The paper uses 800 for tlora and ortho_lora, 500 for the others; too many copy the image."),
+                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
+                               tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
+                io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+                             tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
                              tooltip="The same seed trains the same T-LoRA; another one another."),
                 file_name_input(),
@@ -55,6 +54,9 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 OPTIONS.Input("options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."),
                 captions_input(),
                 curve_input(),
+                io.String.Input("layers", default="attention", optional=True, advanced=True,
+                                tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", with '
+                                        "commas between. More layers learn more and copy more."),
                 io.Combo.Input("framing", options=list(FRAMINGS), default=FRAMINGS[0], optional=True, advanced=True,
                                tooltip="centre square: cut square, as in the paper. keep aspect ratio: as much area in the picture's own "
                                        "shape, with next to nothing cut off."),
@@ -87,11 +89,12 @@ class TrainTLoRAFromImage(io.ComfyNode):
     @classmethod
     def execute(cls, model, clip, vae, image, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
                 seed, file_name, alpha, start, batch_size, mask=None, more_images=(), options=({}, ()), captions="",
-                curve="", framing=FRAMINGS[0], flip=False, **keeping):
+                curve="", layers="attention", framing=FRAMINGS[0], flip=False, **keeping):
         settings, prior = options
-        settings = {k: v for k, v in settings.items() if v != "auto"}
-        config = TrainConfig(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed, **settings)
-        request = TrainRequest(token, class_word, method, rank, min_rank, alpha, start, resolution, config, framing, flip, curve)
+        request = filled_in(
+            model, token=token, class_word=class_word, method=method, rank=rank, min_rank=min_rank, alpha=alpha, start=start,
+            resolution=resolution, framing=framing, flip=flip, curve=curve, layers=layers,
+            config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed})
         images = [*training_images(image, captions, mask), *more_images]
         prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
         done = train_or_find(model, clip, vae, images, request, Keeping(validation_prompts=prompts, **keeping), file_name,

@@ -26,7 +26,7 @@ def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, 
     from tlora_core.comfy_host.families import target_layers
 
     torch.manual_seed(seed)
-    shapes = {path: tuple(layer.weight.shape) for path, layer in target_layers(model).items()}
+    shapes = {path: layer.shape for path, layer in target_layers(model).items()}
     adapters = make_adapters("tlora", "last_random", shapes, rank, seed)
     with torch.no_grad():
         for adapter in adapters.values():

@@ -44,11 +44,12 @@ class Encoder:
         return Sample(mean, deviation, weights, self.conditioning(picture, caption))
 
     def conditioning(self, picture: Framed, caption: str) -> list:
-        """CONDITIONING of the caption with SDXL's sizes; models without size conditioning ignore them."""
+        """CONDITIONING of the caption with what SDXL is told of sizes; models that ask for none ignore it."""
         if caption not in self._texts:
             self._texts[caption] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
         (width, height), (left, top), (now_wide, now_high) = picture.original, picture.crop, picture.size
-        sizes = {"width": width, "height": height, "crop_w": left, "crop_h": top,
+        # FLUX is told a guidance of 1, as the reference trains it; other models ignore it.
+        sizes = {"guidance": 1.0, "width": width, "height": height, "crop_w": left, "crop_h": top,
                  "target_width": now_wide, "target_height": now_high}
         return [[tensor, {**options, **sizes}] for tensor, options in self._texts[caption]]
 

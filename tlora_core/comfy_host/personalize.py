@@ -1,5 +1,5 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import comfy.model_management
@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..adapters import METHODS, make_adapters
+from ..adapters import METHODS, Adapter, make_adapters
 from ..config import TrainConfig
 from ..dataset import FRAMINGS, TrainingImage, caption_of, frame, training_images
 from ..errors import TLoRAError
@@ -19,7 +19,7 @@ from ..trainer import Trainer, TrainingDiverged
 from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
-from .families import target_layers
+from .families import ATTENTION, TargetLayer, defaults_for, target_layers
 from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
 from .training import training_session
@@ -48,6 +48,7 @@ class TrainRequest:
     framing: str = FRAMINGS[0]
     flip: bool = False
     curve: str = ""
+    layers: str = ATTENTION
 
     def __post_init__(self) -> None:
         if not self.token.strip() and not self.class_word.strip():
@@ -70,6 +71,22 @@ class TrainRequest:
         return " ".join(f"a photo of {self.token} {self.class_word}".split())
 
 
+def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
+    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits the model;
+    where the optimizer is, so is the clipping of gradients."""
+    usual, config = defaults_for(model), dict(config)
+    if config.get("optimizer", "auto") == "auto":
+        config["optimizer"] = usual.optimizer
+        config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
+        config["learning_rate"] = config.get("learning_rate") or usual.learning_rate
+    # Prodigy's rate is a factor of the one that it finds itself.
+    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
+    config["steps"] = config.get("steps") or usual.steps
+    fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
+    fields["resolution"] = fields["resolution"] or usual.resolution
+    return TrainRequest(config=TrainConfig(**config), **fields)
+
+
 class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
@@ -80,7 +97,7 @@ class Personalization:
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
                  prior: Sequence[TrainingImage] = ()):
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
-        layers = target_layers(model)
+        layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
         self._check_config()
@@ -116,7 +133,7 @@ class Personalization:
             ranks = effective_rank_of_b(adapters)
         training = {
             **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
-            "flip": request.flip, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
+            "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
         return TLoRAFile(
             layers=layers, method=request.method, schedule=request.schedule, num_timesteps=self.num_timesteps,
             noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
@@ -151,15 +168,14 @@ class Personalization:
                     for i in range(config.prior_count)]
         return [TrainingImage(picture, PRIOR_PROMPT) for picture in pictures]
 
-    def _adapters(self, layers) -> dict:
-        request = self.request
-        if "weight" in request.start:
-            with training_session(self.model):
-                sources = {path: layer.weight.detach().float() for path, layer in layers.items()}
-                return make_adapters(request.method, request.start, sources, request.rank, request.config.seed,
-                                     device=self.model.load_device)
-        shapes = {path: tuple(layer.weight.shape) for path, layer in layers.items()}
-        return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=self.model.load_device)
+    def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
+        request, device = self.request, self.model.load_device
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        if "weight" not in request.start or not METHODS[request.method].is_orthogonal:
+            return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
+        with training_session(self.model):
+            weights = {name: layer.weight for name, layer in layers.items()}
+            return make_adapters(request.method, request.start, weights, request.rank, request.config.seed, device=device)
 
 
 @dataclass(frozen=True)
