@@ -30,11 +30,13 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
                 io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
                 io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
-                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX and SD3. tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
+                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
+                                       "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
                                        "without the mask. lora: neither."),
                 *rank_inputs(),
                 io.Int.Input("steps", default=0, min=0, max=100000,
-                             tooltip="Training steps. 0: what suits the model. The paper uses 800 for tlora and ortho_lora, 500 for the others; too many copy the image."),
+                             tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
+                                     "others. Too few do not learn the subject, too many copy the image."),
                 io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
                                tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
                 io.Int.Input("resolution", default=0, min=0, max=4096, step=8,

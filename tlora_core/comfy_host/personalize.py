@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..adapters import METHODS, Adapter, make_adapters
 from ..config import TrainConfig
-from ..dataset import FRAMINGS, TrainingImage, caption_of, frame, training_images
+from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame, training_images
 from ..errors import TLoRAError
 from ..file import TLoRAFile
 from ..report import B_KEY, effective_rank_of_b
@@ -68,7 +68,12 @@ class TrainRequest:
 
     @property
     def prompt(self) -> str:
-        return " ".join(f"a photo of {self.token} {self.class_word}".split())
+        return caption_of(PROMPT, self.token, self.class_word)
+
+    def __str__(self) -> str:
+        config = self.config
+        return (f"{self.method}, {self.schedule}; {config.steps} steps of {config.optimizer} at {config.learning_rate:g}, "
+                f"{self.resolution} pixels")
 
 
 def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
@@ -81,8 +86,10 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
         config["learning_rate"] = config.get("learning_rate") or usual.learning_rate
     # Prodigy's rate is a factor of the one that it finds itself.
     config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
-    config["steps"] = config.get("steps") or usual.steps
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
+    # What starts at zero learns, and copies, sooner than what starts orthogonal (the paper's 500 steps against 800).
+    soon = 500 if fields["method"] in METHODS and not METHODS[fields["method"]].is_orthogonal else usual.steps
+    config["steps"] = config.get("steps") or min(usual.steps, soon)
     fields["resolution"] = fields["resolution"] or usual.resolution
     return TrainRequest(config=TrainConfig(**config), **fields)
 
@@ -124,6 +131,11 @@ class Personalization:
                 raise TLoRAError(
                     f"Memory ran out in step {self.trainer.step + 1}; lower resolution (now {self.request.resolution}), "
                     f"batch_size ({self.request.config.batch_size}) or rank ({self.request.rank}).") from error
+
+    def go_on_from(self, state: Mapping) -> None:
+        """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
+        with torch.inference_mode(False):
+            self.trainer.load_state_dict(state)
 
     def tlora(self) -> TLoRAFile:
         """The T-LoRA as it stands, in float32 on the CPU."""

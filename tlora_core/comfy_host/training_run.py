@@ -90,7 +90,7 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
     else:
-        personalization.trainer.load_state_dict(state)
+        personalization.go_on_from(state)
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id).go()
 
@@ -132,7 +132,8 @@ class TrainingRun:
         self.steps, first = self.request.config.steps, self.trainer.step
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
-        self.live = LiveRun.begin(node_id, self.steps, first, f"{self.request.token} {self.request.class_word}".strip())
+        subject = f"{self.request.token} {self.request.class_word}".strip()
+        self.live = LiveRun.begin(node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers")
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.latest: Image.Image | None = None
