@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..adapters import METHODS, Adapter, make_adapters
 from ..config import TrainConfig
+from ..container import one_line
 from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame, training_images
 from ..errors import TLoRAError
 from ..file import TLoRAFile
@@ -81,10 +82,9 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
     where the optimizer is, so is the clipping of gradients."""
     usual, config = defaults_for(model), dict(config)
     if config.get("optimizer", "auto") == "auto":
-        config["optimizer"] = usual.optimizer
+        # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
+        config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
         config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
-        config["learning_rate"] = config.get("learning_rate") or usual.learning_rate
-    # Prodigy's rate is a factor of the one that it finds itself.
     config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
     # What starts at zero learns, and copies, sooner than what starts orthogonal (the paper's 500 steps against 800).
@@ -131,6 +131,12 @@ class Personalization:
                 raise TLoRAError(
                     f"Memory ran out in step {self.trainer.step + 1}; lower resolution (now {self.request.resolution}), "
                     f"batch_size ({self.request.config.batch_size}) or rank ({self.request.rank}).") from error
+            except RuntimeError as error:
+                if self.trainer.step:
+                    raise
+                raise TLoRAError(
+                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
+                    "and vae of one checkpoint.") from error
 
     def go_on_from(self, state: Mapping) -> None:
         """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
