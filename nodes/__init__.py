@@ -1,7 +1,9 @@
 """The pack's nodes."""
 from comfy_api.latest import ComfyExtension
+from server import PromptServer
 from typing_extensions import override
 
+from ..tlora_core.comfy_host import live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
 from .export import ExportTLoRA
@@ -10,14 +12,16 @@ from .report import TLoRAInfo
 from .schedule import TLoRASchedulePreview
 from .tiny import TinyBaseModel, TinySampleConcept
 from .train import TrainTLoRAFromImage
+from .training import TLoRAImages, TLoRATrainingOptions
 
 
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
+        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
                 TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:
+    live_routes.add_routes(PromptServer.instance.routes)
     return TLoRAExtension()

@@ -247,7 +247,10 @@ def test_only_three_dtypes_are_stored(tmp_path):
 
 UP, DOWN, ALPHA = FIRST + ".lora_up.weight", FIRST + ".lora_down.weight", FIRST + ".alpha"
 DAMAGE = {
-    "newer format": (dict(format=2), "format version 2 .* update the node pack"),
+    "newer format": (dict(format=3), "format version 3 .* update the node pack"),
+    "points that are none": (dict(points=[[0, 4], "x"]), 'no valid "points"'),
+    "points out of order": (dict(points=[[1, 4], [0, 2]]), "curve"),
+    "points against min_rank": (dict(points=[[0, 4], [1, 1]]), "do not go with"),
     "format zero": (dict(format=0), "format version is 0"),
     "format true": (dict(format=True), "format version is True"),
     "no format": (dict(format=...), 'no valid "format"'),
@@ -324,3 +327,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "gone.safetensors", tmp_path):
         with pytest.raises(TLoRAError, match="there is no such file"):
             TLoRAFile.load(path)
+
+
+def test_free_curve_round_trips_under_a_format_of_its_own(tmp_path):
+    path = tmp_path / "curve.safetensors"
+    tlora = make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 0.5:3, 1:2"))
+    tlora.save(path)
+    assert TLoRAFile.load(path).schedule == tlora.schedule
+    with safe_open(path, framework="pt") as f:
+        assert json.loads(f.metadata()["tlora"])["format"] == 2
+    make().save(path)
+    with safe_open(path, framework="pt") as f:
+        assert json.loads(f.metadata()["tlora"])["format"] == 1 and "points" not in json.loads(f.metadata()["tlora"])

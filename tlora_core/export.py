@@ -128,6 +128,7 @@ def _write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
     steps = tlora.training.get("steps")
     checkpoint = folder / f"checkpoint-{steps if type(steps) is int and steps > 0 else 1}"
     is_flux = all(family_of(name) == "flux" for name in tlora.layers)
+    settings = _hparams(tlora)
     try:
         checkpoint.mkdir(parents=True)
         (folder / "logs").mkdir()
@@ -135,7 +136,7 @@ def _write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
         raise TLoRAError(
             f'The folder "{folder.name}" could not be made ({error}); choose a name that is not there yet.'
         ) from error
-    write_whole(folder / "logs" / "hparams.yml", lambda path: path.write_text(_hparams(tlora), encoding="utf-8"))
+    write_whole(folder / "logs" / "hparams.yml", lambda path: path.write_text(settings, encoding="utf-8"))
     weights = checkpoint / ("lora.pt" if is_flux else "pytorch_lora_weights.safetensors")
     if is_flux:
         write_whole(weights, lambda path: torch.save(tensors, path))
@@ -147,6 +148,8 @@ def _write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
 def _hparams(tlora: TLoRAFile) -> str:
     """The settings that the reference's inference reads, as YAML."""
     method, s = METHODS[tlora.method], tlora.schedule
+    if s.points:
+        raise TLoRAError("tlora has a free curve, which the reference's layout cannot tell; export it as a plain LoRA or keep our file.")
     settings = {
         "alpha_rank_scale": s.alpha,
         "class_name": _quoted(tlora.class_word),

@@ -2,11 +2,14 @@
 
 `model_sampling` below is always the one of the model really evaluated: nodes such as ModelSamplingDiscrete replace it.
 """
+import math
+
 import comfy.model_sampling as host
 import torch
 from torch import Tensor
 
 from ..errors import TLoRAError
+from ..optimizers import flow_density
 
 
 def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
@@ -59,10 +62,27 @@ def output_scale(model_sampling, sigma: Tensor) -> Tensor:
         "with noise, v, EDM or flow prediction.")
 
 
-def draw_sigmas(model_sampling, count: int, generator: torch.Generator) -> Tensor:
-    """`count` training sigmas, float32 on the CPU: t uniform over the model's training timesteps."""
+def draw_sigmas(model_sampling, count: int, generator: torch.Generator, density: str = "uniform", low: float = 0.0,
+                high: float = 1.0) -> Tensor:
+    """`count` training sigmas, float32 on the CPU: t of the given density over the part low..high of the model's training
+    timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that the model has no use for."""
     m = model_sampling
     if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
-        return torch.rand(count, generator=generator).clamp(min=1e-4)
-    rows = torch.randint(len(m.sigmas), (count,), generator=generator)
+        place = torch.rand(count, generator=generator) if density == "uniform" else flow_density(density, count, generator)
+        return (low + (high - low) * place).clamp(min=1e-4)
+    if density != "uniform":
+        raise TLoRAError(f"timestep_density is {density}, which is for flow models such as FLUX and SD3; set it to uniform.")
+    first, last = math.floor(low * len(m.sigmas)), math.ceil(high * len(m.sigmas))
+    rows = torch.randint(first, max(last, first + 1), (count,), generator=generator)
     return m.sigmas.cpu().float()[rows]
+
+
+def min_snr_weight(model_sampling, sigma: Tensor, gamma: float) -> Tensor:
+    """Min-SNR weight of the squared error of the model's own prediction (Hang et al. 2023) at sigma [B].
+
+    Raises TLoRAError for models that predict neither noise nor v.
+    """
+    m, snr = model_sampling, sigma.clamp(min=1e-6) ** -2
+    if isinstance(m, host.CONST | host.X0) or not isinstance(m, host.EPS | host.V_PREDICTION):
+        raise TLoRAError("min_snr_gamma is for models that predict noise or v; set it to 0 for this one.")
+    return snr.clamp(max=gamma) / (snr + 1 if isinstance(m, host.V_PREDICTION) else snr)

@@ -22,10 +22,10 @@ def say(text: str, node_id: str | None) -> None:
 
 
 class Progress:
-    """Call `update` after each step. It raises the host's interrupt when the user has pressed cancel."""
+    """Call `update` after each step, counted from `first` + 1. It raises the host's interrupt when the user has pressed cancel."""
 
-    def __init__(self, total: int, node_id: str | None, picture: Callable[[], Image.Image]):
-        self.total, self.node_id, self.picture = total, node_id, picture
+    def __init__(self, total: int, node_id: str | None, picture: Callable[[], Image.Image], first: int = 0):
+        self.total, self.node_id, self.picture, self.first = total, node_id, picture, first
         self.bar = ProgressBar(total, node_id=node_id)
         self.began = time.monotonic()
         self.shown = 0.0
@@ -36,6 +36,6 @@ class Progress:
         if now - self.shown > PICTURE_EVERY or step == self.total:
             self.shown = now
             preview = ("JPEG", self.picture(), None)
-            left = (now - self.began) / step * (self.total - step)
+            left = (now - self.began) / (step - self.first) * (self.total - step)
             say(f"step {step} of {self.total}, {text}, {duration(left)} left", self.node_id)
         self.bar.update_absolute(step, self.total, preview)
