@@ -15,6 +15,8 @@ from torch import LongTensor, Tensor, nn
 
 from .adapters import Adapter
 
+_OUTPUTS_KEPT = 4  # captions whose turn comes again and again
+
 
 class Frozen:
     """Stands in for the forward of a layer that is not trained and is called with one tensor.
@@ -28,7 +30,7 @@ class Frozen:
                  keeps_output: bool = False):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
-        self._kept: tuple[Tensor, int, Tensor] | None = None
+        self._kept: list[tuple[Tensor, int, Tensor]] = []  # (input, its version, output)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
@@ -41,9 +43,11 @@ class Frozen:
         """A new tensor with what the layer makes of x, apart from autograd."""
         if not self.keeps_output or x.requires_grad:
             return self.run(x)
-        if self._kept is None or self._kept[0] is not x or self._kept[1] != x._version:
-            self._kept = x, x._version, self.run(x)
-        return self._kept[2].clone()
+        known = next((kept for kept in self._kept if kept[0] is x and kept[1] == x._version), None)
+        if known is None:
+            known = x, x._version, self.run(x)
+            self._kept = [known, *self._kept[:_OUTPUTS_KEPT - 1]]
+        return known[2].clone()
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
