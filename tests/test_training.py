@@ -199,3 +199,27 @@ def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
     Patcher.model.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(TLoRAError, match="SD3.*patterns of layer names"):
         target_layers(Patcher)
+
+
+def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
+    from tlora_core.comfy_host.training import training_session
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import train
+
+    layer = next(m for path, m in model.model.diffusion_model.named_modules() if path.endswith("attn2.to_k"))
+    calls = []
+    handle = torch.nn.functional.linear
+
+    def work():
+        with training_session(model):
+            adapters, denoiser = denoiser_for(model, latents=2)
+            train(adapters, denoiser, TrainConfig(steps=6))
+        return calls
+
+    def counted(x, weight, bias=None):
+        calls.extend([1] if weight.data_ptr() == layer.weight.data_ptr() else [])
+        return handle(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counted)
+        assert len(in_node(work)) == 2

@@ -46,18 +46,20 @@ def sd3(depth: int = 24, context: int = 4096, vector: int = 2048, **options):
         "context_embedder_config": embedder}), **options)
 
 
-def _filled(config, dtype=torch.float32, device=None, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1."""
+def _filled(config, dtype=torch.float32, device=None, seed: int = 0, compute=None) -> comfy.model_patcher.ModelPatcher:
+    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1.
+    compute: the dtype that weights are cast to for each use, as with fp8; None for none."""
     device = device or comfy.model_management.get_torch_device()
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, compute)
     base = config.get_model({}, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in base.diffusion_model.named_parameters():
         parameter.requires_grad_(False)
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
+        values = torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5
         if parameter.ndim == 1 and name.endswith(("weight", "scale")):
-            parameter.data.add_(1)
+            values += 1
+        parameter.data.copy_(values)
     for name, buffer in base.diffusion_model.named_buffers():
         if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
             buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)

@@ -54,6 +54,8 @@ class HostDenoiser:
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
         self._conditions: dict[int, dict] = {}
+        self._alone: dict[int, dict] = {}
+        self._texts: list[Tensor] = []
 
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
         yield self._loss([self.samples[row] for row in rows], generator)
@@ -93,10 +95,29 @@ class HostDenoiser:
         the model's scale and sigmas [B]. Each sample has the ranks of its own timestep."""
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = self.sampling.noise_scaling(each, noise, latents)
-        inputs = comfy.samplers.cond_cat([self._condition(sample, noise[:1]) for sample in samples])
+        inputs = self._inputs(samples, noise[:1])
         options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
         return (latents - denoised) / output_scale(self.sampling, each)
+
+    def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
+        """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every step and
+        in every sample it belongs to: what U-Nets make of it is then computed once (`autograd.Frozen`)."""
+        if len(samples) > 1:
+            return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+        key = id(samples[0])
+        if key not in self._alone:
+            inputs = comfy.samplers.cond_cat([self._condition(samples[0], like)])
+            if "c_crossattn" in inputs:
+                inputs["c_crossattn"] = self._text(inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference()))
+            self._alone[key] = inputs
+        return self._alone[key]
+
+    def _text(self, text: Tensor) -> Tensor:
+        known = next((t for t in self._texts if t.shape == text.shape and torch.equal(t, text)), None)
+        if known is None:
+            self._texts.append(text)
+        return text if known is None else known
 
     def _condition(self, sample: Sample, like: Tensor) -> dict:
         """The model's own inputs for a sample's CONDITIONING, as the host's sampler would make them; made once."""
