@@ -3,6 +3,9 @@ import torch
 from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
+from PIL import Image
+
+from ..tlora_core.comfy_host.live import LiveRun
 from ..tlora_core.comfy_host.files import name_of, new_lora_path
 from ..tlora_core.comfy_host.personalize import TrainRequest, train_from_images
 from ..tlora_core.comfy_host.progress import Progress
@@ -11,7 +14,7 @@ from ..tlora_core.errors import TLoRAError
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
 from ..tlora_core.plot import loss_curve
-from ..tlora_core.trainer import TrainConfig
+from ..tlora_core.trainer import TrainConfig, TrainingDiverged
 from .sockets import CATEGORY, TLORA, alpha_input, file_name_input, rank_inputs
 
 
@@ -69,13 +72,36 @@ class TrainTLoRAFromImage(io.ComfyNode):
         losses = []
         progress = Progress(steps, cls.hidden.unique_id, lambda: loss_curve(losses))
 
+        live = LiveRun.begin(cls.hidden.unique_id, steps, title=request.prompt)
+
+        class Stop(TrainingDiverged):
+            pass
+
         def on_step(step, loss):
             losses.append(loss)
+            live.report(step, loss)
             progress.update(step, f"loss {loss:.4f}")
+            if live.take_checkpoint_request():
+                live.note(f"Checkpoint of step {step} asked for.")
+            if step % max(steps // 8, 1) == 0:
+                picture = (image[0].detach().cpu().numpy() * 255).astype("uint8")
+                live.validation(step, Image.fromarray(picture).resize((128, 128)), [f"a photo of {token} {class_word}"])
+            if live.stop_requested:
+                raise Stop(step, step)
 
-        trained = train_from_images(model, clip, vae, image, request, on_step)
+        try:
+            trained = train_from_images(model, clip, vae, image, request, on_step)
+        except BaseException as error:
+            live.finish("cancelled" if "Interrupt" in type(error).__name__ else "failed", str(error))
+            raise
         trained.tlora.save(path, torch.float16)
-        if trained.stopped is not None:
+        if isinstance(trained.stopped, Stop):
+            live.finish("stopped", file=name_of(path))
+        elif trained.stopped is not None:
+            live.finish("failed", str(trained.stopped), name_of(path))
+        else:
+            live.finish("done", file=name_of(path))
+        if trained.stopped is not None and not isinstance(trained.stopped, Stop):
             raise TLoRAError(f"{trained.stopped} It is saved as {name_of(path)}.")
         return io.NodeOutput(
             trained.tlora, apply_tlora(model, trained.tlora), name_of(path), to_tensor(loss_curve(losses)),
