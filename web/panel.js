@@ -1,11 +1,12 @@
 // The training panel of the Train node: loss, pace, time left, memory, validation pictures, and the two buttons.
-import { html, path, setText, svg } from "./dom.js";
+import { addPanel, html, path, setText, svg } from "./dom.js";
+import { followNode } from "./graph.js";
 import { showLarge } from "./lightbox.js";
-import { ask, picturePath, runOf, watch } from "./runs.js";
+import { ask, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
 
 const WIDTH = 1000, HEIGHT = 300; // of the chart's own coordinates, stretched to the element
-export const IDLE_HEIGHT = 190, STRIP_HEIGHT = 96;
+const HEIGHT_IDLE = 210, HEIGHT_STRIP = 96, HEIGHT_MESSAGE = 22;
 
 export function duration(seconds) {
   const whole = Math.round(seconds);
@@ -137,12 +138,11 @@ class Strip {
 }
 
 export class TrainingPanel {
-  /** `resize(pixels)` sets the least height of the widget. */
   constructor(node) {
     this.node = node;
     this.state = html("span", { class: "tlora-state" });
     this.step = html("span", { class: "tlora-strong" });
-    this.pace = html("span", { class: "tlora-numbers" });
+    this.pace = html("div", { class: "tlora-numbers" });
     this.bar = html("div", { class: "tlora-bar" }, (this.filled = html("div")));
     this.chart = new LossChart();
     this.strip = new Strip();
@@ -150,31 +150,26 @@ export class TrainingPanel {
     this.stop = this.button("stop");
     this.checkpoint = this.button("checkpoint");
     this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training") },
-                        html("div", { class: "tlora-row" }, this.state, this.step, this.pace), this.bar, this.chart.element,
+                        html("div", { class: "tlora-row" }, this.state, this.step), this.bar, this.pace, this.chart.element,
                         this.strip.element, this.message,
                         html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint));
-    this.resize = () => {};
+    this.resize = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
+    followNode(node, () => this.update());
   }
 
   button(wish) {
     return html("button", { class: "tlora-button", title: t(`${wish}_tip`), onclick: () => this.run && ask(this.run, wish) });
   }
 
-  /** Until the returned function is called. */
-  follow() {
-    this.update();
-    return watch(() => this.update());
-  }
-
   update() {
     const run = runOf(this.node);
-    if (run === this.run && run !== undefined) return;
+    if (run === this.run) return;
     this.run = run;
     const state = run?.state ?? "idle", runs = state === "running", wishes = run?.wishes ?? [];
     this.element.dataset.state = state;
     setText(this.state, t(`state_${state}`));
     setText(this.step, run ? `${run.step} / ${run.steps}` : "");
-    setText(this.pace, run ? numbers(run).join(" · ") : "");
+    this.pace.replaceChildren(...(run ? numbers(run) : []).map((text) => html("span", {}, text)));
     this.filled.style.width = run ? `${(100 * run.step) / run.steps}%` : "0";
     this.chart.show(run);
     this.strip.show(run);
@@ -182,10 +177,11 @@ export class TrainingPanel {
     setText(this.message, said);
     this.message.hidden = !said;
     for (const [button, wish] of [[this.stop, "stop"], [this.checkpoint, "checkpoint"]]) {
-      setText(button, t(wishes.includes(wish) ? `${wish}_asked` : wish));
-      button.disabled = !runs || wishes.includes(wish);
+      const asked = runs && wishes.includes(wish);
+      setText(button, t(asked ? `${wish}_asked` : wish));
+      button.disabled = !runs || asked;
     }
-    this.resize(IDLE_HEIGHT + (run?.pictures.length ? STRIP_HEIGHT : 0) + (said ? 22 : 0));
+    this.resize(HEIGHT_IDLE + (run?.pictures.length ? HEIGHT_STRIP : 0) + (said ? HEIGHT_MESSAGE : 0));
   }
 }
 

@@ -68,7 +68,7 @@ class LiveRun:
     def begin(cls, node_id: str | None, steps: int, first_step: int = 0, title: str = "") -> "LiveRun":
         """A new run of `steps` steps in all, of which `first_step` are already done. It takes the place of the node's
         earlier one. `node_id` is the host's, "3:7" in a sub-graph; None keeps a run without a node."""
-        run = cls(node_id, _workflow_id(), steps, first_step, title)
+        run = cls(node_id, workflow_id(), steps, first_step, title)
         with cls._registry_lock:
             for old in [r for r in cls._runs.values() if (r.node_id, r.workflow_id) == (run.node_id, run.workflow_id)]:
                 del cls._runs[old.id]
@@ -208,7 +208,7 @@ def _memory() -> tuple[str, float]:
     return "process", psutil.Process().memory_info().rss / 2**20
 
 
-def _workflow_id() -> str | None:
+def workflow_id() -> str | None:
     """The id of the workflow that is being run: node ids are unique only within one. None where the prompt came without."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:
