@@ -3,7 +3,7 @@ from comfy_api.latest import ComfyExtension
 from server import PromptServer
 from typing_extensions import override
 
-from ..tlora_core.comfy_host import live_routes
+from ..tlora_core.comfy_host import file_routes, live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
 from .export import ExportTLoRA
@@ -23,5 +23,6 @@ class TLoRAExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TLoRAExtension:
-    live_routes.add_routes(PromptServer.instance.routes)
+    for module in (live_routes, file_routes):
+        module.add_routes(PromptServer.instance.routes)
     return TLoRAExtension()

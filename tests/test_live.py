@@ -32,16 +32,16 @@ def pages(live, monkeypatch):
     return live.PromptServer.instance
 
 
-def ask(*requests):
-    """Status and body of each (method, path, headers), from the routes in a real web server."""
+def ask(*requests, add_routes=None):
+    """Status and body of each (method, path, headers), from the live routes, or others, in a real web server."""
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 
-    from tlora_core.comfy_host.live_routes import add_routes
+    from tlora_core.comfy_host import live_routes
 
     async def run():
         app, routes = web.Application(), web.RouteTableDef()
-        add_routes(routes)
+        (add_routes or live_routes.add_routes)(routes)
         app.add_routes(routes)
         async with TestClient(TestServer(app)) as client:
             answers = []

@@ -56,6 +56,7 @@ class LiveRun:
         self._step = first_step
         self._points: list[Point] = []
         self._sent = 0  # points that events have told
+        self._sequence = 0  # of events, so that a page can tell old from new
         self._event_at = -math.inf
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), first_step)])
         self._pictures: dict[int, ValidationPicture] = {}
@@ -67,7 +68,7 @@ class LiveRun:
     def begin(cls, node_id: str | None, steps: int, first_step: int = 0, title: str = "") -> "LiveRun":
         """A new run of `steps` steps in all, of which `first_step` are already done. It takes the place of the node's
         earlier one. `node_id` is the host's, "3:7" in a sub-graph; None keeps a run without a node."""
-        run = cls(node_id, _workflow_id(), steps, first_step, title)
+        run = cls(node_id, workflow_id(), steps, first_step, title)
         with cls._registry_lock:
             for old in [r for r in cls._runs.values() if (r.node_id, r.workflow_id) == (run.node_id, run.workflow_id)]:
                 del cls._runs[old.id]
@@ -171,6 +172,7 @@ class LiveRun:
     def _tell(self) -> None:
         """One event to all pages, with the points since the last one."""
         with self._lock:
+            self._sequence += 1
             state = self._as_json(self._points[self._sent:])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
@@ -184,7 +186,7 @@ class LiveRun:
         rate = (last - first) / (ended - began) if last > first and ended > began else None
         kind, memory = _memory()
         return {
-            "id": self.id, "node": self.node_id, "workflow": self.workflow_id, "title": self.title, "state": self._state,
+            "id": self.id, "sequence": self._sequence, "node": self.node_id, "workflow": self.workflow_id, "title": self.title, "state": self._state,
             "step": self._step, "steps": self.steps, "points": points, "rate": rate,
             "left": (self.steps - self._step) / rate if rate else None, "memory": memory, "memory_kind": kind,
             "pictures": [{"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()],
@@ -206,7 +208,7 @@ def _memory() -> tuple[str, float]:
     return "process", psutil.Process().memory_info().rss / 2**20
 
 
-def _workflow_id() -> str | None:
+def workflow_id() -> str | None:
     """The id of the workflow that is being run: node ids are unique only within one. None where the prompt came without."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:
