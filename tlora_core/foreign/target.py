@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..adapters import LowRank
@@ -24,6 +25,7 @@ class Target:
     weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError where the
         weight cannot be had in full precision.
     base_model, num_timesteps, noise_domain: as in TLoRAFile.
+    device: where to compute with the weights; one that has float64.
     """
 
     names: Mapping[str, str]
@@ -32,6 +34,12 @@ class Target:
     base_model: str
     num_timesteps: float
     noise_domain: str
+    device: torch.device | str = "cpu"
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass
