@@ -21,14 +21,14 @@ from tlora_core.orthogonal import orthogonal_starts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOVED = (0.001, 0.01, 1.0)
 TEXT = 2048  # features that attn2's keys and values read
+BLOCKS = {"input_blocks.4.1.transformer_blocks.0": 640, "middle_block.1.transformer_blocks.0": 1280}  # path -> width
 
 
-def shapes():
+def shapes_in(blocks):
     """ComfyUI's module path -> (out_features, in_features)."""
-    widths = {"input_blocks.4.1.transformer_blocks.0": 640, "middle_block.1.transformer_blocks.0": 1280}
     return {
         f"{block}.{attention}.{projection}": (width, TEXT if attention == "attn2" and projection in ("to_k", "to_v") else width)
-        for block, width in widths.items()
+        for block, width in blocks.items()
         for attention in ("attn1", "attn2")
         for projection in ("to_q", "to_k", "to_v", "to_out.0")
     }
@@ -40,15 +40,15 @@ def product(parts, r):
     return (B[:, :r] * S[:r]) @ A[:r]
 
 
-def layers(rank, moved):
+def layers(shapes, rank, moved):
     """(trained factors, start) by module path."""
     generator = torch.Generator().manual_seed(0)
-    starts = orthogonal_starts("last_random", list(shapes().values()), rank, seed=0, names=shapes())
+    starts = orthogonal_starts("last_random", list(shapes.values()), rank, seed=0, names=shapes)
 
     def move(part):
         return part + moved * part.norm() * part.numel() ** -0.5 * torch.randn(part.shape, generator=generator)
 
-    return {name: (tuple(move(part) for part in start), start) for name, start in zip(shapes(), starts)}
+    return {name: (tuple(move(part) for part in start), start) for name, start in zip(shapes, starts)}
 
 
 def error(path, parts, r):
@@ -61,26 +61,26 @@ def error(path, parts, r):
     return max(errors)
 
 
-def plain_size(rank, dtype, folder):
+def plain_size(shapes, rank, dtype, folder):
     generator = torch.Generator().manual_seed(0)
-    random = {name: LowRank(torch.randn(out_features, rank, generator=generator), torch.randn(rank, in_features, generator=generator))
-              for name, (out_features, in_features) in shapes().items()}
+    random = {name: LowRank(torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator))
+              for name, (out, width) in shapes.items()}
     file = TLoRAFile(random, "lora", RankSchedule(rank, rank), 1000, "discrete", "sdxl", "sks", "dog")
     return export(file, folder / "plain.safetensors", "kohya", dtype).stat().st_size
 
 
-def measure(rank):
-    rows = []
+def measure(rank, blocks=BLOCKS):
+    shapes, rows = shapes_in(blocks), []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for moved in MOVED:
-            parts = layers(rank, moved)
+            parts = layers(shapes, rank, moved)
             updates = {path: difference_form(*both) for path, both in parts.items()}
             file = TLoRAFile(updates, "tlora", RankSchedule(rank, rank // 2), 1000, "discrete", "sdxl", "sks", "dog")
             for word, dtype in DTYPES.items():
                 path = folder / "tlora.safetensors"
                 file.save(path, dtype)
-                size, plain = path.stat().st_size, plain_size(rank, dtype, folder)
+                size, plain = path.stat().st_size, plain_size(shapes, rank, dtype, folder)
                 rows.append({
                     "dtype": word, "moved": moved, "error": error(path, parts, rank), "error_half": error(path, parts, rank // 2),
                     "mb": round(size / 2**20, 2), "plain_mb": round(plain / 2**20, 2), "size_ratio": round(size / plain, 3)})
