@@ -23,9 +23,13 @@ FLUX = {
 LAYERS = re.compile(r"(attn\d?|attn\.|attention)\S*\.(to_q|to_k|to_v|to_out\.0|qkv|proj)$|single_blocks\.\d+\.linear1$")
 
 
-def sdxl(width: int = 320, **options):
-    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters."""
-    config = supported.SDXL({**SDXL, "model_channels": width})
+def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: int = 2048, **options):
+    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters. depths: transformer
+    blocks in a row on each level."""
+    config = supported.SDXL({
+        **SDXL, "model_channels": width, "context_dim": context, "transformer_depth_middle": depths[-1],
+        "transformer_depth": [depth for depth in depths for _ in range(2)],
+        "transformer_depth_output": [depth for depth in depths for _ in range(3)]})
     config.unet_config.update(num_heads=-1, num_head_channels=64)
     return _filled(config, **options)
 
