@@ -129,26 +129,30 @@ class Input:
 
 
 class Inputs:
-    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so it is compared
-    once an evaluation."""
+    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so what they hold is
+    compared once an evaluation, and again after each change in place. Tensors made in inference mode count no changes;
+    they are compared every time."""
 
     def __init__(self):
         self._kept: list[Input] = []
-        self._seen: list[tuple[Tensor, Input]] = []  # holds the tensors, so that none's identity is used again
+        self._seen: list[tuple[Tensor, int, Input]] = []  # holds the tensors, so that none's identity is used again
 
     def new_evaluation(self) -> None:
         self._seen.clear()
 
     def recognise(self, x: Tensor) -> Input:
-        for tensor, known in self._seen:
-            if tensor is x:
-                return known
+        counts = not x.is_inference()
+        if counts:
+            for tensor, version, known in self._seen:
+                if tensor is x and version == x._version:
+                    return known
         same = (i for i in self._kept if i.value.shape == x.shape and i.value.dtype == x.dtype and i.value.device == x.device)
         known = next((i for i in same if torch.equal(i.value, x)), None)
         if known is None:
             known = Input(x.clone())
             self._kept = [known, *self._kept[:INPUTS_KEPT - 1]]
-        self._seen.append((x, known))
+        if counts:
+            self._seen.append((x, x._version, known))
         return known
 
 
