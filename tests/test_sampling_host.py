@@ -29,7 +29,7 @@ def apply(model, tlora, strength=1.0, **options):
 
 @pytest.fixture
 def evaluations(unet):
-    yield (recorded := runs.Evaluations(unet))
+    yield runs.Evaluations(unet)
     assert models.is_untouched(unet)
 
 

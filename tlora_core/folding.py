@@ -59,14 +59,15 @@ class Folded:
     """Stands in for the forward of `layer` with the terms in `wanted`, each under its owner's key and its row."""
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self.source = layer, layer.weight
+        self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
         self.wanted: dict[Hashable, Term] = {}
 
     @property
     def is_current(self) -> bool:
-        """False once the host has given the layer another weight, or while something else stands in for its forward, which
-        folding would drop."""
-        return self.layer.weight is self.source and self.layer.__dict__.get("forward", self.forward) == self.forward
+        """False once the host has given the layer another weight or moved it off, or while something else stands in for its
+        forward, which folding would drop."""
+        is_there = self.layer.weight is self.source and self.source.device == self.device
+        return is_there and self.layer.__dict__.get("forward", self.forward) == self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

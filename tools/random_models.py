@@ -46,18 +46,25 @@ def sd3(depth: int = 24, context: int = 4096, vector: int = 2048, **options):
         "context_embedder_config": embedder}), **options)
 
 
-def _filled(config, dtype=torch.float32, device=None, seed: int = 0) -> comfy.model_patcher.ModelPatcher:
-    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1."""
+def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
+    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1.
+
+    dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict with
+    layers quantised as the host's files have them, to be used instead of random weights.
+    """
     device = device or comfy.model_management.get_torch_device()
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
+    config.quant_config = {"mixed_ops": True} if quantised else None
     base = config.get_model({}, device=device)
+    if quantised:
+        base.diffusion_model.load_state_dict(quantised, assign=True)
+        return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in base.diffusion_model.named_parameters():
         parameter.requires_grad_(False)
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
-        if parameter.ndim == 1 and name.endswith(("weight", "scale")):
-            parameter.data.add_(1)
+        is_gain = parameter.ndim == 1 and name.endswith(("weight", "scale"))
+        parameter.data.copy_(is_gain + torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
     for name, buffer in base.diffusion_model.named_buffers():
         if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
             buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
@@ -67,7 +74,7 @@ def _filled(config, dtype=torch.float32, device=None, seed: int = 0) -> comfy.mo
 def attention_layers(model) -> dict[str, torch.nn.Linear]:
     """The attention projections, by module path."""
     return {path: m for path, m in model.model.diffusion_model.named_modules()
-            if isinstance(m, torch.nn.Linear) and LAYERS.search(path)}
+            if hasattr(m, "in_features") and LAYERS.search(path)}
 
 
 def random_tlora(model, rank: int = 64, min_rank: int | None = None, size: float = 0.05, seed: int = 0, split=()) -> TLoRAFile:

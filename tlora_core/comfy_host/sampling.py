@@ -30,6 +30,7 @@ from ..schedule import RankSchedule
 from .layers import check_layers, diffusion_modules, forget_modules, is_compiled
 from .noise import noise_level
 
+
 class TimestepAwarePatch:
     """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling.
 
@@ -46,7 +47,7 @@ class TimestepAwarePatch:
         timesteps, T = noise_level(base.model_sampling, sigma)
         modules = diffusion_modules(base.diffusion_model)
         adapters = self.adapters(x.device, layer_dtype(base))
-        active = {rank: self._active(rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
+        active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
         if self.on_evaluation is not None:
             self.on_evaluation(timesteps, self._active(self.schedule.rank, timesteps, T))
         foldable = self.foldable(base, modules, adapters, x) if all(isinstance(a, int) for a in active.values()) else {}
@@ -63,6 +64,10 @@ class TimestepAwarePatch:
     def foldable(self, base, modules, adapters, x) -> Mapping[str, Folded]:
         """The layers, by module path, whose adapter may be folded in this evaluation."""
         return {}
+
+    def active(self, base, rank, timesteps, T) -> int | torch.LongTensor:
+        """How many components of a layer of `rank` are on in this evaluation: see masking.add_low_rank."""
+        return self._active(rank, timesteps, T)
 
     def _active(self, rank, timesteps, T):
         ranks = self.schedule.for_rank(rank).active_ranks(timesteps, T)
@@ -175,13 +180,16 @@ class SamplingPatch(TimestepAwarePatch):
         text = _own_copy(c_crossattn, x.device, layer_dtype(executor.class_obj))
         return super().__call__(executor, x, sigma, c_concat, text, *args, **kwargs)
 
+    def active(self, base, rank, timesteps, T):
+        active = super().active(base, rank, timesteps, T)
+        is_compiled = base.current_patcher is not None and Folds.of(base).is_compiled
+        return torch.tensor(active, device=timesteps.device) if is_compiled and isinstance(active, int) else active
+
     def foldable(self, base, modules, adapters, x):
         patcher = base.current_patcher  # set while sampling only
         if self.fold is False or patcher is None or patcher.hook_patches:
             return {}
         folds = Folds.of(base)
-        if folds.is_compiled:
-            return {}
         folds.inputs.new_evaluation()
         paths = {split_name(name)[0] for name in adapters}
         if not paths <= folds.layers.keys():
