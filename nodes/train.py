@@ -32,7 +32,8 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
                                tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
                                        "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
-                                       "without the mask. lora: neither."),
+                                       "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
+                                       "there to compare with; their files are as large as the layers."),
                 *rank_inputs(),
                 io.Int.Input("steps", default=0, min=0, max=100000,
                              tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "

@@ -49,7 +49,7 @@ def request(steps=6, rate=0.01, **changes):
     from tlora_core.config import TrainConfig
 
     config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
-    return TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=config, **changes)
+    return TrainRequest("sks", "heart", **{"rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
@@ -332,3 +332,24 @@ def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
 
     with pytest.raises(TLoRAError, match=message):
         Keeping(**changes)
+
+
+@pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
+def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
+    from tlora_core.comfy_host.draw import draw
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    asked = request(6, method=method, rank=rank, min_rank=rank)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), asked)
+        p.train(6)
+        drawn = p.draw(["a photo of sks heart"])
+        tlora = p.tlora()
+        tlora.save(output / "loras" / "baseline.safetensors")
+        from tlora_core import TLoRAFile
+        stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
+        again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
+        bare = draw(*base, ["a photo of sks heart"], 64, 0)
+    assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
+    assert (drawn - again).abs().max() < 1e-3

@@ -87,8 +87,8 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
         config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
     config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
-    # What starts at zero learns, and copies, sooner than what starts orthogonal (the paper's 500 steps against 800).
-    soon = 500 if fields["method"] in METHODS and not METHODS[fields["method"]].is_orthogonal else usual.steps
+    # What starts at zero learns, and copies, sooner than what starts orthogonal: the paper's steps.
+    soon = {"lora": 500, "vanilla_tlora": 500}.get(fields["method"], usual.steps)
     config["steps"] = config.get("steps") or min(usual.steps, soon)
     fields["resolution"] = fields["resolution"] or usual.resolution
     return TrainRequest(config=TrainConfig(**config), **fields)
@@ -124,7 +124,7 @@ class Personalization:
         """Up to step `until`; see Trainer.run, whose errors it raises, and TLoRAError when memory runs out."""
         with training_session(self.model):
             denoiser = HostDenoiser(
-                self.model, self.adapters, self.request.schedule, self.samples, self.request.config, self.prior)
+                self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
             try:
                 return self.trainer.run(denoiser, until, on_step)
             except comfy.model_management.OOM_EXCEPTION as error:
@@ -137,6 +137,14 @@ class Personalization:
                 raise TLoRAError(
                     f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
                     "and vae of one checkpoint.") from error
+
+    @property
+    def schedule(self) -> RankSchedule:
+        """The request's; for a method without ranks of its own, all of the widest layer's at every timestep."""
+        if not METHODS[self.request.method].of_weight:
+            return self.request.schedule
+        widest = max(adapter.rank for adapter in self.adapters.values())
+        return RankSchedule(widest, widest)
 
     def go_on_from(self, state: Mapping) -> None:
         """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
@@ -153,7 +161,7 @@ class Personalization:
             **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
             "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
         return TLoRAFile(
-            layers=layers, method=request.method, schedule=request.schedule, num_timesteps=self.num_timesteps,
+            layers=layers, method=request.method, schedule=self.schedule, num_timesteps=self.num_timesteps,
             noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
             token=request.token, class_word=request.class_word, training=training)
 
@@ -164,6 +172,8 @@ class Personalization:
     def _check_config(self) -> None:
         """Settings that this model has no use for are refused now and not in the middle of a step."""
         config = self.request.config
+        if config.orthogonality and METHODS[self.request.method].of_weight:
+            raise TLoRAError(f"orthogonality is for low-rank methods; set it to 0 with {self.request.method}.")
         draw_sigmas(self.sampling, 1, torch.Generator(), config.timestep_density, config.noise_from, config.noise_to)
         if config.min_snr_gamma:
             min_snr_weight(self.sampling, self.sampling.sigma_max.reshape(1), config.min_snr_gamma)
@@ -189,7 +199,8 @@ class Personalization:
     def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
         request, device = self.request, self.model.load_device
         shapes = {name: layer.shape for name, layer in layers.items()}
-        if "weight" not in request.start or not METHODS[request.method].is_orthogonal:
+        method = METHODS[request.method]
+        if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
         with training_session(self.model):
             weights = {name: layer.weight for name, layer in layers.items()}
