@@ -20,6 +20,7 @@ from tlora_core import RankSchedule, TLoRAError
 from tlora_core.names import layer_of, plain_name
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; tools/host.py test installs it")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # A layer of each model: diffusers' name, ComfyUI's layer and its module, the layer's first row in that.
