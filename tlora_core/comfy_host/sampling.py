@@ -10,7 +10,8 @@ Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next 
 memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
 memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
 adapter's own. Copies are made where memory allows and the layer is a plain one; layers that the host streams, casts or
-quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product.
+quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a compiled
+model gets its rank as a tensor, so that no step compiles it anew.
 """
 import re
 import uuid
