@@ -8,14 +8,15 @@ anew for the backward pass, and an adapter saves its layer's input, which layers
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.grad
 from torch import LongTensor, Tensor, nn
 
-from .adapters import Adapter
+from .adapters import Adapter, LoRAAdapter, OrthoAdapter
 
-_OUTPUTS_KEPT = 4  # captions whose turn comes again and again
+_INPUTS_KEPT = 4  # captions whose turn comes again and again
 
 
 class Frozen:
@@ -30,7 +31,7 @@ class Frozen:
                  keeps_output: bool = False):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
-        self._kept: list[tuple[Tensor, int, Tensor]] = []  # (input, its version, output)
+        self._kept: list[Kept] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
@@ -41,13 +42,18 @@ class Frozen:
 
     def output(self, x: Tensor) -> Tensor:
         """A new tensor with what the layer makes of x, apart from autograd."""
+        kept = self.kept(x)
+        return self.run(x) if kept is None else kept.output.clone()
+
+    def kept(self, x: Tensor) -> "Kept | None":
+        """What is kept of this input; None where nothing is."""
         if not self.keeps_output or x.requires_grad:
-            return self.run(x)
-        known = next((kept for kept in self._kept if kept[0] is x and kept[1] == x._version), None)
+            return None
+        known = next((kept for kept in self._kept if kept.input is x and kept.version == x._version), None)
         if known is None:
-            known = x, x._version, self.run(x)
-            self._kept = [known, *self._kept[:_OUTPUTS_KEPT - 1]]
-        return known[2].clone()
+            known = Kept(x, x._version, self.run(x))
+            self._kept = [known, *self._kept[:_INPUTS_KEPT - 1]]
+        return known
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
@@ -56,6 +62,21 @@ class Frozen:
                 return gradient @ weight
             back = _CONVOLUTIONS[weight.dim() - 2]
             return back(shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
+
+
+class Kept:
+    """An input that comes back, as it was in `version`, and what a layer and the starts of its adapters make of it."""
+
+    def __init__(self, x: Tensor, version: int, output: Tensor):
+        self.input, self.version, self.output = x, version, output
+        self.tokens = x.flatten(0, -2).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(0, -2)
+        self._starts: WeakKeyDictionary[Adapter, Tensor] = WeakKeyDictionary()
+
+    def start(self, adapter: OrthoAdapter) -> Tensor:
+        """A0 x [tokens, r]."""
+        if adapter not in self._starts:
+            self._starts[adapter] = self.tokens @ adapter.A0.t()
+        return self._starts[adapter]
 
 
 _CONVOLUTIONS = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}
@@ -102,71 +123,161 @@ class Part(NamedTuple):
     row: int
 
     @property
-    def most(self) -> int:
+    def columns(self) -> int:
         return self.active if isinstance(self.active, int) else int(self.active.max())
 
-    def mask(self, hidden: Tensor, columns: int) -> None:
-        """Zero what a sample's own rank leaves out of hidden [B * tokens, group * columns], in place."""
+    def mask(self, hidden: Tensor) -> Tensor:
+        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns], in place."""
         if isinstance(self.active, Tensor):
-            kept = torch.arange(columns, device=hidden.device) < self.active[:, None]
-            hidden.view(len(self.active), -1, self.adapter.group, columns).mul_(kept[:, None, None].to(hidden.dtype))
+            on = torch.arange(hidden.shape[1], device=hidden.device) < self.active[:, None]
+            hidden.view(len(self.active), -1, hidden.shape[1]).mul_(on[:, None].to(hidden.dtype))
+        return hidden
+
+
+class Evaluation:
+    """The adapters of one evaluation of a model. What their products are made of is computed for all of them at once, by a few
+    operations instead of some for each of hundreds of layers, when the first layer asks for it."""
+
+    def __init__(self):
+        self.parts: list[Part] = []
+        self._products: dict[torch.dtype, dict[Adapter, _Plain | _Orthogonal]] = {}
+
+    def product(self, adapter: Adapter, dtype: torch.dtype) -> "_Plain | _Orthogonal":
+        if dtype not in self._products:
+            self._products[dtype] = {}
+            for kind, product in ((LoRAAdapter, _Plain), (OrthoAdapter, _Orthogonal)):
+                self._products[dtype] |= product.all([part for part in self.parts if isinstance(part.adapter, kind)], dtype)
+        return self._products[dtype][adapter]
+
+
+class _Plain:
+    """y = B A x, of the active components."""
+
+    def __init__(self, part: Part, dtype: torch.dtype):
+        self.adapter, self.mask, k = part.adapter, part.mask, part.columns
+        self.A, self.B = self.adapter.A.detach()[:k].to(dtype), self.adapter.B.detach()[:, :k].to(dtype)
+
+    @classmethod
+    def all(cls, parts: Sequence[Part], dtype: torch.dtype) -> dict[Adapter, "_Plain"]:
+        return {part.adapter: cls(part, dtype) for part in parts}
+
+    def add(self, output: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
+        """Adds y to output in place, for x [tokens, in], which is the one of `kept`; gives A x."""
+        hidden = self.mask(x @ self.A.t())
+        output.addmm_(hidden, self.B.t())
+        return hidden
+
+    def back(self, gradient: Tensor, x: Tensor, hidden: Tensor, of_input: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of A and B, given that of y and what `add` gave; adds that of x to of_input, unless it is None."""
+        of_hidden = self.mask(gradient @ self.B)
+        if of_input is not None:
+            of_input.addmm_(of_hidden, self.A)
+        return _gradient(self.adapter.A, of_hidden.t(), x), _gradient(self.adapter.B, gradient.t(), hidden)
+
+
+class _Orthogonal:
+    """y = B S A x - B0 S0 A0 x, of the active components, as (B - B0) S h + B0 ((S - S0) h + S0 (A - A0) x) with h = A x:
+    a sum of what training has moved, which no half precision loses."""
+
+    def __init__(self, part: Part, dtype: torch.dtype, moved_S: Tensor, moved_B: Tensor):
+        self.adapter, self.mask, k = part.adapter, part.mask, part.columns
+        adapter = self.adapter
+        self.full_A = adapter.A.detach()[:k]
+        self.A, self.A0, self.B0 = self.full_A.to(dtype), adapter.A0[:k].to(dtype), adapter.B0[:, :k].to(dtype)
+        self.S, self.S0, self.moved_S = adapter.S.detach()[:k].to(dtype), adapter.S0[:k].to(dtype), moved_S.to(dtype)
+        self.moved_B = moved_B.to(dtype)
+
+    @classmethod
+    @torch.no_grad()
+    def all(cls, parts: Sequence[Part], dtype: torch.dtype) -> dict[Adapter, "_Orthogonal"]:
+        if not parts:
+            return {}
+        pairs = [(part.adapter, part.columns) for part in parts]
+        moved_S = torch._foreach_sub([a.S[:k] for a, k in pairs], [a.S0[:k] for a, k in pairs])
+        moved_B = torch._foreach_sub([a.B[:, :k] for a, k in pairs], [a.B0[:, :k] for a, k in pairs])
+        return {part.adapter: cls(part, dtype, *moved) for part, *moved in zip(parts, moved_S, moved_B)}
+
+    def add(self, output: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
+        """As _Plain.add."""
+        if kept is None:
+            hidden = x @ self.A.t()
+            moved = x @ (self.full_A - self.adapter.A0[:len(self.A)]).to(x.dtype).t()
+        else:
+            # A difference of two products, but in full precision.
+            full = kept.tokens @ self.full_A.t()
+            hidden, moved = full.to(x.dtype), (full - kept.start(self.adapter)[:, :len(self.A)]).to(x.dtype)
+        self.mask(hidden)
+        self.mask(moved)
+        output.addmm_(hidden * self.S, self.moved_B.t())
+        output.addmm_(torch.addcmul(hidden * self.moved_S, moved, self.S0), self.B0.t())
+        return hidden
+
+    def back(self, gradient: Tensor, x: Tensor, hidden: Tensor, of_input: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """As _Plain.back, for A, S and B."""
+        of_start = self.mask(gradient @ self.B0)
+        of_both = self.mask(gradient @ self.moved_B).add_(of_start)
+        of_S = torch.zeros_like(self.adapter.S)
+        of_S[:len(self.A)] = (hidden * of_both).sum(0)
+        of_both *= self.S
+        if of_input is not None:
+            of_input.addmm_(of_both, self.A)
+            of_input.addmm_(of_start.mul_(self.S0), self.A0, alpha=-1)
+        return _gradient(self.adapter.A, of_both.t(), x), of_S, _gradient(self.adapter.B, gradient.t(), hidden * self.S)
+
+
+def _gradient(parameter: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, the gradient of the active rows or columns, with zeros for the others."""
+    whole = torch.empty_like(parameter)
+    active = whole[:left.shape[0], :right.shape[1]]
+    if left.dtype == whole.dtype:
+        torch.mm(left, right, out=active)
+    else:
+        active.copy_(left @ right)
+    if active.shape != whole.shape:
+        whole[left.shape[0]:] = 0
+        whole[:, right.shape[1]:] = 0
+    return whole
 
 
 class Trained:
     """The forward of a layer with adapters in training: forward(x) + up M_t down x for each part, as `masking.add_low_rank`
     gives it. `forward` is the layer's own, or whatever stands in for it."""
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part]):
-        self.forward, self.parts = forward, parts
+    def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part], evaluation: Evaluation):
+        self.forward, self.parts, self.evaluation = forward, parts, evaluation
+        self.frozen = forward if isinstance(forward, Frozen) else None
         self.parameters = [p for part in parts for p in part.adapter.parameters()]
+        evaluation.parts += parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        frozen = self.forward if isinstance(self.forward, Frozen) else None
-        return _AddAdapters.apply(x, None if frozen else self.forward(x), frozen, self.parts, *self.parameters)
+        return _AddAdapters.apply(x, None if self.frozen else self.forward(x), self, *self.parameters)
 
 
 class _AddAdapters(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | None, frozen: Frozen | None, parts: Sequence[Part], *parameters: Tensor):
-        output = frozen.output(x) if base is None else base.clone()
+    def forward(ctx, x: Tensor, base: Tensor | None, layer: Trained, *parameters: Tensor) -> Tensor:
+        output = layer.frozen.output(x) if base is None else base.clone()
         tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
+        kept = layer.frozen and layer.frozen.kept(x)
         saved = []
-        for part in parts:
-            columns = part.most
-            up, down = part.adapter.active_factors(columns, x.dtype)
-            hidden = tokens @ down.t()
-            part.mask(hidden, columns)
-            own = rows[:, part.row:part.row + up.shape[0]]
-            torch.addmm(own, hidden, up.t(), out=own)
-            # Only the first of a component's columns counts for the gradient; a copy, or the others would stay too.
-            saved.append(hidden if part.adapter.group == 1 else hidden[:, :columns].contiguous())
-        ctx.frozen, ctx.parts = frozen, parts
+        for part in layer.parts:
+            own = rows[:, part.row:part.row + part.adapter.B.shape[0]]
+            saved.append(layer.evaluation.product(part.adapter, x.dtype).add(own, tokens, kept))
+        ctx.layer = layer
         ctx.save_for_backward(x, *saved)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, *saved = ctx.saved_tensors
-        tokens, rows = x.flatten(0, -2), gradient.flatten(0, -2)
-        wants_input = ctx.needs_input_grad[0]
+        layer, tokens, rows = ctx.layer, x.flatten(0, -2), gradient.flatten(0, -2)
         of_input = None
-        if wants_input:
-            of_input = torch.zeros_like(tokens) if ctx.frozen is None else ctx.frozen.input_gradient(rows, tokens.shape)
+        if ctx.needs_input_grad[0]:
+            of_input = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
         of_parameters = []
-        for part, hidden in zip(ctx.parts, saved):
-            adapter, columns = part.adapter, part.most
-            up, down = adapter.active_factors(columns, x.dtype)
-            own = rows[:, part.row:part.row + up.shape[0]]
-            of_hidden = own @ up
-            part.mask(of_hidden, columns)
-            if wants_input:
-                of_input.addmm_(of_hidden, down)
-            if adapter.group == 2:
-                of_hidden = of_hidden[:, :columns] + of_hidden[:, columns:]
-            of_up, of_down = x.new_empty(up.shape[0], adapter.rank), x.new_empty(adapter.rank, tokens.shape[1])
-            torch.mm(own.t(), hidden, out=of_up[:, :columns])
-            torch.mm(of_hidden.t(), tokens, out=of_down[:columns])
-            of_up[:, columns:] = of_down[columns:] = 0
-            of_parameters += adapter.gradients(of_up, of_down)
+        for part, hidden in zip(layer.parts, saved):
+            own = rows[:, part.row:part.row + part.adapter.B.shape[0]]
+            of_parameters += layer.evaluation.product(part.adapter, x.dtype).back(own, tokens, hidden, of_input)
         of_input = None if of_input is None else of_input.view(x.shape)
-        return of_input, gradient if ctx.needs_input_grad[1] else None, None, None, *of_parameters
+        return of_input, gradient if ctx.needs_input_grad[1] else None, None, *of_parameters
+
