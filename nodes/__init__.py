@@ -13,13 +13,14 @@ from .report import TLoRAInfo
 from .schedule import TLoRASchedulePreview
 from .tiny import TinyBaseModel, TinySampleConcept
 from .train import TrainTLoRAFromImage
+from .training import TLoRAImages, TLoRATrainingOptions
 
 
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
-                TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TinyBaseModel, TinySampleConcept]
+        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA,
+                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

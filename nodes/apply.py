@@ -7,7 +7,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..tlora_core.comfy_host.files import lora_names, lora_path, name_of, new_lora_path
 from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.progress import say
+from ..tlora_core.comfy_host.progress import counting, say
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.targets import target_of
 from ..tlora_core.foreign import load_any
@@ -45,7 +45,8 @@ class LoadTLoRA(io.ComfyNode):
     def execute(cls, file, strength, model=None, min_rank=-1, alpha=0.0):
         path = lora_path(file)
         target = None if model is None else target_of(model)
-        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None)
+        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None,
+                          counting("making the base terms again", cls.hidden.unique_id))
         if loaded.unmatched or loaded.notes:
             logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
         say(loaded.report, cls.hidden.unique_id)

@@ -6,7 +6,7 @@ from ..tlora_core.errors import TLoRAError
 from ..tlora_core.images import to_tensor
 from ..tlora_core.plot import schedule_curve
 from ..tlora_core.schedule import RankSchedule
-from .sockets import CATEGORY, TLORA, alpha_input, rank_inputs
+from .sockets import CATEGORY, TLORA, alpha_input, curve_input, rank_inputs
 
 
 class TLoRASchedulePreview(io.ComfyNode):
@@ -17,15 +17,16 @@ class TLoRASchedulePreview(io.ComfyNode):
             description="Draws how many ranks are on at each noise level, with the steps of a sampler marked.",
             inputs=[
                 *rank_inputs(), alpha_input(),
-                TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes rank, min_rank and alpha from it."),
+                TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes the schedule from it."),
                 io.Model.Input("model", optional=True, tooltip="Says which noise level a sigma is; needed with sigmas."),
                 io.Sigmas.Input("sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."),
+                curve_input(),
             ],
             outputs=[io.Image.Output()])
 
     @classmethod
-    def execute(cls, rank, min_rank, alpha, tlora=None, model=None, sigmas=None):
-        schedule = RankSchedule(rank, min_rank, alpha) if tlora is None else tlora.schedule
+    def execute(cls, rank, min_rank, alpha, tlora=None, model=None, sigmas=None, curve=""):
+        schedule = RankSchedule.from_text(rank, min_rank, alpha, curve) if tlora is None else tlora.schedule
         steps = []
         if sigmas is not None:
             if model is None:

@@ -3,6 +3,8 @@ from comfy_api.latest import io
 
 CATEGORY = "T-LoRA"
 TLORA = io.Custom("TLORA")
+IMAGES = io.Custom("TLORA_IMAGES")
+OPTIONS = io.Custom("TLORA_OPTIONS")
 
 
 def strength_input():
@@ -29,7 +31,28 @@ def alpha_input():
         tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer ranks are on at middle noise, below 1 more.")
 
 
+def curve_input():
+    return io.String.Input(
+        "curve", default="", optional=True, advanced=True,
+        tooltip='A free curve in place of min_rank and alpha: noise level:rank at some points, 0 clean and 1 pure noise, such as '
+                '"0:64, 0.5:48, 1:32"; straight lines between. Empty: the formula.')
+
+
 def file_name_input():
     return io.String.Input(
         "file_name", default="tlora/my_subject",
         tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is overwritten.")
+
+
+def mask_input():
+    return io.Mask.Input(
+        "mask", optional=True,
+        tooltip="Where the subject is: the loss counts inside it only, so that nothing of the background is learnt. One for all "
+                "pictures or one for each.")
+
+
+def captions_input():
+    return io.String.Input(
+        "captions", default="", multiline=True, optional=True, advanced=True,
+        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs. "
+                'Empty: "a photo of {token} {class_word}".')

@@ -1,21 +1,16 @@
 """Train T-LoRA from Image."""
-import torch
 from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
-from PIL import Image
-
-from ..tlora_core.comfy_host.live import LiveRun
-from ..tlora_core.comfy_host.files import name_of, new_lora_path
-from ..tlora_core.comfy_host.personalize import TrainRequest, train_from_images
-from ..tlora_core.comfy_host.progress import Progress
+from ..tlora_core.comfy_host.files import lora_path
+from ..tlora_core.comfy_host.personalize import filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.errors import TLoRAError
+from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
+from ..tlora_core.dataset import FRAMINGS, training_images
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
 from ..tlora_core.plot import loss_curve
-from ..tlora_core.trainer import TrainConfig, TrainingDiverged
-from .sockets import CATEGORY, TLORA, alpha_input, file_name_input, rank_inputs
+from .sockets import CATEGORY, IMAGES, OPTIONS, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
 
 
 class TrainTLoRAFromImage(io.ComfyNode):
@@ -34,16 +29,18 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. The centre square is used."),
                 io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
                 io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
-                io.Combo.Input("method", options=list(METHODS), default="tlora",
-                               tooltip="tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
+                io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
+                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
+                                       "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
                                        "without the mask. lora: neither."),
                 *rank_inputs(),
-                io.Int.Input("steps", default=800, min=1, max=100000,
-                             tooltip="Training steps. The paper uses 800 for tlora and ortho_lora, 500 for the others; too many copy the image."),
-                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
-                               tooltip="Size of the steps. Higher learns faster and breaks sooner."),
-                io.Int.Input("resolution", default=1024, min=64, max=4096, step=8,
-                             tooltip="Side of the square training picture in pixels; the model's own is best. Lower needs less memory."),
+                io.Int.Input("steps", default=0, min=0, max=100000,
+                             tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
+                                     "others. Too few do not learn the subject, too many copy the image."),
+                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
+                               tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
+                io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+                             tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
                              tooltip="The same seed trains the same T-LoRA; another one another."),
                 file_name_input(),
@@ -53,6 +50,35 @@ class TrainTLoRAFromImage(io.ComfyNode):
                                        "matrix or of the layer's weight. last_random is the paper's."),
                 io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True,
                              tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory."),
+                mask_input(),
+                IMAGES.Input("more_images", optional=True,
+                             tooltip="More pictures of the subject, from T-LoRA Images: of other sizes, with captions or masks of their own."),
+                OPTIONS.Input("options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."),
+                captions_input(),
+                curve_input(),
+                io.String.Input("layers", default="attention", optional=True, advanced=True,
+                                tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", with '
+                                        "commas between. More layers learn more and copy more."),
+                io.Combo.Input("framing", options=list(FRAMINGS), default=FRAMINGS[0], optional=True, advanced=True,
+                               tooltip="centre square: cut square, as in the paper. keep aspect ratio: as much area in the picture's own "
+                                       "shape, with next to nothing cut off."),
+                io.Boolean.Input("flip", default=False, optional=True, advanced=True,
+                                 tooltip="Learn from each picture mirrored, too. Not for subjects with writing or a parting on one side."),
+                io.String.Input("validation_prompts", default="", multiline=True, optional=True,
+                                tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs."),
+                io.Int.Input("validate_every", default=0, min=0, max=100000, optional=True,
+                             tooltip="Steps between such drawings. More often shows more and takes longer. 0: never."),
+                io.Int.Input("checkpoint_every", default=100, min=0, max=100000, optional=True, advanced=True,
+                             tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. 0: none."),
+                io.Boolean.Input("checkpoint_files", default=False, optional=True, advanced=True,
+                                 tooltip="Save a T-LoRA file at each checkpoint too, to compare them later."),
+                io.Boolean.Input("save_on_cancel", default=False, optional=True, advanced=True,
+                                 tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does."),
+                io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
+                               tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
+                                       "continue: go on also if it was stopped. restart: train anew."),
+                io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
+                                 tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
             ],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),
@@ -64,45 +90,17 @@ class TrainTLoRAFromImage(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, image, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
-                seed, file_name, alpha, start, batch_size):
-        request = TrainRequest(
-            token, class_word, method, rank, min_rank, alpha, start, resolution,
-            TrainConfig(steps=steps, learning_rate=learning_rate, batch_size=batch_size, seed=seed))
-        path = new_lora_path(file_name)
-        losses = []
-        progress = Progress(steps, cls.hidden.unique_id, lambda: loss_curve(losses))
-
-        live = LiveRun.begin(cls.hidden.unique_id, steps, title=request.prompt)
-
-        class Stop(TrainingDiverged):
-            pass
-
-        def on_step(step, loss):
-            losses.append(loss)
-            live.report(step, loss)
-            progress.update(step, f"loss {loss:.4f}")
-            if live.take_checkpoint_request():
-                live.note(f"Checkpoint of step {step} asked for.")
-            if step % max(steps // 8, 1) == 0:
-                picture = (image[0].detach().cpu().numpy() * 255).astype("uint8")
-                live.validation(step, Image.fromarray(picture).resize((128, 128)), [f"a photo of {token} {class_word}"])
-            if live.stop_requested:
-                raise Stop(step, step)
-
-        try:
-            trained = train_from_images(model, clip, vae, image, request, on_step)
-        except BaseException as error:
-            live.finish("cancelled" if "Interrupt" in type(error).__name__ else "failed", str(error))
-            raise
-        trained.tlora.save(path, torch.float16)
-        if isinstance(trained.stopped, Stop):
-            live.finish("stopped", file=name_of(path))
-        elif trained.stopped is not None:
-            live.finish("failed", str(trained.stopped), name_of(path))
-        else:
-            live.finish("done", file=name_of(path))
-        if trained.stopped is not None and not isinstance(trained.stopped, Stop):
-            raise TLoRAError(f"{trained.stopped} It is saved as {name_of(path)}.")
+                seed, file_name, alpha, start, batch_size, mask=None, more_images=(), options=({}, ()), captions="",
+                curve="", layers="attention", framing=FRAMINGS[0], flip=False, **keeping):
+        settings, prior = options
+        request = filled_in(
+            model, token=token, class_word=class_word, method=method, rank=rank, min_rank=min_rank, alpha=alpha, start=start,
+            resolution=resolution, framing=framing, flip=flip, curve=curve, layers=layers,
+            config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed})
+        images = [*training_images(image, captions, mask), *more_images]
+        prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
+        done = train_or_find(model, clip, vae, images, request, Keeping(validation_prompts=prompts, **keeping), file_name,
+                             cls.hidden.unique_id, prior)
         return io.NodeOutput(
-            trained.tlora, apply_tlora(model, trained.tlora), name_of(path), to_tensor(loss_curve(losses)),
-            ui={"tlora_files": [str(path)], "text": [name_of(path)]})
+            done.tlora, apply_tlora(model, done.tlora), done.file, to_tensor(loss_curve(done.losses)),
+            ui={"tlora_files": [str(lora_path(done.file))], "text": [done.file]})

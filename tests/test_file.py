@@ -3,10 +3,12 @@
 import base64
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tlora_core import METHODS, LowRank, RankSchedule, TLoRAError, TLoRAFile, make_adapters
 from tlora_core.images import thumbnail
 
+REPO = Path(__file__).resolve().parents[1]
 LAYERS = {
     "input_blocks.4.1.transformer_blocks.0.attn1.to_q": (12, 10),
     "middle_block.1.transformer_blocks.0.attn2.to_out.0": (8, 20),
@@ -81,6 +84,17 @@ def test_round_trip_is_exact_in_the_stored_dtype(tmp_path, method, dtype):
         assert torch.equal(again.up, layer.up.to(dtype)) and torch.equal(again.down, layer.down.to(dtype))
         assert again.group == layer.group
         assert again.up.dtype == again.down.dtype == dtype
+
+
+def test_half_precision_costs_no_digits_of_a_small_update_and_no_more_than_twice_a_plain_lora():
+    spec = importlib.util.spec_from_file_location("bench_files", REPO / "benchmarks" / "files.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    rows = bench.measure(rank=8, blocks={"middle_block.1.transformer_blocks.0": 128})
+    assert [(row["dtype"], row["moved"]) for row in rows] == [(d, m) for m in (0.001, 0.01, 1.0) for d in bench.DTYPES]
+    for row in rows:
+        limit = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}[row["dtype"]]
+        assert 0 < row["error"] < limit and 0 < row["error_half"] < limit and 1.5 < row["size_ratio"] <= 2, row
 
 
 def test_others_read_a_plain_lora_of_scale_one(saved):
@@ -247,7 +261,10 @@ def test_only_three_dtypes_are_stored(tmp_path):
 
 UP, DOWN, ALPHA = FIRST + ".lora_up.weight", FIRST + ".lora_down.weight", FIRST + ".alpha"
 DAMAGE = {
-    "newer format": (dict(format=2), "format version 2 .* update the node pack"),
+    "newer format": (dict(format=3), "format version 3 .* update the node pack"),
+    "points that are none": (dict(points=[[0, 4], "x"]), 'no valid "points"'),
+    "points out of order": (dict(points=[[1, 4], [0, 2]]), "curve"),
+    "points against min_rank": (dict(points=[[0, 4], [1, 1]]), "do not go with"),
     "format zero": (dict(format=0), "format version is 0"),
     "format true": (dict(format=True), "format version is True"),
     "no format": (dict(format=...), 'no valid "format"'),
@@ -324,3 +341,15 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     for path in (tmp_path / "gone.safetensors", tmp_path):
         with pytest.raises(TLoRAError, match="there is no such file"):
             TLoRAFile.load(path)
+
+
+def test_free_curve_round_trips_under_a_format_of_its_own(tmp_path):
+    path = tmp_path / "curve.safetensors"
+    tlora = make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 0.5:3, 1:2"))
+    tlora.save(path)
+    assert TLoRAFile.load(path).schedule == tlora.schedule
+    with safe_open(path, framework="pt") as f:
+        assert json.loads(f.metadata()["tlora"])["format"] == 2
+    make().save(path)
+    with safe_open(path, framework="pt") as f:
+        assert json.loads(f.metadata()["tlora"])["format"] == 1 and "points" not in json.loads(f.metadata()["tlora"])

@@ -121,7 +121,7 @@ def test_output_is_that_of_weights_merged_with_the_masked_update(comfy, model, t
     for path, layer in target_layers(merged).items():
         low = tlora.layers[path]
         delta = low.up[:, :columns].double() @ low.down[:columns].double()
-        layer.weight.data = (layer.weight.double() + 0.8 * delta).float()
+        layer.module.weight.data = (layer.weight.double() + 0.8 * delta).float()
     ours = models.evaluate(apply_tlora(model, tlora, 0.8), [sigma])
     assert models.relative_error(ours, models.evaluate(merged, [sigma])) < 1e-5
     assert models.relative_error(ours, models.evaluate(model, [sigma])) > 1e-3

@@ -123,3 +123,31 @@ def test_curve_has_both_ends():
 def test_bad_fields_are_one_sentence_each(arguments, named):
     with pytest.raises(TLoRAError, match=named):
         RankSchedule(*arguments)
+
+
+def test_free_curve_goes_straight_between_its_points_and_through_them():
+    schedule = RankSchedule.from_text(64, 0, 3.0, "0:64, 0.5:48; 1:8")
+    assert [schedule.active_rank(t) for t in (-5, 0, 250, 500, 750, 1000)] == [64, 64, 56, 48, 28, 8]
+    assert schedule.min_rank == 8 and not schedule.is_constant and schedule.is_falling
+    assert [schedule.active_rank(t, 1) for t in (0.0, 0.5, 1.0)] == [64, 48, 8]
+    inner = RankSchedule.from_text(8, 0, 1.0, "0.2:8, 0.8:2")
+    assert [inner.active_rank(t, 1) for t in (0, 0.1, 0.5, 0.9, 1)] == [8, 8, 5, 2, 2]
+    assert not RankSchedule.from_text(8, 0, 1.0, "0:2, 1:8").is_falling
+    assert RankSchedule.from_text(8, 4, 1.0, "  ") == RankSchedule(8, 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 64)), min_size=2, max_size=6, unique_by=lambda p: p[0]))
+def test_every_point_of_a_curve_has_its_own_rank_and_others_lie_between(points):
+    points = tuple((level / 100, active) for level, active in sorted(points))
+    schedule = RankSchedule(64, min(a for _, a in points), 1.0, points)
+    for (left, low), (right, high) in zip(points, points[1:]):
+        assert schedule.active_rank(left, 1) == low and schedule.active_rank(right, 1) == high
+        assert min(low, high) <= schedule.active_rank((left + right) / 2, 1) <= max(low, high)
+    layer = schedule.for_rank(16)
+    assert layer.rank == 16 and all(0 < a for _, a in layer.points if _ and 0 < dict(points)[_])
+
+
+@pytest.mark.parametrize("curve", ["0:64", "0:64, x:1", "0.5:1, 0.2:3", "0:65, 1:2", "0:64, 2:1", "0:64, 1:-1", "0 64, 1 32", "0:64, 0:32"])
+def test_curve_that_cannot_be_is_refused(curve):
+    with pytest.raises(TLoRAError, match="curve"):
+        RankSchedule.from_text(64, 32, 1.0, curve)

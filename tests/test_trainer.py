@@ -1,35 +1,42 @@
 """The training loop on a toy model, without ComfyUI."""
+import io
 import math
 
 import pytest
 import torch
 
-from tlora_core import LoRAAdapter, TLoRAError
-from tlora_core.trainer import SNAPSHOT_EVERY, TrainConfig, TrainingDiverged, train
+from tlora_core import LoRAAdapter, OrthoAdapter, TLoRAError
+from tlora_core.config import TrainConfig
+from tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS
+from tlora_core.trainer import SNAPSHOT_EVERY, Batches, Trainer, TrainingDiverged, divergence, generator_for, orthogonality, train
+
+CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]
 
 
 class Toy:
     """Learns a matrix from noise: error = (B A - target) noise."""
 
-    needs_loss_scaling = False
+    device, needs_loss_scaling = torch.device("cpu"), False
 
-    def __init__(self, adapter, images=1):
-        self.adapter, self.latents, self.rows, self.sigmas = adapter, torch.zeros(images, 1, 4, 6), [], []
+    def __init__(self, adapter, buckets=((0,),)):
+        self.adapter, self.buckets, self.rows, self.drawn = adapter, buckets, [], []
         self.target = torch.randn(6, 6, generator=torch.Generator().manual_seed(1))
 
-    def draw_sigmas(self, count, generator):
-        return torch.rand(count, generator=generator)
-
-    def output_error(self, rows, noise, sigmas):
-        self.rows += rows
-        self.sigmas += sigmas.tolist()
+    def losses(self, rows, generator):
+        self.rows.append(rows)
+        noise = torch.randn(len(rows), 4, 6, generator=generator)
+        self.drawn += noise[:, 0, 0].tolist()
         up, down = self.adapter.factors()
-        return noise @ (up @ down - self.target).T
+        yield (noise @ (up @ down - self.target).T).square().mean()
 
 
-def run(config, images=1, on_step=lambda step, loss: None, toy=Toy):
-    adapter = LoRAAdapter(6, 6, 4, torch.Generator().manual_seed(0))
-    denoiser = toy(adapter, images)
+def new_adapter():
+    return LoRAAdapter(6, 6, 4, torch.Generator().manual_seed(0))
+
+
+def run(config, buckets=((0,),), on_step=lambda step, loss: None, toy=Toy):
+    adapter = new_adapter()
+    denoiser = toy(adapter, buckets)
     return train({"layer": adapter}, denoiser, config, on_step), adapter, denoiser
 
 
@@ -46,15 +53,23 @@ def test_equal_seeds_train_equal_adapters_and_others_do_not():
     assert not torch.equal(one.B, other.B)
 
 
-def test_each_round_shows_each_image_once():
-    _, _, toy = run(TrainConfig(steps=12, batch_size=2), images=6)
-    rounds = [toy.rows[i:i + 6] for i in range(0, 24, 6)]
-    assert all(sorted(r) == list(range(6)) for r in rounds) and len({tuple(r) for r in rounds}) > 1
+def test_each_round_shows_each_image_once_and_shapes_never_mix():
+    _, _, toy = run(TrainConfig(steps=12, batch_size=2), buckets=((0, 1, 2, 3), (4, 5)))
+    rounds = [toy.rows[i:i + 3] for i in range(0, 12, 3)]
+    assert all(sorted(sum(r, [])) == list(range(6)) for r in rounds) and len({str(r) for r in rounds}) > 1
+    assert all(set(rows) <= {0, 1, 2, 3} or set(rows) <= {4, 5} for rows in toy.rows)
 
 
-def test_samples_of_a_batch_have_noise_levels_of_their_own():
+def test_a_bucket_that_fills_no_batch_begins_again():
+    assert Batches([[0]], 4, 0)[7] == [0] * 4
+    rows = Batches([[0, 1, 2]], 2, 0)
+    assert sorted(set(rows[0] + rows[1])) == [0, 1, 2] and rows[5] == Batches([[0, 1, 2]], 2, 0)[5]
+
+
+def test_samples_of_a_batch_and_of_each_step_are_drawn_anew():
     _, _, toy = run(TrainConfig(steps=5, batch_size=8))
-    assert len(set(toy.sigmas)) == 40
+    assert len(set(toy.drawn)) == 40
+    assert not torch.equal(torch.rand(3, generator=generator_for(0, 1)), torch.rand(3, generator=generator_for(1, 1)))
 
 
 def test_optimizer_is_adamw_with_the_papers_settings(monkeypatch):
@@ -70,23 +85,165 @@ def test_optimizer_is_adamw_with_the_papers_settings(monkeypatch):
     assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-4)
 
 
-def test_loss_that_is_no_number_stops_at_the_last_good_state():
-    bad_step, states = SNAPSHOT_EVERY + 7, []
+@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+def test_every_optimizer_learns(optimizer):
+    rate = 1.0 if optimizer == "prodigy" else 0.02
+    losses, _, _ = run(TrainConfig(steps=400, learning_rate=rate, batch_size=4, optimizer=optimizer))
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
-    class Breaking(Toy):
-        def output_error(self, rows, noise, sigmas):
-            error = super().output_error(rows, noise, sigmas)
-            states.append(self.adapter.B.detach().clone())
-            return error * math.nan if len(states) > bad_step else error
 
-    adapter = LoRAAdapter(6, 6, 4, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_learning_rate_follows_its_schedule(name):
+    adapter = new_adapter()
+    trainer = Trainer({"layer": adapter}, TrainConfig(steps=40, lr_schedule=name, warmup_steps=10))
+    rates = []
+    trainer.run(Toy(adapter), 40, lambda step, loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+    assert rates[4] == pytest.approx(0.5e-4) and rates[9] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-4) if name == "constant" else rates[-1] < 0.05e-4
+
+
+HARD = [TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer="adamw", lr_schedule="cosine", warmup_steps=5,
+                    ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation=2),
+        *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in CPU_OPTIMIZERS[1:]]]
+
+
+@pytest.mark.parametrize("config", HARD, ids=lambda c: c.optimizer)
+def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_interrupted(config):
+    buckets = ((0, 1, 2), (3,))
+    adapter = new_adapter()
+    whole = Trainer({"layer": adapter}, config)
+    whole.run(Toy(adapter, buckets), config.steps)
+
+    adapter = new_adapter()
+    first, saved = Trainer({"layer": adapter}, config), io.BytesIO()
+    assert first.run(Toy(adapter, buckets), 23)
+    with first.result():  # as a validation does
+        pass
+    torch.save(first.state_dict(), saved)
+    first.run(Toy(adapter, buckets), 31)  # steps that are lost
+
+    saved.seek(0)
+    torch.manual_seed(99)
+    adapter = LoRAAdapter(6, 6, 4)
+    second = Trainer({"layer": adapter}, config)
+    second.load_state_dict(torch.load(saved, weights_only=True))
+    second.run(Toy(adapter, buckets), config.steps)
+    assert second.losses == whole.losses and len(whole.losses) == 60
+    with whole.result(), second.result():
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters))
+
+
+@pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)
+def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
+    adapter = new_adapter()
+    trainer = Trainer({"layer": adapter}, config)
+    trainer.run(Toy(adapter), 30)
+    before = [p.detach().clone() for p in trainer.parameters]
+    with trainer.result():
+        assert not torch.equal(adapter.B, before[1])
+        if trainer.average is not None:
+            assert torch.equal(adapter.B, trainer.average[1])
+    assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, before))
+
+
+def test_a_true_answer_ends_the_run_after_that_step():
+    adapter = new_adapter()
+    trainer = Trainer({"layer": adapter}, TrainConfig(steps=50))
+    assert not trainer.run(Toy(adapter), 50, lambda step, loss: step == 7)
+    assert trainer.step == len(trainer.losses) == 7
+    assert trainer.run(Toy(adapter), 50) and trainer.losses == run(TrainConfig(steps=50))[0]
+
+
+def test_accumulated_batches_are_one_large_batch():
+    class Fixed(Toy):
+        def losses(self, rows, generator):
+            up, down = self.adapter.factors()
+            yield (torch.tensor(rows, dtype=torch.float32).mean() * (up @ down - self.target)).square().mean()
+
+    buckets = ((1, 2, 3, 4),)
+    small = run(TrainConfig(steps=1, batch_size=2, gradient_accumulation=2, learning_rate=0.1), buckets, toy=Fixed)
+    assert len(small[2].rows) == 0 and small[0][0] > 0
+    adapter = new_adapter()
+    trainer = Trainer({"layer": adapter}, TrainConfig(steps=1, batch_size=2, gradient_accumulation=2))
+    trainer.run(Fixed(adapter, buckets), 1)
+    got = adapter.B.grad
+    other = new_adapter()
+    up, down = other.factors()
+    rows = Batches(buckets, 2, 0)
+    for i in range(2):
+        ((torch.tensor(rows[i]).float().mean() * (up @ down - Toy(other).target)).square().mean() / 2).backward(retain_graph=True)
+    torch.testing.assert_close(got, other.B.grad)
+
+
+def test_gradients_are_clipped_to_the_norm():
+    adapter = new_adapter()
+    trainer = Trainer({"layer": adapter}, TrainConfig(steps=1, max_grad_norm=1e-3))
+    trainer.run(Toy(adapter), 1)
+    assert torch.cat([p.grad.flatten() for p in trainer.parameters]).norm() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_orthogonality_is_equation_4():
+    A0, B0 = torch.linalg.qr(torch.randn(8, 3))[0].T, torch.linalg.qr(torch.randn(7, 3))[0]
+    ortho = OrthoAdapter(B0, torch.ones(3), A0)
+    assert orthogonality({"x": ortho}).item() == pytest.approx(0, abs=1e-5)
+    lora = new_adapter()
+    A, B = lora.A.detach().double(), lora.B.detach().double()
+    eye = torch.eye(4, dtype=torch.float64)
+    expected = (A @ A.T - eye).square().sum() + (B.T @ B - eye).square().sum()
+    assert orthogonality({"x": lora, "y": ortho}).item() == pytest.approx(expected.item(), rel=1e-5)
+    without, with_it = (run(TrainConfig(steps=300, learning_rate=0.01, orthogonality=x))[1] for x in (0.0, 1.0))
+    assert orthogonality({"x": with_it}) < 0.1 * orthogonality({"x": without})
+
+
+class Breaking(Toy):
+    """Its loss is multiplied from a step on."""
+
+    def __init__(self, adapter, step, factor):
+        super().__init__(adapter)
+        self.step, self.factor, self.states = step, factor, []
+
+    def losses(self, rows, generator):
+        self.states.append(self.adapter.B.detach().clone())
+        for loss in super().losses(rows, generator):
+            yield loss * (self.factor if len(self.states) > self.step else 1)
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+def test_loss_that_diverges_stops_at_the_last_good_state(factor):
+    bad_step = SNAPSHOT_EVERY + 7
+    adapter = new_adapter()
+    denoiser, trainer = Breaking(adapter, bad_step, factor), Trainer({"layer": adapter}, TrainConfig(steps=100))
     with pytest.raises(TrainingDiverged, match="lower learning_rate") as raised:
-        train({"layer": adapter}, Breaking(adapter), TrainConfig(steps=100))
-    assert (raised.value.step, raised.value.kept_step) == (bad_step, SNAPSHOT_EVERY)
-    assert torch.equal(adapter.B, states[SNAPSHOT_EVERY]) and not torch.equal(adapter.B, states[-1])
+        trainer.run(denoiser, 100)
+    assert raised.value.kept_step == trainer.step == len(trainer.losses) == SNAPSHOT_EVERY
+    assert bad_step <= raised.value.step < bad_step + 8
+    assert torch.equal(adapter.B, denoiser.states[SNAPSHOT_EVERY]) and not torch.equal(adapter.B, denoiser.states[-1])
 
 
-@pytest.mark.parametrize("field, value", [("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan)])
+def test_noisy_losses_are_no_divergence():
+    noisy = [abs(math.sin(i * i)) * 3 for i in range(500)]
+    assert all(divergence(noisy[:i], noisy[i]) is None for i in range(500))
+    assert divergence(noisy[:30], 1e6) is None, "one wild step is no divergence"
+
+
+def test_state_of_another_run_is_refused():
+    state = Trainer({"layer": new_adapter()}, TrainConfig()).state_dict()
+    other = Trainer({"layer": LoRAAdapter(6, 6, 2)}, TrainConfig())
+    with pytest.raises(TLoRAError, match="another rank"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("optimizer", "sgd"),
+    ("lr_schedule", "up"), ("timestep_density", "x"), ("ema_decay", 1.0), ("noise_from", 1.0), ("outside_mask", 2.0),
+    ("gradient_accumulation", 0), ("min_snr_gamma", -1.0), ("orthogonality", math.inf)])
 def test_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(TLoRAError, match=field):
         TrainConfig(**{field: value})
+
+
+def test_what_an_optimizer_cannot_do_is_said():
+    with pytest.raises(TLoRAError, match="GPU"):
+        Trainer({"layer": new_adapter()}, TrainConfig(optimizer="adamw8bit"))
+    with pytest.raises(TLoRAError, match="lr_schedule"):
+        Trainer({"layer": new_adapter()}, TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))

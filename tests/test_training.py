@@ -12,18 +12,26 @@ def model(comfy):
 def denoiser_for(model, method="tlora", rank=16, min_rank=8, latents=1, moved=0.1):
     from tlora_core import RankSchedule, make_adapters
     from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.comfy_host.encode import Sample
     from tlora_core.comfy_host.families import target_layers
+    from tlora_core.config import TrainConfig
 
-    shapes = {path: tuple(layer.weight.shape) for path, layer in target_layers(model).items()}
+    shapes = {path: layer.shape for path, layer in target_layers(model).items()}
     adapters = make_adapters(method, "last_random", shapes, rank, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for adapter in adapters.values():
             for parameter in adapter.parameters():
                 parameter.add_(torch.randn_like(parameter) * moved * (1 if parameter.ndim == 1 else 0.3))
-    images = torch.randn(latents, 16, 8, 8, generator=torch.Generator().manual_seed(1))
-    conditions = [models.conditioning(i) for i in range(latents)]
-    return adapters, HostDenoiser(model, adapters, RankSchedule(rank, min_rank), images, conditions)
+    means = torch.randn(latents, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    samples = [Sample(mean, None, None, models.conditioning(i)) for i, mean in enumerate(means)]
+    return adapters, HostDenoiser(model, adapters, RankSchedule(rank, min_rank), samples, TrainConfig())
+
+
+def output_error(denoiser, rows, noise, sigmas):
+    samples = [denoiser.samples[row] for row in rows]
+    latents = denoiser.base.process_latent_in(torch.stack([sample.mean for sample in samples]))
+    return denoiser.output_error(samples, latents, noise, sigmas)
 
 
 def noise_for(count):
@@ -38,7 +46,8 @@ def in_node(work):
 
 def test_weights_end_bit_identical_and_are_never_copied(model):
     from tlora_core.comfy_host.training import training_session
-    from tlora_core.trainer import TrainConfig, train
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import train
 
     with torch.inference_mode():  # weights as a loader node leaves them
         for module in model.model.diffusion_model.modules():
@@ -72,11 +81,11 @@ def test_loss_is_the_error_of_the_predicted_noise(model):
             errors = []
             for t in (0, 300, 999):
                 sigma = sampling.sigmas[t:t + 1].clone()
-                x = denoiser.latents + sigma * noise
-                inputs = denoiser.conditions[0]
+                x = model.model.process_latent_in(denoiser.samples[0].mean[None]) + sigma * noise
+                inputs = denoiser._condition(denoiser.samples[0], noise)
                 predicted = model.model.diffusion_model(
                     x / (sigma**2 + 1) ** 0.5, torch.tensor([float(t)]), context=inputs["c_crossattn"].cond, y=inputs["y"].cond)
-                errors.append(models.relative_error(denoiser.output_error([0], noise, sigma), predicted - noise))
+                errors.append(models.relative_error(output_error(denoiser, [0], noise, sigma), predicted - noise))
             return errors
 
     assert diffusion_modules(model.model.diffusion_model)
@@ -91,7 +100,7 @@ def test_gradient_agrees_with_finite_differences(model):
             adapters, denoiser = denoiser_for(model, latents=2)
             sigmas, noise = model.model.model_sampling.sigmas[[700, 100]].clone(), noise_for(2)
             parameters = [p for a in adapters.values() for p in a.parameters()]
-            loss = lambda: denoiser.output_error([0, 1], noise, sigmas).double().square().mean()  # noqa: E731
+            loss = lambda: output_error(denoiser, [0, 1], noise, sigmas).double().square().mean()  # noqa: E731
             gradients = torch.autograd.grad(loss(), parameters)
             norm = torch.stack([g.norm() for g in gradients]).norm()
             step = 1e-2
@@ -116,7 +125,7 @@ def test_only_the_active_ranks_learn_at_the_noisiest_timestep(model, method, wan
             masked = method.endswith("tlora")
             adapters, denoiser = denoiser_for(model, method, min_rank=8 if masked else 16)
             sigma = model.model.model_sampling.sigmas[999:].clone()
-            denoiser.output_error([0], noise_for(1), sigma).square().mean().backward()
+            output_error(denoiser, [0], noise_for(1), sigma).square().mean().backward()
             return {int((a.A.grad.abs().sum(1) > 0).sum()) for a in adapters.values()}
 
     assert in_node(work) == {wanted}
@@ -129,8 +138,8 @@ def test_each_sample_of_a_batch_is_masked_by_its_own_timestep(model):
         with training_session(model):
             _, denoiser = denoiser_for(model, latents=3)
             sigmas, noise = model.model.model_sampling.sigmas[[999, 500, 0]].clone(), noise_for(3)
-            together = denoiser.output_error([0, 1, 2], noise, sigmas)
-            return [models.relative_error(together[i:i + 1], denoiser.output_error([i], noise[i:i + 1], sigmas[i:i + 1]))
+            together = output_error(denoiser, [0, 1, 2], noise, sigmas)
+            return [models.relative_error(together[i:i + 1], output_error(denoiser, [i], noise[i:i + 1], sigmas[i:i + 1]))
                     for i in range(3)]
 
     assert max(in_node(work)) < 1e-4
@@ -140,7 +149,8 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
     import comfy.model_management
 
     from tlora_core.comfy_host.training import training_session
-    from tlora_core.trainer import TrainConfig, train
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import train
 
     before, seen = models.evaluate(model, [1.0]), []
 
@@ -163,7 +173,8 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
 
 def test_error_in_the_middle_of_a_step_leaves_no_trace(model):
     from tlora_core.comfy_host.training import training_session
-    from tlora_core.trainer import TrainConfig, train
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import train
 
     before = models.evaluate(model, [1.0])
     layer = list(m for m in model.model.diffusion_model.modules() if isinstance(m, torch.nn.Linear))[40]
@@ -186,5 +197,29 @@ def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
         model = type("SD3", (torch.nn.Module,), {})()
 
     Patcher.model.diffusion_model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    with pytest.raises(TLoRAError, match="SD3.*SD1.5, SD2 or SDXL"):
+    with pytest.raises(TLoRAError, match="SD3.*patterns of layer names"):
         target_layers(Patcher)
+
+
+def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
+    from tlora_core.comfy_host.training import training_session
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import train
+
+    layer = next(m for path, m in model.model.diffusion_model.named_modules() if path.endswith("attn2.to_k"))
+    calls = []
+    handle = torch.nn.functional.linear
+
+    def work():
+        with training_session(model):
+            adapters, denoiser = denoiser_for(model, latents=2)
+            train(adapters, denoiser, TrainConfig(steps=6))
+        return calls
+
+    def counted(x, weight, bias=None):
+        calls.extend([1] if weight.data_ptr() == layer.weight.data_ptr() else [])
+        return handle(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", counted)
+        assert len(in_node(work)) == 2

@@ -92,6 +92,16 @@ class Adapter(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
+    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors of the first `active` components as a pass with its gradient written out takes them, apart from
+        autograd and in dtype: of each component the first column of up, then of each the second."""
+        raise NotImplementedError
+
+    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the parameters, in their order: up [out, r] is the gradient of the first column of each
+        component, down [r, in] the sum of those of its rows."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def detach(self) -> LowRank:
         """The update as it stands, balanced, in float32 and apart from the parameters."""
@@ -112,6 +122,13 @@ class LoRAAdapter(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
+
+    @torch.no_grad()
+    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return self.B[:, :active].to(dtype), self.A[:active].to(dtype)
+
+    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        return down.to(self.A.dtype), up.to(self.B.dtype)
 
 
 class OrthoAdapter(Adapter):
@@ -141,6 +158,17 @@ class OrthoAdapter(Adapter):
         up = torch.stack((moved, P0), dim=2).flatten(1)
         down = torch.stack((self.A, self.A - self.A0), dim=1).flatten(0, 1)
         return up, down
+
+    @torch.no_grad()
+    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        B, B0, S, S0 = self.B[:, :active], self.B0[:, :active], self.S[:active], self.S0[:active]
+        moved = torch.addcmul((B - B0).mul_(S), B0, S - S0)
+        A = self.A[:active]
+        return torch.cat((moved, B0 * S0), 1).to(dtype), torch.cat((A, A - self.A0[:active])).to(dtype)
+
+    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        up = up.to(self.B.dtype)
+        return down.to(self.A.dtype), (up * self.B).sum(0), up * self.S
 
 
 def make_adapters(

@@ -4,12 +4,15 @@ Training goes through `attached`, and sampling too wherever `folding` does not s
 layers and put back what was there in `finally`: the host raises cancellations from inside any layer, and other adapters
 may be attached to the same layer around this one.
 """
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from torch import LongTensor, Tensor, nn
 
+from .adapters import Adapter
+from .autograd import Part, Trained
 from .masking import add_low_rank
 
 _ABSENT = object()
@@ -57,15 +60,22 @@ def replaced_forward():
 def attached(attachments: Iterable[Attachment]):
     """Within the block each layer gives layer(x) + up M_t down x. The layers are as before afterwards, also after an
     error. Attachments nest: an inner one adds to what the outer one gives."""
+    of_layers = defaultdict(list)
+    for layer, *part in attachments:
+        of_layers[layer].append(Part(*part))
     with replaced_forward() as replace:
-        for attachment in attachments:
-            replace(attachment.layer, _masked_forward(attachment.layer.forward, *attachment[1:]))
+        for layer, parts in of_layers.items():
+            make = Trained if all(isinstance(part.adapter, Adapter) for part in parts) else _masked_forward
+            replace(layer, make(layer.forward, parts))
         yield
 
 
-def _masked_forward(forward, adapter, active, row):
+def _masked_forward(forward, parts):
     def masked(x, *args, **kwargs):
-        up, down = adapter.factors()
-        return add_low_rank(forward(x, *args, **kwargs), x, up.to(x.dtype), down.to(x.dtype), active, adapter.group, row)
+        output = forward(x, *args, **kwargs)
+        for adapter, active, row in parts:
+            up, down = adapter.factors()
+            output = add_low_rank(output, x, up.to(x.dtype), down.to(x.dtype), active, adapter.group, row)
+        return output
 
     return masked

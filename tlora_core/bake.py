@@ -64,6 +64,8 @@ def split_steps(tlora: TLoRAFile, parts: int) -> list[tuple[TLoRAFile, float]]:
     staircase is r(t) itself, in layers of the file's full rank. Raises TLoRAError for a number of parts that cannot be made.
     """
     schedule = tlora.schedule
+    if not schedule.is_falling:
+        raise TLoRAError("tlora has a curve with more ranks on at more noise somewhere, which parts cannot follow; bake it at one noise level.")
     always, switching = int(schedule.min_rank > 0), schedule.rank - schedule.min_rank
     least, most = always + int(switching > 0), always + switching
     if not isinstance(parts, int) or not least <= parts <= most:

@@ -30,7 +30,7 @@ from .names import diffusers_name, family_of
 from .schedule import RankSchedule
 from .version import __version__
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
 METADATA_KEY = "tlora"
 HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -188,12 +188,14 @@ def _check_layers(file: TLoRAFile) -> None:
 
 def _metadata(file: TLoRAFile) -> dict[str, str]:
     content = {
-        "format": FORMAT_VERSION,
+        # A program that knows format 1 alone would apply the formula to a file with a free curve.
+        "format": 2 if file.schedule.points else 1,
         "pack_version": file.pack_version,
         "method": file.method,
         "rank": file.schedule.rank,
         "min_rank": file.schedule.min_rank,
         "alpha": file.schedule.alpha,
+        **({"points": [list(point) for point in file.schedule.points]} if file.schedule.points else {}),
         "num_timesteps": file.num_timesteps,
         "noise_domain": file.noise_domain,
         "base_model": file.base_model,
@@ -222,7 +224,7 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
         "modelspec.title": f"{phrase} T-LoRA".strip(),
-        "modelspec.description": f"{file.method}, rank {s.rank}, min_rank {s.min_rank}, alpha {s.alpha:g}. "
+        "modelspec.description": f"{file.method}, {s}. "
         "A program that knows nothing of timesteps applies the full rank at all of them.",
         "modelspec.hash_sha256": f"0x{HASH_TO_COME}",
         "modelspec.trigger_phrase": phrase,
@@ -258,7 +260,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise TLoRAError(
             f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
             "A file of that name is as it was."
@@ -292,9 +294,17 @@ def _read(path: Path) -> TLoRAFile:
         unnamed = keys - {key + part for key in names.values() for part in (_UP, _DOWN, _ALPHA)}
     if unnamed:
         raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
-    schedule = RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")))
+    schedule = RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
     rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
     return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+
+
+def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
+    points = content.get("points", [])
+    number = (int, float)
+    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points):
+        raise TLoRAError('its T-LoRA metadata has no valid "points"; get the file again.')
+    return tuple((float(level), active) for level, active in points)
 
 
 def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, str]:

@@ -27,27 +27,42 @@ def check_images(images: Tensor | None, name: str = "image") -> Tensor:
     return images
 
 
+def resized(picture: Tensor, box: tuple[float, float, float, float], target: tuple[int, int],
+            how: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
+    """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, as large as `target` (width,
+    height); float32. What has the size already stays as it is."""
+    left, top, width, height = box
+    picture = picture.float().cpu()
+    if (width, height) == target and left == int(left) and top == int(top):
+        return picture[int(top):int(top) + int(height), int(left):int(left) + int(width)].clone()
+    drawn = to_picture(picture).resize(target, how, box=(left, top, left + width, top + height))
+    return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
+
+
+def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
+    """(left, top, side, side) of the largest centred square."""
+    side = min(width, height)
+    return (width - side) // 2, (height - side) // 2, side, side
+
+
 def square(images: Tensor, resolution: int) -> Tensor:
     """Centre square crop, resized with Lanczos. [N, H, W, 3] in 0..1 to [N, resolution, resolution, 3] float32."""
-    height, width = images.shape[1:3]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    crops = images[:, top:top + side, left:left + side].float().cpu()
-    if side == resolution:
-        return crops
-    pictures = (crops.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
-    resized = [Image.fromarray(p).resize((resolution, resolution), Image.Resampling.LANCZOS) for p in pictures]
-    return torch.from_numpy(np.stack([np.asarray(p) for p in resized]).astype(np.float32) / 255)
+    box = centre_square(images.shape[2], images.shape[1])
+    return torch.stack([resized(picture, box, (resolution, resolution)) for picture in images])
 
 
 def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
     """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images does."""
     if images is None:
         return None
-    picture = square(check_images(images, "thumbnail")[:1], side)[0]
     written = io.BytesIO()
-    Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(written, "JPEG", quality=85)
+    to_picture(square(check_images(images, "thumbnail")[:1], side)[0]).save(written, "JPEG", quality=85)
     return written.getvalue()
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Pixels [H, W, 3], or a mask [H, W], in 0..1 as a PIL picture."""
+    return Image.fromarray((pixels.float().cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:

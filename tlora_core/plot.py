@@ -72,7 +72,8 @@ def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = 
     """r(t) over the noise level t/T, from noise on the left to the picture on the right as a sampler goes; `steps`
     holds (t/T, rank) of each step of a sampler."""
     ticks = sorted({0, schedule.min_rank, schedule.rank})
-    title = f"active rank r(t): {schedule.min_rank} at pure noise, {schedule.rank} at the end, alpha {schedule.alpha:g}"
+    shape = "a free curve" if schedule.points else f"alpha {schedule.alpha:g}"
+    title = f"active rank r(t): {schedule.active_rank(1, 1)} at pure noise, {schedule.active_rank(0, 1)} at the end, {shape}"
     axes = _Axes(size, (1, 0), (0, schedule.rank * 1.08), title, "noise level t/T",
                  [(v, f"{v:g}") for v in (1, 0.75, 0.5, 0.25, 0)], [(v, str(v)) for v in ticks])
     axes.line([(u, rank) for u, rank in schedule.curve(size[0], num_timesteps=1)], _LINE, 3)

@@ -116,7 +116,7 @@ def _settings(tlora: TLoRAFile) -> list[str]:
     rest = {name: value for name, value in tlora.training.items() if name != B_KEY}
     return [
         f'T-LoRA for base model {tlora.base_model}: token "{tlora.token}", class word "{tlora.class_word}"',
-        f"method {tlora.method}, rank {s.rank}, min_rank {s.min_rank}, alpha {s.alpha:g}",
+        f"method {tlora.method}, {s}",
         "active rank r(t) at noise level t/T: " + ", ".join(f"{u:g}: {s.active_rank(u * T, T)}" for u in _LEVELS),
         f"noise domain {tlora.noise_domain}, T = {T:g}",
         f"{_layers(len(tlora.layers))}, {size:.2f} MB in {str(first.up.dtype).removeprefix('torch.')}",

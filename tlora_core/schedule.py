@@ -21,6 +21,8 @@ class RankSchedule:
     min_rank: r_min, the number at t = T, from 0 to rank. Equal to rank, the schedule is constant: plain
         LoRA and Ortho-LoRA.
     alpha: exponent, above 0. Above 1 the components leave sooner as the noise grows.
+    points: a free curve in place of the formula: (t / T, rank) of at least two points, t / T rising in [0, 1], with straight
+        lines between them, rounded down, and level beyond them. min_rank is then the smallest of their ranks, alpha 1.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -28,8 +30,23 @@ class RankSchedule:
     rank: int
     min_rank: int
     alpha: float = 1.0
+    points: tuple[tuple[float, int], ...] = ()
+
+    @classmethod
+    def from_text(cls, rank: int, min_rank: int, alpha: float, curve: str) -> "RankSchedule":
+        """The formula's, or where `curve` is not empty that of its points: "0:64, 0.5:48, 1:32", t / T before the colon."""
+        if not curve.strip():
+            return cls(rank, min_rank, alpha)
+        try:
+            pairs = [point.split(":") for point in curve.replace(";", ",").split(",") if point.strip()]
+            points = tuple((float(level), int(active)) for level, active in pairs)
+        except ValueError as error:
+            raise TLoRAError(f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".') from error
+        return cls(rank, min((active for _, active in points), default=0), 1.0, points)
 
     def __post_init__(self) -> None:
+        if self.points:
+            self._check_points()
         _require_whole("rank", self.rank)
         _require_whole("min_rank", self.min_rank)
         if self.rank < 1:
@@ -42,10 +59,34 @@ class RankSchedule:
         if not is_number or not 0 < self.alpha <= sys.float_info.max:
             raise TLoRAError(f"alpha is {self.alpha!r}; set it to a finite number above 0 (the paper uses 1).")
 
+    def _check_points(self) -> None:
+        levels = [level for level, _ in self.points]
+        if len(levels) < 2 or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= 1:
+            raise TLoRAError(
+                f"curve has the noise levels {', '.join(f'{level:g}' for level in levels)}; give at least two, rising, from 0 "
+                "(clean) to 1 (pure noise).")
+        for _, active in self.points:
+            _require_whole("A rank of the curve", active)
+            if not 0 <= active <= self.rank:
+                raise TLoRAError(f"curve has the rank {active}; use ranks from 0 to the rank, which is {self.rank}.")
+        if self.min_rank != min(active for _, active in self.points) or self.alpha != 1:
+            raise TLoRAError(f"min_rank is {self.min_rank} and alpha {self.alpha}, which do not go with the curve's points.")
+
     @property
     def is_constant(self) -> bool:
         """True when every timestep has the full rank."""
         return self.min_rank == self.rank
+
+    @property
+    def is_falling(self) -> bool:
+        """True when no component that is on at some noise is off at less."""
+        ranks = [active for _, active in self.points]
+        return ranks == sorted(ranks, reverse=True)
+
+    def __str__(self) -> str:
+        if not self.points:
+            return f"rank {self.rank}, min_rank {self.min_rank}, alpha {self.alpha:g}"
+        return f"rank {self.rank}, curve " + ", ".join(f"{level:g}:{active}" for level, active in self.points)
 
     def active_rank(self, timestep: float, num_timesteps: float = 1000) -> int:
         """r(t) for t = timestep and T = num_timesteps, both in the unit of the model's noise domain.
@@ -58,8 +99,21 @@ class RankSchedule:
         if math.isnan(t):
             raise TLoRAError("The timestep is NaN; check the sigmas given to the sampler.")
         t = min(max(t, 0.0), T)
+        if self.points:
+            return self._active_on_curve(t / T)
         # (T - t) / T and not 1 - t / T, in the reference's order: rewritten, it differs by a rank at some t.
         return math.floor((self.rank - self.min_rank) * ((T - t) / T) ** self.alpha) + self.min_rank
+
+    def _active_on_curve(self, level: float) -> int:
+        (left, low), *rest = self.points
+        if level <= left:
+            return low
+        for right, high in rest:
+            if level <= right:
+                # The little more keeps a whole number whole that rounding has just missed.
+                return math.floor((low * (right - level) + high * (level - left)) / (right - left) + 1e-9)
+            left, low = right, high
+        return low
 
     def active_ranks(self, timesteps: Tensor, num_timesteps: float = 1000) -> LongTensor:
         """r(t) for each element of timesteps [B]; int64 [B] on the same device. See active_rank."""
@@ -78,8 +132,11 @@ class RankSchedule:
                 f"A layer has rank {layer_rank}; the schedule serves ranks from 1 to {self.rank}. "
                 "Use the schedule the layer was trained with."
             )
-        min_rank = -(-self.min_rank * layer_rank // self.rank)
-        return replace(self, rank=layer_rank, min_rank=min_rank)
+        def scaled(active: int) -> int:
+            return -(-active * layer_rank // self.rank)
+
+        points = tuple((level, scaled(active)) for level, active in self.points)
+        return replace(self, rank=layer_rank, min_rank=scaled(self.min_rank), points=points)
 
     def curve(self, n: int = 101, num_timesteps: float = 1000) -> list[tuple[float, int]]:
         """n points (t, r(t)) with t evenly spaced from 0 to T, both ends included; n >= 2."""

@@ -1,114 +1,271 @@
-"""The training loop: the paper's, with no knowledge of the model's home."""
+"""The training loop: the paper's, with no knowledge of the model's home.
+
+All randomness of a step follows from the seed and the step's number alone. That is why a run that goes on from a checkpoint
+is the run that was never interrupted, bit by bit on a CPU, and why pauses in it (for validation, for a checkpoint) change nothing.
+"""
+import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Protocol
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .adapters import Adapter
+from .config import TrainConfig
 from .errors import TLoRAError
+from .optimizers import make_lr_schedule, make_optimizer
 
-SNAPSHOT_EVERY = 25  # steps between copies of the adapters, to fall back on when the loss stops being a number
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. The defaults are the paper's for SDXL (appendix, training details): AdamW, no warm-up.
-
-    Raises TLoRAError when a field is out of its range.
-    """
-
-    steps: int = 800
-    learning_rate: float = 1e-4
-    batch_size: int = 1
-    seed: int = 0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise TLoRAError(f"{name} is {getattr(self, name)}; set it to {low} or more.")
-        if not 0 < self.learning_rate < math.inf:
-            raise TLoRAError(f"learning_rate is {self.learning_rate}; set it to a number above 0 (the paper uses 1e-4).")
-
-    def as_dict(self) -> dict:
-        return asdict(self)
+SNAPSHOT_EVERY = 25  # steps between copies of the adapters, to fall back on when the loss diverges
+RUNAWAY = 5.0  # so many times the largest loss of the first steps is no noise any more
+_FIRST, _LAST = 20, 10  # losses that say what is usual, and what is now
 
 
 class Denoiser(Protocol):
-    """A frozen model with the adapters attached to it, and the images it is trained on."""
+    """A frozen model with the adapters attached to it, and the pictures it is trained on."""
 
-    latents: Tensor  # [N, C, H, W], one per image, in the model's own scale
+    device: torch.device
     needs_loss_scaling: bool  # True where gradients pass through float16
+    buckets: Sequence[Sequence[int]]  # the pictures' rows, those of one shape together
 
-    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        """Noise levels of `count` samples, t uniform over the training timesteps."""
-
-    def output_error(self, rows: list[int], noise: Tensor, sigmas: Tensor) -> Tensor:
-        """What the model predicts (noise, v or flow) minus what it should, for images `rows` with this noise
-        [B, C, H, W] and sigmas [B]. Each sample has the ranks of its own timestep."""
+    def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+        """The parts of the loss of one batch, scalars; each is made after the one before went backward, to share memory.
+        What is random comes from `generator`, on the CPU, so that it is the same on every device."""
 
 
 class TrainingDiverged(TLoRAError):
-    """The loss was no number any more. The adapters are back at `kept_step`, the last state known to be good."""
+    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good."""
 
-    def __init__(self, step: int, kept_step: int):
+    def __init__(self, step: int, kept_step: int, what: str):
         super().__init__(
-            f"Training stopped at step {step + 1} because the loss was no longer a finite number; lower learning_rate. "
+            f"Training stopped at step {step + 1} because the loss {what}; lower learning_rate. "
             f"The adapters are back at step {kept_step}, the last state known to be good.")
         self.step, self.kept_step = step, kept_step
 
 
-def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConfig,
-          on_step: Callable[[int, float], None] = lambda step, loss: None) -> list[float]:
-    """Train the adapters in place; returns the loss of each step, mean squared error in the model's own prediction.
+class Trainer:
+    """One training run: the adapters it trains in place and all it needs to go on.
 
-    `on_step(step, loss)` is called after each step, counted from 1; what it raises stops the training and leaves the
-    adapters as they are then. All randomness comes from `config.seed` and is drawn on the CPU, so that it is the same
-    on every device. Raises TrainingDiverged when the loss is not finite.
+    step: updates done. losses: of each of them, mean squared error in the model's own prediction.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
-    device = denoiser.latents.device
-    optimizer = torch.optim.AdamW(
-        parameters, config.learning_rate, (config.beta1, config.beta2), weight_decay=config.weight_decay,
-        fused=device.type in ("cuda", "cpu"))  # one kernel instead of ten for each of a thousand small tensors
-    scaler = torch.amp.GradScaler(device.type, enabled=denoiser.needs_loss_scaling)
-    order = _image_order(len(denoiser.latents), generator)
-    losses: list[float] = []
-    snapshot = (0, [])
-    for step in range(config.steps):
-        rows = [next(order) for _ in range(config.batch_size)]
-        noise = torch.randn(len(rows), *denoiser.latents.shape[1:], generator=generator).to(device)
-        sigmas = denoiser.draw_sigmas(len(rows), generator).to(device)
-        loss = denoiser.output_error(rows, noise, sigmas).float().square().mean()
-        value = loss.item()
-        if not math.isfinite(value):
-            _restore(parameters, snapshot[1])
-            raise TrainingDiverged(step, snapshot[0])
-        if step % SNAPSHOT_EVERY == 0:
-            # Taken only here, after these very weights gave a finite loss.
-            snapshot = (step, [p.detach().to("cpu", copy=True) for p in parameters])
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        losses.append(value)
-        on_step(step + 1, value)
-    return losses
+
+    def __init__(self, adapters: Mapping[str, Adapter], config: TrainConfig):
+        self.adapters, self.config = adapters, config
+        self.parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+        self.device = self.parameters[0].device
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.lr_schedule = make_lr_schedule(self.optimizer, config)
+        self.scaler: torch.amp.GradScaler | None = None
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
+        self.step = 0
+        self.losses: list[float] = []
+        self._good = (0, self._copy())
+        self._candidate: tuple[int, list[Tensor]] | None = None
+
+    def run(self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
+        """Train up to step `until`; False when `on_step` ended it before.
+
+        `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True; what it raises
+        ends it too, and the state is that of a whole step in every case. Raises TrainingDiverged.
+        """
+        if self.scaler is None:
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
+        batches = Batches(denoiser.buckets, self.config.batch_size, self.config.seed)
+        pending: Reading | None = None
+        try:
+            while self.step < until:
+                if self.step % SNAPSHOT_EVERY == 0:
+                    self._candidate = (self.step, self._copy())
+                loss = self._backward(denoiser, batches)
+                # A GPU's loss is read while it is at the next step, so that it never waits.
+                reading, pending = pending, None
+                if reading is not None and self._record(reading.value(), on_step):
+                    return False
+                self._update()
+                pending = Reading(loss)
+                if self.device.type == "cpu":
+                    reading, pending = pending, None
+                    if self._record(reading.value(), on_step):
+                        return self.step == until
+        finally:
+            if pending is not None:
+                self._record(pending.value(), on_step)
+        return True
+
+    def _backward(self, denoiser: Denoiser, batches: "Batches") -> Tensor:
+        """Adds up the gradients of one update; the loss, still on the device."""
+        self.optimizer.zero_grad()
+        total, accumulation = torch.zeros((), device=self.device), self.config.gradient_accumulation
+        for part in range(self.step * accumulation, (self.step + 1) * accumulation):
+            for loss in denoiser.losses(batches[part], generator_for(self.config.seed, part)):
+                self.scaler.scale(loss / accumulation).backward()
+                total += loss.detach() / accumulation
+        if self.config.orthogonality:
+            self.scaler.scale(self.config.orthogonality * orthogonality(self.adapters)).backward()
+        return total
+
+    def _update(self) -> None:
+        if self.config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.lr_schedule is not None:
+            self.lr_schedule.step()
+        if self.average is not None:
+            # Rising to its decay, as the start is no weight worth remembering.
+            decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        self.step += 1
+
+    def _record(self, loss: float, on_step) -> bool:
+        """Takes note of one step's loss; whether the caller wants to end here."""
+        step = len(self.losses)
+        what = divergence(self.losses, loss)
+        if what is not None:
+            _write(self.parameters, self._good[1])
+            if self.average is not None:
+                _write(self.average, self._good[1])
+            self.step = self._good[0]
+            del self.losses[self.step:]
+            raise TrainingDiverged(step, self.step, what)
+        if self._candidate is not None and self._candidate[0] == step:
+            # Only now, after these very weights gave a loss as it should be.
+            self._good, self._candidate = self._candidate, None
+        self.losses.append(loss)
+        return bool(on_step(step + 1, loss))
+
+    @contextmanager
+    def result(self):
+        """Within the block the adapters are what the run is for at this step: the moving average where one is kept, the
+        evaluation weights of a schedule-free optimizer. Afterwards they are what training goes on from, to the bit."""
+        training = [p.detach().clone() for p in self.parameters]
+        free = hasattr(self.optimizer, "eval")
+        if free:
+            self.optimizer.eval()
+        if self.average is not None:
+            _write(self.parameters, self.average)
+        try:
+            yield self.adapters
+        finally:
+            if free:
+                self.optimizer.train()
+            _write(self.parameters, training)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""
+        return {
+            "step": self.step, "losses": self.losses, "parameters": [p.detach() for p in self.parameters],
+            "buffers": [b for adapter in self.adapters.values() for b in adapter.buffers()],
+            "optimizer": self.optimizer.state_dict(), "average": self.average,
+            "lr_schedule": None if self.lr_schedule is None else self.lr_schedule.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up a run of the same adapters and settings. Raises TLoRAError when the state is another run's."""
+        buffers = [b for adapter in self.adapters.values() for b in adapter.buffers()]
+        pairs = [*zip(self.parameters, state["parameters"]), *zip(buffers, state["buffers"])]
+        if len(pairs) != len(self.parameters) + len(buffers) or any(a.shape != b.shape for a, b in pairs):
+            raise TLoRAError("The checkpoint is of a run with other layers or another rank; train again from the start.")
+        _write([a for a, _ in pairs], [b for _, b in pairs])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_schedule is not None:
+            self.lr_schedule.load_state_dict(state["lr_schedule"])
+        if self.average is not None:
+            _write(self.average, state["average"])
+        if state["scaler"] is not None:
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=bool(state["scaler"]))
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.losses = state["step"], list(state["losses"])
+        self._good, self._candidate = (self.step, self._copy()), None
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().to("cpu", copy=True) for p in self.parameters]
 
 
-def _image_order(count: int, generator: torch.Generator):
-    """Image rows without end, each image once in every round."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConfig,
+          on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> list[float]:
+    """A whole run at once; returns the loss of each step. See Trainer.run."""
+    trainer = Trainer(adapters, config)
+    trainer.run(denoiser, config.steps, on_step)
+    return trainer.losses
+
+
+class Batches(Sequence):
+    """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own. Pictures
+    of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""
+
+    def __init__(self, buckets: Sequence[Sequence[int]], size: int, seed: int):
+        self.buckets, self.size, self.seed = buckets, size, seed
+        self.per_round = sum(math.ceil(len(bucket) / size) for bucket in buckets)
+        self._round = (-1, [])
+
+    def __len__(self) -> int:
+        raise TypeError("batches have no end")
+
+    def __getitem__(self, index: int) -> list[int]:
+        number, place = divmod(index, self.per_round)
+        if self._round[0] != number:
+            self._round = (number, self._shuffled(generator_for(self.seed, f"round {number}")))
+        return self._round[1][place]
+
+    def _shuffled(self, generator: torch.Generator) -> list[list[int]]:
+        batches = []
+        for bucket in self.buckets:
+            order = [bucket[i] for i in torch.randperm(len(bucket), generator=generator).tolist()]
+            for start in range(0, len(order), self.size):
+                batches.append([order[(start + i) % len(order)] for i in range(self.size)])
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class Reading:
+    """A scalar on its way from the device, without making the device wait."""
+
+    def __init__(self, scalar: Tensor):
+        self.copy = scalar
+        if scalar.device.type == "cuda":
+            self.copy = torch.empty((), dtype=scalar.dtype, pin_memory=True)
+            self.copy.copy_(scalar, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def value(self) -> float:
+        if hasattr(self, "arrived"):
+            self.arrived.synchronize()
+        return self.copy.item()
+
+
+def generator_for(seed: int, purpose: int | str) -> torch.Generator:
+    """Random numbers of one step, or of another purpose, of the run with that seed; on the CPU."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def divergence(losses: Sequence[float], loss: float) -> str | None:
+    """Why training should stop at this loss, or None."""
+    if not math.isfinite(loss):
+        return "was no longer a finite number"
+    if len(losses) >= _FIRST + _LAST:
+        usual, now = max(losses[:_FIRST]), statistics.median([*losses[1 - _LAST:], loss])
+        if now > RUNAWAY * usual:
+            return f"ran away, to {now:.3g} from at most {usual:.3g} in the beginning"
+    return None
+
+
+def orthogonality(adapters: Mapping[str, Adapter]) -> Tensor:
+    """Equation 4 of the paper without its lambda: |A A^T - I|^2 + |B^T B - I|^2, summed over the layers."""
+    total = 0.0
+    for adapter in adapters.values():
+        for gram in (adapter.A @ adapter.A.T, adapter.B.T @ adapter.B):
+            # |G - I|^2 without writing out the difference.
+            total = total + gram.square().sum() - 2 * gram.trace() + len(gram)
+    return total
 
 
 @torch.no_grad()
-def _restore(parameters: list[Tensor], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values):
-        parameter.copy_(value)
+def _write(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values):
+        tensor.copy_(value)

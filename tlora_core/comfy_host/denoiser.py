@@ -1,5 +1,6 @@
-"""The host's model as `trainer.train` sees it."""
-from collections.abc import Mapping
+"""The host's model as `trainer.Trainer` sees it."""
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -10,8 +11,10 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..adapters import Adapter
+from ..config import TrainConfig
 from ..schedule import RankSchedule
-from .noise import draw_sigmas, output_scale
+from .encode import Sample, buckets
+from .noise import draw_sigmas, min_snr_weight, output_scale
 from .sampling import TimestepAwarePatch
 
 
@@ -23,21 +26,25 @@ def normal(value):
         return {k: normal(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(normal(v) for v in value)
+    if isinstance(value, Sample):
+        return Sample(**{field.name: normal(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
 class HostDenoiser:
     """`trainer.Denoiser` on the host's model. Make and use it inside `training_session`.
 
-    latents [N, C, H, W] as VAE Encode gives them; conditioning: one CONDITIONING per latent, or one for all.
+    samples: the subject's pictures. prior: pictures of its class, for prior preservation, or none.
+    config: its timesteps, Min-SNR, fresh latents and prior weight are this class's part.
     """
 
-    def __init__(self, model: ModelPatcher, adapters: Mapping[str, Adapter], schedule: RankSchedule, latents: Tensor,
-                 conditioning: list):
-        self.base, self.device = model.model, model.load_device
+    def __init__(self, model: ModelPatcher, adapters: Mapping[str, Adapter], schedule: RankSchedule,
+                 samples: Sequence[Sample], config: TrainConfig, prior: Sequence[Sample] = ()):
+        self.base, self.device, self.config = model.model, model.load_device, config
         self.sampling = self.base.model_sampling
-        self.latents = self.base.process_latent_in(normal(latents).to(self.device, torch.float32))
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
+        self.samples, self.prior = normal(list(samples)), normal(list(prior))
+        self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         patched = model.clone()
         patched.add_wrapper_with_key(
             WrappersMP.APPLY_MODEL, "tlora-training", TimestepAwarePatch(lambda device, dtype: adapters, schedule))
@@ -46,25 +53,79 @@ class HostDenoiser:
             # The host may have chosen an attention kernel without a backward.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
-        self.conditions = [self._encode(c) for c in conditioning]
+        self._conditions: dict[int, dict] = {}
+        self._alone: dict[int, dict] = {}
+        self._texts: list[Tensor] = []
 
-    def _encode(self, conditioning) -> dict:
-        """The model's own inputs for one CONDITIONING, as the host's sampler would make them."""
-        converted = comfy.sampler_helpers.convert_cond(normal(conditioning))[:1]
-        noise = torch.zeros_like(self.latents[:1])
-        encoded = comfy.samplers.encode_model_conds(
-            self.base.extra_conds, converted, noise, self.device, "positive", latent_image=noise, denoise_mask=None,
-            seed=0)
-        return {name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()}
+    def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+        yield self._loss([self.samples[row] for row in rows], generator)
+        if self.prior:
+            bucket = self.prior_buckets[int(torch.randint(len(self.prior_buckets), (1,), generator=generator))]
+            chosen = torch.randint(len(bucket), (len(rows),), generator=generator).tolist()
+            yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
 
-    def draw_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
-        return draw_sigmas(self.sampling, count, generator)
+    def _loss(self, samples: list[Sample], generator: torch.Generator) -> Tensor:
+        config = self.config
+        latents = torch.stack([self._latent(sample, generator) for sample in samples]).to(self.device)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        sigmas = draw_sigmas(
+            self.sampling, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to).to(self.device)
+        error = self.output_error(samples, latents, noise, sigmas).float().square()
+        error = error * self._weights(samples, error)
+        per_sample = error.flatten(1).mean(1)
+        if config.min_snr_gamma:
+            per_sample = per_sample * min_snr_weight(self.sampling, sigmas, config.min_snr_gamma)
+        return per_sample.mean()
 
-    def output_error(self, rows: list[int], noise: Tensor, sigmas: Tensor) -> Tensor:
-        latents = self.latents[rows]
-        noisy = self.sampling.noise_scaling(sigmas.view(-1, 1, 1, 1), noise, latents)
-        conditions = [self.conditions[row if len(self.conditions) > 1 else 0] for row in rows]
-        inputs = comfy.samplers.cond_cat(conditions)
-        options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(rows)}
+    @staticmethod
+    def _weights(samples: Sequence[Sample], error: Tensor) -> Tensor:
+        cells = error.shape[-2:]
+        weights = [torch.ones(cells) if sample.weights is None else sample.weights for sample in samples]
+        return torch.stack(weights).view(-1, *[1] * (error.ndim - 3), *cells).to(error.device)
+
+    def _latent(self, sample: Sample, generator: torch.Generator) -> Tensor:
+        """In the model's own scale; a fresh sample of the posterior where the settings ask for one."""
+        latent = sample.mean
+        if self.config.fresh_latents and sample.deviation is not None:
+            latent = latent + sample.deviation * torch.randn(latent.shape, generator=generator)
+        return self.base.process_latent_in(latent[None])[0]
+
+    def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """What the model predicts (noise, v or flow) minus what it should, [B, C, ...], for latents and noise of that shape in
+        the model's scale and sigmas [B]. Each sample has the ranks of its own timestep."""
+        each = sigmas.view(-1, *[1] * (latents.ndim - 1))
+        noisy = self.sampling.noise_scaling(each, noise, latents)
+        inputs = self._inputs(samples, noise[:1])
+        options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
-        return (latents - denoised) / output_scale(self.sampling, sigmas).view(-1, 1, 1, 1)
+        return (latents - denoised) / output_scale(self.sampling, each)
+
+    def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
+        """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every step and
+        in every sample it belongs to: what U-Nets make of it is then computed once (`autograd.Frozen`)."""
+        if len(samples) > 1:
+            return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+        key = id(samples[0])
+        if key not in self._alone:
+            inputs = comfy.samplers.cond_cat([self._condition(samples[0], like)])
+            if "c_crossattn" in inputs:
+                inputs["c_crossattn"] = self._text(inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference()))
+            self._alone[key] = inputs
+        return self._alone[key]
+
+    def _text(self, text: Tensor) -> Tensor:
+        known = next((t for t in self._texts if t.shape == text.shape and torch.equal(t, text)), None)
+        if known is None:
+            self._texts.append(text)
+        return text if known is None else known
+
+    def _condition(self, sample: Sample, like: Tensor) -> dict:
+        """The model's own inputs for a sample's CONDITIONING, as the host's sampler would make them; made once."""
+        if id(sample) not in self._conditions:
+            converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
+            noise = torch.zeros_like(like)
+            encoded = comfy.samplers.encode_model_conds(
+                self.base.extra_conds, converted, noise, self.device, "positive", latent_image=noise, denoise_mask=None, seed=0)
+            self._conditions[id(sample)] = {
+                name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()}
+        return self._conditions[id(sample)]

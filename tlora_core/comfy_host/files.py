@@ -33,6 +33,13 @@ def new_lora_path(prefix: str) -> Path:
     return Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
 
 
+def runs_folder() -> Path:
+    """Where the folders of training runs are: tlora_runs in the host's output folder."""
+    folder = Path(folder_paths.get_output_directory()) / "tlora_runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def name_of(path: Path) -> str:
     """The name by which the host's loaders list a file that `new_lora_path` made."""
     return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()

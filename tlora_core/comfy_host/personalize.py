@@ -1,27 +1,41 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
+import comfy.model_management
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..adapters import METHODS, make_adapters
+from ..adapters import METHODS, Adapter, make_adapters
+from ..config import TrainConfig
+from ..container import one_line
+from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame, training_images
 from ..errors import TLoRAError
 from ..file import TLoRAFile
-from ..images import check_images, square
 from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
-from ..trainer import TrainConfig, TrainingDiverged, train
+from ..trainer import Trainer, TrainingDiverged
 from .denoiser import HostDenoiser
-from .families import target_layers
-from .noise import domain, noise_level
+from .draw import draw
+from .encode import Encoder
+from .families import ATTENTION, TargetLayer, defaults_for, target_layers
+from .noise import domain, draw_sigmas, min_snr_weight, noise_level
+from .sampling import apply_tlora
 from .training import training_session
+
+PRIOR_PROMPT = "a photo of {class_word}"
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asks for. Raises TLoRAError when a field is out of its range."""
+    """What the user asks for: all that, with the pictures and the model, determines the result.
+
+    layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: every picture mirrored too.
+    curve: see RankSchedule.from_text; "" for the formula.
+    Raises TLoRAError when a field is out of its range.
+    """
 
     token: str
     class_word: str
@@ -32,23 +46,154 @@ class TrainRequest:
     start: str = "last_random"
     resolution: int = 1024
     config: TrainConfig = field(default_factory=TrainConfig)
+    framing: str = FRAMINGS[0]
+    flip: bool = False
+    curve: str = ""
+    layers: str = ATTENTION
 
     def __post_init__(self) -> None:
         if not self.token.strip() and not self.class_word.strip():
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
         if self.method not in METHODS:
             raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
-        RankSchedule(self.rank, self.min_rank, self.alpha)
+        if self.framing not in FRAMINGS:
+            raise TLoRAError(f'framing is "{self.framing}"; choose one of {", ".join(FRAMINGS)}.')
+        RankSchedule.from_text(self.rank, self.min_rank, self.alpha, self.curve)
 
     @property
     def schedule(self) -> RankSchedule:
         """Methods without a mask have all ranks on at every timestep."""
-        masked = METHODS[self.method].is_masked
-        return RankSchedule(self.rank, self.min_rank if masked else self.rank, self.alpha)
+        if not METHODS[self.method].is_masked:
+            return RankSchedule(self.rank, self.rank)
+        return RankSchedule.from_text(self.rank, self.min_rank, self.alpha, self.curve)
 
     @property
     def prompt(self) -> str:
-        return " ".join(f"a photo of {self.token} {self.class_word}".split())
+        return caption_of(PROMPT, self.token, self.class_word)
+
+    def __str__(self) -> str:
+        config = self.config
+        return (f"{self.method}, {self.schedule}; {config.steps} steps of {config.optimizer} at {config.learning_rate:g}, "
+                f"{self.resolution} pixels")
+
+
+def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
+    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits the model;
+    where the optimizer is, so is the clipping of gradients."""
+    usual, config = defaults_for(model), dict(config)
+    if config.get("optimizer", "auto") == "auto":
+        # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
+        config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
+        config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
+    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
+    fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
+    # What starts at zero learns, and copies, sooner than what starts orthogonal (the paper's 500 steps against 800).
+    soon = 500 if fields["method"] in METHODS and not METHODS[fields["method"]].is_orthogonal else usual.steps
+    config["steps"] = config.get("steps") or min(usual.steps, soon)
+    fields["resolution"] = fields["resolution"] or usual.resolution
+    return TrainRequest(config=TrainConfig(**config), **fields)
+
+
+class Personalization:
+    """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
+
+    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, the
+    model draws them itself. Raises TLoRAError for input that cannot work, before the model is touched.
+    """
+
+    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
+                 prior: Sequence[TrainingImage] = ()):
+        self.model, self.clip, self.vae, self.request = model, clip, vae, request
+        layers = target_layers(model, request.layers)
+        self.sampling = model.get_model_object("model_sampling")
+        _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
+        self._check_config()
+        encoder = Encoder(clip, vae, request.config.outside_mask)
+        encoder.check_resolution(request.resolution)
+        if request.config.prior_weight and not prior:
+            prior = self._draw_prior()
+        self.images = len(images)
+        self.samples = self._encode(encoder, images)
+        self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
+        # Nodes run in inference mode, whose tensors autograd refuses.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.adapters = self._adapters(layers)
+            self.trainer = Trainer(self.adapters, request.config)
+
+    def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
+        """Up to step `until`; see Trainer.run, whose errors it raises, and TLoRAError when memory runs out."""
+        with training_session(self.model):
+            denoiser = HostDenoiser(
+                self.model, self.adapters, self.request.schedule, self.samples, self.request.config, self.prior)
+            try:
+                return self.trainer.run(denoiser, until, on_step)
+            except comfy.model_management.OOM_EXCEPTION as error:
+                raise TLoRAError(
+                    f"Memory ran out in step {self.trainer.step + 1}; lower resolution (now {self.request.resolution}), "
+                    f"batch_size ({self.request.config.batch_size}) or rank ({self.request.rank}).") from error
+            except RuntimeError as error:
+                if self.trainer.step:
+                    raise
+                raise TLoRAError(
+                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
+                    "and vae of one checkpoint.") from error
+
+    def go_on_from(self, state: Mapping) -> None:
+        """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
+        with torch.inference_mode(False):
+            self.trainer.load_state_dict(state)
+
+    def tlora(self) -> TLoRAFile:
+        """The T-LoRA as it stands, in float32 on the CPU."""
+        request = self.request
+        with torch.inference_mode(False), torch.no_grad(), self.trainer.result() as adapters:
+            layers = {path: adapter.detach().to("cpu") for path, adapter in adapters.items()}
+            ranks = effective_rank_of_b(adapters)
+        training = {
+            **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
+            "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
+        return TLoRAFile(
+            layers=layers, method=request.method, schedule=request.schedule, num_timesteps=self.num_timesteps,
+            noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
+            token=request.token, class_word=request.class_word, training=training)
+
+    def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
+        """Pictures [N, H, W, 3] by the T-LoRA as it stands."""
+        return draw(apply_tlora(self.model, self.tlora()), self.clip, self.vae, prompts, self.request.resolution, seed)
+
+    def _check_config(self) -> None:
+        """Settings that this model has no use for are refused now and not in the middle of a step."""
+        config = self.request.config
+        draw_sigmas(self.sampling, 1, torch.Generator(), config.timestep_density, config.noise_from, config.noise_to)
+        if config.min_snr_gamma:
+            min_snr_weight(self.sampling, self.sampling.sigma_max.reshape(1), config.min_snr_gamma)
+
+    def _encode(self, encoder: Encoder, images: Sequence[TrainingImage]) -> list:
+        request, samples = self.request, []
+        for image in images:
+            picture = frame(image, request.framing, request.resolution, encoder.unit)
+            caption = caption_of(image.caption, request.token, request.class_word)
+            samples.append(encoder.sample(picture, caption))
+            if request.flip:
+                mirrored = replace(picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1))
+                samples.append(encoder.sample(mirrored, caption))
+        return samples
+
+    def _draw_prior(self) -> list[TrainingImage]:
+        config = self.request.config
+        prompt = caption_of(PRIOR_PROMPT, "", self.request.class_word)
+        pictures = [draw(self.model, self.clip, self.vae, [prompt], self.request.resolution, config.seed + i)[0]
+                    for i in range(config.prior_count)]
+        return [TrainingImage(picture, PRIOR_PROMPT) for picture in pictures]
+
+    def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
+        request, device = self.request, self.model.load_device
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        if "weight" not in request.start or not METHODS[request.method].is_orthogonal:
+            return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
+        with training_session(self.model):
+            weights = {name: layer.weight for name, layer in layers.items()}
+            return make_adapters(request.method, request.start, weights, request.rank, request.config.seed, device=device)
 
 
 @dataclass(frozen=True)
@@ -59,56 +204,11 @@ class Trained:
 
 
 def train_from_images(model: ModelPatcher, clip: CLIP, vae: VAE, images: Tensor, request: TrainRequest,
-                      on_step: Callable[[int, float], None]) -> Trained:
-    """Train a T-LoRA for the subject of `images` [N, H, W, 3] in 0..1.
-
-    Raises TLoRAError for input that cannot work, before the model is touched; lets the host's interrupt through. In
-    every case `model` ends as it began.
-    """
-    check_images(images)
-    layers = target_layers(model)
-    sampling = model.get_model_object("model_sampling")
-    _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
-    latents = encode_images(vae, images, request.resolution)
-    conditioning = _size_conditioning(clip, request.prompt, images, request.resolution)
-    losses, stopped = [], None
-
-    def record(step, loss):
-        losses.append(loss)
-        on_step(step, loss)
-
-    with training_session(model):
-        sources = {path: layer.weight.detach().float() for path, layer in layers.items()} if "weight" in request.start \
-            else {path: tuple(layer.weight.shape) for path, layer in layers.items()}
-        adapters = make_adapters(request.method, request.start, sources, request.rank, request.config.seed,
-                                 device=model.load_device)
-        denoiser = HostDenoiser(model, adapters, request.schedule, latents, [conditioning])
-        try:
-            train(adapters, denoiser, request.config, record)
-        except TrainingDiverged as error:
-            stopped = error
-    tlora = TLoRAFile(
-        layers={path: adapter.detach().to("cpu") for path, adapter in adapters.items()}, method=request.method,
-        schedule=request.schedule, num_timesteps=num_timesteps, noise_domain=domain(sampling),
-        base_model=type(model.model.model_config).__name__.lower(), token=request.token, class_word=request.class_word,
-        training={**asdict(request.config), "start": request.start, "resolution": request.resolution,
-                  "images": len(images), "steps_done": stopped.kept_step if stopped else len(losses),
-                  B_KEY: effective_rank_of_b(adapters)})
-    return Trained(tlora, losses, stopped)
-
-
-def encode_images(vae: VAE, images: Tensor, resolution: int) -> Tensor:
-    """Latents [N, C, h, w] of the centre squares of `images`, in the VAE's scale."""
-    unit = vae.spacial_compression_encode()
-    if resolution % unit:
-        raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {unit}, as this VAE needs.")
-    return vae.encode(square(images, resolution))
-
-
-def _size_conditioning(clip: CLIP, prompt: str, images: Tensor, resolution: int):
-    """CONDITIONING of the prompt with SDXL's sizes as in the paper: original (crop, crop), crop at (0, 0), target
-    (resolution, resolution). Models without size conditioning ignore them."""
-    side = min(images.shape[1:3])
-    conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
-    sizes = {"width": side, "height": side, "crop_w": 0, "crop_h": 0, "target_width": resolution, "target_height": resolution}
-    return [[tensor, {**options, **sizes}] for tensor, options in conditioning]
+                      on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> Trained:
+    """A whole run at once, for scripts: trains a T-LoRA for the subject of `images` [N, H, W, 3] in 0..1."""
+    personalization, stopped = Personalization(model, clip, vae, training_images(images), request), None
+    try:
+        personalization.train(request.config.steps, on_step)
+    except TrainingDiverged as error:
+        stopped = error
+    return Trained(personalization.tlora(), personalization.trainer.losses, stopped)

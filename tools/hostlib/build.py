@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from .cache import build_once, cache_root, is_complete, key_of
 from .errors import HostError
-from .pins import HostPins, host_pins, lone_test_pins, test_pins
+from .pins import REPO, HostPins, host_pins, lone_test_pins, pack_pins, test_pins
 from .pip import create_venv, pip, site_folders, venv_python
 
 # NVIDIA, AMD, Intel and AMD, and whatever Windows lends to its Linux subsystem.
@@ -39,7 +39,22 @@ def ensure_host(version: str | None = None) -> Host:
         print(f"Setting up ComfyUI {pins.version} in {folder} (once; some minutes and gigabytes) ...", flush=True)
         build_once(folder, functools.partial(_build_host, pins))
         print(f"Set up in {time.monotonic() - started:.0f} s.", flush=True)
+    _ensure_pack_requirements(folder)
     return Host(folder / "ComfyUI", venv_python(folder / "venv"), pins.version, ours=True)
+
+
+def _ensure_pack_requirements(host: Path) -> None:
+    """What a ComfyUI user's node manager does: the pack's requirements.txt, in our pinned versions, into the host's Python."""
+    requirements, pins = REPO / "requirements.txt", pack_pins()
+
+    def install(folder: Path) -> None:
+        constraints = folder / "constraints.txt"
+        lines = [*(host / "constraints.txt").read_text(encoding="utf-8").splitlines(), *pins]
+        constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        pip(venv_python(host / "venv"), "install", "-r", str(requirements), "-c", str(constraints),
+            purpose="install the pack's requirements")
+
+    build_once(host / f"pack-{key_of(requirements=requirements.read_text(encoding='utf-8'), pins=pins)}", install)
 
 
 def _host_key(pins: HostPins) -> str:

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Union
 
 from .errors import HostError
 from .widgets import widget_values
@@ -31,7 +30,7 @@ class Literal:
     value: object
 
 
-Source = Union[list, Literal, None]  # noqa: UP007 (Python 3.10 cannot | these)
+Source = list | Literal | None
 
 
 @dataclass

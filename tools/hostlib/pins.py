@@ -45,6 +45,11 @@ def host_pins(version: str | None = None) -> HostPins:
     )
 
 
+def pack_pins() -> tuple[str, ...]:
+    """Versions of what the pack's own requirements.txt asks for."""
+    return tuple(read_pins()["pack"])
+
+
 def test_pins() -> tuple[str, ...]:
     return tuple(read_pins()["tests"])
 

@@ -1,0 +1,129 @@
+"""The backward passes written out, against autograd's own in float64. Plain torch."""
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from tlora_core import LoRAAdapter, OrthoAdapter, add_low_rank
+from tlora_core.attach import Attachment, attached
+from tlora_core.autograd import Frozen
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OUT, IN, RANK = 12, 7, 5
+
+
+def adapter(kind, seed=0, out=OUT):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    made = OrthoAdapter(rand(out, RANK), rand(RANK), rand(RANK, IN)) if kind == "ortho" else LoRAAdapter(out, IN, RANK).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(rand(*parameter.shape))
+    return made
+
+
+def gradients(forward, x, leaves):
+    x = x.clone().requires_grad_(x.requires_grad)
+    output = forward(x)
+    weights = torch.arange(output.numel(), dtype=torch.float64).view(output.shape).sin()
+    leaves = [*leaves, x] if x.requires_grad else leaves
+    return [output, *torch.autograd.grad((output * weights).sum(), leaves)]
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(1)
+    return nn.Linear(IN, OUT).double().requires_grad_(False)
+
+
+@pytest.mark.parametrize("wants_input", [True, False])
+@pytest.mark.parametrize("stands_in", ["layer", "frozen", "somebody else's"])
+@pytest.mark.parametrize("active", [RANK, 3, 1, torch.tensor([2, 0, 5]), torch.tensor([2, 1, 2])])
+@pytest.mark.parametrize("kind", ["ortho", "lora"])
+def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands_in, wants_input):
+    x = torch.randn(3, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_(wants_input)
+    parts = [(adapter(kind, 0, OUT), 0), (adapter(kind, 1, 6), 6)]
+    leaves = [p for a, _ in parts for p in a.parameters()]
+    scale = 1.0
+    if stands_in == "frozen":
+        layer.forward = Frozen(layer)
+    elif stands_in != "layer":
+        own, scale = layer.forward, 2.0
+        layer.forward = lambda x: own(x) * scale
+
+    def by_formula(x):
+        output = torch.nn.functional.linear(x, layer.weight, layer.bias) * scale
+        for a, row in parts:
+            output = add_low_rank(output, x, *a.factors(), active, a.group, row)
+        return output
+
+    with attached(Attachment(layer, a, active, row) for a, row in parts):
+        ours = gradients(layer, x, leaves)
+    for one, other in zip(ours, gradients(by_formula, x, leaves)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("make, shape", [
+    (lambda: nn.Linear(6, 8), (2, 5, 6)), (lambda: nn.Conv1d(6, 4, 3, padding=1, stride=2), (2, 6, 9)),
+    (lambda: nn.Conv2d(6, 4, 3, padding=1, stride=2, groups=2), (2, 6, 8, 9)), (lambda: nn.Conv3d(3, 4, 2, dilation=2), (1, 3, 4, 5, 6)),
+    (lambda: nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), (2, 6, 8, 9)), (lambda: nn.GroupNorm(3, 6), (2, 6, 5)),
+])
+def test_a_frozen_layer_that_fetches_its_weight_keeps_none(make, shape):
+    torch.manual_seed(0)
+    layer, fetched, saved = make().double().requires_grad_(False), [], []
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    plain = gradients(layer, x, [])
+
+    @contextmanager
+    def fetch(layer, like):
+        fetched.append(like)
+        yield layer.weight.clone()
+
+    layer.forward = Frozen(layer, fetch)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    ours = gradients(layer, x, [])
+    for one, other in zip(ours, plain):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert not any(t.data_ptr() == layer.weight.data_ptr() for t in saved)
+    assert len(fetched) == (0 if isinstance(layer, nn.GroupNorm) or getattr(layer, "padding_mode", "") == "reflect" else 1)
+
+
+def test_an_adapter_saves_the_input_once_for_its_layers_and_no_factors(layer):
+    other = nn.Linear(IN, OUT).double().requires_grad_(False)
+    x = torch.randn(3, 400, IN, dtype=torch.float64, requires_grad=True)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    for each in (layer, other):
+        each.forward = Frozen(each)
+    inner = x * 1
+    with attached([Attachment(layer, adapter("ortho"), 3), Attachment(other, adapter("ortho", 1), 3)]):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outputs = layer(inner), other(inner)
+    assert len(saved) == 3 and sum(saved.values()) == 8 * 3 * 400 * (IN + 2 * 3)
+    del outputs
+
+
+def test_what_a_layer_makes_of_the_text_is_computed_once_while_the_text_stays(layer):
+    calls, own = [], layer.forward
+    layer.forward = lambda x: calls.append(x) or own(x)
+    layer.forward = Frozen(layer, keeps_output=True)
+    text = torch.randn(2, 3, IN, dtype=torch.float64)
+    a = adapter("ortho")
+    with attached([Attachment(layer, a, 2)]):
+        first, again = layer(text), layer(text)
+        assert len(calls) == 1 and torch.equal(first, again)
+        text += 1  # the same tensor, but not what it was
+        changed, new = layer(text), layer(text.clone())
+        assert len(calls) == 3 and torch.equal(changed, new) and not torch.equal(changed, first)
+        layer(text.clone().requires_grad_())
+    assert len(calls) == 4
+    torch.testing.assert_close(new, add_low_rank(own(text), text, *a.factors(), 2, 2))

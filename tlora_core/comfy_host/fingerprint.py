@@ -1,0 +1,81 @@
+"""What a training run depends on, as one hash, so that a finished run is found again and never made twice.
+
+Weights are told apart by their names, shapes, dtypes and a few values of each, which takes a moment where hashing gigabytes
+would take as long as training some steps. Something in a graph that cannot be told apart makes the hash one of a kind.
+"""
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from .sampling import SamplingPatch
+
+WHOLE = 1 << 16  # elements up to which a tensor is hashed whole
+TAKEN = 64  # elements taken of a larger one
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def fingerprint(*parts) -> str:
+    """A hex hash of plain values, tensors, dataclasses, containers, ModelPatchers and modules, in any nesting."""
+    digest = hashlib.sha256()
+    for part in parts:
+        _add(digest, part)
+    return digest.hexdigest()
+
+
+def _add(digest, value) -> None:
+    if isinstance(value, Tensor):
+        _add_tensor(digest, value)
+    elif isinstance(value, _PLAIN):
+        digest.update(f"{type(value).__name__}:{value!r};".encode())
+    elif isinstance(value, torch.dtype | torch.device | type):
+        digest.update(f"{value};".encode())
+    elif isinstance(value, ModelPatcher):
+        _add_model(digest, value)
+    elif isinstance(value, SamplingPatch):
+        _add(digest, ("tlora", value.adapters.strength, value.schedule, dict(value.adapters.layers)))
+    elif isinstance(value, torch.nn.Module):
+        # The constants of a noise schedule are partly plain attributes.
+        plain = {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN)}
+        _add(digest, (type(value).__mro__[1].__name__, plain, value.state_dict()))
+    elif is_dataclass(value):
+        _add(digest, {field.name: getattr(value, field.name) for field in fields(value)})
+    elif isinstance(value, Mapping):
+        digest.update(f"{len(value)} pairs;".encode())
+        for key in sorted(value, key=str):
+            _add(digest, str(key))
+            _add(digest, value[key])
+    elif isinstance(value, list | tuple | set | frozenset):
+        digest.update(f"{len(value)} items;".encode())
+        for item in sorted(value, key=str) if isinstance(value, set | frozenset) else value:
+            _add(digest, item)
+    elif hasattr(value, "weights") and hasattr(value, "loaded_keys"):  # the host's weight adapters: LoRA and its like
+        _add(digest, (type(value).__name__, value.weights))
+    else:
+        digest.update(uuid.uuid4().bytes)
+
+
+def _add_tensor(digest, tensor: Tensor) -> None:
+    digest.update(f"{list(tensor.shape)} {tensor.dtype};".encode())
+    flat = tensor.detach().reshape(-1)
+    if len(flat) > WHOLE:
+        flat = flat[::len(flat) // TAKEN]
+    digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _add_model(digest, model: ModelPatcher) -> None:
+    """Weights as they were loaded, even where patches are written into them just now, and what is patched."""
+    for key, (original, *patches) in model.get_key_patches().items():
+        digest.update(key.encode())
+        _add(digest, original[0])
+        for strength, patch, strength_model, offset, _ in patches:
+            _add(digest, (strength, patch, strength_model, offset))
+    options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
+    transformer = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if v and k != "wrappers"}
+    _add(digest, (options, transformer, model.object_patches))
+    _add(digest, [[w for ws in keyed.values() for w in ws] for keyed in model.wrappers.values() if keyed])
+    _add(digest, [key for key, injections in model.injections.items() if injections])

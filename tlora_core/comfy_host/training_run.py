@@ -1,0 +1,230 @@
+"""A training run as a person goes through it: watched, paused for pictures and checkpoints, stopped, taken up, found again."""
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from comfy.model_management import InterruptProcessingException
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from PIL import Image
+
+from ..dataset import TrainingImage, caption_of
+from ..errors import TLoRAError
+from ..file import TLoRAFile, write_whole
+from ..plot import loss_curve
+from ..runs import Recorder, RunFolder
+from ..trainer import TrainingDiverged
+from ..version import __version__
+from .draw import strip
+from .files import lora_path, name_of, new_lora_path, runs_folder
+from .fingerprint import fingerprint
+from .live import LiveRun
+from .personalize import Personalization, TrainRequest
+from .progress import Progress, say
+
+RERUNS = ("auto", "continue", "restart")
+DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What a run leaves behind on its way; none of it changes the result.
+
+    validation_prompts: drawn every `validate_every` steps (0: never), with {token} and {class_word} in their places.
+    checkpoint_every: steps between checkpoints to go on from (0: none). checkpoint_files: a T-LoRA file at each, too.
+    save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
+    rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
+        unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
+    wandb: the record goes to Weights & Biases too.
+    """
+
+    validation_prompts: tuple[str, ...] = ()
+    validate_every: int = 0
+    checkpoint_every: int = 100
+    checkpoint_files: bool = False
+    save_on_cancel: bool = False
+    rerun: str = RERUNS[0]
+    wandb: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rerun not in RERUNS:
+            raise TLoRAError(f'rerun is "{self.rerun}"; choose one of {", ".join(RERUNS)}.')
+        for name in ("validate_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
+        if self.validate_every and not self.validation_prompts:
+            raise TLoRAError(f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line.")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The T-LoRA as its file gives it, the file's name in the loras list, the loss of each step."""
+
+    tlora: TLoRAFile
+    file: str
+    losses: list[float] = field(default_factory=list)
+
+
+def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
+                  keeping: Keeping, file_name: str, node_id: str | None = None,
+                  prior: Sequence[TrainingImage] = ()) -> Outcome:
+    """Train a T-LoRA and save it under `file_name`, unless an equal run has made it already.
+
+    Raises TLoRAError, and lets the host's interrupt through; `model` is as it was in every case.
+    """
+    path = new_lora_path(file_name)  # a name that cannot be is refused before any work
+    key = fingerprint(__version__, model, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
+    found = None if keeping.rerun == "restart" else RunFolder.find(runs_folder(), key)
+    if found is not None:
+        outcome = _finished(found, file_name, keeping)
+        if outcome is not None:
+            say(f"not trained again: {outcome.file} is the same run's", node_id)
+            return outcome
+    personalization = Personalization(model, clip, vae, images, request, prior)
+    state = None if found is None else found.load_checkpoint()
+    if state is None:
+        settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
+        found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
+    else:
+        personalization.go_on_from(state)
+        found.update(state="running", message="")
+    return TrainingRun(personalization, found, keeping, file_name, node_id).go()
+
+
+def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
+    """The result of a run that need not be trained, under the name now asked for; None where it must."""
+    wanted = ("done",) if keeping.rerun == "continue" else ("done", "stopped")
+    if run.record["state"] not in wanted:
+        return None
+    intact = [name for name in run.record["files"].values() if _hash(name) == run.record["sha256"]]
+    if not intact:
+        return None
+    name = run.record["files"].get(file_name)
+    if name not in intact:
+        path = new_lora_path(file_name)
+        write_whole(path, lambda temporary: shutil.copyfile(lora_path(intact[0]), temporary))
+        name = name_of(path)
+        run.update(files={**run.record["files"], file_name: name})
+    return Outcome(TLoRAFile.load(lora_path(name)), name, run.load_losses())
+
+
+def _hash(name: str) -> str:
+    """SHA-256 of a file of the loras folders; empty where it is gone."""
+    try:
+        with open(lora_path(name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+                hashlib.sha256(file.read()).hexdigest()
+    except (TLoRAError, OSError):
+        return ""
+
+
+class TrainingRun:
+    """One run from where it stands to its end."""
+
+    def __init__(self, personalization: Personalization, folder: RunFolder, keeping: Keeping, file_name: str,
+                 node_id: str | None):
+        self.personalization, self.trainer = personalization, personalization.trainer
+        self.request, self.folder, self.keeping, self.file_name = personalization.request, folder, keeping, file_name
+        self.steps, first = self.request.config.steps, self.trainer.step
+        self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
+        self.recorder = Recorder(folder, first, keeping.wandb)
+        subject = f"{self.request.token} {self.request.class_word}".strip()
+        self.live = LiveRun.begin(node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers")
+        for step, loss in enumerate(self.trainer.losses, 1):
+            self.live.report(step, loss)
+        self.latest: Image.Image | None = None
+        self.progress = Progress(self.steps, node_id, lambda: self.latest or loss_curve(self.trainer.losses), first)
+        self.asked_checkpoint = False
+        if first:
+            self.live.note(f"going on from step {first} of an earlier run")
+
+    def go(self) -> Outcome:
+        try:
+            while self.trainer.step < self.steps and not self.live.stop_requested:
+                self.personalization.train(self._next_pause(), self._on_step)
+                self._pause()
+            return self._end("done" if self.trainer.step == self.steps else "stopped")
+        except InterruptProcessingException:
+            self._cancelled()
+            raise
+        except TrainingDiverged as error:
+            outcome = self._end("failed", str(error))
+            raise TLoRAError(f"{error} It is saved as {outcome.file}.") from error
+        except Exception as error:
+            self.folder.update(state="failed", message=str(error), step=self.trainer.step)
+            self.live.finish("failed", str(error))
+            raise
+        finally:
+            self.recorder.close()
+
+    def _on_step(self, step: int, loss: float) -> bool:
+        self.recorder.loss(step, loss)
+        self.live.report(step, loss)
+        self.progress.update(step, f"loss {loss:.4f}")
+        self.asked_checkpoint = self.asked_checkpoint or self.live.take_checkpoint_request()
+        return self.live.stop_requested or self.asked_checkpoint
+
+    def _next_pause(self) -> int:
+        every = [n for n in (self.keeping.validate_every, self.keeping.checkpoint_every) if n]
+        return min([self.steps, *((self.trainer.step // n + 1) * n for n in every)])
+
+    def _pause(self) -> None:
+        step, keeping = self.trainer.step, self.keeping
+        if self.asked_checkpoint or (keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps):
+            self._checkpoint(file=self.asked_checkpoint or keeping.checkpoint_files)
+            self.asked_checkpoint = False
+        if keeping.validate_every and (step % keeping.validate_every == 0 or step == self.steps):
+            self._validate()
+
+    def _checkpoint(self, file: bool) -> None:
+        """A disk that is full ends no training: the user is told, and the final save may find room."""
+        try:
+            self.folder.save_checkpoint(self.trainer.state_dict())
+            message = f"checkpoint at step {self.trainer.step}"
+            if file:
+                path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
+                self.personalization.tlora().save(path, DTYPE)
+                message += f", saved as {name_of(path)}"
+        except TLoRAError as error:
+            logging.warning("[T-LoRA] %s", error)
+            message = str(error)
+        self.live.note(message)
+
+    def _validate(self) -> None:
+        step = self.trainer.step
+        self.latest = strip(self.personalization.draw(self.prompts), self.prompts)
+        self.folder.save_picture(step, self.latest)
+        self.recorder.picture(step, self.latest)
+        self.live.validation(step, self.latest, self.prompts)
+
+    def _save(self) -> Path:
+        path = new_lora_path(self.file_name)
+        self.personalization.tlora().save(path, DTYPE)
+        name = name_of(path)
+        self.folder.save_losses(self.trainer.losses)
+        self.folder.update(files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step)
+        return path
+
+    def _end(self, state: str, message: str = "") -> Outcome:
+        if state == "stopped":
+            self.folder.save_checkpoint(self.trainer.state_dict())  # for those who change their mind
+        name = name_of(self._save())
+        self.folder.update(state=state, message=message)
+        if state == "done":
+            self.folder.forget_checkpoint()
+        self.live.finish(state, message, name)
+        # What the file gives, not what it was made from: the next run of the graph finds the file.
+        return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
+
+    def _cancelled(self) -> None:
+        message, file = "", ""
+        if self.keeping.save_on_cancel and self.trainer.step:
+            self.folder.save_checkpoint(self.trainer.state_dict())
+            file = name_of(self._save())
+            message = f"cancelled at step {self.trainer.step} and saved as {file}"
+        self.folder.update(state="cancelled", message=message)
+        self.live.finish("cancelled", message, file)

@@ -1,0 +1,147 @@
+"""Training runs on disk: one folder each, with its settings, its checkpoint, its loss and its validation pictures.
+
+    <name>-<key>/run.json           what it was asked for, where it stands, which file it made
+                 checkpoint.pt      all that is needed to go on; gone when the run has finished
+                 loss.csv           the loss of each step, once the run has ended
+                 validation/*.png   the pictures made on the way
+                 events.out.*       loss and pictures for TensorBoard
+
+The key is a hash of all that determines the result. By it a finished run is found again instead of being trained once more, and
+an unfinished one is taken up.
+"""
+import json
+import logging
+import pickle
+import platform
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .errors import TLoRAError
+from .file import write_whole
+from .packages import required
+from .version import __version__
+
+RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
+KEY_SHOWN = 16  # digits of the key in a folder's name
+_UNSAFE = re.compile(r"[^\w.-]+")
+
+
+class RunFolder:
+    """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once there
+    is a result its SHA-256 and `files`, the names under which it was saved, by the name that was asked for."""
+
+    def __init__(self, path: Path, record: dict[str, Any]):
+        self.path, self.record = path, record
+
+    @classmethod
+    def find(cls, root: Path, key: str) -> "RunFolder | None":
+        """The latest run with that key, or None. Folders that hold no valid record are passed over."""
+        found = []
+        for path in root.glob(f"*-{key[:KEY_SHOWN]}*"):
+            record = _read_record(path / RECORD)
+            if record.get("key") == key and isinstance(record.get("started"), int | float):
+                found.append(cls(path, record))
+        return max(found, key=lambda run: run.record["started"], default=None)
+
+    @classmethod
+    def create(cls, root: Path, name: str, key: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
+        """A new folder below `root`. `settings`: JSON values for people to read."""
+        stem = f"{_UNSAFE.sub('_', name).strip('._') or 'run'}-{key[:KEY_SHOWN]}"
+        taken = {path.name for path in root.glob(f"{stem}*")}
+        path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        path.mkdir(parents=True)
+        versions = {"pack": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        run = cls(path, {"key": key, "state": "running", "step": 0, "steps": steps, "message": "", "files": {}, "sha256": "",
+                         "started": time.time(), "settings": dict(settings), "versions": versions})
+        run.update()
+        return run
+
+    def update(self, **changes) -> None:
+        """Changes the record, on disk too."""
+        self.record.update(changes)
+        text = json.dumps(self.record, indent=2, ensure_ascii=False)
+        write_whole(self.path / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint by `state`, of tensors and plain values, at once or not at all."""
+        write_whole(self.path / CHECKPOINT, lambda path: torch.save(dict(state), path))
+        self.update(step=state["step"])
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The latest checkpoint on the CPU, or None where there is none. Raises TLoRAError for a damaged one."""
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            return None
+        try:
+            with torch.inference_mode(False):  # nodes run in inference mode, and autograd refuses what is made in it
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise TLoRAError(
+                f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.') from error
+
+    def forget_checkpoint(self) -> None:
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+
+    def save_losses(self, losses: Sequence[float]) -> None:
+        text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
+        write_whole(self.path / LOSS, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def load_losses(self) -> list[float]:
+        """What save_losses wrote; [] where that is gone."""
+        try:
+            lines = (self.path / LOSS).read_text(encoding="utf-8").splitlines()[1:]
+            return [float(line.split(",")[1]) for line in lines]
+        except (OSError, ValueError, IndexError):
+            return []
+
+    def save_picture(self, step: int, picture: Image.Image) -> None:
+        folder = self.path / "validation"
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / f"step_{step:06}.png", lambda path: picture.save(path, "PNG"))
+
+
+class Recorder:
+    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for.
+
+    Raises TLoRAError when a package is missing.
+    """
+
+    def __init__(self, run: RunFolder, first_step: int, wandb: bool = False):
+        writer = required("tensorboardX", "The record of a run")
+        self.events = writer.SummaryWriter(str(run.path), purge_step=first_step + 1 if first_step else None)
+        self.wandb = None
+        if wandb:
+            self.wandb = required("wandb", "log_to with wandb").init(
+                project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True)
+
+    def loss(self, step: int, loss: float) -> None:
+        self.events.add_scalar("loss", loss, step)
+        if self.wandb is not None:
+            self.wandb.log({"loss": loss}, step=step)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        self.events.add_image("validation", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        if self.wandb is not None:
+            self.wandb.log({"validation": required("wandb", "log_to").Image(picture)}, step=step)
+
+    def close(self) -> None:
+        self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        logging.warning("[T-LoRA] %s is not the record of a run.", path)
+        return {}
+    return record if isinstance(record, dict) else {}
+
