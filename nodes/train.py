@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
 from ..tlora_core.comfy_host.files import lora_path
+from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.personalize import filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
@@ -103,5 +104,6 @@ class TrainTLoRAFromImage(io.ComfyNode):
         done = train_or_find(model, clip, vae, images, request, Keeping(validation_prompts=prompts, **keeping), file_name,
                              cls.hidden.unique_id, prior)
         return io.NodeOutput(
-            done.tlora, apply_tlora(model, done.tlora), done.file, to_tensor(loss_curve(done.losses)),
+            done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, cls.hidden.unique_id), done.file,
+            to_tensor(loss_curve(done.losses)),
             ui={"tlora_files": [str(lora_path(done.file))], "text": [done.file]})

@@ -7,7 +7,7 @@ from playwright.sync_api import sync_playwright
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 # A busy machine may need long; a failure still ends.
-STEP_MS, RUN_MS = 120_000, 300_000
+STEP_MS, RUN_MS = 30_000, 60_000
 GRAPH_IS_LOADED = "count => window.app?.graph?.nodes?.length === count"
 UNKNOWN_NODES = """() => window.app.graph.nodes
     .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""

@@ -86,7 +86,9 @@ def test_resumed_run_measures_its_pace_from_its_own_first_step(live, monkeypatch
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     run = live.LiveRun.begin("7", steps=100, first_step=50)
-    assert run.state()["step"] == 50 and run.state()["rate"] is None
+    for step in range(1, 51):
+        run.report(step, 0.5)  # the earlier run's curve
+    assert run.state()["step"] == 50 and run.state()["rate"] is None and len(run.state()["points"]) == 50
     now[0] = 1.0
     run.report(51, 0.5)
     assert run.state()["rate"] == pytest.approx(1.0) and run.state()["left"] == pytest.approx(49.0)

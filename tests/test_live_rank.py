@@ -39,7 +39,7 @@ def test_page_is_told_the_rank_of_each_evaluation_and_the_samplers_steps(model, 
     sample(shown(model, schedule), steps=4)
     events = [data for event, data, _ in pages.sent if event == "tlora.sampling"]
     assert {data["node"] for data in events} == {"3:7"}
-    assert [data["schedule"] for data in events] == [{"rank": 64, "min_rank": 32, "alpha": 1.0}] * 4
+    assert [data["schedule"] for data in events] == [{"rank": 64, "min_rank": 32, "alpha": 1.0, "points": []}] * 4
     steps = events[0]["steps"]
     assert len(steps) == 4 and steps[0] == [0.999, 32] and steps[-1][1] > 50
     assert [[data["level"], data["rank"]] for data in events] == steps

@@ -32,6 +32,7 @@ NODES = {
     "TLoRAInfo": "T-LoRA Info",
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
+    "TLoRACompare": "Compare (T-LoRA)",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",
     "TLoRATinySampleConcept": "Sample Concept (T-LoRA)",
 }

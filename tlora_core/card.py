@@ -2,17 +2,14 @@
 import base64
 import binascii
 import io
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from .adapters import METHODS
 from .container import read_metadata
-from .errors import TLoRAError
-from .file import METADATA_KEY
+from .file import METADATA_KEY, read_content, read_schedule
 from .schedule import RankSchedule
 
 MAX_TEXT = 200  # characters of a text that are shown
@@ -24,7 +21,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class Card:
-    """schedule: rank, min_rank and alpha of a file of ours. rank: what another program's file says of itself. phrase: the
+    """schedule: of a file of ours. rank: what another program's file says of itself. phrase: the
     words that stand for the subject in prompts. thumbnail: whether there seems to be one."""
 
     method: str | None = None
@@ -47,16 +44,10 @@ def read_card(path: Path) -> Card:
         dim = _text(metadata.get("ss_network_dim"))
         return Card(rank=int(dim) if dim.isdecimal() and len(dim) < 6 else None,
                     base_model=_text(metadata.get("ss_base_model_version")), **common)
-    try:
-        content = json.loads(metadata[METADATA_KEY])
-        METHODS[content["method"]]
-        schedule = RankSchedule(*(content[name] for name in ("rank", "min_rank", "alpha")))
-        phrase = " ".join(f"{_text(content['token'])} {_text(content['class_word'])}".split())
-        base_model = _text(content["base_model"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TLoRAError(f'"{path.name}": its T-LoRA metadata is damaged, or of a newer version; get the file again, or '
-                         'update the node pack.') from error
-    return Card(content["method"], schedule, None, base_model, **{**common, "phrase": phrase})
+    content = read_content(metadata)
+    schedule = read_schedule(content)
+    phrase = " ".join(f"{_text(content.get('token'))} {_text(content.get('class_word'))}".split())
+    return Card(content["method"], schedule, None, _text(content.get("base_model")), **{**common, "phrase": phrase})
 
 
 def read_thumbnail(path: Path) -> bytes | None:

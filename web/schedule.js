@@ -7,10 +7,39 @@ const SAMPLES = 200;
 const DOT_SECONDS = 3; // for which the place of the last evaluation is shown
 
 /** r(t) at noise level 0..1, as RankSchedule.active_rank has it. */
-export const activeRank = ({ rank, min_rank, alpha }, level) => Math.floor((rank - min_rank) * (1 - level) ** alpha) + min_rank;
+export function activeRank({ rank, min_rank, alpha, points }, level) {
+  if (!points?.length) return Math.floor((rank - min_rank) * (1 - level) ** alpha) + min_rank;
+  let [left, low] = points[0];
+  if (level <= left) return low;
+  for (const [right, high] of points.slice(1)) {
+    if (level <= right) return Math.floor((low * (right - level) + high * (level - left)) / (right - left) + 1e-9);
+    [left, low] = [right, high];
+  }
+  return low;
+}
+
+/** The points of "0:64, 0.5:48, 1:32" as [[level, rank], ...]; null where the text is no curve, [] where it is empty. */
+export function pointsOf(text) {
+  const pairs = text.split(/[,;]/).filter((part) => part.trim()).map((part) => part.split(":"));
+  const points = pairs.map(([level, rank]) => [Number.parseFloat(level), Number.parseInt(rank, 10)]);
+  const sound = pairs.every((pair) => pair.length === 2) && points.every(([level, rank]) => level >= 0 && level <= 1 && rank >= 0);
+  const rising = points.every(([level], i) => !i || level > points[i - 1][0]);
+  return sound && rising && points.length !== 1 ? points : null;
+}
+
+export const textOf = (points) => points.map(([level, rank]) => `${Number(level.toFixed(2))}:${rank}`).join(", ");
 
 /** What is wrong with a schedule, as a text's key, or null. */
-const problem = ({ rank, min_rank: least }) => (least > rank ? "min_rank_above" : null);
+function problem({ rank, min_rank: least, points }) {
+  if (points === null) return "curve_unclear";
+  if (points?.some(([, active]) => active > rank)) return "curve_above";
+  return !points?.length && least > rank ? "min_rank_above" : null;
+}
+
+function summary(schedule) {
+  const [least, most] = [activeRank(schedule, 1), activeRank(schedule, 0)];
+  return least === most && !schedule.points?.length ? ["constant", { rank: most }] : ["ranks", { min_rank: least, rank: most }];
+}
 
 export class ScheduleChart {
   constructor() {
@@ -32,7 +61,7 @@ export class ScheduleChart {
     this.pointed = this.live = this.schedule = null;
   }
 
-  /** Shows {rank, min_rank, alpha}, or `reason`, a text, where there is none. */
+  /** Shows {rank, min_rank, alpha, points}, or `reason`, a text, where there is none. */
   show(schedule, reason = "") {
     const wrong = schedule && problem(schedule);
     this.schedule = wrong ? null : schedule;
@@ -43,7 +72,7 @@ export class ScheduleChart {
       for (const part of [this.high, this.low]) setText(part, "");
       this.drawing.setAttribute("aria-label", this.empty.textContent);
     } else {
-      const { rank, min_rank: least, alpha } = schedule;
+      const { rank, alpha } = schedule, least = activeRank(schedule, 1);
       const points = [];
       for (let i = 0; i <= SAMPLES; i++) {
         const [x, y] = this.place(1 - i / SAMPLES, activeRank(schedule, 1 - i / SAMPLES));
@@ -57,7 +86,8 @@ export class ScheduleChart {
       this.low.classList.toggle("tlora-below", least > rank / 3); // below the line, where there is room
       this.low.style.bottom = `${(100 * least) / this.top}%`;
       const some = [1, 0.75, 0.5, 0.25, 0].map((level) => `${level}: ${activeRank(schedule, level)}`).join(", ");
-      this.drawing.setAttribute("aria-label", t("schedule_label", { rank, min_rank: least, alpha, some }));
+      this.drawing.setAttribute("aria-label", schedule.points?.length ? t("curve_label", { curve: textOf(schedule.points), some })
+        : t("schedule_label", { rank, min_rank: least, alpha, some }));
     }
     this.tell();
   }
@@ -68,6 +98,12 @@ export class ScheduleChart {
 
   place(level, rank) {
     return [(1 - level) * WIDTH, HEIGHT * (1 - rank / this.top)];
+  }
+
+  /** Where a point is, for an element over the drawing: left and top in percent. */
+  share(level, rank) {
+    const [x, y] = this.place(level, rank);
+    return [`${(100 * x) / WIDTH}%`, `${(100 * y) / HEIGHT}%`];
   }
 
   /** Where a sampler is: {level, rank, steps: [[level, rank], ...]}. */
@@ -96,11 +132,10 @@ export class ScheduleChart {
     const told = this.pointed != null ? this.pointed : live && !live.over ? live.level : null;
     this.dot.hidden = !schedule || told == null;
     if (!schedule) return setText(this.told, "");
-    if (told == null) return setText(this.told, t(schedule.min_rank === schedule.rank ? "constant" : "ranks", schedule));
+    if (told == null) return setText(this.told, t(...summary(schedule)));
     const rank = this.pointed == null ? live.rank : activeRank(schedule, told);
-    const [x, y] = this.place(told, Math.min(rank, schedule.rank));
-    this.dot.style.left = `${(100 * x) / WIDTH}%`;
-    this.dot.style.top = `${(100 * y) / HEIGHT}%`;
+    const [left, top] = this.share(told, Math.min(rank, schedule.rank));
+    Object.assign(this.dot.style, { left, top });
     this.dot.classList.toggle("tlora-live", this.pointed == null);
     setText(this.told, t("rank_at", { rank, level: told.toFixed(2) }));
   }

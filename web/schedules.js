@@ -1,9 +1,10 @@
 // Rank schedules on the Train, Load and Apply nodes, and the file's card on Load.
 import { api } from "../../scripts/api.js";
+import { CurveEditor } from "./curve.js";
 import { addPanel, html, setText } from "./dom.js";
 import { card, thumbnailPath } from "./files.js";
 import { changed, followNode, nodeAt, source, values } from "./graph.js";
-import { ScheduleChart } from "./schedule.js";
+import { pointsOf, ScheduleChart, textOf } from "./schedule.js";
 import { t } from "./texts.js";
 
 const HEIGHT_CHART = 128, HEIGHT_CARD = 76;
@@ -13,15 +14,16 @@ const panels = new WeakMap(); // node -> SchedulePanel
 const told = new WeakMap(); // node -> the schedule that its last sampling had
 
 function trainedSchedule(node) {
-  const { rank, min_rank, alpha, method } = values(node);
-  return { rank, min_rank: UNMASKED.includes(method) ? rank : min_rank, alpha };
+  const { rank, min_rank, alpha, method, curve } = values(node);
+  if (UNMASKED.includes(method)) return { rank, min_rank: rank, alpha: 1 };
+  return { rank, min_rank, alpha, points: pointsOf(curve ?? "") };
 }
 
 /** The file's schedule with what the node sets in its place. */
 function loadedSchedule(node, file) {
   if (!file?.schedule) return null;
-  const { min_rank: least, alpha } = values(node);
-  return { ...file.schedule, ...(least >= 0 && { min_rank: least }), ...(alpha > 0 && { alpha }) };
+  const { min_rank: least, alpha } = values(node), formula = least >= 0 || alpha > 0 ? { points: [] } : {};
+  return { ...file.schedule, ...formula, ...(least >= 0 && { min_rank: least }), ...(alpha > 0 && { alpha }) };
 }
 
 /** The schedule of the T-LoRA that comes out of a node, or null. */
@@ -56,6 +58,11 @@ class SchedulePanel {
     this.card = node.comfyClass === "TLoRALoad" ? new FileCard() : null;
     this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("schedule") },
                         ...(this.card ? [this.card.element] : []), this.chart.element);
+    const curve = node.widgets?.find((widget) => widget.name === "curve");
+    this.editor = curve && new CurveEditor(this.chart, (points) => {
+      curve.value = textOf(points);
+      curve.callback?.(curve.value);
+    });
     addPanel(node, "tlora_schedule", this.element, HEIGHT_CHART + (this.card ? HEIGHT_CARD : 0));
     panels.set(node, this);
     followNode(node, () => this.update());
@@ -69,6 +76,7 @@ class SchedulePanel {
     if (at !== this.latest) return;
     this.card?.show(name, file);
     this.chart.show(schedule, t(this.card ? "no_schedule" : "not_connected"));
+    this.editor?.show(!UNMASKED.includes(values(node).method));
   }
 }
 

@@ -29,7 +29,7 @@ PICTURES_KEPT = 50
 PICTURE_SIDE = 1024  # pixels; larger validation pictures are shrunk
 CURVE_POINTS = 1000
 
-State = Literal["running", "done", "stopped", "cancelled", "failed"]
+State = Literal["running", "done", "found", "stopped", "cancelled", "failed"]
 Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 
@@ -53,7 +53,7 @@ class LiveRun:
         self.node_id, self.workflow_id, self.steps, self.title = node_id, workflow_id, steps, title
         self._lock = threading.Lock()
         self._state: State = "running"
-        self._step = first_step
+        self._step = self._first_step = first_step
         self._points: list[Point] = []
         self._sent = 0  # points that events have told
         self._sequence = 0  # of events, so that a page can tell old from new
@@ -93,16 +93,18 @@ class LiveRun:
         return [run.state() for run in runs]
 
     def report(self, step: int, loss: float) -> None:
-        """After each step, counted from 1: its loss. Cheap; pages are told a few times a second."""
+        """After each step, counted from 1: its loss; those up to `first_step` may be told too, for the curve. Cheap: pages
+        hear of it a few times a second."""
         now = time.monotonic()
         with self._lock:
-            self._step = step
+            self._step = max(step, self._first_step)
             if math.isfinite(loss):  # JSON has no other numbers
                 # The same running mean as the loss picture's at the training's end.
                 window = min(len(self._points) + 1, max(self.steps // 20, 1))
                 mean = self._points[-1][2] if self._points else loss
                 self._points.append((step, loss, mean + (loss - mean) / window))
-            self._pace.append((now, step))
+            if step > self._first_step:
+                self._pace.append((now, step))
             while len(self._pace) > 2 and now - self._pace[1][0] > RATE_OVER:
                 self._pace.popleft()
             due = now - self._event_at >= EVENT_EVERY
@@ -144,8 +146,8 @@ class LiveRun:
             self._wishes.discard("checkpoint")
         return asked
 
-    def finish(self, state: Literal["done", "stopped", "cancelled", "failed"], message: str = "", file: str = "") -> None:
-        """The end: `message` for the user, `file` as Load T-LoRA lists it."""
+    def finish(self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = "") -> None:
+        """The end, "found" being that of a run that was not trained again: `message` for the user, `file` as Load T-LoRA lists it."""
         with self._lock:
             self._state, self._message, self._file = state, message, file
             self._wishes.discard("checkpoint")
