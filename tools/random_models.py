@@ -67,9 +67,8 @@ LAYERS = re.compile(r"(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj
 
 
 def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: int = 2048, **options):
-    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110 million with a fifth
-    of its context too. depths: transformer
-    blocks in a row on each level."""
+    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110 million
+    with a fifth of the context too. depths: transformer blocks in a row on each level."""
     config = supported.SDXL({
         **SDXL, "model_channels": width, "context_dim": context, "transformer_depth_middle": depths[-1],
         "transformer_depth": [depth for depth in depths for _ in range(2)],
