@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..tlora_core.adapters import METHODS
 from ..tlora_core.comfy_host.files import lora_path
 from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.personalize import filled_in
+from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
 from ..tlora_core.dataset import FRAMINGS, training_images
@@ -79,6 +79,9 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
                                tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
                                        "continue: go on also if it was stopped. restart: train anew."),
+                io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
+                               tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
+                                       "time. auto: fast where it fits, else low."),
                 io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                                  tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
             ],

@@ -353,3 +353,33 @@ def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, ra
         bare = draw(*base, ["a photo of sks heart"], 64, 0)
     assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
     assert (drawn - again).abs().max() < 1e-3
+
+
+def out_of_memory_once(monkeypatch, base, step):
+    """The model has no memory left in a backward pass of that step, the first time."""
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(denoiser)
+        for loss in losses(denoiser, rows, generator):
+            if len(calls) == step:
+                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            yield loss
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
+@pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
+def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
+    from tlora_core import TLoRAError
+
+    whole = run(base, file_name="run/whole", memory="low")
+    out_of_memory_once(monkeypatch, base, step)
+    if memory == "fast":
+        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
+            run(base, rerun="restart", memory=memory)
+    else:
+        done = run(base, rerun="restart", memory=memory)
+        assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)

@@ -1,4 +1,5 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -25,6 +26,8 @@ from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
 from .training import training_session
 
+# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" begins fast.
+MEMORY = ("auto", "fast", "low")
 PRIOR_PROMPT = "a photo of {class_word}"
 
 
@@ -98,11 +101,14 @@ class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
     images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, the
-    model draws them itself. Raises TLoRAError for input that cannot work, before the model is touched.
+    model draws them itself. memory: a key of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                 prior: Sequence[TrainingImage] = ()):
+                 prior: Sequence[TrainingImage] = (), memory: str = "auto"):
+        if memory not in MEMORY:
+            raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
+        self.memory, self.checkpointing = memory, memory == "low"
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
@@ -121,22 +127,39 @@ class Personalization:
             self.trainer = Trainer(self.adapters, request.config)
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
-        """Up to step `until`; see Trainer.run, whose errors it raises, and TLoRAError when memory runs out."""
-        with training_session(self.model):
-            denoiser = HostDenoiser(
-                self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with checkpointing;
+        otherwise that is a TLoRAError."""
+        while True:
+            try:
+                return self._train(until, on_step)
+            except comfy.model_management.OOM_EXCEPTION as error:
+                if self.memory != "auto" or self.checkpointing:
+                    raise TLoRAError(self._out_of_memory()) from error
+            # Out here, where the error no longer holds what filled the memory. A step that failed has changed nothing.
+            self.checkpointing = True
+            logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
+
+    def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
+        with training_session(self.model, self.checkpointing):
+            denoiser = HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
             try:
                 return self.trainer.run(denoiser, until, on_step)
-            except comfy.model_management.OOM_EXCEPTION as error:
-                raise TLoRAError(
-                    f"Memory ran out in step {self.trainer.step + 1}; lower resolution (now {self.request.resolution}), "
-                    f"batch_size ({self.request.config.batch_size}) or rank ({self.request.rank}).") from error
+            except comfy.model_management.OOM_EXCEPTION:
+                raise
             except RuntimeError as error:
                 if self.trainer.step:
                     raise
                 raise TLoRAError(
                     f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
                     "and vae of one checkpoint.") from error
+
+    def _out_of_memory(self) -> str:
+        request = self.request
+        ways = ["" if self.checkpointing else 'set memory to "low", or ', f"lower resolution (now {request.resolution})"]
+        for name, value in (("batch_size", request.config.batch_size), ("rank", request.rank)):
+            if value > 1:
+                ways.append(f", {name} (now {value})")
+        return f"Memory ran out in step {self.trainer.step + 1}; {''.join(ways)} or the number of layers."
 
     @property
     def schedule(self) -> RankSchedule:

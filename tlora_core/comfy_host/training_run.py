@@ -37,7 +37,7 @@ class Keeping:
     save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
     rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
         unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
-    wandb: the record goes to Weights & Biases too.
+    wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
     """
 
     validation_prompts: tuple[str, ...] = ()
@@ -47,6 +47,7 @@ class Keeping:
     save_on_cancel: bool = False
     rerun: str = RERUNS[0]
     wandb: bool = False
+    memory: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rerun not in RERUNS:
@@ -82,7 +83,7 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         if outcome is not None:
             _show_found(outcome, request, node_id)
             return outcome
-    personalization = Personalization(model, clip, vae, images, request, prior)
+    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory)
     state = None if found is None else found.load_checkpoint()
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
