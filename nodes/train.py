@@ -79,11 +79,11 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
                                tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
                                        "continue: go on also if it was stopped. restart: train anew."),
+                io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
+                                 tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
                 io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
                                tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
                                        "time. auto: fast where it fits, else low."),
-                io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
-                                 tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
             ],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),
