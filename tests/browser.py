@@ -7,7 +7,7 @@ from playwright.sync_api import sync_playwright
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 # A busy machine may need long; a failure still ends.
-STEP_MS, RUN_MS = 30_000, 60_000
+STEP_MS, RUN_MS = 120_000, 300_000
 GRAPH_IS_LOADED = "count => window.app?.graph?.nodes?.length === count"
 UNKNOWN_NODES = """() => window.app.graph.nodes
     .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""
@@ -23,9 +23,9 @@ def opened_browser(chromium: str):
         browser.close()
 
 
-def new_page(browser):
-    """A page without history; `page.complaints` collects what goes wrong in it."""
-    page = browser.new_page(viewport={"width": 1800, "height": 1050})
+def new_page(browser, pixels: int = 1):
+    """A page without history; `page.complaints` collects what goes wrong in it. `pixels`: of the screen in one of the page."""
+    page = browser.new_page(viewport={"width": 1800, "height": 1050}, device_scale_factor=pixels)
     page.set_default_timeout(STEP_MS)
     page.complaints = []
     page.on("pageerror", lambda error: page.complaints.append(f"{error}\n{error.stack}"))

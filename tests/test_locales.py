@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+from browser import load_workflow, new_page, open_interface, opened_browser
+from browser import ours as ours_only
 from hostlib.server import PACK_NAME
 
 LOCALES = Path(__file__).resolve().parents[1] / "locales"
@@ -63,3 +65,19 @@ def test_translations_are_translated_and_keep_numbers_names_and_places(language)
 def test_the_host_serves_both_languages(server):
     served = server.client.get_json("/i18n")
     assert all(served[language]["nodeDefs"]["TLoRATrainFromImage"] and served[language]["tlora"] for language in LANGUAGES)
+
+
+def test_the_interface_in_chinese_speaks_chinese_on_the_nodes(server, chromium):
+    with opened_browser(chromium) as browser:
+        server.client.request("/settings/Comfy.Locale", "zh")
+        try:
+            page = new_page(browser)
+            open_interface(page, server)
+            load_workflow(page, json.loads((LOCALES.parent / "workflows" / "quickstart.json").read_text(encoding="utf-8")))
+            page.get_by_text("尚未训练").wait_for()
+            titles = page.evaluate("() => [...document.querySelectorAll('.tlora-buttons button')].map(button => button.textContent)")
+            assert titles == ["停止并保留", "立即保存检查点"]
+            assert page.evaluate("() => window.LiteGraph.registered_node_types.TLoRALoad.title") == "加载 T-LoRA"
+            assert ours_only(page.complaints) == []
+        finally:
+            server.client.request("/settings/Comfy.Locale", "en")

@@ -3,7 +3,7 @@
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
 # As in the quickstart: what teaches the tiny base an object in about a minute.
 TINY = {"token": "sks", "class_word": "heart", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
-        "batch_size": 4, "method": "tlora"}
+        "batch_size": 2, "method": "tlora"}
 TRAIN_SIZE = (340, 1180)
 BLUE, GREEN, PURPLE, RED = "#3f789e", "#8A8", "#88A", "#A88"
 HUB = "https://huggingface.co/"
@@ -93,7 +93,7 @@ paint over the subject, and connect its MASK output.""")
                         operation="add")
     template.group("1  A model and a mask", (-20, 320, 360, 730), BLUE)
     images, y = None, 80
-    for background, words in (("beach", "on the beach"), ("indoors", "indoors")):
+    for background, words in (("beach", "on the beach"), ("brick", "before a brick wall")):
         concept = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background=background, count=2)
         more = {"before": images["images"]} if images else {}
         images = template.add("TLoRAImages", (380, y + 230), (320, 200), image=concept["IMAGE"], mask=mask["MASK"],

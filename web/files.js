@@ -4,8 +4,11 @@ import { api } from "../../scripts/api.js";
 
 const cards = new Map(); // name -> promise
 
-/** The card of a file by its name in the list, or null where it has none. */
-export function card(name) {
+/** The card of the file that a Load node has chosen, or null where there is none. */
+export function cardOf(node) {
+  const { value: name, options } = node.widgets.find((widget) => widget.name === "file");
+  const choices = typeof options.values === "function" ? options.values() : options.values;
+  if (!choices?.includes(name)) return null;
   if (!cards.has(name)) {
     cards.set(name, api.fetchApi(`/tlora/files?name=${encodeURIComponent(name)}`)
       .then((answer) => (answer.ok ? answer.json() : null)).catch(() => null));

@@ -2,7 +2,7 @@
 import { api } from "../../scripts/api.js";
 import { CurveEditor } from "./curve.js";
 import { addPanel, html, setText } from "./dom.js";
-import { card, thumbnailPath } from "./files.js";
+import { cardOf, thumbnailPath } from "./files.js";
 import { changed, followNode, nodeAt, source, values } from "./graph.js";
 import { pointsOf, ScheduleChart, textOf } from "./schedule.js";
 import { t } from "./texts.js";
@@ -29,7 +29,7 @@ function loadedSchedule(node, file) {
 /** The schedule of the T-LoRA that comes out of a node, or null. */
 async function scheduleOf(node) {
   if (node?.type === "TLoRATrainFromImage") return trainedSchedule(node);
-  if (node?.type === "TLoRALoad") return loadedSchedule(node, await card(values(node).file));
+  if (node?.type === "TLoRALoad") return loadedSchedule(node, await cardOf(node));
   return node && told.get(node);
 }
 
@@ -44,6 +44,7 @@ class FileCard {
   show(name, file) {
     this.picture.hidden = !file?.thumbnail;
     if (file?.thumbnail) this.picture.src = thumbnailPath(name);
+    this.element.hidden = !file;
     setText(this.phrase, file?.phrase || t("no_phrase"));
     this.phrase.classList.toggle("tlora-none", !file?.phrase);
     const rank = file?.schedule?.rank ?? file?.rank;
@@ -70,12 +71,12 @@ class SchedulePanel {
 
   async update() {
     const at = (this.latest = {}); // answers may overtake one another
-    const { node } = this, name = this.card && values(node).file;
-    const file = name ? await card(name) : null;
+    const { node } = this;
+    const file = this.card && (await cardOf(node));
     const schedule = await scheduleOf(node.comfyClass === "TLoRAApply" ? source(node, "tlora") : node) ?? told.get(node);
     if (at !== this.latest) return;
-    this.card?.show(name, file);
-    this.chart.show(schedule, t(this.card ? "no_schedule" : "not_connected"));
+    this.card?.show(values(node).file, file);
+    this.chart.show(schedule, t(!this.card ? "not_connected" : file ? "no_schedule" : "no_file"));
     this.editor?.show(!UNMASKED.includes(values(node).method));
   }
 }

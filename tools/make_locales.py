@@ -1,0 +1,44 @@
+"""Write locales/en/nodeDefs.json anew from what the nodes say themselves, and tell what the other languages lack.
+
+    python3 tools/host.py python tools/make_locales.py
+"""
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from hostlib.build import Host
+from hostlib.server import PACK_NAME, Server
+
+LOCALES = Path(__file__).resolve().parents[1] / "locales"
+
+
+def entry(info: dict) -> dict:
+    """A node's entry in the host's nodeDefs.json."""
+    declared = {name: spec[1] for group in ("required", "optional") for name, spec in (info["input"].get(group) or {}).items()}
+    inputs = {name: {"name": options.get("display_name") or name, "tooltip": options["tooltip"]} for name, options in declared.items()}
+    tips = info.get("output_tooltips") or []
+    outputs = {str(i): {"name": name, **({"tooltip": tip} if tip else {})}
+               for i, (name, tip) in enumerate(zip(info["output_name"], [*tips, *[None] * len(info["output_name"])]))}
+    return {"display_name": info["display_name"], "description": info["description"], **({"inputs": inputs} if inputs else {}),
+            "outputs": outputs}
+
+
+def main() -> None:
+    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
+    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server:
+        ours = {name: info for name, info in server.object_info().items() if info["python_module"].endswith("." + PACK_NAME)}
+    english = {name: entry(info) for name, info in ours.items()}
+    path = LOCALES / "en" / "nodeDefs.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(english, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, one in english.items():
+        changed = [key for key, value in one.get("inputs", {}).items() if before.get(name, {}).get("inputs", {}).get(key) != value]
+        gone = before.get(name, {}).get("inputs", {}).keys() - one.get("inputs", {}).keys()
+        if changed or gone:
+            print(f"{name}: translate {', '.join(changed) or 'nothing'}; drop {', '.join(gone) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Make docs/screenshots, and the pictures of the help pages: the pack in the real interface, on real trainings of the tiny base.
+
+    python3 tools/host.py python tools/screenshots.py [panel schedule comparison]
+
+Needs Chromium; some minutes, most of them the trainings of the comparison.
+"""
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from hostlib.build import Host, ensure_test_packages
+from hostlib.chromium import find_chromium
+from hostlib.server import Server
+
+REPO = Path(__file__).resolve().parents[1]
+SCREENSHOTS, HELP = REPO / "docs" / "screenshots", REPO / "web" / "docs" / "pictures"
+sys.path += [str(REPO / "tests"), str(ensure_test_packages(Path(sys.executable)))]
+
+from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, set_setting  # noqa: E402
+
+PAD = 14  # pixels around a node
+# Puts a node at one place of the window and gives its width and height there.
+LOOK_AT = """async ([title, scale]) => {
+    const {graph, canvas} = window.app, node = graph.nodes.find(node => node.title === title);
+    canvas.deselectAll();
+    canvas.ds.scale = scale;
+    canvas.ds.offset = [400 / scale - node.pos[0], 110 / scale - node.pos[1]];
+    canvas.setDirty(true, true);
+    await new Promise(resolve => setTimeout(resolve, 700));
+    return [node.size[0] * scale, node.size[1] * scale];
+}"""
+SET = """([type, values]) => window.app.graph.nodes.filter(node => node.type === type).forEach(node => {
+    for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+})"""
+
+
+def workflow(name: str) -> dict:
+    return json.loads((REPO / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def shoot(page, name: str, title: str, scale: float = 1.0, above: float = 30) -> None:
+    """One node, by its title."""
+    width, height = page.evaluate(LOOK_AT, [title, scale])
+    page.mouse.move(20, 900)
+    path = SCREENSHOTS / f"{name}.png"
+    page.screenshot(path=path, clip={
+        "x": 400 - PAD, "y": 110 - above * scale - PAD, "width": width + 2 * PAD, "height": height + above * scale + 2 * PAD})
+    print(path.relative_to(REPO))
+
+
+def element(page, path: Path, selector: str) -> None:
+    """One of the pack's panels, by a selector."""
+    page.locator(selector).first.screenshot(path=path)
+    print(path.relative_to(REPO))
+
+
+def run(page) -> None:
+    page.get_by_test_id("queue-button").click()
+
+
+def panel(page) -> None:
+    """The Train node in the middle of the quickstart's training, dark and light."""
+    load_workflow(page, workflow("quickstart"))
+    page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 50, "file_name": "screenshots/panel"}])
+    set_setting(page, "Comfy.VueNodes.Enabled", True)
+    run(page)
+    page.wait_for_function("() => document.querySelector('.tlora-strip:not([hidden])') && /^(1[5-9]\\d|2\\d\\d) /.test("
+                           "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
+                           timeout=3 * RUN_MS)
+    shoot(page, "train_node", "Train T-LoRA from Image")
+    for palette, folder in (("light", SCREENSHOTS), ("dark", HELP)):
+        set_setting(page, "Comfy.ColorPalette", palette)
+        page.wait_for_timeout(500)
+        element(page, folder / f"panel_{palette}.png", ".tlora-panel[data-state]")
+    set_setting(page, "Comfy.VueNodes.Enabled", False)
+
+
+def schedule(page) -> None:
+    """The Apply node while a sampler runs, and a curve bent by hand."""
+    load_workflow(page, workflow("quickstart"))
+    page.evaluate(SET, ["TLoRATrainFromImage", {"steps": 20, "batch_size": 1, "validate_every": 0, "file_name": "screenshots/schedule"}])
+    run(page)
+    page.evaluate(LOOK_AT, ["Apply T-LoRA", 1.0])
+    page.wait_for_function("() => Number(document.querySelector('.tlora-live')?.style.left.replace('%', '')) > 40", timeout=RUN_MS)
+    element(page, HELP / "schedule_sampling.png", ".tlora-panel:has(.tlora-live)")
+    page.evaluate(SET, ["TLoRATrainFromImage", {"curve": "0:32, 0.35:28, 0.6:12, 1:6"}])
+    page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'TLoRATrainFromImage').widgets[0].callback?.()")
+    page.evaluate(LOOK_AT, ["Train T-LoRA from Image", 1.0])
+    element(page, HELP / "schedule_curve.png", ".tlora-panel:has(.tlora-handle)")
+
+
+def comparison(page) -> None:
+    """The sheet of the template that compares LoRA with T-LoRA."""
+    load_workflow(page, workflow("compare_lora_with_tlora"))
+    run(page)
+    page.wait_for_function("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length", timeout=6 * RUN_MS)
+    shoot(page, "comparison", "The sheet")
+
+
+SHOTS = {"panel": panel, "schedule": schedule, "comparison": comparison}
+
+
+def main(names: list[str]) -> None:
+    for folder in (SCREENSHOTS, HELP):
+        folder.mkdir(parents=True, exist_ok=True)
+    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
+    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server, \
+            opened_browser(find_chromium()) as browser:
+        for name in names or SHOTS:
+            page = new_page(browser, pixels=2)
+            open_interface(page, server)
+            SHOTS[name](page)
+            page.close()
+            server.client.interrupt()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
