@@ -383,3 +383,27 @@ def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_wha
     else:
         done = run(base, rerun="restart", memory=memory)
         assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
+    from tlora_core import LoRAAdapter, TLoRAError
+    from tlora_core.comfy_host.training_run import Keeping
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import Trainer
+
+    for package in ("wandb", "prodigyopt", "diffusers.optimization"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(TLoRAError, match="input wandb needs the Python package wandb .* pip install wandb.$"):
+        Keeping(wandb=True)
+    with pytest.raises(TLoRAError, match="optimizer prodigy needs the Python package prodigyopt"):
+        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(optimizer="prodigy"))
+    with pytest.raises(TLoRAError, match="lr_schedule cosine needs the Python package diffusers"):
+        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(lr_schedule="cosine"))
+
+
+def test_weights_and_biases_gets_the_loss_and_the_drawings_when_asked(base, output, monkeypatch):
+    """Offline, by the real package where it is installed."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(base, request(4), wandb=True, validation_prompts=PROMPTS[:1], validate_every=2)
+    assert wandb.run is None and list(folders(output)[-1].rglob("*.wandb"))

@@ -15,6 +15,7 @@ from comfy.utils import ProgressBar
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
 from ..file import TLoRAFile, write_whole
+from ..packages import required
 from ..runs import Recorder, RunFolder
 from ..trainer import TrainingDiverged
 from ..version import __version__
@@ -57,6 +58,8 @@ class Keeping:
                 raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
         if self.validate_every and not self.validation_prompts:
             raise TLoRAError(f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line.")
+        if self.wandb:
+            required("wandb", "The input wandb")
 
 
 @dataclass(frozen=True)
