@@ -1,6 +1,6 @@
 """The picture of the ways in which a T-LoRA is put on a model, from what benchmarks/sampling.py measured.
 
-    python3 tools/host.py bench sampling --json > sdxl.txt
+    python3 tools/host.py bench sampling --model sdxl-fifth --json > sdxl.txt
     python3 tools/host.py bench sampling --model flux-small --json > flux.txt
     python3 tools/host.py bench figure sdxl.txt flux.txt docs/sampling_ways.png
 """
@@ -16,7 +16,7 @@ WAYS = {  # colour, name, what it is, what it takes
     "output": ((232, 150, 52), "cached", "the text is the same at every step, and so is what a layer makes of it", "its outputs"),
     "beside": ((150, 154, 162), "beside", "two thin products beside the layer, at every step", "nothing"),
 }
-RUNS = {"bare": "no LoRA", "static_lora": "the host's LoRA, static", "tlora": "T-LoRA", "tlora_product": "T-LoRA, memory short"}
+RUNS = {"bare": "no LoRA", "static_lora": "the host's LoRA, static", "tlora": "T-LoRA", "tlora_product": "T-LoRA, all beside"}
 WIDTH, ROW, LEFT, RIGHT, BAR = 900, 34, 190, 210, 18
 
 
@@ -41,7 +41,7 @@ def panel(draw: ImageDraw.ImageDraw, result: dict, top: int, fonts, longest: flo
             draw.rectangle([x, y, x + part * length, y + BAR], WAYS[way][0] if way else GRID)
             x += part * length
         kept = sum(row["kept_mb"].values())
-        memory = f", {kept:.0f} MB more" if row["what"] == "tlora" else ", no memory more" if row["what"] == "tlora_product" else ""
+        memory = f", {kept:.0f} MB more" if row["what"] == "tlora" else ", 0 MB more" if row["what"] == "tlora_product" else ""
         draw.text((LEFT + length + 8, y + BAR / 2), f"{row['ratio']:.2f}{memory}", TEXT, font=small, anchor="lm")
     x = LEFT + per_unit
     draw.line([(x, top + 24), (x, top + 24 + len(result["rows"]) * ROW)], FAINT)

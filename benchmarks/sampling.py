@@ -1,12 +1,14 @@
 """What a T-LoRA costs while sampling: a bare model, the host's own static LoRA of the same rank, and the T-LoRA.
 
-    python3 tools/host.py bench sampling [--model sdxl-small|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
+    python3 tools/host.py bench sampling [--model sdxl-small|sdxl-fifth|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
 
 All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host, Euler
 with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host takes
-to put a static LoRA's weights in place included; "sampling_ratio" leaves that out. "peak_mb" is memory above what the
-loaded bare model takes, the T-LoRA's own tensors excepted ("file_mb", float32); "layers" and "kept_mb" are the layers put on
-each way and what folding keeps for them. Rows: bare; static_lora; tlora, as the pack chooses; tlora_product, nothing folded.
+to put a static LoRA's weights in place included; "sampling_ratio" leaves that out, so a static LoRA's is 1 but for chance.
+On a CPU all run on one thread, and seconds are of processor time, which waiting for other programs does not add to.
+"peak_mb" is memory above what the loaded bare model takes, without the T-LoRA's own tensors ("file_mb", float32). "layers"
+and "kept_mb" are the layers folded each way and what is kept for them. Rows: bare; static_lora; tlora, as the pack
+chooses; tlora_product, nothing folded.
 """
 import argparse
 import ctypes
@@ -23,7 +25,8 @@ sys.path.append(str(ROOT / "tools"))
 
 # name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance)
 MODELS = {
-    "sdxl-small": ("sdxl", {"width": 64, "context": 416}, 4, 64, "float32", 8, 5.0),  # a fifth of its width throughout
+    "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 8, 5.0),
+    "sdxl-fifth": ("sdxl", {"width": 64, "context": 416}, 4, 64, "float32", 8, 5.0),  # a fifth of SDXL in the text's width too
     "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 25, 5.0),
     "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 8, 1.0),
     "flux": ("flux", {}, 16, 128, "bfloat16", 25, 1.0),
@@ -85,18 +88,19 @@ class Runs:
         latent = torch.zeros(1, self.channels, self.size, self.size)
         self.ways = {}
         noise = comfy.sample.prepare_noise(latent, 0)
-        synchronize = torch.cuda.synchronize if self.bare.load_device.type == "cuda" else lambda: None
+        on_gpu = self.bare.load_device.type == "cuda"
+        synchronize, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
         mm.load_models_gpu([self.bare])
         synchronize()
         with PeakMemory(self.bare.load_device) as memory:
-            start = time.perf_counter()
+            start = clock()
             mm.load_models_gpu([patched])
             synchronize()
-            loaded = time.perf_counter()
+            loaded = clock()
             comfy.sample.sample(patched, noise, self.steps, self.guidance, "euler", "simple", self.positive, self.negative,
                                 latent, disable_pbar=True, seed=0, callback=self._look)
             synchronize()
-            end = time.perf_counter()
+            end = clock()
         return loaded - start, end - loaded, memory.mb
 
 
@@ -153,6 +157,8 @@ def candidates(runs, ranks, counts):
 def measure(name, ranks, counts, rounds, steps=None):
     import torch
     runs = Runs(name, steps)
+    if runs.bare.load_device.type == "cpu":
+        torch.set_num_threads(1)
     with torch.inference_mode():
         every = list(candidates(runs, ranks, counts))
         for row, model in every:
