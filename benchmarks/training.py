@@ -51,7 +51,7 @@ class Setting:
         self.name, self.rank = name, rank
         function, arguments, channels, size, dtype, tokens, self.paper_steps = MODELS[name]
         compute = getattr(torch, dtype)
-        options = {"dtype": torch.float8_e4m3fn, "compute": compute} if weights == "fp8" else {"dtype": compute}
+        options = {"dtype": compute, "storage": torch.float8_e4m3fn if weights == "fp8" else None}
         self.make = lambda disable_dynamic=False: getattr(random_models, function)(**arguments, **options)
         self.model = self.make()
         self.model.cached_patcher_init = (self.make, ())  # the node trains a model that it loads a second time

@@ -3,9 +3,10 @@ from comfy_api.latest import ComfyExtension
 from server import PromptServer
 from typing_extensions import override
 
-from ..tlora_core.comfy_host import live_routes
+from ..tlora_core.comfy_host import file_routes, live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
+from .compare import CompareTLoRA
 from .export import ExportTLoRA
 from .prompts import TLoRAPrompts
 from .report import TLoRAInfo
@@ -18,10 +19,11 @@ from .training import TLoRAImages, TLoRATrainingOptions
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
-                TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel, TinySampleConcept]
+        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA,
+                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:
-    live_routes.add_routes(PromptServer.instance.routes)
+    for module in (live_routes, file_routes):
+        module.add_routes(PromptServer.instance.routes)
     return TLoRAExtension()

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..tlora_core.comfy_host.files import lora_names, lora_path, name_of, new_lora_path
-from ..tlora_core.comfy_host.progress import say
+from ..tlora_core.comfy_host.live_rank import show_active_rank
+from ..tlora_core.comfy_host.progress import counting, say
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.targets import target_of
 from ..tlora_core.foreign import load_any
@@ -44,14 +45,15 @@ class LoadTLoRA(io.ComfyNode):
     def execute(cls, file, strength, model=None, min_rank=-1, alpha=0.0):
         path = lora_path(file)
         target = None if model is None else target_of(model)
-        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None)
+        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None,
+                          counting("making the base terms again", cls.hidden.unique_id))
         if loaded.unmatched or loaded.notes:
             logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
         say(loaded.report, cls.hidden.unique_id)
         if model is None:
             blocked = ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output.")
             return io.NodeOutput(blocked, loaded.tlora, loaded.report)
-        return io.NodeOutput(apply_tlora(model, loaded.tlora, strength), loaded.tlora, loaded.report)
+        return io.NodeOutput(_applied(model, loaded.tlora, strength, cls.hidden.unique_id), loaded.tlora, loaded.report)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
@@ -71,11 +73,16 @@ class ApplyTLoRA(io.ComfyNode):
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 strength_input(),
             ],
-            outputs=[io.Model.Output()])
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, model, tlora, strength):
-        return io.NodeOutput(apply_tlora(model, tlora, strength))
+        return io.NodeOutput(_applied(model, tlora, strength, cls.hidden.unique_id))
+
+
+def _applied(model, tlora, strength, node_id):
+    return show_active_rank(apply_tlora(model, tlora, strength), tlora.schedule, node_id)
 
 
 class SaveTLoRA(io.ComfyNode):

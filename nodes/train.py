@@ -3,7 +3,8 @@ from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
 from ..tlora_core.comfy_host.files import lora_path
-from ..tlora_core.comfy_host.personalize import filled_in
+from ..tlora_core.comfy_host.live_rank import show_active_rank
+from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
 from ..tlora_core.dataset import FRAMINGS, training_images
@@ -30,11 +31,14 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
                 io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
                 io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
-                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX and SD3. tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
-                                       "without the mask. lora: neither."),
+                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
+                                       "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
+                                       "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
+                                       "there to compare with; their files are as large as the layers."),
                 *rank_inputs(),
                 io.Int.Input("steps", default=0, min=0, max=100000,
-                             tooltip="Training steps. 0: what suits the model. The paper uses 800 for tlora and ortho_lora, 500 for the others; too many copy the image."),
+                             tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
+                                     "others. Too few do not learn the subject, too many copy the image."),
                 io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
                                tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
                 io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
@@ -77,6 +81,9 @@ class TrainTLoRAFromImage(io.ComfyNode):
                                        "continue: go on also if it was stopped. restart: train anew."),
                 io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                                  tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
+                io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
+                               tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
+                                       "time. auto: fast where it fits, else low."),
             ],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),
@@ -100,5 +107,6 @@ class TrainTLoRAFromImage(io.ComfyNode):
         done = train_or_find(model, clip, vae, images, request, Keeping(validation_prompts=prompts, **keeping), file_name,
                              cls.hidden.unique_id, prior)
         return io.NodeOutput(
-            done.tlora, apply_tlora(model, done.tlora), done.file, to_tensor(loss_curve(done.losses)),
+            done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, cls.hidden.unique_id), done.file,
+            to_tensor(loss_curve(done.losses)),
             ui={"tlora_files": [str(lora_path(done.file))], "text": [done.file]})

@@ -2,6 +2,9 @@
 
 import torch
 
+from tlora_core.foreign import Target
+from tlora_core.names import plain_name
+
 QKVO = ("q", "k", "v", "out")
 SDXL_ATTENTION = {  # diffusers' attention module -> ComfyUI's, and the width that keys and values read
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1": ("input_blocks.4.1.transformer_blocks.0.attn1", 12),
@@ -134,3 +137,59 @@ def reference_flux():
         key = reference_key(name, flux=True)
         state[key + "up.weight"], state[key + "down.weight"] = layers[path]
     return state, layers
+
+
+# Comparing.
+
+
+def update(layer, r):
+    """The stored update with its first r components on, in float64."""
+    columns = r * layer.group
+    return layer.up[:, :columns].double() @ layer.down[:columns].double()
+
+
+def assert_close(have, want, tolerance=1e-5):
+    assert (have - want).norm() <= tolerance * want.norm()
+
+
+def assert_same_updates(have, want, tolerance=1e-5):
+    """At every rank."""
+    assert have.layers.keys() == want.layers.keys()
+    for name, layer in want.layers.items():
+        for r in range(1, layer.rank + 1):
+            assert_close(update(have.layers[name], r), update(layer, r), tolerance)
+
+
+NAMINGS = {
+    "kohya": ("lora_unet_{ldm_}", "lora_up.weight", "lora_down.weight"),
+    "kohya with diffusers names": ("lora_unet_{diffusers_}", "lora_up.weight", "lora_down.weight"),
+    "comfyui": ("diffusion_model.{ldm}", "lora_up.weight", "lora_down.weight"),
+    "diffusers": ("unet.{diffusers}", "lora_B.weight", "lora_A.weight"),
+    "diffusers, older": ("unet.{diffusers}", "lora.up.weight", "lora.down.weight"),
+    "peft": ("base_model.model.{diffusers}", "lora_B.weight", "lora_A.weight"),
+    "peft with an adapter's name": ("base_model.model.unet.{diffusers}", "lora_B.default.weight", "lora_A.default.weight"),
+}
+
+
+def plain_state(naming, layers, alpha=None):
+    pattern, up, down = NAMINGS[naming]
+    state = {}
+    for diffusers, ldm, _, _ in unet_layers():
+        key = pattern.format(
+            ldm=ldm, ldm_=ldm.replace(".", "_"), diffusers=diffusers, diffusers_=diffusers.replace(".", "_")
+        )
+        state[f"{key}.{up}"], state[f"{key}.{down}"] = layers[ldm]
+        if alpha is not None:
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def plain_layers():
+    return pairs((path, o, i) for _, path, o, i in unet_layers())
+
+
+def target_with(weights):
+    shapes = {path: tuple(weight.shape) for path, weight in weights.items()}
+    names = {plain_name(path): path for path in weights}
+    names |= {plain_name(name): path for name, path, _, _ in unet_layers() if path in weights}
+    return Target(names, shapes, lambda name, rows: weights[name][:rows].float(), "sdxl", 1000, "discrete")

@@ -64,3 +64,20 @@ def relative_error(value, reference) -> float:
 def is_untouched(model) -> bool:
     """No layer has a replaced forward."""
     return not any("forward" in module.__dict__ for module in model.model.diffusion_model.modules())
+
+
+def random_controlnet(seed: int = 0):
+    """A ControlNet of the host's own class for `random_unet`, which hints at full strength from its first step on."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+    import comfy.model_management
+
+    from tlora_core.comfy_host import tiny_base
+
+    torch.manual_seed(seed)
+    config = {k: v for k, v in tiny_base.UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}
+    network = comfy.cldm.cldm.ControlNet(**config, hint_channels=3, num_head_channels=32).requires_grad_(False)
+    tiny_base.set_norm_groups(network)
+    for parameter in network.parameters():
+        parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    return comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())

@@ -3,42 +3,19 @@ import json
 from pathlib import Path
 
 import pytest
+from browser import GRAPH_IS_LOADED, RUN_MS, UNKNOWN_NODES, new_page, opened_browser, ours
 from hostlib.server import PACK_NAME
-from playwright.sync_api import sync_playwright
 
 REPO = Path(__file__).resolve().parents[1]
 QUICKSTART = REPO / "workflows" / "quickstart.json"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-# A busy machine may need long; a failure still ends.
-STEP_MS, RUN_MS = 120_000, 300_000
-GRAPH_IS_LOADED = "count => window.app?.graph?.nodes?.length === count"
-UNKNOWN_NODES = """() => window.app.graph.nodes
-    .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""
 PICTURE_WIDTHS = """() => Object.fromEntries(window.app.graph.nodes.filter(node => node.type === "SaveImage")
     .map(node => [node.widgets[0].value, (node.imgs ?? []).map(picture => picture.naturalWidth)]))"""
 
 
 @pytest.fixture
-def page(chromium, tmp_path):
-    """A page of a browser without history; `page.complaints` collects what goes wrong in the page."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1800, "height": 1050})
-        page.set_default_timeout(STEP_MS)
-        page.complaints = []
-        page.on("pageerror", lambda error: page.complaints.append(f"{error}\n{error.stack}"))
-        page.on("console", lambda message: page.complaints.append(f"{message.text} ({message.location['url']})")
-                if message.type == "error" else None)
-        page.on("response", lambda answer: page.complaints.append(f"{answer.status} {answer.url}")
-                if answer.status >= 400 and PACK_NAME in answer.url else None)
-        yield page
-        browser.close()
-
-
-def ours(complaints: list[str]) -> list[str]:
-    """Those that name the pack's files or nodes; an offline machine gives the interface others of its own."""
-    return [text for text in complaints if PACK_NAME in text or "TLoRA" in text]
+def page(chromium):
+    with opened_browser(chromium) as browser:
+        yield new_page(browser)
 
 
 def open_quickstart(page) -> None:

@@ -3,10 +3,12 @@
 import base64
 import errno
 import hashlib
+import importlib.util
 import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tlora_core import METHODS, LowRank, RankSchedule, TLoRAError, TLoRAFile, make_adapters
 from tlora_core.images import thumbnail
 
+REPO = Path(__file__).resolve().parents[1]
 LAYERS = {
     "input_blocks.4.1.transformer_blocks.0.attn1.to_q": (12, 10),
     "middle_block.1.transformer_blocks.0.attn2.to_out.0": (8, 20),
@@ -66,7 +69,7 @@ def saved(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.of_weight])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_round_trip_is_exact_in_the_stored_dtype(tmp_path, method, dtype):
     path = tmp_path / "a.safetensors"
@@ -81,6 +84,17 @@ def test_round_trip_is_exact_in_the_stored_dtype(tmp_path, method, dtype):
         assert torch.equal(again.up, layer.up.to(dtype)) and torch.equal(again.down, layer.down.to(dtype))
         assert again.group == layer.group
         assert again.up.dtype == again.down.dtype == dtype
+
+
+def test_half_precision_costs_no_digits_of_a_small_update_and_no_more_than_twice_a_plain_lora():
+    spec = importlib.util.spec_from_file_location("bench_files", REPO / "benchmarks" / "files.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    rows = bench.measure(rank=8, blocks={"middle_block.1.transformer_blocks.0": 128})
+    assert [(row["dtype"], row["moved"]) for row in rows] == [(d, m) for m in (0.001, 0.01, 1.0) for d in bench.DTYPES]
+    for row in rows:
+        limit = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4}[row["dtype"]]
+        assert 0 < row["error"] < limit and 0 < row["error_half"] < limit and 1.5 < row["size_ratio"] <= 2, row
 
 
 def test_others_read_a_plain_lora_of_scale_one(saved):
@@ -254,7 +268,7 @@ DAMAGE = {
     "format zero": (dict(format=0), "format version is 0"),
     "format true": (dict(format=True), "format version is True"),
     "no format": (dict(format=...), 'no valid "format"'),
-    "unknown method": (dict(method="oft"), "method is 'oft'"),
+    "unknown method": (dict(method="boft"), "method is 'boft'"),
     "method of another type": (dict(method=["tlora"]), 'no valid "method"'),
     "rank zero": (dict(rank=0, min_rank=0), "rank is 0"),
     "rank as text": (dict(rank="4"), "rank is '4'"),

@@ -32,16 +32,16 @@ def pages(live, monkeypatch):
     return live.PromptServer.instance
 
 
-def ask(*requests):
-    """Status and body of each (method, path, headers), from the routes in a real web server."""
+def ask(*requests, add_routes=None):
+    """Status and body of each (method, path, headers), from the live routes, or others, in a real web server."""
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 
-    from tlora_core.comfy_host.live_routes import add_routes
+    from tlora_core.comfy_host import live_routes
 
     async def run():
         app, routes = web.Application(), web.RouteTableDef()
-        add_routes(routes)
+        (add_routes or live_routes.add_routes)(routes)
         app.add_routes(routes)
         async with TestClient(TestServer(app)) as client:
             answers = []
@@ -86,7 +86,9 @@ def test_resumed_run_measures_its_pace_from_its_own_first_step(live, monkeypatch
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     run = live.LiveRun.begin("7", steps=100, first_step=50)
-    assert run.state()["step"] == 50 and run.state()["rate"] is None
+    for step in range(1, 51):
+        run.report(step, 0.5)  # the earlier run's curve
+    assert run.state()["step"] == 50 and run.state()["rate"] is None and len(run.state()["points"]) == 50
     now[0] = 1.0
     run.report(51, 0.5)
     assert run.state()["rate"] == pytest.approx(1.0) and run.state()["left"] == pytest.approx(49.0)

@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
 NODES = {
+    "TLoRAImages": "T-LoRA Images",
+    "TLoRATrainingOptions": "T-LoRA Training Options",
     "TLoRATrainFromImage": "Train T-LoRA from Image",
     "TLoRALoad": "Load T-LoRA",
     "TLoRAApply": "Apply T-LoRA",
@@ -30,6 +32,7 @@ NODES = {
     "TLoRAInfo": "T-LoRA Info",
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
+    "TLoRACompare": "Compare (T-LoRA)",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",
     "TLoRATinySampleConcept": "Sample Concept (T-LoRA)",
 }
@@ -272,7 +275,7 @@ def test_baked_file_acts_the_same_in_the_hosts_own_loader(server, loras, trained
     bare, adapted = bare_and_adapted(server, name)
     effect = difference(adapted, bare)
     assert effect > 2 and difference(shown, adapted) <= 0.05 * effect
-    assert difference(shown, good[1]) > 0.05 * effect, "a constant LoRA is not the T-LoRA"
+    assert difference(shown, good[1]) > 2 * difference(shown, adapted), "a constant LoRA is not the T-LoRA"
 
 
 def hooked_picture(graph, start_percents):
@@ -446,7 +449,7 @@ BAD = {
     "min_rank above rank": (bad_training(rank=4, min_rank=5), "min_rank is 5; .* from 0 to the rank, which is 4"),
     "no token and no class word": (bad_training(token=" ", class_word=""), "token and class_word are both empty"),
     "resolution that the VAE cannot encode": (bad_training(resolution=68), "resolution is 68; set it to a multiple of 8"),
-    "unsupported model": (bad_training(model=diffusion_transformer), "model is a SD3, which .* training does not support"),
+    "model of another family": (bad_training(model=diffusion_transformer), "model could not be run on .* clip and vae of one checkpoint"),
     "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),
     "file that is cut off": (load_of("tests/cut.safetensors"), '"cut.safetensors": it cannot be read as a safetensors file'),
     "file that is a pickle": (load_of("tests/pickle.safetensors"), '"pickle.safetensors": it cannot be read as a safetensors'),
@@ -545,7 +548,7 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
     def training(steps):
         graph = TinyGraph()
         model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name="overflow.safetensors", strength_model=1.0)
-        node = graph.train(model=model[0], steps=steps, learning_rate=0.01, rank=2, min_rank=1, seed=3, file_name=f"tests/nan{steps}")
+        node = graph.train(model=model[0], steps=steps, learning_rate=0.01, rank=2, min_rank=1, seed=1, file_name=f"tests/nan{steps}")
         return graph, node
 
     before = files_below(loras)

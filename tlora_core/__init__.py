@@ -5,6 +5,7 @@ from .errors import TLoRAError
 from .file import TLoRAFile
 from .masking import add_low_rank
 from .orthogonal import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
+from .pipelines import apply, load
 from .schedule import RankSchedule
 from .version import __version__
 
@@ -22,6 +23,8 @@ __all__ = [
     "TLoRAFile",
     "__version__",
     "add_low_rank",
+    "apply",
+    "load",
     "make_adapters",
     "orthogonal_start",
     "orthogonal_starts",

@@ -18,10 +18,11 @@ from .orthogonal import STARTS, layer_generator, orthogonal_start, orthogonal_st
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's table of adapters."""
+    """One row of the paper's table of adapters, or one of the methods it compares with (`of_weight`, see baselines)."""
 
     is_orthogonal: bool
     is_masked: bool
+    of_weight: bool = False
 
     @property
     def group(self) -> int:
@@ -34,6 +35,9 @@ METHODS = {
     "vanilla_tlora": Method(is_orthogonal=False, is_masked=True),
     "ortho_lora": Method(is_orthogonal=True, is_masked=False),
     "tlora": Method(is_orthogonal=True, is_masked=True),
+    "oft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "gsoft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "svdiff": Method(is_orthogonal=False, is_masked=False, of_weight=True),
 }
 
 
@@ -100,6 +104,7 @@ class Adapter(nn.Module):
         return LowRank(up, down, self.group).balanced()
 
 
+
 class LoRAAdapter(Adapter):
     """B A (LoRA and Vanilla T-LoRA): A [r, in] starts as N(0, (1/r)^2), B [out, r] as zero."""
 
@@ -157,12 +162,18 @@ def make_adapters(
     method: a key of METHODS. start: a key of STARTS; LoRA and Vanilla T-LoRA have their own start and
         ignore it.
     layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight"
-        starts need. Equal seeds give equal adapters, each depending on its name and not on the other layers.
+        starts and the methods of_weight need. Equal seeds give equal adapters, each depending on its name and not on the
+        other layers.
+    rank: of each layer; with the methods of_weight the number of blocks.
 
     Raises TLoRAError for an unknown method or start, and for a rank that a layer cannot hold.
     """
     if method not in METHODS:
         raise TLoRAError(f'The method is "{method}"; choose one of {", ".join(METHODS)}.')
+    if METHODS[method].of_weight:
+        from .baselines import baseline_adapters  # which are Adapters themselves
+
+        return baseline_adapters(method, {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}, rank)
     shapes = {name: _shape(layer) for name, layer in layers.items()}
     for name, (out_features, in_features) in shapes.items():
         _require_rank(f'the layer "{name}"', out_features, in_features, rank)
@@ -196,12 +207,17 @@ def _weight_adapters(
     layers: Mapping[str, tuple[int, int] | Tensor], rank: int, start: str, device: str | torch.device
 ) -> dict[str, Adapter]:
     adapters = {}
-    for name, weight in layers.items():
-        if not isinstance(weight, Tensor):
-            raise TLoRAError(f'The start "{start}" needs the weight of the layer "{name}"; use a "random" start.')
+    for name, layer in layers.items():
+        weight = _weight(name, layer, start)
         triple = orthogonal_start(start, *weight.shape, rank, weight=weight.to(device))
         adapters[name] = OrthoAdapter(*triple)
     return adapters
+
+
+def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
+    if not isinstance(layer, Tensor):
+        raise TLoRAError(f'"{what}" needs the weight of the layer "{name}"; give it, or choose a "random" start or another method.')
+    return layer
 
 
 def _shape(layer: tuple[int, int] | Tensor) -> tuple[int, int]:

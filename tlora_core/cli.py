@@ -95,7 +95,13 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 def _load(options: argparse.Namespace) -> Loaded:
     target = None if options.model is None else checkpoint_target(options.model)
-    return load_any(options.file, target, options.min_rank, options.alpha)
+    return load_any(options.file, target, options.min_rank, options.alpha, _show_progress)
+
+
+def _show_progress(done: int, total: int) -> None:
+    if done == total or (done and sys.stderr.isatty()):
+        # Whatever comes next is longer than this line, and covers it.
+        print(f"base terms made again: {done} of {total}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)
 
 
 def _info(options: argparse.Namespace) -> None:

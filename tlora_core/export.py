@@ -13,13 +13,12 @@ from torch import Tensor
 from .adapters import METHODS, LowRank
 from .errors import TLoRAError
 from .file import DTYPES, TLoRAFile, plain_metadata, split_name, write_tensors, write_whole
-from .names import diffusers_name, family_of
+from .names import diffusers_name, family_of, processor_name
 
 Tensors = dict[str, Tensor]
 
 # FLUX's fused modules: what they join, in widths of the input, from the first row on.
 _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
-_PROCESSOR_NAMES = {"to_out.0": "to_out", "add_q_proj": "to_q_proj", "add_k_proj": "to_k_proj", "add_v_proj": "to_v_proj"}
 
 
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
@@ -82,7 +81,7 @@ def _reference(tlora: TLoRAFile) -> Tensors:
         if not module.endswith(("attn", "attn1", "attn2")) or projection == "to_add_out":
             raise TLoRAError(f'The reference\'s layout has no place for the layer "{name}"; choose another layout.')
         prefix = "" if family_of(name) == "flux" else "unet."
-        key = f"{prefix}{module}.processor.{_PROCESSOR_NAMES.get(projection, projection)}_lora."
+        key = f"{prefix}{module}.processor.{processor_name(projection)}_lora."
         parts = {"down.weight": layer.down, "up.weight": layer.up} if layer.group == 1 else _two_terms(layer)
         tensors |= {key + part: tensor for part, tensor in parts.items()}
     return tensors

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
-from .container import check_header, one_line
+from .container import check_header, one_line, printable
 from .errors import TLoRAError
 from .names import diffusers_name, family_of
 from .schedule import RankSchedule
@@ -113,7 +113,7 @@ class TLoRAFile:
         try:
             return _read(path)
         except TLoRAError as error:
-            raise TLoRAError(f'"{path.name}": {error}') from error
+            raise TLoRAError(f'"{path.name}": {printable(str(error))}') from error
         except (OSError, SafetensorError) as error:
             raise TLoRAError(
                 f'"{path.name}": it cannot be read as a safetensors file ({one_line(error)}); '
@@ -286,7 +286,7 @@ def _read(path: Path) -> TLoRAFile:
         raise TLoRAError("there is no such file; choose one from the list or check the folder.")
     check_header(path)
     with safe_open(path, framework="pt") as opened:
-        content = _parse(opened.metadata() or {})
+        content = read_content(opened.metadata() or {})
         ranks = _field(content, "layers", dict)
         names = _names_in_file(content, ranks)
         keys = set(opened.keys())
@@ -294,9 +294,14 @@ def _read(path: Path) -> TLoRAFile:
         unnamed = keys - {key + part for key in names.values() for part in (_UP, _DOWN, _ALPHA)}
     if unnamed:
         raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
-    schedule = RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
+    schedule = read_schedule(content)
     rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
     return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+
+
+def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
+    """The schedule in what read_content gives. Raises TLoRAError when it is none."""
+    return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
 
 
 def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
@@ -318,7 +323,8 @@ def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, 
     return names
 
 
-def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+def read_content(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our part of a file's metadata, of a format and method that this version knows. Raises TLoRAError for any other."""
     if METADATA_KEY not in metadata:
         raise TLoRAError("it has no T-LoRA metadata; load a plain LoRA with the Load LoRA node.")
     try:

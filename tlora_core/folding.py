@@ -59,14 +59,15 @@ class Folded:
     """Stands in for the forward of `layer` with the terms in `wanted`, each under its owner's key and its row."""
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self.source = layer, layer.weight
+        self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
         self.wanted: dict[Hashable, Term] = {}
 
     @property
     def is_current(self) -> bool:
-        """False once the host has given the layer another weight, or while something else stands in for its forward, which
-        folding would drop."""
-        return self.layer.weight is self.source and self.layer.__dict__.get("forward", self.forward) == self.forward
+        """False once the host has given the layer another weight or moved it off, or while something else stands in for its
+        forward, which folding would drop."""
+        is_there = self.layer.weight is self.source and self.source.device == self.device
+        return is_there and self.layer.__dict__.get("forward", self.forward) == self.forward
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -129,26 +130,28 @@ class Input:
 
 
 class Inputs:
-    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so it is compared
-    once an evaluation."""
+    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so what they hold is
+    compared once an evaluation, and again after each change in place. Tensors made in inference mode count no changes;
+    they are compared every time."""
 
     def __init__(self):
         self._kept: list[Input] = []
-        self._seen: list[tuple[Tensor, Input]] = []  # holds the tensors, so that none's identity is used again
+        self._seen: list[tuple[Tensor, int, Input]] = []  # holds the tensors, so that none's identity is used again
 
     def new_evaluation(self) -> None:
         self._seen.clear()
 
     def recognise(self, x: Tensor) -> Input:
-        for tensor, known in self._seen:
-            if tensor is x:
+        for tensor, version, known in self._seen:
+            if tensor is x and version == x._version:
                 return known
         same = (i for i in self._kept if i.value.shape == x.shape and i.value.dtype == x.dtype and i.value.device == x.device)
         known = next((i for i in same if torch.equal(i.value, x)), None)
         if known is None:
             known = Input(x.clone())
             self._kept = [known, *self._kept[:INPUTS_KEPT - 1]]
-        self._seen.append((x, known))
+        if not x.is_inference():
+            self._seen.append((x, x._version, known))
         return known
 
 

@@ -13,16 +13,17 @@ def add_low_rank(
     output [B, ..., n], x [B, ..., in], up [out, group * r], down [group * r, in], all of one dtype and device; the
         update is added to the `out` columns of output from `row` on, row + out <= n.
     active: one int in 0..r for the whole batch, computed by slicing so that masked components cost
-        nothing; or int64 [B], one per sample of x's leading dimension. Pass rows that agree as an int.
+        nothing; or int64 [B], one per sample of x's leading dimension. Pass rows that agree as an int, or as int64 []
+        to torch.compile, which compiles anew for every int.
     group: columns of up per component, see LowRank.
 
     Returns [B, ..., n], leaving output as it is. Gradients flow to all four. Raises ValueError when active does not fit.
     """
     if isinstance(active, Tensor):
-        if active.shape != x.shape[:1]:
+        if active.dim() and active.shape != x.shape[:1]:
             raise ValueError(f"active has shape {list(active.shape)} for x of shape {list(x.shape)}.")
-        kept = torch.arange(down.shape[0], device=x.device) < group * active[:, None]
-        hidden = F.linear(x, down) * kept.to(x.dtype).view(x.shape[0], *[1] * (x.dim() - 2), -1)
+        kept = torch.arange(down.shape[0], device=x.device) < group * active[..., None]
+        hidden = F.linear(x, down) * kept.to(x.dtype).view(*active.shape, *[1] * (x.dim() - 2), -1)
     else:
         columns = group * active
         if not 0 <= columns <= down.shape[0]:

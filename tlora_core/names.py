@@ -18,52 +18,8 @@ _PREFIXES = re.compile(
 _TEXT_ENCODER = re.compile(
     r"^(lora_te\d?_|lycoris_te|text_encoder|te\d?[._]|lora_prior_te_|clip_[lgh]\.|t5xxl\.|transformer\.text_model)"
 )
-# The reference's FLUX attention processor names the text stream's projections otherwise than the module does.
+# What attention processors and the trainer of the reference call a projection -> its module.
 _PROCESSOR_NAMES = {"to_q_proj": "add_q_proj", "to_k_proj": "add_k_proj", "to_v_proj": "add_v_proj", "to_out": "to_out.0"}
-
-_UNET_DIFFUSERS = re.compile(r"(?:(down|up)_blocks_(\d+)|(mid)_block)_attentions_(\d+)_(.+)")
-_UNET_PATH = re.compile(r"(?:(input|output)_blocks_(\d+)_1|(middle)_block_1)_(.+)")
-_IN_TRANSFORMER = re.compile(
-    r"(?:(transformer_blocks)_(\d+)_(?:(attn[12])_(?:(to_[qkv])|(to_out)_0)|(ff)_net_(?:0_(proj)|2)))|(proj_in|proj_out)"
-)
-_FLUX_PATH = re.compile(
-    r"(double_blocks)_(\d+)_(img|txt)_(?:(attn)_(qkv|proj)|(mlp)_([02])|(mod)_(lin))|"
-    r"(single_blocks)_(\d+)_(?:(linear[12])|(modulation)_(lin))"
-)
-_FLUX_DIFFUSERS = re.compile(r"(single_)?transformer_blocks_(\d+)_(.+)")
-_FLUX_DOUBLE = {
-    "attn_to_q": ("img_attn.qkv", 0),
-    "attn_to_k": ("img_attn.qkv", 1),
-    "attn_to_v": ("img_attn.qkv", 2),
-    "attn_add_q_proj": ("txt_attn.qkv", 0),
-    "attn_add_k_proj": ("txt_attn.qkv", 1),
-    "attn_add_v_proj": ("txt_attn.qkv", 2),
-    "attn_to_out_0": ("img_attn.proj", None),
-    "attn_to_add_out": ("txt_attn.proj", None),
-    "ff_net_0_proj": ("img_mlp.0", None),
-    "ff_net_2": ("img_mlp.2", None),
-    "ff_context_net_0_proj": ("txt_mlp.0", None),
-    "ff_context_net_2": ("txt_mlp.2", None),
-    "norm1_linear": ("img_mod.lin", None),
-    "norm1_context_linear": ("txt_mod.lin", None),
-}
-_FLUX_SINGLE = {
-    "attn_to_q": ("linear1", 0),
-    "attn_to_k": ("linear1", 1),
-    "attn_to_v": ("linear1", 2),
-    "proj_mlp": ("linear1", 3),
-    "proj_out": ("linear2", None),
-    "norm_linear": ("modulation.lin", None),
-}
-# diffusers' own spelling of the names above, which have lost their dots.
-_FLUX_DOTS = {
-    name: name.replace("attn_", "attn.")
-    .replace("to_out_0", "to_out.0")
-    .replace("_net_0_proj", ".net.0.proj")
-    .replace("_net_2", ".net.2")
-    .replace("_linear", ".linear")
-    for name in (*_FLUX_DOUBLE, *_FLUX_SINGLE)
-}
 
 
 class Place(NamedTuple):
@@ -77,6 +33,60 @@ class Place(NamedTuple):
         return self.path if self.part is None else f"{self.path}@{self.part * in_features}"
 
 
+# The linear layers in a transformer of a U-Net, which all programs name alike but for dots.
+_ATTENTION = [f"{attention}.{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+_IN_UNET_BLOCK = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
+_BESIDE_UNET_BLOCKS = ("proj_in", "proj_out")
+# The linear layers in a block of FLUX: diffusers' name -> their place in the block.
+_IN_FLUX_BLOCK = {
+    "double": {
+        "attn.to_q": Place("img_attn.qkv", 0),
+        "attn.to_k": Place("img_attn.qkv", 1),
+        "attn.to_v": Place("img_attn.qkv", 2),
+        "attn.add_q_proj": Place("txt_attn.qkv", 0),
+        "attn.add_k_proj": Place("txt_attn.qkv", 1),
+        "attn.add_v_proj": Place("txt_attn.qkv", 2),
+        "attn.to_out.0": Place("img_attn.proj"),
+        "attn.to_add_out": Place("txt_attn.proj"),
+        "ff.net.0.proj": Place("img_mlp.0"),
+        "ff.net.2": Place("img_mlp.2"),
+        "ff_context.net.0.proj": Place("txt_mlp.0"),
+        "ff_context.net.2": Place("txt_mlp.2"),
+        "norm1.linear": Place("img_mod.lin"),
+        "norm1_context.linear": Place("txt_mod.lin"),
+    },
+    "single": {
+        "attn.to_q": Place("linear1", 0),
+        "attn.to_k": Place("linear1", 1),
+        "attn.to_v": Place("linear1", 2),
+        "proj_mlp": Place("linear1", 3),
+        "proj_out": Place("linear2"),
+        "norm.linear": Place("modulation.lin"),
+    },
+}
+_FLUX_BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}  # diffusers' names
+
+
+def _plain(name: str) -> str:
+    return name.replace(".", "_")
+
+
+_UNET_LAYERS = {_plain(name): name for name in (*_IN_UNET_BLOCK, *_BESIDE_UNET_BLOCKS)}
+# Kind of block -> plain name in the block, diffusers' or ComfyUI's -> place.
+_FLUX_LAYERS = {
+    kind: {_plain(place.path): Place(place.path) for place in table.values()}
+    | {_plain(name): place for name, place in table.items()}
+    for kind, table in _IN_FLUX_BLOCK.items()
+}
+_UNET_NAME = re.compile(
+    r"(?:(down|up)_blocks_(\d+)_attentions_(\d+)|mid_block_attentions_0|(input|output)_blocks_(\d+)_1|middle_block_1)_"
+    r"(?:transformer_blocks_(\d+)_)?(.+)"
+)
+_UNET_PATH = re.compile(r"(?:(input|output)_blocks\.(\d+)|middle_block)\.1\.(.+)")
+_FLUX_NAME = re.compile(r"(double_blocks|transformer_blocks|single_blocks|single_transformer_blocks)_(\d+)_(.+)")
+_FLUX_PATH = re.compile(r"(double|single)_blocks\.(\d+)\.(.+)")
+
+
 def is_text_encoder(module: str) -> bool:
     return bool(_TEXT_ENCODER.match(module))
 
@@ -86,39 +96,51 @@ def plain_name(module: str) -> str:
     if ".processor." in module:
         module, _, inner = module.rpartition(".processor.")
         module += "." + _PROCESSOR_NAMES.get(inner, inner)
-    name = _PREFIXES.sub("", module).replace(".", "_")
+    name = _plain(_PREFIXES.sub("", module))
     return name + "_0" if name.endswith("to_out") else name
+
+
+def processor_name(module: str) -> str:
+    """The reference's name of a projection in an attention processor, whose module is `module`."""
+    return next((name for name, known in _PROCESSOR_NAMES.items() if known == module), module)
 
 
 def layer_of(plain: str) -> Place | None:
     """The place of a layer with this plain name, in ComfyUI's spelling or diffusers'; None for a name without a rule."""
-    for pattern, place in (
-        (_UNET_DIFFUSERS, _unet_diffusers),
-        (_UNET_PATH, _unet_path),
-        (_FLUX_PATH, _flux_path),
-        (_FLUX_DIFFUSERS, _flux_diffusers),
-    ):
-        if match := pattern.fullmatch(plain):
-            return place(match)
+    if match := _UNET_NAME.fullmatch(plain):
+        return _unet_layer(*match.groups())
+    if match := _FLUX_NAME.fullmatch(plain):
+        blocks, number, name = match.groups()
+        kind = "single" if blocks.startswith("single") else "double"
+        place = _FLUX_LAYERS[kind].get(name)
+        return place and Place(f"{kind}_blocks.{number}.{place.path}", place.part)
     return None
+
+
+def _unet_layer(side, block, attention, path_side, number, inner, name) -> Place | None:
+    layer = _UNET_LAYERS.get(name)
+    if layer is None or (inner is None) != (layer in _BESIDE_UNET_BLOCKS):
+        return None
+    if side:  # a level has three blocks, and one comes before the first level
+        path_side, number = ("input", 1) if side == "down" else ("output", 0)
+        number += 3 * int(block) + int(attention)
+    start = f"{path_side}_blocks.{number}.1" if path_side else "middle_block.1"
+    return Place(f"{start}.{layer}" if inner is None else f"{start}.transformer_blocks.{inner}.{layer}")
 
 
 def diffusers_name(path: str, part: int | None = None) -> str | None:
     """diffusers' name of a layer, with dots; None for a layer without a rule."""
-    match = re.fullmatch(r"(?:(input|output)_blocks\.(\d+)|(middle)_block)\.1\.(.+)", path)
+    match = _UNET_PATH.fullmatch(path)
     if match and part is None:
-        side, number, middle, rest = match.groups()
-        if middle:
+        side, number, rest = match.groups()
+        if side is None:
             return f"mid_block.attentions.0.{rest}"
         block, attention = divmod(int(number) - (side == "input"), 3)
         return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}.{rest}"
-    match = re.fullmatch(r"(double|single)_blocks\.(\d+)\.(.+)", path)
-    if match:
+    if match := _FLUX_PATH.fullmatch(path):
         kind, number, rest = match.groups()
-        table, block = (_FLUX_DOUBLE, "") if kind == "double" else (_FLUX_SINGLE, "single_")
-        for name, place in table.items():
-            if place == (rest, part):
-                return f"{block}transformer_blocks.{number}.{_FLUX_DOTS[name]}"
+        named = next((name for name, place in _IN_FLUX_BLOCK[kind].items() if place == (rest, part)), None)
+        return named and f"{_FLUX_BLOCKS[kind]}.{number}.{named}"
     return None
 
 
@@ -127,47 +149,3 @@ def family_of(path: str) -> str | None:
     if re.match(r"(input_blocks|middle_block|output_blocks)\.", path):
         return "unet"
     return "flux" if re.match(r"(double|single)_blocks\.", path) else None
-
-
-def _unet_diffusers(match: re.Match) -> Place | None:
-    side, block, mid, attention, rest = match.groups()
-    inner = _in_transformer(rest)
-    if inner is None:
-        return None
-    if mid:
-        return Place(f"middle_block.1.{inner}")
-    number = int(block) * 3 + int(attention)
-    return Place(f"input_blocks.{number + 1}.1.{inner}" if side == "down" else f"output_blocks.{number}.1.{inner}")
-
-
-def _unet_path(match: re.Match) -> Place | None:
-    side, number, _, rest = match.groups()
-    inner = _in_transformer(rest)
-    return inner and Place(f"{side}_blocks.{number}.1.{inner}" if side else f"middle_block.1.{inner}")
-
-
-def _in_transformer(rest: str) -> str | None:
-    match = _IN_TRANSFORMER.fullmatch(rest)
-    if match is None:
-        return None
-    blocks, number, attention, projection, to_out, ff, ff_proj, proj = match.groups()
-    if proj:
-        return proj
-    if ff:
-        return f"{blocks}.{number}.ff.net." + ("0.proj" if ff_proj else "2")
-    return f"{blocks}.{number}.{attention}." + (projection or f"{to_out}.0")
-
-
-def _flux_path(match: re.Match) -> Place:
-    double, number, stream, attn, attn_part, mlp, mlp_part, mod, lin, *single = match.groups()
-    if double:
-        inner = f"{attn or mlp or mod}.{attn_part or mlp_part or lin}"
-        return Place(f"{double}.{number}.{stream}_{inner}")
-    blocks, number, linear, modulation, lin = single
-    return Place(f"{blocks}.{number}.{linear or f'{modulation}.{lin}'}")
-
-
-def _flux_diffusers(match: re.Match) -> Place | None:
-    single, number, rest = match.groups()
-    found = (_FLUX_SINGLE if single else _FLUX_DOUBLE).get(rest)
-    return found and Place(f"{'single' if single else 'double'}_blocks.{number}.{found[0]}", found[1])

@@ -80,7 +80,8 @@ class RunFolder:
         if not path.is_file():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.inference_mode(False):  # nodes run in inference mode, and autograd refuses what is made in it
+                return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise TLoRAError(
                 f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.') from error

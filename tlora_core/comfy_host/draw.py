@@ -45,13 +45,14 @@ def _empty_latent(model: ModelPatcher, vae: VAE, resolution: int) -> Tensor:
     return fixed if fixed.shape[1] == channels else torch.zeros(1, channels, *fixed.shape[2:])
 
 
-def strip(pictures: Tensor, captions: Sequence[str]) -> Image.Image:
-    """The pictures in a row, each with its prompt below."""
+def strip(pictures: Tensor, captions: Sequence[str] = ()) -> Image.Image:
+    """The pictures in a row, each with its prompt below, if any."""
     drawn = [to_picture(picture) for picture in pictures]
-    width, height, line = drawn[0].width, drawn[0].height, 14
+    width, height, line = drawn[0].width, drawn[0].height, 14 if captions else 0
     sheet = Image.new("RGB", (width * len(drawn), height + line), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (picture, caption) in enumerate(zip(drawn, captions)):
+    for column, picture in enumerate(drawn):
         sheet.paste(picture, (column * width, 0))
+    for column, caption in enumerate(captions):
         pen.text((column * width + 2, height + 1), caption[:width // 6], "black")
     return sheet

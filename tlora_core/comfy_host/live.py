@@ -29,7 +29,7 @@ PICTURES_KEPT = 50
 PICTURE_SIDE = 1024  # pixels; larger validation pictures are shrunk
 CURVE_POINTS = 1000
 
-State = Literal["running", "done", "stopped", "cancelled", "failed"]
+State = Literal["running", "done", "found", "stopped", "cancelled", "failed"]
 Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 
@@ -53,9 +53,10 @@ class LiveRun:
         self.node_id, self.workflow_id, self.steps, self.title = node_id, workflow_id, steps, title
         self._lock = threading.Lock()
         self._state: State = "running"
-        self._step = first_step
+        self._step = self._first_step = first_step
         self._points: list[Point] = []
         self._sent = 0  # points that events have told
+        self._sequence = 0  # of events, so that a page can tell old from new
         self._event_at = -math.inf
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), first_step)])
         self._pictures: dict[int, ValidationPicture] = {}
@@ -67,7 +68,7 @@ class LiveRun:
     def begin(cls, node_id: str | None, steps: int, first_step: int = 0, title: str = "") -> "LiveRun":
         """A new run of `steps` steps in all, of which `first_step` are already done. It takes the place of the node's
         earlier one. `node_id` is the host's, "3:7" in a sub-graph; None keeps a run without a node."""
-        run = cls(node_id, _workflow_id(), steps, first_step, title)
+        run = cls(node_id, workflow_id(), steps, first_step, title)
         with cls._registry_lock:
             for old in [r for r in cls._runs.values() if (r.node_id, r.workflow_id) == (run.node_id, run.workflow_id)]:
                 del cls._runs[old.id]
@@ -92,16 +93,18 @@ class LiveRun:
         return [run.state() for run in runs]
 
     def report(self, step: int, loss: float) -> None:
-        """After each step, counted from 1: its loss. Cheap; pages are told a few times a second."""
+        """After each step, counted from 1: its loss; those up to `first_step` may be told too, for the curve. Cheap: pages
+        hear of it a few times a second."""
         now = time.monotonic()
         with self._lock:
-            self._step = step
+            self._step = max(step, self._first_step)
             if math.isfinite(loss):  # JSON has no other numbers
                 # The same running mean as the loss picture's at the training's end.
                 window = min(len(self._points) + 1, max(self.steps // 20, 1))
                 mean = self._points[-1][2] if self._points else loss
                 self._points.append((step, loss, mean + (loss - mean) / window))
-            self._pace.append((now, step))
+            if step > self._first_step:
+                self._pace.append((now, step))
             while len(self._pace) > 2 and now - self._pace[1][0] > RATE_OVER:
                 self._pace.popleft()
             due = now - self._event_at >= EVENT_EVERY
@@ -143,8 +146,8 @@ class LiveRun:
             self._wishes.discard("checkpoint")
         return asked
 
-    def finish(self, state: Literal["done", "stopped", "cancelled", "failed"], message: str = "", file: str = "") -> None:
-        """The end: `message` for the user, `file` as Load T-LoRA lists it."""
+    def finish(self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = "") -> None:
+        """The end, "found" being that of a run that was not trained again: `message` for the user, `file` as Load T-LoRA lists it."""
         with self._lock:
             self._state, self._message, self._file = state, message, file
             self._wishes.discard("checkpoint")
@@ -171,6 +174,7 @@ class LiveRun:
     def _tell(self) -> None:
         """One event to all pages, with the points since the last one."""
         with self._lock:
+            self._sequence += 1
             state = self._as_json(self._points[self._sent:])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
@@ -184,7 +188,7 @@ class LiveRun:
         rate = (last - first) / (ended - began) if last > first and ended > began else None
         kind, memory = _memory()
         return {
-            "id": self.id, "node": self.node_id, "workflow": self.workflow_id, "title": self.title, "state": self._state,
+            "id": self.id, "sequence": self._sequence, "node": self.node_id, "workflow": self.workflow_id, "title": self.title, "state": self._state,
             "step": self._step, "steps": self.steps, "points": points, "rate": rate,
             "left": (self.steps - self._step) / rate if rate else None, "memory": memory, "memory_kind": kind,
             "pictures": [{"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()],
@@ -206,7 +210,7 @@ def _memory() -> tuple[str, float]:
     return "process", psutil.Process().memory_info().rss / 2**20
 
 
-def _workflow_id() -> str | None:
+def workflow_id() -> str | None:
     """The id of the workflow that is being run: node ids are unique only within one. None where the prompt came without."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:

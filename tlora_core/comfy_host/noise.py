@@ -17,14 +17,21 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
 
     Noise and v prediction on discrete timesteps: the host's own timestep, T = 1000. Flow models: the shifted time
     that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1.
-    Raises TLoRAError for a parameterisation that is none of these: t is never guessed.
+    A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is never
+    guessed.
     """
-    m = model_sampling
+    t, T = _known_level(model_sampling, sigma)
+    return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
+
+
+def _known_level(m, sigma: Tensor) -> tuple[Tensor, float]:
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
         return m.timestep(sigma).clamp(0, 1), 1.0
     if isinstance(m, host.ModelSamplingDiscrete):
-        # By the base class: a subclass reports a log sigma for the same table of discrete timesteps.
-        return host.ModelSamplingDiscrete.timestep(m, sigma), float(m.num_timesteps)
+        # By the base class, which gives the place in the table of sigmas: a subclass may report a log sigma instead. Distilled
+        # models have every twentieth timestep or so in their table, the last one among them.
+        place = host.ModelSamplingDiscrete.timestep(m, sigma)
+        return (place + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
     if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
         return sigma.clamp(0, 1), 1.0
     if isinstance(m, host.ModelSamplingContinuousEDM):

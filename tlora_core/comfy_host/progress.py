@@ -24,7 +24,7 @@ def say(text: str, node_id: str | None) -> None:
 class Progress:
     """Call `update` after each step, counted from `first` + 1. It raises the host's interrupt when the user has pressed cancel."""
 
-    def __init__(self, total: int, node_id: str | None, picture: Callable[[], Image.Image], first: int = 0):
+    def __init__(self, total: int, node_id: str | None, picture: Callable[[], Image.Image] | None = None, first: int = 0):
         self.total, self.node_id, self.picture, self.first = total, node_id, picture, first
         self.bar = ProgressBar(total, node_id=node_id)
         self.began = time.monotonic()
@@ -35,7 +35,21 @@ class Progress:
         preview = None
         if now - self.shown > PICTURE_EVERY or step == self.total:
             self.shown = now
-            preview = ("JPEG", self.picture(), None)
+            preview = None if self.picture is None else ("JPEG", self.picture(), None)
             left = (now - self.began) / (step - self.first) * (self.total - step)
             say(f"step {step} of {self.total}, {text}, {duration(left)} left", self.node_id)
         self.bar.update_absolute(step, self.total, preview)
+
+
+def counting(what: str, node_id: str | None) -> Callable[[int, int], None]:
+    """A callback (done, total) that shows progress as `Progress` does, from its first call on, which tells done = 0."""
+    progress = None
+
+    def update(done: int, total: int) -> None:
+        nonlocal progress
+        if done == 0:
+            progress = Progress(total, node_id)
+        else:
+            progress.update(done, what)
+
+    return update

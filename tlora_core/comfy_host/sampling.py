@@ -10,7 +10,8 @@ Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next 
 memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
 memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
 adapter's own. Copies are made where memory allows and the layer is a plain one; layers that the host streams, casts or
-quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product.
+quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a compiled
+model gets its rank as a tensor, so that no step compiles it anew.
 """
 import re
 import uuid
@@ -24,21 +25,11 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..adapters import LowRank
 from ..attach import Attachment, Factors, attached
-from ..errors import TLoRAError
 from ..file import TLoRAFile, split_name
 from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
 from ..schedule import RankSchedule
+from .layers import check_layers, diffusion_modules, forget_modules, is_compiled
 from .noise import noise_level
-
-_modules: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def diffusion_modules(diffusion_model: torch.nn.Module) -> Mapping[str, torch.nn.Module]:
-    """The model's modules by path, looked up once a model. Sees through torch.compile's wrapper."""
-    model = getattr(diffusion_model, "_orig_mod", diffusion_model)
-    if model not in _modules:
-        _modules[model] = dict(model.named_modules())
-    return _modules[model]
 
 
 class TimestepAwarePatch:
@@ -57,7 +48,7 @@ class TimestepAwarePatch:
         timesteps, T = noise_level(base.model_sampling, sigma)
         modules = diffusion_modules(base.diffusion_model)
         adapters = self.adapters(x.device, base.get_dtype_inference())
-        active = {rank: self._active(rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
+        active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
         if self.on_evaluation is not None:
             self.on_evaluation(timesteps, self._active(self.schedule.rank, timesteps, T))
         foldable = self.foldable(base, modules, adapters, x) if all(isinstance(a, int) for a in active.values()) else {}
@@ -74,6 +65,10 @@ class TimestepAwarePatch:
     def foldable(self, base, modules, adapters, x) -> Mapping[str, Folded]:
         """The layers, by module path, whose adapter may be folded in this evaluation."""
         return {}
+
+    def active(self, base, rank, timesteps, T) -> int | torch.LongTensor:
+        """How many components of a layer of `rank` are on in this evaluation: see masking.add_low_rank."""
+        return self._active(rank, timesteps, T)
 
     def _active(self, rank, timesteps, T):
         ranks = self.schedule.for_rank(rank).active_ranks(timesteps, T)
@@ -110,8 +105,9 @@ class Folds:
 
     _of_models: WeakKeyDictionary = WeakKeyDictionary()
 
-    def __init__(self, weights_uuid):
-        self.weights_uuid = weights_uuid
+    def __init__(self, base):
+        self.weights_uuid = base.current_weight_patches_uuid
+        self.is_compiled = is_compiled(base, base.current_patcher)
         self.layers: dict[str, Folded | None] = {}  # None: not to be folded
         self.inputs = Inputs()
 
@@ -120,13 +116,14 @@ class Folds:
         folds = cls._of_models.get(base)
         # The host gives its patches a new identity whenever it patches weights anew, which it may do in place.
         if folds is None or folds.weights_uuid != base.current_weight_patches_uuid:
-            folds = cls._of_models[base] = cls(base.current_weight_patches_uuid)
+            folds = cls._of_models[base] = cls(base)
         return folds
 
     @classmethod
     def forget(cls, patcher: ModelPatcher) -> None:
-        """The host's ON_CLEANUP callback: at the end of every sampling, also after an error or a cancel."""
+        """The host's ON_PRE_RUN and ON_CLEANUP callback: before every sampling and after it, also after an error or a cancel."""
         cls._of_models.pop(patcher.model, None)
+        forget_modules(patcher)
 
     def add(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
         """Decide on layers not met before: all that can be folded, if the memory for their copies is there."""
@@ -145,14 +142,24 @@ _TEXT = re.compile(r"attn2\.to_[kv]$")
 
 def _is_constant(layer: torch.nn.Module) -> bool:
     """Whether nothing else, which might follow the timestep too, has a hand in what the layer makes of its input."""
-    return "forward" not in layer.__dict__ and not layer.weight_function and not layer.bias_function
+    functions = getattr(layer, "weight_function", ()), getattr(layer, "bias_function", ())
+    return "forward" not in layer.__dict__ and not any(functions)
 
 
 def _is_plain(layer: torch.nn.Module, device, dtype) -> bool:
     """Whether the layer's own forward is just its weight, as it lies there, times the input."""
     weight = layer.weight
-    return (_is_constant(layer) and type(weight.data) is torch.Tensor and weight.device == device and weight.dtype == dtype
-            and dtype in (torch.float32, torch.bfloat16, torch.float16) and not layer.comfy_cast_weights)
+    return (isinstance(layer, torch.nn.Linear) and _is_constant(layer) and type(weight.data) is torch.Tensor
+            and weight.device == device and weight.dtype == dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not getattr(layer, "comfy_cast_weights", False))
+
+
+def _own_copy(text, device, dtype):
+    """The text as the model's layers get it, in a tensor that counts changes in place, which `folding.Inputs` goes by."""
+    if not isinstance(text, torch.Tensor) or not text.is_inference():
+        return text
+    with torch.inference_mode(False):
+        return text.to(device, dtype, copy=True)
 
 
 class SamplingPatch(TimestepAwarePatch):
@@ -165,9 +172,18 @@ class SamplingPatch(TimestepAwarePatch):
         super().__init__(DeviceCopies(tlora.layers, strength), tlora.schedule)
         self.fold = fold
 
+    def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
+        text = _own_copy(c_crossattn, x.device, executor.class_obj.get_dtype_inference())
+        return super().__call__(executor, x, sigma, c_concat, text, *args, **kwargs)
+
+    def active(self, base, rank, timesteps, T):
+        active = super().active(base, rank, timesteps, T)
+        is_compiled = base.current_patcher is not None and Folds.of(base).is_compiled
+        return torch.tensor(active, device=timesteps.device) if is_compiled and isinstance(active, int) else active
+
     def foldable(self, base, modules, adapters, x):
         patcher = base.current_patcher  # set while sampling only
-        if self.fold is False or patcher is None or patcher.hook_patches or hasattr(base.diffusion_model, "_orig_mod"):
+        if self.fold is False or patcher is None or patcher.hook_patches:
             return {}
         folds = Folds.of(base)
         folds.inputs.new_evaluation()
@@ -200,22 +216,6 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
     # A key of its own for each application: the host appends wrappers of one key, and clones share keys.
     key = f"tlora-{uuid.uuid4()}"
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, SamplingPatch(tlora, strength, fold))
-    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, Folds.forget)
+    for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        patched.add_callback_with_key(moment, key, Folds.forget)
     return patched
-
-
-def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
-    modules = diffusion_modules(model.model.diffusion_model)
-    missing = [name for name in tlora.layers if not isinstance(modules.get(split_name(name)[0]), torch.nn.Linear)]
-    if missing:
-        raise TLoRAError(
-            f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
-            f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on.")
-    for name, layer in tlora.layers.items():
-        path, row = split_name(name)
-        have, want = (layer.up.shape[0], layer.down.shape[1]), tuple(modules[path].weight.shape)
-        fits = row + have[0] <= want[0] if "@" in name else have[0] == want[0]
-        if not fits or have[1] != want[1]:
-            raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is "
-                f"{have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; connect the kind of model it was trained on.")

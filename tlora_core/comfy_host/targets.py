@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
 from ..file import split_name
-from ..foreign.target import Target
+from ..foreign.target import Target, exact_device
 from ..names import plain_name
 from .noise import domain, noise_level
 from .sampling import diffusion_modules
@@ -28,6 +28,7 @@ def target_of(model: ModelPatcher) -> Target:
         base_model=type(model.model.model_config).__name__.lower(),
         num_timesteps=num_timesteps,
         noise_domain=domain(sampling),
+        device=exact_device(model.load_device),
     )
 
 

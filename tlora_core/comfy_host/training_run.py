@@ -10,12 +10,11 @@ import torch
 from comfy.model_management import InterruptProcessingException
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
-from PIL import Image
+from comfy.utils import ProgressBar
 
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
 from ..file import TLoRAFile, write_whole
-from ..plot import loss_curve
 from ..runs import Recorder, RunFolder
 from ..trainer import TrainingDiverged
 from ..version import __version__
@@ -24,7 +23,6 @@ from .files import lora_path, name_of, new_lora_path, runs_folder
 from .fingerprint import fingerprint
 from .live import LiveRun
 from .personalize import Personalization, TrainRequest
-from .progress import Progress, say
 
 RERUNS = ("auto", "continue", "restart")
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
@@ -39,7 +37,7 @@ class Keeping:
     save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
     rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
         unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
-    wandb: the record goes to Weights & Biases too.
+    wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
     """
 
     validation_prompts: tuple[str, ...] = ()
@@ -49,6 +47,7 @@ class Keeping:
     save_on_cancel: bool = False
     rerun: str = RERUNS[0]
     wandb: bool = False
+    memory: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rerun not in RERUNS:
@@ -82,17 +81,24 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     if found is not None:
         outcome = _finished(found, file_name, keeping)
         if outcome is not None:
-            say(f"not trained again: {outcome.file} is the same run's", node_id)
+            _show_found(outcome, request, node_id)
             return outcome
-    personalization = Personalization(model, clip, vae, images, request, prior)
+    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory)
     state = None if found is None else found.load_checkpoint()
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
     else:
-        personalization.trainer.load_state_dict(state)
+        personalization.go_on_from(state)
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id).go()
+
+
+def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
+    live = LiveRun.begin(node_id, request.config.steps, len(outcome.losses), str(request))
+    for step, loss in enumerate(outcome.losses, 1):
+        live.report(step, loss)
+    live.finish("found", file=outcome.file)
 
 
 def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
@@ -132,11 +138,11 @@ class TrainingRun:
         self.steps, first = self.request.config.steps, self.trainer.step
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
-        self.live = LiveRun.begin(node_id, self.steps, first, f"{self.request.token} {self.request.class_word}".strip())
+        subject = f"{self.request.token} {self.request.class_word}".strip()
+        self.live = LiveRun.begin(node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers")
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
-        self.latest: Image.Image | None = None
-        self.progress = Progress(self.steps, node_id, lambda: self.latest or loss_curve(self.trainer.losses), first)
+        self.bar = ProgressBar(self.steps, node_id=node_id)
         self.asked_checkpoint = False
         if first:
             self.live.note(f"going on from step {first} of an earlier run")
@@ -163,7 +169,7 @@ class TrainingRun:
     def _on_step(self, step: int, loss: float) -> bool:
         self.recorder.loss(step, loss)
         self.live.report(step, loss)
-        self.progress.update(step, f"loss {loss:.4f}")
+        self.bar.update_absolute(step, self.steps)  # raises the host's interrupt when the user has pressed cancel
         self.asked_checkpoint = self.asked_checkpoint or self.live.take_checkpoint_request()
         return self.live.stop_requested or self.asked_checkpoint
 
@@ -195,10 +201,11 @@ class TrainingRun:
 
     def _validate(self) -> None:
         step = self.trainer.step
-        self.latest = strip(self.personalization.draw(self.prompts), self.prompts)
-        self.folder.save_picture(step, self.latest)
-        self.recorder.picture(step, self.latest)
-        self.live.validation(step, self.latest, self.prompts)
+        drawn = self.personalization.draw(self.prompts)
+        picture = strip(drawn, self.prompts)
+        self.folder.save_picture(step, picture)
+        self.recorder.picture(step, picture)
+        self.live.validation(step, strip(drawn), self.prompts)
 
     def _save(self) -> Path:
         path = new_lora_path(self.file_name)

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapters import METHODS, LowRank
-from ..container import Contents, one_line, read_contents, read_metadata
+from ..container import Contents, one_line, printable, read_contents, read_metadata
 from ..errors import TLoRAError
 from ..file import METADATA_KEY, TLoRAFile
 from ..schedule import RankSchedule
 from .hparams import find_hparams, read_hparams, real, whole
 from .modules import Parts, modules_of
-from .orthogonal import is_orthogonal, read_orthogonal
+from .orthogonal import Progress, is_orthogonal, read_orthogonal
 from .plain import read_plain
 from .target import Matches, Target, model_of
 
@@ -55,21 +55,26 @@ class _Settings:
 
 
 def load_any(
-    path: str | Path, target: Target | None = None, min_rank: int | None = None, alpha: float | None = None
+    path: str | Path,
+    target: Target | None = None,
+    min_rank: int | None = None,
+    alpha: float | None = None,
+    progress: Progress | None = None,
 ) -> Loaded:
     """Reads a file of any known kind, trusting nothing in it and running nothing.
 
     target: the model it shall fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
     min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of the reference or of
         LyCORIS gets the paper's min_rank of half its rank, and a plain LoRA no mask; a note says so.
+    progress: called with (done, total), done from 0 on, while a LyCORIS file's base terms are made again; it may raise.
 
     Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or fits no layer.
     """
     path = Path(path)
     try:
-        return _load(path, target, min_rank, alpha)
+        return _load(path, target, min_rank, alpha, progress)
     except TLoRAError as error:
-        message = str(error)
+        message = printable(str(error))
         raise TLoRAError(message if message.startswith(f'"{path.name}"') else f'"{path.name}": {message}') from error
     except OSError as error:
         raise TLoRAError(
@@ -77,14 +82,16 @@ def load_any(
         ) from error
 
 
-def _load(path: Path, target: Target | None, min_rank: int | None, alpha: float | None) -> Loaded:
+def _load(
+    path: Path, target: Target | None, min_rank: int | None, alpha: float | None, progress: Progress | None
+) -> Loaded:
     if METADATA_KEY in read_metadata(path):
         return Loaded(_scheduled(TLoRAFile.load(path), min_rank, alpha), "T-LoRA file", {}, ())
     contents = read_contents(path)
     matches = Matches(target)
     matches.reject(contents.others, "it is not a tensor")
     modules = modules_of(contents.tensors, matches)
-    kind, settings = _read(contents, modules, matches, path)
+    kind, settings = _read(contents, modules, matches, path, progress)
     _require_match(matches)
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
@@ -92,11 +99,13 @@ def _load(path: Path, target: Target | None, min_rank: int | None, alpha: float 
     return Loaded(_scheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes)
 
 
-def _read(contents: Contents, modules: Mapping[str, Parts], matches: Matches, path: Path) -> tuple[str, _Settings]:
+def _read(
+    contents: Contents, modules: Mapping[str, Parts], matches: Matches, path: Path, progress: Progress | None
+) -> tuple[str, _Settings]:
     """Fills `matches`; gives the kind of file, and its settings."""
     orthogonal = any(is_orthogonal(parts) for parts in modules.values())
     if orthogonal:
-        read_orthogonal(contents, modules, matches)
+        read_orthogonal(contents, modules, matches, progress)
     else:
         read_plain(contents, modules, matches, path)
     rank = max((layer.rank for layer in matches.layers.values()), default=0)

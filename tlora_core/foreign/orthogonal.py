@@ -4,7 +4,7 @@ The reference (SDXL and FLUX) stores both terms. LyCORIS stores only the first; 
 decomposition of the model's own weight, which is made again here when the model is given.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +22,22 @@ _BASE = ("base_q", "base_p", "base_lambda")
 MIN_LIKENESS = 0.5
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Progress = Callable[[int, int], object]
 
 
 def is_orthogonal(parts: Parts) -> bool:
     return bool({*_PARTS, *_BASE} & parts.keys())
 
 
-def read_orthogonal(contents: Contents, modules: Mapping[str, Parts], matches: Matches) -> None:
-    """Adds a LowRank with two columns a component. Raises TLoRAError for damaged layers, and where the base term is not
-    stored and cannot be made again."""
+def read_orthogonal(
+    contents: Contents, modules: Mapping[str, Parts], matches: Matches, progress: Progress | None = None
+) -> None:
+    """Adds a LowRank with two columns a component. progress(done, total) is called before the first and after each layer
+    whose base term has to be made again, which takes a while. Raises TLoRAError for damaged layers, and where the base
+    term is not stored and cannot be made again."""
+    without_base = [module for module, parts in modules.items() if is_orthogonal(parts) and not {*_BASE} & parts.keys()]
+    tell = progress if progress and without_base else lambda done, total: None
+    tell(0, len(without_base))
     for module, parts in modules.items():
         if not is_orthogonal(parts):
             matches.reject(parts.values(), "its file holds orthogonal adapters and this is none")
@@ -39,6 +46,8 @@ def read_orthogonal(contents: Contents, modules: Mapping[str, Parts], matches: M
             matches.reject(parts.values(), "it belongs to a convolution; a T-LoRA changes linear layers")
             continue
         _read_layer(contents.tensors, module, parts, matches)
+        if module in without_base:
+            tell(without_base.index(module) + 1, len(without_base))
 
 
 def difference_form(trained: Triple, base: Triple) -> LowRank:
@@ -94,8 +103,8 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
             "its base term is not stored and must be made again from the weights; connect the model it was trained on."
         )
     rows, rank = trained[0].shape
-    U, values, Vh = torch.linalg.svd(matches.target.weight(name, rows), full_matrices=False)
-    candidates = [_candidate(U, values, Vh, first, trained) for first in _firsts(len(values), rank)]
+    decomposed = singular_vectors(matches.target.weight(name, rows).to(matches.target.device))
+    candidates = [_candidate(*decomposed, first, trained) for first in _firsts(len(decomposed[1]), rank)]
     best = max(candidates, key=lambda base: _likeness(trained, base))
     if _likeness(trained, best) < MIN_LIKENESS:
         raise TLoRAError(
@@ -104,6 +113,22 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
             "from the program that trained it."
         )
     return best
+
+
+def singular_vectors(weight: Tensor) -> Triple:
+    """(U [out, k], S [k], Vh [k, in]) of a weight [out, in], k the smaller side, S descending: float64, on its device.
+
+    From the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py). In
+    float64, squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer side.
+    """
+    W = weight.double()
+    is_wide = W.shape[0] <= W.shape[1]
+    W = W if is_wide else W.T
+    short = torch.linalg.eigh(W @ W.T)[1].flip(1)
+    long = short.T @ W
+    values = long.norm(dim=1)
+    long = long / torch.where(values > 0, values, 1.0)[:, None]
+    return (short, values, long) if is_wide else (long.T, values, short.T)
 
 
 def _firsts(count: int, rank: int) -> set[int]:
@@ -116,7 +141,7 @@ def _candidate(U: Tensor, values: Tensor, Vh: Tensor, first: int, trained: Tripl
     that of the trained one the difference of the two stays small."""
     B, S, A = trained
     kept = slice(first, first + len(S))
-    B0, S0, A0 = U[:, kept], values[kept], Vh[kept]
+    B0, S0, A0 = (part.to("cpu", torch.float32) for part in (U[:, kept], values[kept], Vh[kept]))
     missing = len(S) - len(S0)
     B0, S0, A0 = F.pad(B0, (0, missing)), F.pad(S0, (0, missing)), F.pad(A0, (0, 0, 0, missing))
     signs = torch.where((B * B0).sum(0) + (A * A0).sum(1) < 0, -1.0, 1.0)

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..adapters import LowRank
 from ..errors import TLoRAError
 from ..file import split_name
-from ..names import Place, family_of, is_text_encoder, layer_of, plain_name
+from ..names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
@@ -24,6 +25,7 @@ class Target:
     weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError where the
         weight cannot be had in full precision.
     base_model, num_timesteps, noise_domain: as in TLoRAFile.
+    device: where to compute with the weights; one that has float64.
     """
 
     names: Mapping[str, str]
@@ -32,6 +34,12 @@ class Target:
     base_model: str
     num_timesteps: float
     noise_domain: str
+    device: torch.device | str = "cpu"
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @dataclass
@@ -79,6 +87,16 @@ class Matches:
             return False
         name = self.target.names.get(plain_name(module))
         return name is not None and split_name(name)[0] in self.target.shapes
+
+
+def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Target.names of a model of SD1.5, SD2, SDXL or FLUX, from the shapes of its linear modules by ComfyUI's path."""
+    names = {plain_name(path): path for path in shapes}
+    for path, (_, in_features) in shapes.items():
+        for part in (None, 0, 1, 2, 3):
+            if named := diffusers_name(path, part):
+                names[plain_name(named)] = Place(path, part).layer(in_features)
+    return names
 
 
 def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:

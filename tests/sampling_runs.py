@@ -1,0 +1,111 @@
+"""Whole samplings by the host, and what each of their evaluations should have been. Import inside tests that use `comfy`."""
+import torch
+
+
+def sample(model, positive, negative, sampler="euler", steps=3, *, latent=None, channels=16, scheduler="normal", **options):
+    """The latent that the host's sampler gives; `options` go to comfy.sample.sample."""
+    import comfy.sample
+
+    latent = torch.zeros(1, channels, 8, 8) if latent is None else latent
+    with torch.inference_mode():
+        return comfy.sample.sample(
+            model, comfy.sample.prepare_noise(latent, 3), steps, 3.0, sampler, scheduler, positive, negative, latent,
+            disable_pbar=True, seed=3, **options)
+
+
+def sample_sigmas(model, positive, negative, sigmas, sampler="euler", latent=None, **options):
+    """As the host's SamplerCustom node: any sigmas in any order."""
+    import comfy.sample
+    import comfy.samplers
+
+    latent = torch.zeros(1, 16, 8, 8) if latent is None else latent
+    with torch.inference_mode():
+        return comfy.sample.sample_custom(
+            model, comfy.sample.prepare_noise(latent, 3), 3.0, comfy.samplers.sampler_object(sampler), torch.tensor(sigmas),
+            positive, negative, latent, disable_pbar=True, seed=3, **options)
+
+
+class Ways:
+    """The ways in which layers were put on: "weight", "output", "product"."""
+
+    def __init__(self, monkeypatch):
+        from tlora_core import attach, folding
+
+        self.used = set()
+        for owner, name, label in ((folding.FoldedWeight, "forward", "weight"), (folding.FoldedOutput, "forward", "output"),
+                                   (attach, "add_low_rank", "product")):
+            monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), label))
+
+    def _counting(self, function, label):
+        def counted(*args, **kwargs):
+            self.used.add(label)
+            return function(*args, **kwargs)
+
+        return counted
+
+
+class Evaluations:
+    """Every evaluation of a sampling with `model`, a clone to which T-LoRAs and all else are to be added."""
+
+    def __init__(self, model):
+        self.calls = []
+        self.model = model.clone()
+        self.sigmas_of_timesteps = model.get_model_object("model_sampling").sigmas
+        self.model.add_wrapper_with_key("apply_model", "recorder", self._record)
+
+    def _record(self, executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
+        text = None if c_crossattn is None else c_crossattn.clone()
+        options = {k: v for k, v in transformer_options.items() if k != "wrappers"}
+        hints = control and {name: list(parts) for name, parts in control.items()}  # the host takes them off their lists
+        output = executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
+        self.calls.append((x, sigma, (c_concat, text, hints, options), kwargs, output))
+        return output
+
+    @property
+    def sigmas(self) -> list[float]:
+        return [float(call[1][0]) for call in self.calls]
+
+    def assert_merged(self, *applied, below: float = 1e-5) -> None:
+        """Each output is that of weights merged in float64 with the updates of `applied`: pairs of T-LoRA and strength."""
+        assert self.calls
+        base = self.model.model
+        modules = dict(base.diffusion_model.named_modules())
+        for x, sigma, (c_concat, text, hints, options), kwargs, output in self.calls:
+            assert len(set(sigma.tolist())) == 1
+            merged = merged_weights(modules, timestep(self.sigmas_of_timesteps, float(sigma[0])), applied)
+            originals = {path: modules[path].weight for path in merged}
+            try:
+                for path, weight in merged.items():
+                    modules[path].weight = torch.nn.Parameter(weight, requires_grad=False)
+                with torch.inference_mode():
+                    hints = hints and {name: list(parts) for name, parts in hints.items()}
+                    expected = base.apply_model(x, sigma, c_concat, text, hints, options, **kwargs)
+            finally:
+                for path, weight in originals.items():
+                    modules[path].weight = weight
+            error = float((output.double() - expected.double()).norm() / expected.double().norm())
+            assert error < below, (float(sigma[0]), error)
+
+
+def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
+    """The weights of the layers in `applied`, with the updates that the rank leaves on at t, which runs from 0 to 1."""
+    from tlora_core.file import split_name
+
+    sums = {}
+    for tlora, strength in applied:
+        for name, layer in tlora.layers.items():
+            path, row = split_name(name)
+            columns = layer.group * tlora.schedule_of(name).active_rank(t, 1)
+            update = strength * layer.up[:, :columns].double() @ layer.down[:columns].double()
+            sums.setdefault(path, modules[path].weight.double())
+            sums[path] = sums[path].index_add(0, torch.arange(row, row + len(update)), update)
+    return {path: weight.to(modules[path].weight.dtype) for path, weight in sums.items()}
+
+
+def timestep(sigmas_of_timesteps: torch.Tensor, sigma: float) -> float:
+    """t/T by the rules of the method: the nearest of 1000 timesteps in log sigma for noise and v prediction, else sigma."""
+    if float(sigmas_of_timesteps[-1]) <= 1:
+        return sigma
+    assert len(sigmas_of_timesteps) == 1000
+    table = sigmas_of_timesteps.double().log()
+    return int((table - torch.tensor(sigma).double().log()).abs().argmin()) / 1000

@@ -1,0 +1,125 @@
+"""T-LoRAs in the layouts of other programs, read back the same."""
+
+
+import pytest
+import torch
+from foreign_files import (
+    RANK,
+    assert_close,
+    assert_same_updates,
+    orthogonal_parts,
+    pairs,
+    reference_flux,
+    reference_orthogonal,
+    reference_plain,
+    update,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tlora_core import RankSchedule, TLoRAError, TLoRAFile
+from tlora_core.export import LAYOUTS, export
+from tlora_core.foreign import load_any
+
+
+def load_of(name, tmp_path):
+    state, path = {"orthogonal": reference_orthogonal, "plain": reference_plain}[name]()[0], tmp_path / f"{name}.safetensors"
+    save_file(state, path)
+    return load_any(path, min_rank=2, alpha=1.5).tlora
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "plain"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export_is_read_back_the_same(tmp_path, kind, layout):
+    tlora = load_of(kind, tmp_path)
+    path = export(tlora, tmp_path / "out.safetensors", layout, torch.float32)
+    loaded = load_any(path).tlora
+    if layout == "reference":
+        assert (loaded.method, loaded.schedule) == (tlora.method, tlora.schedule)
+        assert_same_updates(loaded, tlora)
+        return
+    assert loaded.method == "lora" and "tlora" not in safe_open(path, "pt").metadata()
+    assert loaded.layers.keys() == tlora.layers.keys()
+    for name, layer in tlora.layers.items():
+        assert_close(update(loaded.layers[name], loaded.layers[name].rank), update(layer, layer.rank))
+
+
+@pytest.mark.parametrize("moved", [1e-3, 1.0])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_reference_export_of_a_small_update_survives_half_precision(tmp_path, moved, dtype, tolerance):
+    from tlora_core.foreign.orthogonal import difference_form
+
+    parts = orthogonal_parts(12, 12, moved=moved)
+    layer = difference_form(*(tuple(part.float() for part in triple) for triple in parts))
+    tlora = TLoRAFile(
+        {"middle_block.1.transformer_blocks.0.attn1.to_q": layer}, "tlora", RankSchedule(4, 2), 1000, "discrete", "sdxl"
+    )
+    loaded = load_any(export(tlora, tmp_path / "out", "reference", dtype)).tlora
+    assert_same_updates(loaded, tlora, tolerance)
+
+
+def test_reference_export_names_the_tensors_as_the_reference_does(tmp_path):
+    tlora = load_of("orthogonal", tmp_path)
+    state, _ = reference_orthogonal()
+    written = load_file(export(tlora, tmp_path / "out", "reference"))
+    assert {key: tensor.shape for key, tensor in written.items()} == {key: tensor.shape for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_flux_rows_are_exported_and_read_back(tmp_path, layout):
+    torch.save(reference_flux()[0], tmp_path / "lora.pt")
+    tlora = load_any(tmp_path / "lora.pt").tlora
+    loaded = load_any(export(tlora, tmp_path / "out.safetensors", layout, torch.float32)).tlora
+    if layout in ("diffusers", "reference"):
+        assert_same_updates(loaded, tlora)
+        return
+    # One update of the whole fused module, which holds the same at the same rows.
+    whole = {name: update(layer, layer.rank) for name, layer in loaded.layers.items()}
+    for name, layer in tlora.layers.items():
+        path, _, row = name.partition("@")
+        row = int(row or 0)
+        assert_close(whole[path][row : row + 6], update(layer, layer.rank))
+    assert whole["single_blocks.3.linear1"].shape == (42, 6) and not whole["single_blocks.3.linear1"][18:].any()
+
+
+def test_our_own_file_of_flux_rows_has_names_that_others_read(comfy, tmp_path):
+    import comfy.utils
+
+    torch.save(reference_flux()[0], tmp_path / "lora.pt")
+    tlora = load_any(tmp_path / "lora.pt").tlora
+    tlora.save(tmp_path / "a.safetensors")
+    assert_same_updates(TLoRAFile.load(tmp_path / "a.safetensors"), tlora)
+    table = comfy.utils.flux_to_diffusers({"depth": 1, "depth_single_blocks": 4, "hidden_size": 6})
+    known = {"lora_transformer_" + name.removesuffix(".weight").replace(".", "_") for name in table}
+    assert {key.split(".")[0] for key in load_file(tmp_path / "a.safetensors")} <= known
+
+
+def test_a_fused_update_is_split_for_diffusers(tmp_path):
+    layers = pairs([("double_blocks.0.img_attn.qkv", 18, 6), ("single_blocks.3.linear1", 42, 6)])
+    state = {}
+    for name, (up, down) in layers.items():
+        state[f"diffusion_model.{name}.lora_up.weight"], state[f"diffusion_model.{name}.lora_down.weight"] = up, down
+    save_file(state, tmp_path / "a.safetensors")
+    written = load_any(
+        export(load_any(tmp_path / "a.safetensors").tlora, tmp_path / "b.safetensors", "diffusers", torch.float32)
+    )
+    for name, layer in written.tlora.layers.items():
+        path, _, row = name.partition("@")
+        up, down = layers[path]
+        assert_close(update(layer, RANK), (up.double() @ down.double())[int(row) : int(row) + len(layer.up)])
+    assert len(written.tlora.layers) == 7
+
+
+def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(tmp_path):
+    save_file(
+        {
+            "diffusion_model.blocks.0.lora_up.weight": torch.ones(4, 2),
+            "diffusion_model.blocks.0.lora_down.weight": torch.ones(2, 4),
+        },
+        tmp_path / "a.safetensors",
+    )
+    tlora = load_any(tmp_path / "a.safetensors").tlora
+    for layout in ("diffusers", "reference"):
+        with pytest.raises(TLoRAError, match='"blocks.0" is not known; choose the layout kohya'):
+            export(tlora, tmp_path / "out.safetensors", layout)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]

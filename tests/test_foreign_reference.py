@@ -1,0 +1,162 @@
+"""Checkpoints of the paper's own code: recognised, matched and converted without loss, with the schedule beside them."""
+
+
+import pytest
+import torch
+from foreign_files import (
+    FLUX_LAYERS,
+    RANK,
+    assert_close,
+    masked,
+    orthogonal_parts,
+    pairs,
+    reference_flux,
+    reference_key,
+    reference_orthogonal,
+    reference_plain,
+    reference_run,
+    update,
+)
+from safetensors.torch import save_file
+
+from tlora_core import RankSchedule, TLoRAError, TLoRAFile
+from tlora_core.foreign import load_any
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "method", "schedule"),
+    [("sdxl_tlora", "tlora", RankSchedule(4, 1, 2.0)), ("sdxl_lora", "ortho_lora", RankSchedule(4, 4))],
+)
+def test_reference_orthogonal_gives_its_own_masked_difference(tmp_path, trainer_class, method, schedule):
+    state, layers = reference_orthogonal()
+    path = reference_run(tmp_path, lambda p: save_file(state, p), trainer_class, alpha=2)
+    loaded = load_any(path)
+    assert (loaded.tlora.method, loaded.tlora.schedule) == (method, schedule)
+    assert not loaded.unmatched and not loaded.notes
+    assert loaded.tlora.layers.keys() == layers.keys()
+    for name, (trained, base) in layers.items():
+        for r in range(1, RANK + 1):
+            assert_close(update(loaded.tlora.layers[name], r), masked(trained, r) - masked(base, r))
+
+
+def test_reference_that_has_hardly_moved_loses_no_digits(tmp_path):
+    trained, base = orthogonal_parts(12, 12, moved=1e-3)
+    trained, base = (tuple(part.float() for part in parts) for parts in (trained, base))
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora."
+    names = ("p_layer.weight", "lambda_layer", "q_layer.weight"), ("base_p.weight", "base_lambda", "base_q.weight")
+    state = {key + n: part.contiguous() for parts, ns in zip((trained, base), names) for n, part in zip(ns, parts)}
+    save_file(state, tmp_path / "a.safetensors")
+    tlora = load_any(tmp_path / "a.safetensors").tlora
+    tlora.save(tmp_path / "b.safetensors", torch.float16)
+    (layer,) = TLoRAFile.load(tmp_path / "b.safetensors").layers.values()
+    assert_close(update(layer, RANK), masked(trained, RANK) - masked(base, RANK), 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "method", "schedule"),
+    [("sdxl_tlora", "vanilla_tlora", RankSchedule(4, 1)), ("sdxl_lora", "lora", RankSchedule(4, 4))],
+)
+def test_reference_plain_pairs(tmp_path, trainer_class, method, schedule):
+    state, layers = reference_plain()
+    path = reference_run(tmp_path, lambda p: save_file(state, p), trainer_class, "lora")
+    loaded = load_any(path)
+    assert (loaded.tlora.method, loaded.tlora.schedule) == (method, schedule)
+    for name, (up, down) in layers.items():
+        for r in range(1, RANK + 1):
+            assert_close(update(loaded.tlora.layers[name], r), up[:, :r].double() @ down[:r].double())
+
+
+def test_hparams_tell_the_prompt_and_nothing_private(tmp_path):
+    state, _ = reference_orthogonal()
+    tlora = load_any(reference_run(tmp_path, lambda p: save_file(state, p))).tlora
+    assert (tlora.token, tlora.class_word, dict(tlora.training)) == ("sks", "dog", {})
+
+
+@pytest.mark.parametrize("make", [reference_orthogonal, reference_plain])
+def test_reference_without_hparams_gets_half_the_rank_and_a_note(tmp_path, make):
+    save_file(make()[0], tmp_path / "pytorch_lora_weights.safetensors")
+    loaded = load_any(tmp_path / "pytorch_lora_weights.safetensors")
+    assert loaded.tlora.schedule == RankSchedule(4, 2)
+    (note,) = loaded.notes
+    assert "min_rank is half the rank" in note and note in loaded.report
+    given = load_any(tmp_path / "pytorch_lora_weights.safetensors", min_rank=3, alpha=0.5)
+    assert given.tlora.schedule == RankSchedule(4, 3, 0.5) and not given.notes
+
+
+def test_hparams_of_another_run_are_not_used(tmp_path):
+    state, _ = reference_orthogonal()
+    loaded = load_any(reference_run(tmp_path, lambda p: save_file(state, p), rank=64, min_rank=8))
+    assert loaded.tlora.schedule == RankSchedule(4, 2)
+    assert "is for rank 64, not 4" in loaded.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("hparams", "named"),
+    [
+        ("min_rank: many\n", "min_rank .* 'many'"),
+        ("alpha_rank_scale: [1]\n", "alpha_rank_scale .* not a number"),
+        ("min_rank: 9\n", "min_rank is 9"),
+        ("alpha_rank_scale: .nan\n", "alpha_rank_scale|alpha"),
+        ("\xff", "cannot be read"),
+        ("x" * 2_000_000, "too large"),
+    ],
+)
+def test_bad_hparams_are_one_sentence(tmp_path, hparams, named):
+    state, _ = reference_orthogonal()
+    path = reference_run(tmp_path, lambda p: save_file(state, p))
+    (path.parents[1] / "logs" / "hparams.yml").write_bytes(hparams.encode("latin-1"))
+    with pytest.raises(TLoRAError, match=named):
+        load_any(path)
+
+
+def test_reference_flux_pickle_is_split_into_the_fused_rows(tmp_path):
+    state, layers = reference_flux()
+    torch.save(state, tmp_path / "lora.pt")
+    loaded = load_any(tmp_path / "lora.pt")
+    tlora = loaded.tlora
+    assert (tlora.method, tlora.base_model, tlora.noise_domain, tlora.num_timesteps) == (
+        "vanilla_tlora",
+        "flux",
+        "flow",
+        1.0,
+    )
+    assert tlora.schedule == RankSchedule(4, 2) and not loaded.unmatched
+    assert tlora.layers.keys() == layers.keys()
+    for name, (up, down) in layers.items():
+        assert_close(update(tlora.layers[name], RANK), up.double() @ down.double())
+
+
+def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
+    import comfy.sd
+    import comfy.utils
+    import random_models
+
+    from tlora_core.comfy_host.targets import target_of
+
+    model = random_models.flux(256, (1, 1), 64, 32)
+    layers = pairs(
+        [
+            (name.replace("blocks.3", "blocks.0").replace("@6", "@256").replace("@12", "@512"), 256, 256)
+            for name, _, _ in FLUX_LAYERS.values()
+        ]
+    )
+    state = {}
+    for name, (up, down) in zip(FLUX_LAYERS, layers.values()):
+        key = reference_key(name.replace("blocks.3", "blocks.0"), flux=True)
+        state |= {key + "up.weight": up, key + "down.weight": down}
+    torch.save(state, tmp_path / "lora.pt")
+    tlora = load_any(tmp_path / "lora.pt", target_of(model)).tlora
+    assert (tlora.base_model, tlora.noise_domain, tlora.num_timesteps) == ("flux", "flow", 1.0)
+    assert tlora.layers.keys() == layers.keys()
+    # Saved by us and loaded by the host's own loader it is the full-rank update of the same rows.
+    tlora.save(tmp_path / "a.safetensors")
+    weights = comfy.utils.load_torch_file(str(tmp_path / "a.safetensors"))
+    stock, _ = comfy.sd.load_lora_for_models(model, None, weights, 1.0, 0)
+    for path in {name.partition("@")[0] for name in layers}:
+        key = f"diffusion_model.{path}.weight"
+        before = comfy.utils.get_attr(model.model, key).double()
+        change = comfy.lora.calculate_weight(stock.patches[key], before.clone().float(), key).double() - before
+        for name, (up, down) in layers.items():
+            if name.partition("@")[0] == path:
+                row = int(name.partition("@")[2] or 0)
+                assert_close(change[row : row + 256], up.double() @ down.double(), 1e-4)

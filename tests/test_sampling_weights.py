@@ -1,0 +1,166 @@
+"""A T-LoRA on weights that the host casts, quantises, streams, compiles or copies to another device."""
+import json
+
+import host_models as models
+import pytest
+import sampling_runs as runs
+import torch
+
+RANK, MIN_RANK = 16, 4
+
+
+@pytest.fixture(scope="module")
+def unet(comfy):
+    return models.random_unet()
+
+
+@pytest.fixture(scope="module")
+def tlora(unet):
+    return models.random_tlora(unet, RANK, MIN_RANK)
+
+
+def texts():
+    return models.conditioning(1), models.conditioning(2)
+
+
+def apply(model, tlora, **options):
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    return apply_tlora(model, tlora, **options)
+
+
+@pytest.fixture(scope="module")
+def flux(comfy):
+    """(MODEL, T-LoRA, texts) of a model with few layers."""
+    import random_models
+
+    model = random_models.small("flux")
+    tlora = random_models.random_tlora(model, RANK, MIN_RANK, size=0.3)
+    return model, tlora, tuple(random_models.conditioning(model, 6, seed) for seed in (1, 2))
+
+
+class TestCompiled:
+    """With a backend that compiles nothing but counts how often it is asked to."""
+
+    @pytest.fixture
+    def counter(self):
+        import torch._dynamo.testing
+
+        torch._dynamo.reset()
+        yield torch._dynamo.testing.CompileCounter()
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize("part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")])
+    def test_every_evaluation_has_its_rank_and_none_compiles_anew(self, flux, counter, part, first):
+        from comfy_api.torch_helpers import set_torch_compile_wrapper
+        from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+        def compiled(model):
+            """As the host's node TorchCompileModel does it."""
+            model = model.clone()
+            set_torch_compile_wrapper(model, counter, {"guard_filter_fn": skip_torch_compile_dict}, keys=[part])
+            return model
+
+        model, tlora, texts = flux
+        recorded, graphs = runs.Evaluations(model), []
+        both = apply(compiled(recorded.model), tlora) if first == "compile" else compiled(apply(recorded.model, tlora))
+        runs.sample(both, *texts, steps=5, callback=lambda *args: graphs.append(counter.frame_count))
+        assert 0 < graphs[1] == graphs[-1]  # some versions of the host compile again for the second step themselves
+        recorded.assert_merged((tlora, 1.0))
+
+
+class TestEightBits:
+    """The same model with weights of eight bits and with what those weights are worth in float32."""
+
+    def test_stored_in_fp8(self, family, monkeypatch):
+        import random_models
+
+        stored, worth = random_models.small(family, storage=torch.float8_e4m3fn), random_models.small(family)
+        worth.model.diffusion_model.load_state_dict(
+            {k: v.float() for k, v in stored.model.diffusion_model.state_dict().items()})
+        self.assert_same(stored, worth, monkeypatch)
+
+    def test_quantised_by_layer(self, family, monkeypatch):
+        """Layers of a class of the host's own, with a scale each."""
+        import random_models
+
+        worth = random_models.small(family)
+        weights = worth.model.diffusion_model.state_dict()
+        for path in random_models.attention_layers(worth):
+            weight = weights[f"{path}.weight"]
+            scale = weight.abs().max() / 400
+            eight = (weight / scale).to(torch.float8_e4m3fn)
+            weight.copy_(eight.float() * scale)
+            weights.update({f"{path}.weight": eight, f"{path}.weight_scale": scale, f"{path}.comfy_quant": torch.tensor(
+                list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)})
+        with torch.inference_mode():  # as in the host, where the layers cannot leave it again
+            stored = random_models.small(family, quantised=weights)
+        assert not isinstance(next(iter(random_models.attention_layers(stored).values())), torch.nn.Linear)
+        self.assert_same(stored, worth, monkeypatch)
+
+    @pytest.fixture(params=["flux", "sd15"])
+    def family(self, request, comfy):
+        return request.param
+
+    def assert_same(self, stored, worth, monkeypatch):
+        import random_models
+
+        tlora = random_models.random_tlora(worth, RANK, MIN_RANK, size=0.3)
+        texts = [random_models.conditioning(worth, 6, seed) for seed in (1, 2)]
+        ways, empty = runs.Ways(monkeypatch), random_models.latent(worth)
+        got = runs.sample(apply(stored, tlora), *texts, latent=empty)
+        assert ways.used == {"product"} | ({"output"} if "context_dim" in worth.model.model_config.unet_config else set())
+        assert models.relative_error(got, runs.sample(apply(worth, tlora), *texts, latent=empty)) < 1e-5
+        assert models.relative_error(got, runs.sample(stored, *texts, latent=empty)) > 1e-3
+
+
+class TestLittleMemory:
+    """Weights that the host has moved off, some or all, with another LoRA's patches to be added as they are fetched."""
+
+    @pytest.fixture
+    def patched(self, unet, tmp_path):
+        import comfy.sd
+        import comfy.utils
+
+        models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
+        weights = comfy.utils.load_torch_file(str(tmp_path / "x.safetensors"))
+        return comfy.sd.load_lora_for_models(unet, None, weights, 1.0, 0)[0]
+
+    def unload(self, model, megabytes):
+        model.partially_unload(torch.device("cpu"), megabytes * 2**20)
+        assert any(getattr(m, "weight_function", None) for m in model.model.diffusion_model.modules())
+
+    @pytest.mark.parametrize("megabytes", [3, 1000])
+    def test_before_the_sampling(self, patched, tlora, megabytes, monkeypatch):
+        wanted = runs.sample(apply(patched, tlora), *texts())
+        streamed, ways = apply(patched, tlora), runs.Ways(monkeypatch)
+        streamed.add_callback("on_pre_run", lambda model: self.unload(model, megabytes))
+        got = runs.sample(streamed, *texts())
+        assert ways.used == ({"product"} if megabytes == 1000 else {"product", "weight", "output"})
+        assert models.relative_error(got, wanted) < 1e-5
+
+    def test_in_the_middle_of_it(self, patched, tlora):
+        """As when a node loads another model from within the sampling."""
+        wanted = runs.sample(apply(patched, tlora), *texts(), steps=4)
+        model = apply(patched, tlora)
+        got = runs.sample(model, *texts(), steps=4, callback=lambda i, *_: self.unload(model, 1000) if i == 1 else None)
+        assert models.relative_error(got, wanted) < 1e-5
+
+
+class TestSeveralDevices:
+    """As the host's MultiGPU node sets it up, with two names of the CPU for devices."""
+
+    def test_each_conditioning_on_its_own_copy(self, comfy, tlora):
+        unet = models.random_unet()
+        if not hasattr(unet, "deepclone_multigpu"):
+            pytest.skip("This ComfyUI has no multi-GPU sampling.")
+        unet.cached_patcher_init = (models.random_unet, ())
+        recorded = runs.Evaluations(unet)
+        model = apply(recorded.model, tlora)
+        copy = model.deepclone_multigpu(torch.device("cpu", 0))
+        copy.is_multigpu_base_clone = True
+        model.set_additional_models("multigpu", [copy])
+        runs.sample(model, *texts())
+        assert [len(call[0]) for call in recorded.calls] == [1] * 6
+        recorded.assert_merged((tlora, 1.0))
+        assert models.is_untouched(unet) and models.is_untouched(copy)

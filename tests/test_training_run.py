@@ -1,0 +1,385 @@
+"""A training run on the tiny base as the Train node makes it: checkpoints, stop, cancel, resume, found again."""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
+
+
+@pytest.fixture(scope="module")
+def base(comfy):
+    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import world
+
+    weights = Path(world.__file__).parent / "weights" / "tiny_base.safetensors"
+    with torch.inference_mode():
+        return tiny_base.load(str(weights))
+
+
+@pytest.fixture
+def output(comfy, tmp_path):
+    """The host's output and loras folders, empty."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory(), folder_paths.folder_names_and_paths["loras"]
+    (tmp_path / "loras").mkdir()
+    folder_paths.set_output_directory(str(tmp_path))
+    folder_paths.folder_names_and_paths["loras"] = ([str(tmp_path / "loras")], before[1][1])
+    yield tmp_path
+    folder_paths.set_output_directory(before[0])
+    folder_paths.folder_names_and_paths["loras"] = before[1]
+
+
+def images(count=1, size=64):
+    from tlora_core.dataset import training_images
+
+    generator = torch.Generator().manual_seed(5)
+    return training_images(torch.rand(count, size, size, 3, generator=generator))
+
+
+def request(steps=6, rate=0.01, **changes):
+    from tlora_core.comfy_host.personalize import TrainRequest
+    from tlora_core.config import TrainConfig
+
+    config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
+    return TrainRequest("sks", "heart", **{"rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
+
+
+def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
+    """As the host runs a node: in inference mode."""
+    from tlora_core.comfy_host.training_run import Keeping, train_or_find
+
+    with torch.inference_mode():
+        return train_or_find(*base, pictures or images(), asked or request(), Keeping(**keeping), file_name, None, prior)
+
+
+def folders(output):
+    """Those of the runs, in the order of their beginning."""
+    return sorted((output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"])
+
+
+def record(output, index=-1):
+    return json.loads((folders(output)[index] / "run.json").read_text())
+
+
+def same(one, two):
+    return one.layers.keys() == two.layers.keys() and all(
+        torch.equal(one.layers[k].up, two.layers[k].up) and torch.equal(one.layers[k].down, two.layers[k].down) for k in one.layers)
+
+
+class Wish:
+    """Does something when a run has made a step."""
+
+    def __init__(self, monkeypatch, step, do):
+        from tlora_core.comfy_host.live import LiveRun
+
+        self.runs, report = [], LiveRun.report
+
+        def reporting(live, at, loss):
+            self.runs.append(live)
+            report(live, at, loss)
+            if at == step and len(set(self.runs)) == 1:
+                do(live)
+
+        monkeypatch.setattr(LiveRun, "report", reporting)
+
+
+def cancel(live):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing()
+
+
+def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
+    first = run(base)
+    again = run(base)
+    assert again.file == first.file and again.losses == first.losses and same(again.tlora, first.tlora)
+    assert len(folders(output)) == 1 and record(output)["state"] == "done" and len(first.losses) == 6
+    renamed = run(base, file_name="run/other")
+    assert renamed.file != first.file and same(renamed.tlora, first.tlora) and len(folders(output)) == 1
+    assert run(base, file_name="run/other").file == renamed.file
+    run(base, request(config={"seed": 1}))
+    assert len(folders(output)) == 2
+    anew = run(base, rerun="restart")
+    assert anew.file != first.file and same(anew.tlora, first.tlora) and len(folders(output)) == 3
+
+
+def test_run_whose_file_was_changed_is_trained_again(base, output):
+    first = run(base)
+    (output / "loras" / first.file).write_bytes(b"something else")
+    again = run(base)
+    assert again.file != first.file and same(again.tlora, first.tlora)
+
+
+def test_what_the_result_depends_on_changes_the_key(base, output):
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    model, clip, vae = base
+    tlora = run(base).tlora
+    patched = model.clone()
+    key = next(k for k in model.model.state_dict() if k.endswith("attn1.to_q.weight"))
+    patched.add_patches({key: (torch.ones(1),)}, 0.5)
+    other = model.clone()
+    other.add_patches({key: (torch.ones(1),)}, 0.6)
+    sampled = model.clone()
+    sampled.model_options["sampler_cfg_function"] = lambda args: args["cond"]
+    keys = [fingerprint(m) for m in (model, patched, other, apply_tlora(model, tlora), apply_tlora(model, tlora, 0.5), sampled)]
+    assert len(set(keys)) == 6
+    assert fingerprint(model.clone()) == keys[0] and fingerprint(apply_tlora(model, tlora)) == keys[3]
+    assert fingerprint(sampled) != keys[5], "what cannot be told apart is never the same"
+    weight = model.model.diffusion_model.input_blocks[0][0].weight
+    before = weight.detach().clone()
+    with torch.inference_mode():
+        weight.mul_(1.5)
+        assert fingerprint(model) != keys[0]
+        weight.copy_(before)
+    assert fingerprint(model) == keys[0]
+    assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
+
+
+def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypatch):
+    whole = run(base, file_name="run/whole", rerun="restart")
+    with monkeypatch.context() as patch:
+        Wish(patch, 3, lambda live: live.request("stop"))
+        stopped = run(base, rerun="restart")
+    assert len(stopped.losses) == 3 and stopped.tlora.training["steps_done"] == 3 and record(output)["state"] == "stopped"
+    assert run(base, file_name="run/heart").file == stopped.file, "a stopped run is taken as it is"
+    went_on = run(base, rerun="continue")
+    assert went_on.losses == whole.losses and same(went_on.tlora, whole.tlora)
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_cancel_leaves_the_last_checkpoint_or_saves_when_asked(base, output, monkeypatch, save):
+    import comfy.model_management
+
+    whole = run(base, file_name="run/whole", rerun="restart")
+    with monkeypatch.context() as patch:
+        Wish(patch, 5, cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(base, rerun="restart", checkpoint_every=2, save_on_cancel=save)
+    saved = [p for p in (output / "loras" / "run").iterdir() if "heart" in p.name]
+    cancelled = next(f for f in folders(output) if json.loads((f / "run.json").read_text())["state"] == "cancelled")
+    assert len(saved) == save and json.loads((cancelled / "run.json").read_text())["step"] == (5 if save else 4)
+    done = run(base, checkpoint_every=2)
+    assert done.losses == whole.losses and same(done.tlora, whole.tlora)
+    assert not (cancelled / "checkpoint.pt").exists() and not list(output.rglob("*.tmp"))
+
+
+def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host import training_run
+
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "strip", full)
+        with pytest.raises(TLoRAError, match="disk is full"):
+            run(base, validation_prompts=PROMPTS, validate_every=3, checkpoint_every=2)
+    assert record(output)["state"] == "failed" and record(output)["message"] == "the disk is full."
+    assert len(run(base, validation_prompts=PROMPTS, validate_every=3, checkpoint_every=2).losses) == 6
+    assert len(folders(output)) == 1
+
+
+def test_checkpoint_that_cannot_be_written_ends_no_training(base, output, monkeypatch):
+    from tlora_core import TLoRAError
+    from tlora_core.runs import RunFolder
+
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    assert len(run(base, checkpoint_every=2).losses) == 6
+
+
+def test_validation_changes_nothing_and_is_kept(base, output):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    plain = run(base, file_name="run/plain", rerun="restart")
+    watched = run(base, rerun="restart", validation_prompts=PROMPTS, validate_every=4, checkpoint_every=3, checkpoint_files=True)
+    assert watched.losses == plain.losses and same(watched.tlora, plain.tlora)
+    folder = folders(output)[-1]
+    pictures = sorted((folder / "validation").iterdir())
+    assert [p.name for p in pictures] == ["step_000004.png", "step_000006.png"]
+    assert Image.open(pictures[0]).size == (128, 78) and pictures[0].read_bytes() != pictures[1].read_bytes()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(plain.losses, rel=1e-6)
+    assert [e.step for e in events.Images("validation")] == [4, 6]
+    with open(folder / "loss.csv") as file:
+        assert [float(row["loss"]) for row in csv.DictReader(file)] == plain.losses
+    from tlora_core import TLoRAFile
+    (checkpoint,) = (output / "loras" / "run").glob("heart_step000003*")
+    assert TLoRAFile.load(checkpoint).training["steps_done"] == 3
+
+
+def test_checkpoint_now_makes_a_file_and_the_training_goes_on(base, output, monkeypatch):
+    Wish(monkeypatch, 2, lambda live: live.request("checkpoint"))
+    assert len(run(base, checkpoint_every=0).losses) == 6
+    assert len(list((output / "loras" / "run").glob("heart_step000002*"))) == 1
+
+
+def test_loss_that_runs_away_keeps_the_last_good_state(base, output):
+    from tlora_core import TLoRAError, TLoRAFile
+
+    with pytest.raises(TLoRAError, match="lower learning_rate.*saved as run/heart") as raised:
+        run(base, request(60, rate=1e30))
+    assert str(raised.value).count("\n") == 0 and record(output)["state"] == "failed"
+    (path,) = (output / "loras" / "run").iterdir()
+    assert TLoRAFile.load(path).training["steps_done"] == 0
+
+
+KILLED = """
+import sys
+sys.argv[1:] = ["--cpu", "--base-directory", sys.argv[1]]
+import comfy.options
+comfy.options.enable_args_parsing()
+import folder_paths
+import torch
+torch.set_num_threads(1)
+from tlora_core.comfy_host import tiny_base, training_run
+from tlora_core.comfy_host.personalize import TrainRequest
+from tlora_core.config import TrainConfig
+from tlora_core.dataset import training_images
+from tlora_core.tiny import world
+from pathlib import Path
+pixels = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(5))
+asked = TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=TrainConfig(steps=12, learning_rate=0.01))
+with torch.inference_mode():
+    base = tiny_base.load(str(Path(world.__file__).parent / "weights" / "tiny_base.safetensors"))
+    report = training_run.LiveRun.report
+    training_run.LiveRun.report = lambda live, step, loss: (report(live, step, loss), print("step", step, flush=True))
+    done = training_run.train_or_find(*base, training_images(pixels), asked, training_run.Keeping(checkpoint_every=2), "heart")
+print("done", done.losses, flush=True)
+"""
+
+
+def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(host, tmp_path):
+    # The core alone: beside it lies `nodes/`, which would hide the host's module of that name.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "tlora_core").symlink_to(Path(__file__).resolve().parents[1] / "tlora_core")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(host.comfyui), str(tmp_path / "site")])}
+
+    def start(folder):
+        (folder / "models" / "loras").mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=folder, stdout=subprocess.PIPE,
+                                text=True)
+
+    def lines(process):
+        return [line.strip() for line in process.stdout]
+
+    process = start(tmp_path / "killed")
+    for line in process.stdout:
+        if line.strip() == "step 7":
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    second = lines(start(tmp_path / "killed"))
+    whole = lines(start(tmp_path / "whole"))
+    steps = [line for line in second if line.startswith("step")]
+    assert steps[:7] == [f"step {i}" for i in range(1, 8)], "the curve so far is shown again, then step 7 is made anew"
+    assert [line for line in second if line.startswith("done")] == [line for line in whole if line.startswith("done")]
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_prior_is_drawn_by_the_model_or_given(base, output):
+    alone = run(base, request(2, config={"prior_weight": 1.0, "prior_count": 2}))
+    given = run(base, request(2, config={"prior_weight": 1.0}), prior=images(2))
+    without = run(base, request(2), file_name="run/without")
+    assert len({tuple(x.losses) for x in (alone, given, without)}) == 3
+    assert alone.losses[0] > without.losses[0] and given.losses[0] > without.losses[0]
+
+
+def test_pictures_of_several_shapes_masks_and_captions_train_together(base, output):
+    from tlora_core.dataset import training_images
+
+    generator = torch.Generator().manual_seed(1)
+    wide, tall = torch.rand(2, 48, 96, 3, generator=generator), torch.rand(1, 90, 40, 3, generator=generator)
+    mask = torch.zeros(48, 96)
+    mask[10:30, 30:60] = 1
+    pictures = [*training_images(wide, "{token} left\n{token} right", mask), *training_images(tall)]
+    done = run(base, request(6, framing="keep aspect ratio", flip=True, config={"batch_size": 2}), pictures=pictures)
+    assert len(done.losses) == 6 and done.tlora.training["images"] == 3
+
+
+def test_record_says_what_was_trained_with(base, output):
+    run(base)
+    told = record(output)
+    assert told["settings"]["config"]["learning_rate"] == 0.01 and told["settings"]["rank"] == 4 and told["versions"]["torch"]
+    assert told["step"] == told["steps"] == 6 and str(output) not in json.dumps(told)
+
+
+def test_curve_is_trained_with_and_told_by_the_file(base, output):
+    done = run(base, request(2, curve="0:4, 0.5:4, 1:1"))
+    assert done.tlora.schedule.points == ((0.0, 4), (0.5, 4), (1.0, 1)) and done.tlora.schedule.min_rank == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"validate_every": -1}, "validate_every"), ({"checkpoint_every": -5}, "checkpoint_every"), ({"rerun": "x"}, "rerun"),
+    ({"validate_every": 5}, "validation_prompts is empty")])
+def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host.training_run import Keeping
+
+    with pytest.raises(TLoRAError, match=message):
+        Keeping(**changes)
+
+
+@pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
+def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
+    from tlora_core.comfy_host.draw import draw
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    asked = request(6, method=method, rank=rank, min_rank=rank)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), asked)
+        p.train(6)
+        drawn = p.draw(["a photo of sks heart"])
+        tlora = p.tlora()
+        tlora.save(output / "loras" / "baseline.safetensors")
+        from tlora_core import TLoRAFile
+        stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
+        again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
+        bare = draw(*base, ["a photo of sks heart"], 64, 0)
+    assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
+    assert (drawn - again).abs().max() < 1e-3
+
+
+def out_of_memory_once(monkeypatch, base, step):
+    """The model has no memory left in a backward pass of that step, the first time."""
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(denoiser)
+        for loss in losses(denoiser, rows, generator):
+            if len(calls) == step:
+                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            yield loss
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
+@pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
+def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
+    from tlora_core import TLoRAError
+
+    whole = run(base, file_name="run/whole", memory="low")
+    out_of_memory_once(monkeypatch, base, step)
+    if memory == "fast":
+        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
+            run(base, rerun="restart", memory=memory)
+    else:
+        done = run(base, rerun="restart", memory=memory)
+        assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)

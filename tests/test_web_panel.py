@@ -1,0 +1,178 @@
+"""The training panel in the real interface, on real trainings: what it shows, what outlives a reload, and its buttons."""
+import json
+from pathlib import Path
+
+import pytest
+from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
+from graphs import TinyGraph, difference, pixels
+
+QUICKSTART = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
+TRAIN = next(node for node in QUICKSTART["nodes"] if node["type"] == "TLoRATrainFromImage")["id"]
+# What the panel of a node says: {state, step, steps, points of the curve, numbers, message, buttons}.
+PANEL = """id => {
+    let graph = window.app?.rootGraph;
+    const ids = String(id).split(":");
+    for (const one of ids.slice(0, -1)) graph = graph?.getNodeById(one)?.subgraph;
+    const panel = graph?.getNodeById(ids.at(-1))?.widgets?.find(widget => widget.name === "tlora_training")?.element;
+    if (!panel) return null;
+    const text = selector => panel.querySelector(selector).textContent;
+    const [step, steps] = text(".tlora-row .tlora-strong").split(" / ").map(Number);
+    return {
+        state: panel.dataset.state, step, steps, numbers: text(".tlora-numbers"), message: text(".tlora-message"),
+        points: (panel.querySelector(".tlora-raw").getAttribute("d") ?? "").split("L").length,
+        connected: panel.isConnected, enabled: [...panel.querySelectorAll(".tlora-buttons button")].map(button => !button.disabled)};
+}"""
+# Only the training and the loss picture; as long as a test needs.
+ONLY_TRAINING = """([steps, seed]) => {
+    for (const node of window.app.graph.nodes) {
+        if (node.type === "SaveImage") node.mode = 2;
+        if (node.type !== "TLoRATrainFromImage") continue;
+        const values = {steps, seed, rank: 4, min_rank: 2, batch_size: 1, file_name: "panel/trained"};
+        for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
+    }
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    with opened_browser(chromium) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, server):
+    page = new_page(browser)
+    open_interface(page, server)
+    set_setting(page, "Comfy.VueNodes.Enabled", False)
+    yield page
+    page.close()
+    server.client.interrupt()
+
+
+def wait_for(page, condition: str, node=TRAIN) -> dict:
+    """The panel once `condition` on `panel` holds."""
+    page.wait_for_function(f"id => {{ const panel = ({PANEL})(id); return panel && ({condition}); }}", arg=node, timeout=RUN_MS)
+    return page.evaluate(PANEL, node)
+
+
+def begin(page, steps: int, seed: int) -> None:
+    load_workflow(page, QUICKSTART)
+    page.evaluate(ONLY_TRAINING, [steps, seed])
+    page.get_by_test_id("queue-button").click()
+
+
+def press(page, text: str) -> None:
+    page.evaluate("text => [...document.querySelectorAll('.tlora-buttons button')].find(b => b.textContent === text).click()", text)
+
+
+def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usable_file(page, browser, server):
+    load_workflow(page, QUICKSTART)
+    idle = page.evaluate(PANEL, TRAIN)
+    assert idle["state"] == "idle" and idle["enabled"] == [False, False] and idle["numbers"] == ""
+    begin(page, 5000, seed=1)
+    first = wait_for(page, "panel.state === 'running' && panel.step > 2")
+    assert first["steps"] == 5000 and first["enabled"] == [True, True] and "RAM" in first["numbers"] and "left" in first["numbers"]
+    later = wait_for(page, f"panel.step > {first['step'] + 3}")
+    assert later["points"] == later["step"] > first["points"]
+
+    # A copy has had no training, and collapsing loses nothing.
+    copy = page.evaluate("""id => {
+        const node = window.app.graph.getNodeById(id), copy = node.clone();
+        window.app.graph.add(copy);
+        node.collapse();
+        return copy.id;
+    }""", TRAIN)
+    assert page.evaluate(PANEL, copy)["state"] == "idle"
+    page.evaluate("id => window.app.graph.getNodeById(id).collapse()", TRAIN)
+    wait_for(page, "panel.connected && panel.step > 0")
+
+    # Another workflow's node of the same number is another node; coming back, all is there.
+    page.evaluate("workflow => window.app.loadGraphData(workflow)", {**QUICKSTART, "id": "5b3f7c9e-0000-4000-8000-000000000000"})
+    page.wait_for_function("() => window.app.rootGraph.id.startsWith('5b3f7c9e')")
+    assert page.evaluate(PANEL, TRAIN)["state"] == "idle"
+    load_workflow(page, QUICKSTART)
+    wait_for(page, f"panel.state === 'running' && panel.points > {later['step']}")
+
+    # The other renderer shows the same element, and the reload finds the curve from its first step.
+    set_setting(page, "Comfy.VueNodes.Enabled", True)
+    wait_for(page, "panel.connected && panel.step > 0")
+    page.reload()
+    back = wait_for(page, "panel.state === 'running' && panel.connected")
+    assert back["points"] >= back["step"] - 3 > later["step"] - 3
+    set_setting(page, "Comfy.VueNodes.Enabled", False)
+    second = new_page(browser)
+    open_interface(second, server)
+    load_workflow(second, QUICKSTART)
+    seen = wait_for(second, "panel.state === 'running'")
+    assert seen["points"] >= back["step"] - 3
+
+    press(page, "Checkpoint now")
+    press(page, "Stop and keep")
+    for each in (page, second):
+        ended = wait_for(each, "panel.state === 'stopped'")
+        assert 0 < ended["step"] < 5000 and ended["enabled"] == [False, False] and "Saved as panel/trained" in ended["message"]
+        name = ended["message"].removeprefix("Saved as ").removesuffix(".")
+        # Without a restart or Refresh, the lists have the new file.
+        each.wait_for_function("""name => {
+            const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
+            return (typeof options === "function" ? options() : options).includes(name);
+        }""", arg=name)
+    # The graph went on.
+    page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'PreviewImage' && node.title === 'Loss' && node.imgs)")
+    assert ours(page.complaints) == ours(second.complaints) == []
+    second.close()
+
+    graph = TinyGraph()
+    bare = graph.picture(graph.model)
+    adapted = graph.picture(graph.add("TLoRALoad", file=name, strength=1.0, model=graph.model)[0])
+    result = server.run(graph)
+    assert difference(pixels(result, bare), pixels(result, adapted)) > 0
+
+
+def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(page, server):
+    load_workflow(page, QUICKSTART)
+    page.evaluate(ONLY_TRAINING, [5000, 2])
+    inside = page.evaluate("""id => {
+        const {node} = window.app.graph.convertToSubgraph(new Set([window.app.graph.getNodeById(id)]));
+        return `${node.id}:${id}`;
+    }""", TRAIN)
+    page.get_by_test_id("queue-button").click()
+    running = wait_for(page, "panel.state === 'running' && panel.step > 1", inside)
+    assert running["steps"] == 5000
+    page.reload()
+    wait_for(page, "panel.state === 'running' && panel.step > 1", inside)
+    server.client.interrupt()
+    cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
+    assert cancelled["enabled"] == [False, False]
+    assert ours(page.complaints) == []
+
+
+def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_enlarged(page, server):
+    """On a record as the server sends it, since a training makes no such texts."""
+    load_workflow(page, QUICKSTART)
+    hostile = "<img src=x onerror=window.hacked=1>"
+    run = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "title": hostile, "state": "failed", "step": 3, "steps": 9,
+           "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]], "rate": 0.5, "left": 12, "memory": 2048, "memory_kind": "device peak",
+           "pictures": [{"index": i, "step": 10 * i, "captions": [hostile, f"prompt {i}"]} for i in range(3)],
+           "wishes": [], "message": hostile, "file": ""}
+    page.route("**/validation/*", lambda route: route.fulfill(content_type="image/svg+xml", body="<svg xmlns='http://www.w3.org/2000/svg'/>"))
+    page.evaluate("""run => import("/scripts/api.js").then(({api}) =>
+        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run})))""", run)
+    shown = wait_for(page, "panel.state === 'failed'")
+    assert shown["message"] == hostile and shown["numbers"] == "2.0 s/step2.0 GB GPU peak"
+    assert page.evaluate("() => [window.hacked, document.querySelectorAll('.tlora img[src=x]').length]") == [None, 0]
+
+    slider = page.locator(".tlora-strip input")
+    assert slider.get_attribute("aria-valuetext") == "step 20"
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    assert slider.get_attribute("aria-valuetext") == "step 10"
+    page.locator(".tlora-picture").click()
+    large = page.locator("dialog.tlora-large")
+    large.wait_for()
+    assert "step 10" in large.text_content() and "prompt 1" in large.text_content()
+    page.keyboard.press("ArrowRight")
+    assert "step 20" in large.text_content()
+    page.keyboard.press("Escape")
+    large.wait_for(state="detached")
+    assert ours(page.complaints) == []

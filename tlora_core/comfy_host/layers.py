@@ -1,0 +1,59 @@
+"""The linear layers of a model that the host has loaded, by module path."""
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+from comfy.model_patcher import ModelPatcher
+from torch import nn
+
+from ..errors import TLoRAError
+from ..file import TLoRAFile, split_name
+
+_modules: WeakKeyDictionary = WeakKeyDictionary()
+_COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
+
+
+def diffusion_modules(diffusion_model: nn.Module) -> Mapping[str, nn.Module]:
+    """The model's modules by path, looked up once a sampling. Sees through torch.compile's wrappers, of the whole model or of
+    its blocks."""
+    model = getattr(diffusion_model, _COMPILED, diffusion_model)
+    if model not in _modules:
+        _modules[model] = {path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()}
+    return _modules[model]
+
+
+def forget_modules(patcher: ModelPatcher) -> None:
+    """To be called wherever nodes may have put other modules into the model since they were looked up."""
+    model = patcher.model.diffusion_model
+    _modules.pop(getattr(model, _COMPILED, model), None)
+
+
+def is_compiled(base, patcher: ModelPatcher) -> bool:
+    """Whether torch.compile has a hand in the model or one of its blocks, be it outside or inside the T-LoRA's wrapper."""
+    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
+
+    modules = diffusion_modules(base.diffusion_model).values()
+    return (bool(patcher.get_wrappers("apply_model", COMPILE_KEY)) or hasattr(base.diffusion_model, _COMPILED)
+            or any(hasattr(m, _COMPILED) or m._compiled_call_impl is not None for m in modules))
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Also of the host's quantised layers, which are no torch.nn.Linear."""
+    return isinstance(module, nn.Linear) or all(hasattr(module, name) for name in ("in_features", "out_features", "weight"))
+
+
+def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
+    """Raises TLoRAError when one of the T-LoRA's layers is missing in the model or has another shape there."""
+    modules = diffusion_modules(model.model.diffusion_model)
+    missing = [name for name in tlora.layers if not is_linear(modules.get(split_name(name)[0]))]
+    if missing:
+        raise TLoRAError(
+            f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
+            f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on.")
+    for name, layer in tlora.layers.items():
+        path, row = split_name(name)
+        have, want = (layer.up.shape[0], layer.down.shape[1]), (modules[path].out_features, modules[path].in_features)
+        fits = row + have[0] <= want[0] if "@" in name else have[0] == want[0]
+        if not fits or have[1] != want[1]:
+            raise TLoRAError(
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is "
+                f"{have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; connect the kind of model it was trained on.")

@@ -1,0 +1,122 @@
+"""Write the pack's templates, workflows/*.json, anew from what they are to hold (all but the quickstart).
+
+    python3 tools/host.py python tools/make_workflows.py
+
+Run it when a node's inputs change: the interface saves widgets' values as a bare list in the nodes' own order, which this asks
+the host for. Thumbnails are made by tools/make_thumbnails.py.
+"""
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from hostlib.build import Host
+from hostlib.server import Server
+from hostlib.widgets import DYNAMIC_COMBO, GROUPS, SEED_NAMES, WIDGET_TYPES
+from templates import TEMPLATES
+
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+CONTROL = "fixed"  # of a seed, after each run
+
+
+class Template:
+    """A workflow in the interface's format that grows node by node."""
+
+    def __init__(self, name: str, info: dict):
+        self.name, self.info = name, info
+        self.nodes, self.links, self.groups = [], [], []
+
+    def add(self, class_type: str, pos, size, title: str = "", models=(), **inputs) -> "Added":
+        """A node; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`."""
+        declared = {name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()}
+        unknown = inputs.keys() - declared.keys()
+        if unknown:
+            raise SystemExit(f"{self.name}: {class_type} has no input {', '.join(unknown)}")
+        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size), "flags": {},
+                "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "widgets_values": [],
+                "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})}}
+        if title:
+            node["title"] = title
+        self.nodes.append(node)
+        for name, spec in declared.items():
+            self._declare(node, name, spec, inputs.get(name))
+        outputs = self.info[class_type]
+        node["outputs"] = [{"name": name, "type": kind, "links": []}
+                           for name, kind in zip(outputs["output_name"], outputs["output"])]
+        return Added(self, node)
+
+    def _declare(self, node: dict, name: str, spec: list, given) -> None:
+        kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+        is_widget = (isinstance(kind, list) or kind in WIDGET_TYPES or kind == DYNAMIC_COMBO) and not options.get("forceInput")
+        linked = isinstance(given, Output)
+        if not is_widget or linked:
+            slot = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind,
+                    "link": self._link(given, node, len(node["inputs"])) if linked else None}
+            if is_widget:
+                slot["widget"] = {"name": name}
+            node["inputs"].append(slot)
+        if is_widget:
+            node["widgets_values"].append(_default(kind, options) if given is None or linked else given)
+            if name in SEED_NAMES and options.get("control_after_generate"):
+                node["widgets_values"].append(CONTROL)
+            if options.get("image_upload"):
+                node["widgets_values"].append(name)
+
+    def _link(self, output: "Output", node: dict, slot: int) -> int:
+        number = len(self.links) + 1
+        source = output.node["outputs"][output.slot]
+        source["links"].append(number)
+        self.links.append([number, output.node["id"], output.slot, node["id"], slot, source["type"]])
+        return number
+
+    def note(self, pos, size, text: str) -> None:
+        self.nodes.append({
+            "id": len(self.nodes) + 1, "type": "MarkdownNote", "pos": list(pos), "size": list(size), "flags": {},
+            "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {"Node name for S&R": "MarkdownNote"},
+            "widgets_values": [text], "color": "#432", "bgcolor": "#653"})
+
+    def group(self, title: str, bounding, color: str) -> None:
+        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": list(bounding), "color": color,
+                            "font_size": 24, "flags": {}})
+
+    def as_json(self) -> dict:
+        return {"id": f"71c0a000-0000-4000-8000-{int.from_bytes(self.name.encode()[:6], 'big'):012x}"[:36], "revision": 0,
+                "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
+                "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [420, 110]}}, "version": 0.4}
+
+
+class Output:
+    def __init__(self, node: dict, slot: int):
+        self.node, self.slot = node, slot
+
+
+class Added:
+    """A node of a template; `node["MODEL"]` is an output by its name."""
+
+    def __init__(self, template: Template, node: dict):
+        self.template, self.node = template, node
+
+    def __getitem__(self, name: str) -> Output:
+        return Output(self.node, [output["name"] for output in self.node["outputs"]].index(name))
+
+
+def _default(kind, options):
+    choices = kind if isinstance(kind, list) else options.get("options")
+    return options.get("default", choices[0] if choices else "")
+
+
+def main() -> None:
+    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
+    host = Host(comfyui, Path(sys.executable), "", ours=True)
+    with tempfile.TemporaryDirectory() as folder, Server(host, Path(folder)) as server:
+        info = server.object_info()
+    for name, fill in TEMPLATES.items():
+        template = Template(name, info)
+        fill(template)
+        (WORKFLOWS / f"{name}.json").write_text(json.dumps(template.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"workflows/{name}.json: {len(template.nodes)} nodes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What the pack's templates hold; `make_workflows.py` writes them. Positions are in the graph's pixels."""
+
+SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
+# As in the quickstart: what teaches the tiny base an object in about a minute.
+TINY = {"token": "sks", "class_word": "heart", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
+        "batch_size": 4, "method": "tlora"}
+TRAIN_SIZE = (340, 1180)
+BLUE, GREEN, PURPLE, RED = "#3f789e", "#8A8", "#88A", "#A88"
+HUB = "https://huggingface.co/"
+SDXL = {"name": "sd_xl_base_1.0.safetensors", "directory": "checkpoints",
+        "url": HUB + "stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors"}
+FLUX = {"name": "flux1-dev-fp8.safetensors", "directory": "checkpoints",
+        "url": HUB + "Comfy-Org/flux1-dev/resolve/main/flux1-dev-fp8.safetensors"}
+
+
+def _tiny_subject(template):
+    """The tiny base and one picture for it, in the first column."""
+    base = template.add("TLoRATinyBaseModel", (0, 400), (320, 90))
+    concept = template.add("TLoRATinySampleConcept", (0, 540), (320, 180), concept="olive heart", background="beach")
+    template.add("PreviewImage", (0, 770), (320, 260), "The one training picture", images=concept["IMAGE"])
+    template.group("1  One picture and a model", (-20, 320, 360, 730), BLUE)
+    return base, concept
+
+
+def _compared(template, base, settings, x, title, file_name):
+    """Prompts, then a sampler and a decoder for each (label, MODEL), and the sheet of all, from `x` on."""
+    prompts = template.add("TLoRAPrompts", (x, 80), (280, 200), "Scenes", prompts=SCENES, subject="sks heart")
+    positive = template.add("CLIPTextEncode", (x, 340), (280, 90), "Prompts", clip=base["CLIP"], text=prompts["prompts"])
+    negative = template.add("CLIPTextEncode", (x, 490), (280, 90), "Negative prompt (empty)", clip=base["CLIP"])
+    latent = template.add("EmptyLatentImage", (x, 640), (280, 110), width=64, height=64)
+    pictures = {}
+    for i, (label, model) in enumerate(settings):
+        y = 80 + i * 400
+        sampled = template.add("KSampler", (x + 340, y), (250, 270), label, model=model, positive=positive["CONDITIONING"],
+                               negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=20, cfg=4.0)
+        decoded = template.add("VAEDecode", (x + 340, y + 310), (250, 50), samples=sampled["LATENT"], vae=base["VAE"])
+        pictures[f"images_{i + 1}"] = decoded["IMAGE"]
+    sheet = template.add("TLoRACompare", (x + 650, 80), (320, 330), labels="\n".join(label for label, _ in settings),
+                         prompts=prompts["prompts"], title=title, cell=160, **pictures)
+    template.add("SaveImage", (x + 650, 470), (520, 560), "The sheet", images=sheet["sheet"], filename_prefix=file_name)
+    height = max(1050, 80 + 400 * len(settings))
+    template.group("Same prompts and seed for each", (x - 20, 0, 630, height), PURPLE)
+    template.group("Side by side", (x + 630, 0, 560, height), RED)
+
+
+def compare_lora_with_tlora(template):
+    template.note((0, 0), (320, 280), """# LoRA against T-LoRA
+
+Press **Run**: two trainings on the **one** picture below, of some minutes in all, then the same prompts with each and with neither.
+
+A plain LoRA has all its ranks on while the picture is still noise, and tends to bring the training picture's pose and background \
+along. A T-LoRA has few of them on there.""")
+    base, concept = _tiny_subject(template)
+    common = {"model": base["MODEL"], "clip": base["CLIP"], "vae": base["VAE"], "image": concept["IMAGE"]}
+    plain = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, "LoRA", **common,
+                         **{**TINY, "method": "lora", "file_name": "tlora/compared_lora"})
+    masked = template.add("TLoRATrainFromImage", (760, 80), TRAIN_SIZE, "T-LoRA", **common, **TINY, file_name="tlora/compared_tlora")
+    template.group("2  Two methods, else the same", (360, 0, 760, 1300), GREEN)
+    _compared(template, base, [("LoRA", plain["MODEL"]), ("T-LoRA", masked["MODEL"]), ("without", base["MODEL"])], 1160,
+              "One training picture, same prompts, same seed", "tlora/compare")
+
+
+def min_rank_sweep(template):
+    template.note((0, 0), (320, 280), """# How low should min_rank be?
+
+Press **Run**: four trainings that differ in `min_rank` alone, a few minutes in all, then the same prompts with each.
+
+`min_rank` ranks stay on at pure noise. Fewer follow the prompt more freely, too few lose the subject; at 32, the rank, the mask is off.
+""")
+    base, concept = _tiny_subject(template)
+    common = {"model": base["MODEL"], "clip": base["CLIP"], "vae": base["VAE"], "image": concept["IMAGE"]}
+    settings = []
+    for i, least in enumerate((4, 8, 16, 32)):
+        node = template.add("TLoRATrainFromImage", (380 + 380 * i, 80), TRAIN_SIZE, f"min_rank {least}", **common,
+                            **{**TINY, "min_rank": least, "file_name": f"tlora/min_rank_{least}"})
+        settings.append((f"min_rank {least}", node["MODEL"]))
+    template.group("2  Four values of min_rank", (360, 0, 1520, 1300), GREEN)
+    _compared(template, base, settings, 1920, "Rank 32, same prompts, same seed", "tlora/min_rank")
+
+
+def several_images_with_masks(template):
+    template.note((0, 0), (320, 300), """# Several pictures, with masks
+
+*T-LoRA Images* takes pictures with captions and a mask each; chain one for each size of picture. The loss counts inside the mask \
+only, so nothing of the background is learnt.
+
+Here both are drawn, so that **Run** needs nothing. With pictures of your own: *Load Image*, right click, **Open in Mask Editor**, \
+paint over the subject, and connect its MASK output.""")
+    base = template.add("TLoRATinyBaseModel", (0, 400), (320, 90))
+    empty = template.add("SolidMask", (0, 540), (320, 110), "Outside the subject", value=0.0, width=64, height=64)
+    middle = template.add("SolidMask", (0, 700), (320, 110), "The subject's place", value=1.0, width=48, height=48)
+    mask = template.add("MaskComposite", (0, 860), (320, 130), destination=empty["MASK"], source=middle["MASK"], x=8, y=8,
+                        operation="add")
+    template.group("1  A model and a mask", (-20, 320, 360, 730), BLUE)
+    images, y = None, 80
+    for background, words in (("beach", "on the beach"), ("indoors", "indoors")):
+        concept = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background=background, count=2)
+        more = {"before": images["images"]} if images else {}
+        images = template.add("TLoRAImages", (380, y + 230), (320, 200), image=concept["IMAGE"], mask=mask["MASK"],
+                              captions="a photo of {token} {class_word} " + words, **more)
+        y += 480
+    first = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background="meadow")
+    template.group("2  Pictures with captions", (360, 0, 360, 1300), PURPLE)
+    trained = template.add("TLoRATrainFromImage", (760, 80), TRAIN_SIZE, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+                           image=first["IMAGE"], mask=mask["MASK"], more_images=images["images"],
+                           captions="a photo of {token} {class_word} in a meadow", **TINY, file_name="tlora/several_images")
+    template.group("3  Train", (740, 0, 380, 1300), GREEN)
+    _compared(template, base, [("T-LoRA", trained["MODEL"]), ("without", base["MODEL"])], 1160,
+              "Five pictures with masks, same prompts, same seed", "tlora/several_images")
+
+
+def _real_pictures(template, model, clip, vae, prompts, x, side, latent="EmptyLatentImage", negative=True, **sampling):
+    """Text, sampler and saved pictures on a model of full size."""
+    positive = template.add("CLIPTextEncode", (x, 80), (300, 120), "Prompts", clip=clip, text=prompts)
+    conditioning = positive["CONDITIONING"]
+    if negative:
+        empty = template.add("CLIPTextEncode", (x, 250), (300, 120), "Negative prompt", clip=clip)["CONDITIONING"]
+    else:
+        empty = template.add("ConditioningZeroOut", (x, 250), (300, 50), conditioning=conditioning)["CONDITIONING"]
+        conditioning = template.add("FluxGuidance", (x, 350), (300, 80), conditioning=conditioning, guidance=3.5)["CONDITIONING"]
+    size = template.add(latent, (x, 480), (300, 110), width=side, height=side)
+    sampled = template.add("KSampler", (x, 640), (300, 270), model=model, positive=conditioning, negative=empty,
+                           latent_image=size["LATENT"], seed=7, **sampling)
+    decoded = template.add("VAEDecode", (x, 960), (300, 50), samples=sampled["LATENT"], vae=vae)
+    template.add("SaveImage", (x + 360, 80), (560, 600), images=decoded["IMAGE"], filename_prefix="tlora/picture")
+    template.group("New pictures", (x - 20, 0, 960, 1050), RED)
+
+
+def _train_on_one_image(template, checkpoint, note, subject, **settings):
+    template.note((0, 0), (320, 330), note)
+    loaded = template.add("CheckpointLoaderSimple", (0, 440), (320, 110), models=[checkpoint], ckpt_name=checkpoint["name"])
+    image = template.add("LoadImage", (0, 600), (320, 330), "Your one picture", image="example.png")
+    template.group("1  A model and one picture", (-20, 360, 360, 600), BLUE)
+    trained = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, model=loaded["MODEL"], clip=loaded["CLIP"], vae=loaded["VAE"],
+                           image=image["IMAGE"], token="sks", class_word=subject, file_name=f"tlora/{subject}",
+                           validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100, **settings)
+    template.group("2  Train", (360, 0, 380, 1300), GREEN)
+    prompts = template.add("TLoRAPrompts", (780, 80), (300, 220), tlora=trained["T-LoRA"],
+                           prompts="a photo of {} on the beach\na photo of {} in the snow\na painting of {} in a library")
+    template.group("3  Prompts", (760, 0, 340, 1300), PURPLE)
+    return loaded, trained, prompts
+
+
+def train_sdxl_on_one_image(template):
+    loaded, trained, prompts = _train_on_one_image(template, SDXL, """# SDXL, one picture
+
+1. Choose an SDXL checkpoint, and your picture in *Load Image*. The centre square is used; a plain background helps.
+2. Set `class_word` to what it is: dog, mug, person.
+3. Press **Run**. The panel at the foot of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
+
+Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `min_rank` 32 are the paper's.""", "dog")
+    _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, steps=30, cfg=5.0)
+
+
+def train_flux_on_one_image(template):
+    loaded, trained, prompts = _train_on_one_image(template, FLUX, """# FLUX, one picture
+
+1. Choose a FLUX.1 dev checkpoint, and your picture in *Load Image*.
+2. Set `class_word` to what it is: dog, mug, person.
+3. Press **Run**. The panel at the foot of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
+
+`method` auto is *vanilla_tlora* here, and steps, learning rate and resolution are 0: what suits the model. If memory runs out, \
+set `resolution` to 512.""", "dog")
+    _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, "EmptySD3LatentImage",
+                   negative=False, steps=20, cfg=1.0, scheduler="simple")
+
+
+def generate_with_a_file(template):
+    template.note((0, 0), (320, 300), """# Generate with a T-LoRA file
+
+Choose the checkpoint that it was trained on, and the file in *Load T-LoRA*: it shows the file's picture, its trigger phrase, and \
+how many of its ranks are on at each noise level. While a sampler runs, a dot shows where it is.
+
+Use the trigger phrase in your prompts; `{}` stands for it.""")
+    loaded = template.add("CheckpointLoaderSimple", (0, 400), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
+    adapted = template.add("TLoRALoad", (0, 560), (320, 420), model=loaded["MODEL"], file="")
+    template.group("1  A model and a file", (-20, 320, 360, 690), BLUE)
+    prompts = template.add("TLoRAPrompts", (380, 80), (300, 220), tlora=adapted["T-LoRA"],
+                           prompts="a photo of {} on the beach\na photo of {} in the snow\na painting of {} in a library")
+    template.group("2  Prompts", (360, 0, 340, 1050), PURPLE)
+    _real_pictures(template, adapted["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 740, 1024, steps=30, cfg=5.0)
+
+
+def use_a_file_from_elsewhere(template):
+    template.note((0, 0), (320, 330), """# A file from elsewhere
+
+*Load T-LoRA* reads the authors' checkpoints, LyCORIS and SimpleTuner files, and plain LoRAs; the report tells what matched and \
+what was assumed. Where a file says no schedule, set `min_rank`: on a plain LoRA it puts a T-LoRA's schedule.
+
+Below, the same T-LoRA is saved as our own file, for another program, and as plain files as at its noise levels. Delete what \
+you do not need.""")
+    loaded = template.add("CheckpointLoaderSimple", (0, 420), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
+    adapted = template.add("TLoRALoad", (0, 580), (320, 420), model=loaded["MODEL"], file="")
+    template.group("1  A model and a file", (-20, 350, 360, 690), BLUE)
+    template.add("PreviewAny", (380, 80), (360, 200), "What was matched", source=adapted["report"])
+    info = template.add("TLoRAInfo", (380, 340), (360, 70), tlora=adapted["T-LoRA"])
+    template.add("PreviewImage", (380, 470), (360, 530), "Ranks and blocks", images=info["IMAGE"])
+    template.group("2  What it is", (360, 0, 400, 1050), PURPLE)
+    template.add("TLoRASave", (800, 80), (320, 130), tlora=adapted["T-LoRA"], file_name="tlora/from_elsewhere")
+    template.add("TLoRAExport", (800, 270), (320, 150), tlora=adapted["T-LoRA"], file_name="tlora/exported")
+    template.add("TLoRABake", (800, 480), (320, 270), tlora=adapted["T-LoRA"], file_name="tlora/baked")
+    template.group("3  Saved in other ways", (780, 0, 360, 1050), GREEN)
+    prompts = template.add("TLoRAPrompts", (1180, 80), (300, 220), tlora=adapted["T-LoRA"], prompts="a photo of {} on the beach")
+    template.group("4  Prompts", (1160, 0, 340, 1050), PURPLE)
+    _real_pictures(template, adapted["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1540, 1024, steps=30, cfg=5.0)
+
+
+TEMPLATES = {fill.__name__: fill for fill in (
+    compare_lora_with_tlora, min_rank_sweep, several_images_with_masks, train_sdxl_on_one_image, train_flux_on_one_image,
+    generate_with_a_file, use_a_file_from_elsewhere)}

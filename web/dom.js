@@ -1,0 +1,54 @@
+// Small helpers to build the widgets' elements. Text goes in as text only, never as markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== false && value != null) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children);
+  return element;
+}
+
+/** An HTML element; attributes "onclick" and the like are listeners. */
+export const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+
+export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+
+/** "M x y L x y ..." through points [[x, y], ...]. */
+export const path = (points) => points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${y.toFixed(2)}`).join("");
+
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/**
+ * Puts `element` on a node as its last widget, in both renderers. It holds no value: nothing of it is saved or queued.
+ * Returns a function that changes the least height, in pixels of the graph.
+ */
+export function addPanel(node, name, element, height) {
+  let least = height;
+  const setHeight = (pixels) => {
+    least = pixels;
+    // The canvas renderer sizes the element, less the margin around it; in the other one it sizes itself.
+    element.style.minHeight = `${pixels - 2 * MARGIN}px`;
+  };
+  setHeight(height);
+  const widget = node.addDOMWidget(name, name, element, {
+    serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: () => least, getMaxHeight: () => least * 3,
+  });
+  widget.serialize = false;
+  for (const kind of ["pointerdown", "dblclick", "contextmenu", "keydown", "keyup", "copy", "paste", "cut"]) {
+    element.addEventListener(kind, (event) => event.stopPropagation());
+  }
+  return (pixels) => {
+    if (pixels === least) return;
+    setHeight(pixels);
+    const [width, wanted] = node.computeSize();
+    if (node.size[1] < wanted) node.setSize([Math.max(node.size[0], width), wanted]);
+    node.setDirtyCanvas?.(true, true);
+  };
+}
+
+const MARGIN = 8;

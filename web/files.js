@@ -1,0 +1,32 @@
+// What the server tells of a file in the loras folders: schedule, phrase, thumbnail.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+
+const cards = new Map(); // name -> promise
+
+/** The card of a file by its name in the list, or null where it has none. */
+export function card(name) {
+  if (!cards.has(name)) {
+    cards.set(name, api.fetchApi(`/tlora/files?name=${encodeURIComponent(name)}`)
+      .then((answer) => (answer.ok ? answer.json() : null)).catch(() => null));
+  }
+  return cards.get(name);
+}
+
+export const thumbnailPath = (name) => api.apiURL(`/tlora/thumbnail?name=${encodeURIComponent(name)}`);
+
+const listed = () => {
+  const definition = LiteGraph.registered_node_types.TLoRALoad?.nodeData;
+  const [kind, options] = definition?.input?.required?.file ?? [];
+  return Array.isArray(kind) ? kind : options?.options ?? [];
+};
+
+/** Makes new files known to all lists of the page, as its Refresh does, but without its messages where it can. */
+export async function refreshFor(names) {
+  const known = listed();
+  if (names.every((name) => known.includes(name))) return;
+  await (app.reloadNodeDefs ?? app.refreshComboInNodes).call(app);
+}
+
+/** After a refresh, or when a graph is loaded: a file may have been replaced. */
+export const forgetCards = () => cards.clear();

@@ -1,0 +1,62 @@
+// Finding one's way in the graph, and hearing of its changes.
+import { app } from "../../scripts/app.js";
+
+const watchers = new Set();
+
+/** Calls `watcher` whenever what a panel shows may have changed; returns a function that ends it. */
+export function watch(watcher) {
+  watchers.add(watcher);
+  return () => watchers.delete(watcher);
+}
+
+/** Something has changed that panels may show: a run, a value, a link, the graph. */
+export function changed() {
+  for (const watcher of [...watchers]) watcher();
+}
+
+/** Calls `f` after the object's own `method`. */
+export function after(object, method, f) {
+  const own = object[method];
+  object[method] = function (...args) {
+    const result = own?.apply(this, args);
+    f();
+    return result;
+  };
+}
+
+/** The node that the host calls "3:7": number 7 in the sub-graph that node 3 stands for. Null in another workflow. */
+export function nodeAt({ node, workflow }) {
+  let graph = app.rootGraph ?? app.graph;
+  if (node == null || (workflow && graph.id && workflow !== graph.id)) return null;
+  const ids = node.split(":");
+  for (const id of ids.slice(0, -1)) graph = graph?.getNodeById(id)?.subgraph;
+  return graph?.getNodeById(ids.at(-1)) ?? null;
+}
+
+/** What the node's widgets hold, by name. */
+export const values = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
+
+/** The node at the other end of an input's link, seen through reroutes; null where nothing is connected. */
+export function source(node, inputName) {
+  let slot = node.inputs?.findIndex((input) => input.name === inputName) ?? -1;
+  for (let hops = 0; slot >= 0 && hops < 100; hops++) {
+    node = node.getInputNode(slot);
+    if (node?.type !== "Reroute") return node ?? null;
+    slot = 0;
+  }
+  return null;
+}
+
+/** Follows a node's values and links from now on, also when it comes back after it was removed. */
+export function followNode(node, update) {
+  let unwatch = node.graph ? watch(update) : () => {};
+  for (const widget of node.widgets ?? []) if (widget.serialize !== false) after(widget, "callback", changed);
+  for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, changed);
+  after(node, "onRemoved", () => unwatch());
+  after(node, "onAdded", () => {
+    unwatch();
+    unwatch = watch(update);
+    update();
+  });
+  update();
+}

@@ -1,0 +1,192 @@
+// The training panel of the Train node: loss, pace, time left, memory, validation pictures, and the two buttons.
+import { addPanel, html, path, setText, svg } from "./dom.js";
+import { followNode } from "./graph.js";
+import { showLarge } from "./lightbox.js";
+import { ask, picturePath, runOf } from "./runs.js";
+import { t } from "./texts.js";
+
+const WIDTH = 1000, HEIGHT = 300; // of the chart's own coordinates, stretched to the element
+const HEIGHT_IDLE = 210, HEIGHT_STRIP = 96, HEIGHT_MESSAGE = 22;
+
+export function duration(seconds) {
+  const whole = Math.round(seconds);
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const two = (number) => String(number).padStart(2, "0");
+  return hours ? `${hours}:${two(minutes)}:${two(rest)}` : `${minutes}:${two(rest)}`;
+}
+
+const memory = (megabytes) => (megabytes >= 1024 ? `${(megabytes / 1024).toFixed(1)} GB` : `${Math.round(megabytes)} MB`);
+
+const short = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+
+/** Loss of each step, faint, and its running mean, strong, against all the steps to come. */
+class LossChart {
+  constructor() {
+    this.raw = svg("path", { class: "tlora-raw" });
+    this.mean = svg("path", { class: "tlora-mean" });
+    this.top = html("span", { class: "tlora-y" });
+    this.last = html("span", { class: "tlora-x" });
+    this.value = html("span", { class: "tlora-value" });
+    this.cursor = svg("line", { class: "tlora-cursor", y1: 0, y2: HEIGHT });
+    this.empty = html("span", { class: "tlora-empty" }, t("idle"));
+    const grid = [0.25, 0.5, 0.75].map((f) => svg("line", { class: "tlora-grid", x1: 0, x2: WIDTH, y1: HEIGHT * f, y2: HEIGHT * f }));
+    this.drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img",
+                                onpointermove: (event) => this.point(event), onpointerleave: () => this.unpoint() },
+                       ...grid, this.raw, this.mean, this.cursor);
+    this.element = html("div", { class: "tlora-chart" }, this.drawing, this.top, html("span", { class: "tlora-y0" }, "0"),
+                        this.last, this.value, this.empty);
+    this.run = null;
+    this.unpoint();
+  }
+
+  show(run) {
+    this.run = run;
+    const points = run?.points ?? [];
+    // As in the loss picture: one step at a quiet timestep can be many times the rest.
+    const ordered = points.map(([, loss]) => loss).sort((a, b) => a - b);
+    const top = Math.max(ordered[Math.floor(0.98 * (ordered.length - 1))] ?? 0, ...points.map((p) => p[2]), 1e-12) * 1.05;
+    const x = (step) => (step / run.steps) * WIDTH, y = (loss) => HEIGHT - (Math.min(loss, top) / top) * HEIGHT;
+    if (run) {
+      this.raw.setAttribute("d", path(points.map(([step, loss]) => [x(step), y(loss)])));
+      this.mean.setAttribute("d", path(points.map(([step, , mean]) => [x(step), y(mean)])));
+    } else {
+      this.raw.removeAttribute("d");
+      this.mean.removeAttribute("d");
+    }
+    this.empty.hidden = points.length > 0;
+    setText(this.top, points.length ? short(top) : "");
+    setText(this.last, points.length ? t("steps", { steps: run.steps }) : "");
+    const now = points.at(-1);
+    this.drawing.setAttribute("aria-label", now
+      ? t("chart_label", { step: now[0], steps: run.steps, loss: short(now[1]), mean: short(now[2]) }) : t("idle"));
+    this.tellValue();
+  }
+
+  tellValue() {
+    const points = this.run?.points ?? [];
+    const told = this.pointed == null ? points.at(-1)
+      : points.reduce((best, p) => (Math.abs(p[0] - this.pointed) < Math.abs(best[0] - this.pointed) ? p : best), points[0]);
+    this.cursor.style.display = this.pointed == null || !told ? "none" : "";
+    if (told && this.pointed != null) {
+      const x = (told[0] / this.run.steps) * WIDTH;
+      this.cursor.setAttribute("x1", x);
+      this.cursor.setAttribute("x2", x);
+    }
+    setText(this.value, !told ? "" : this.pointed == null ? t("loss", { mean: short(told[2]) })
+      : t("loss_at", { step: told[0], loss: short(told[1]), mean: short(told[2]) }));
+  }
+
+  point(event) {
+    const box = this.drawing.getBoundingClientRect();
+    this.pointed = ((event.clientX - box.left) / box.width) * (this.run?.steps ?? 1);
+    this.tellValue();
+  }
+
+  unpoint() {
+    this.pointed = null;
+    this.tellValue();
+  }
+}
+
+/** The validation pictures: one shown, the others under a slider; a click enlarges. */
+class Strip {
+  constructor() {
+    this.picture = html("img", { alt: "" });
+    this.button = html("button", { class: "tlora-picture", title: t("enlarge"), onclick: () => this.enlarge() }, this.picture);
+    this.slider = html("input", { type: "range", min: 0, "aria-label": t("validation"), oninput: () => this.scrub() });
+    this.step = html("span", { class: "tlora-strong" });
+    this.caption = html("div", { class: "tlora-caption" });
+    this.element = html("div", { class: "tlora-strip" }, this.button,
+                        html("div", { class: "tlora-beside" }, html("div", {}, this.step), this.slider, this.caption));
+    this.chosen = null; // index of the picture; null follows the newest
+  }
+
+  show(run) {
+    this.run = run;
+    const pictures = run?.pictures ?? [];
+    this.element.hidden = pictures.length === 0;
+    if (!pictures.length) return;
+    let place = pictures.findIndex(({ index }) => index === this.chosen);
+    if (place < 0) {
+      this.chosen = null;
+      place = pictures.length - 1;
+    }
+    const picture = pictures[place], source = picturePath(run, picture);
+    this.slider.max = pictures.length - 1;
+    this.slider.value = place;
+    this.slider.disabled = pictures.length < 2;
+    this.slider.setAttribute("aria-valuetext", t("at_step", { step: picture.step }));
+    if (this.picture.getAttribute("src") !== source) this.picture.setAttribute("src", source);
+    const caption = picture.captions.join(" · ");
+    this.picture.alt = t("picture_label", { step: picture.step, caption });
+    setText(this.step, t("at_step", { step: picture.step }));
+    setText(this.caption, caption);
+  }
+
+  scrub() {
+    const place = Number(this.slider.value), pictures = this.run.pictures;
+    this.chosen = place === pictures.length - 1 ? null : pictures[place].index;
+    this.show(this.run);
+  }
+
+  enlarge() {
+    const { run } = this;
+    const pages = run.pictures.map((picture) => ({
+      source: picturePath(run, picture), title: t("at_step", { step: picture.step }), caption: picture.captions.join(" · ") }));
+    showLarge(pages, Number(this.slider.value));
+  }
+}
+
+export class TrainingPanel {
+  constructor(node) {
+    this.node = node;
+    this.state = html("span", { class: "tlora-state" });
+    this.step = html("span", { class: "tlora-strong" });
+    this.pace = html("div", { class: "tlora-numbers" });
+    this.bar = html("div", { class: "tlora-bar" }, (this.filled = html("div")));
+    this.chart = new LossChart();
+    this.strip = new Strip();
+    this.message = html("div", { class: "tlora-message", role: "status" });
+    this.stop = this.button("stop");
+    this.checkpoint = this.button("checkpoint");
+    this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training") },
+                        html("div", { class: "tlora-row" }, this.state, this.step), this.bar, this.pace, this.chart.element,
+                        this.strip.element, this.message,
+                        html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint));
+    this.resize = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
+    followNode(node, () => this.update());
+  }
+
+  button(wish) {
+    return html("button", { class: "tlora-button", title: t(`${wish}_tip`), onclick: () => this.run && ask(this.run, wish) });
+  }
+
+  update() {
+    const run = runOf(this.node);
+    if (run === this.run) return;
+    this.run = run;
+    const state = run?.state ?? "idle", runs = state === "running", wishes = run?.wishes ?? [];
+    this.element.dataset.state = state;
+    setText(this.state, t(`state_${state}`));
+    setText(this.step, run ? `${run.step} / ${run.steps}` : "");
+    this.pace.replaceChildren(...(run ? numbers(run) : []).map((text) => html("span", {}, text)));
+    this.filled.style.width = run ? `${(100 * run.step) / run.steps}%` : "0";
+    this.chart.show(run);
+    this.strip.show(run);
+    const said = [run?.message, run?.file && t("saved_as", { file: run.file })].filter(Boolean).join(" ");
+    setText(this.message, said);
+    this.message.hidden = !said;
+    for (const [button, wish] of [[this.stop, "stop"], [this.checkpoint, "checkpoint"]]) {
+      const asked = runs && wishes.includes(wish);
+      setText(button, t(asked ? `${wish}_asked` : wish));
+      button.disabled = !runs || asked;
+    }
+    this.resize(HEIGHT_IDLE + (run?.pictures.length ? HEIGHT_STRIP : 0) + (said ? HEIGHT_MESSAGE : 0));
+  }
+}
+
+function numbers({ state, rate, left, memory: megabytes, memory_kind: kind }) {
+  const pace = rate == null ? [] : [rate >= 1 ? t("rate", { rate: rate.toFixed(1) }) : t("seconds", { seconds: (1 / rate).toFixed(1) })];
+  const time = left == null || state !== "running" ? [] : [t("left", { time: duration(left) })];
+  return [...pace, ...time, t(kind === "process" ? "memory_process" : "memory_device", { memory: memory(megabytes) })];
+}

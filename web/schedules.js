@@ -1,0 +1,95 @@
+// Rank schedules on the Train, Load and Apply nodes, and the file's card on Load.
+import { api } from "../../scripts/api.js";
+import { CurveEditor } from "./curve.js";
+import { addPanel, html, setText } from "./dom.js";
+import { card, thumbnailPath } from "./files.js";
+import { changed, followNode, nodeAt, source, values } from "./graph.js";
+import { pointsOf, ScheduleChart, textOf } from "./schedule.js";
+import { t } from "./texts.js";
+
+const HEIGHT_CHART = 128, HEIGHT_CARD = 76;
+const UNMASKED = ["lora", "ortho_lora"];
+
+const panels = new WeakMap(); // node -> SchedulePanel
+const told = new WeakMap(); // node -> the schedule that its last sampling had
+
+function trainedSchedule(node) {
+  const { rank, min_rank, alpha, method, curve } = values(node);
+  if (UNMASKED.includes(method)) return { rank, min_rank: rank, alpha: 1 };
+  return { rank, min_rank, alpha, points: pointsOf(curve ?? "") };
+}
+
+/** The file's schedule with what the node sets in its place. */
+function loadedSchedule(node, file) {
+  if (!file?.schedule) return null;
+  const { min_rank: least, alpha } = values(node), formula = least >= 0 || alpha > 0 ? { points: [] } : {};
+  return { ...file.schedule, ...formula, ...(least >= 0 && { min_rank: least }), ...(alpha > 0 && { alpha }) };
+}
+
+/** The schedule of the T-LoRA that comes out of a node, or null. */
+async function scheduleOf(node) {
+  if (node?.type === "TLoRATrainFromImage") return trainedSchedule(node);
+  if (node?.type === "TLoRALoad") return loadedSchedule(node, await card(values(node).file));
+  return node && told.get(node);
+}
+
+class FileCard {
+  constructor() {
+    this.picture = html("img", { alt: "" });
+    this.phrase = html("div", { class: "tlora-strong tlora-phrase" });
+    this.facts = html("div", { class: "tlora-caption" });
+    this.element = html("div", { class: "tlora-card" }, this.picture, html("div", { class: "tlora-beside" }, this.phrase, this.facts));
+  }
+
+  show(name, file) {
+    this.picture.hidden = !file?.thumbnail;
+    if (file?.thumbnail) this.picture.src = thumbnailPath(name);
+    setText(this.phrase, file?.phrase || t("no_phrase"));
+    this.phrase.classList.toggle("tlora-none", !file?.phrase);
+    const rank = file?.schedule?.rank ?? file?.rank;
+    setText(this.facts, [file?.method ?? t("other_file"), rank && t("rank", { rank }), file?.base_model].filter(Boolean).join(" · "));
+  }
+}
+
+class SchedulePanel {
+  constructor(node) {
+    this.node = node;
+    this.chart = new ScheduleChart();
+    this.card = node.comfyClass === "TLoRALoad" ? new FileCard() : null;
+    this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("schedule") },
+                        ...(this.card ? [this.card.element] : []), this.chart.element);
+    const curve = node.widgets?.find((widget) => widget.name === "curve");
+    this.editor = curve && new CurveEditor(this.chart, (points) => {
+      curve.value = textOf(points);
+      curve.callback?.(curve.value);
+    });
+    addPanel(node, "tlora_schedule", this.element, HEIGHT_CHART + (this.card ? HEIGHT_CARD : 0));
+    panels.set(node, this);
+    followNode(node, () => this.update());
+  }
+
+  async update() {
+    const at = (this.latest = {}); // answers may overtake one another
+    const { node } = this, name = this.card && values(node).file;
+    const file = name ? await card(name) : null;
+    const schedule = await scheduleOf(node.comfyClass === "TLoRAApply" ? source(node, "tlora") : node) ?? told.get(node);
+    if (at !== this.latest) return;
+    this.card?.show(name, file);
+    this.chart.show(schedule, t(this.card ? "no_schedule" : "not_connected"));
+    this.editor?.show(!UNMASKED.includes(values(node).method));
+  }
+}
+
+export const addSchedule = (node) => void new SchedulePanel(node);
+
+/** Moves the dot while a sampler runs. */
+export function followSampling() {
+  api.addEventListener("tlora.sampling", ({ detail }) => {
+    const node = nodeAt(detail), panel = panels.get(node);
+    if (!panel) return;
+    const news = JSON.stringify(told.get(node)) !== JSON.stringify(detail.schedule);
+    told.set(node, detail.schedule);
+    panel.chart.sampling(detail);
+    if (news) changed();
+  });
+}

@@ -1,0 +1,35 @@
+// Puts the pack's panels on its nodes.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { html } from "./dom.js";
+import { forgetCards, refreshFor } from "./files.js";
+import { changed } from "./graph.js";
+import { TrainingPanel } from "./panel.js";
+import { follow } from "./runs.js";
+import { addSchedule, followSampling } from "./schedules.js";
+
+const SCHEDULED = ["TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"];
+
+document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css", import.meta.url).href }));
+
+app.registerExtension({
+  name: "ComfyUI-T-LoRA",
+  setup() {
+    followSampling();
+    // Nodes that write files tell their names; a training that was stopped tells it when it ends.
+    api.addEventListener("executed", ({ detail }) => detail.output?.tlora_files && refreshFor(detail.output.text ?? []));
+    return follow((run) => run.file && refreshFor([run.file]));
+  },
+  afterConfigureGraph() {
+    forgetCards();
+    changed();
+  },
+  refreshComboInNodes() {
+    forgetCards();
+    changed();
+  },
+  nodeCreated(node) {
+    if (SCHEDULED.includes(node.comfyClass)) addSchedule(node);
+    if (node.comfyClass === "TLoRATrainFromImage") new TrainingPanel(node);
+  },
+});
