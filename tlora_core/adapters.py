@@ -5,6 +5,7 @@ the update of the frozen weight [out, in] with all r components on, component i 
 group * i ... group * (i + 1) - 1, so that keeping the first group * r(t) columns applies the mask M_t.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -177,11 +178,23 @@ def make_adapters(
     for name, (out_features, in_features) in shapes.items():
         _require_rank(f'the layer "{name}"', out_features, in_features, rank)
     if not METHODS[method].is_orthogonal:
-        return _plain_adapters(shapes, rank, seed, device)
+        return _in_stacks(_plain_adapters(shapes, rank, seed, device))
     if start in STARTS and STARTS[start].source == "weight":
-        return _weight_adapters(layers, rank, start, device)
+        return _in_stacks(_weight_adapters(layers, rank, start, device))
     starts = orthogonal_starts(start, list(shapes.values()), rank, seed, names=shapes, device=device)
-    return {name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)}
+    return _in_stacks({name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)})
+
+
+def _in_stacks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Lays the tensors of adapters of one shape one after the other in memory, so that training can work on all at once."""
+    of_shapes = defaultdict(list)
+    for adapter in adapters.values():
+        of_shapes[adapter.A.shape, adapter.B.shape].append(adapter)
+    for alike in of_shapes.values():
+        for name in (*dict(alike[0].named_parameters()), *dict(alike[0].named_buffers())):
+            for adapter, tensor in zip(alike, torch.stack([getattr(adapter, name).detach() for adapter in alike])):
+                getattr(adapter, name).data = tensor
+    return adapters
 
 
 def _plain_adapters(

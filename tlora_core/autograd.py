@@ -5,8 +5,10 @@ that the host streams from memory) the cast copy, of an adapter every factor it 
 have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and fetches its weight
 anew for the backward pass, and an adapter saves its layer's input, which layers side by side share, and r numbers a token.
 """
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,8 +16,9 @@ import torch
 import torch.nn.grad
 from torch import LongTensor, Tensor, nn
 
-from .adapters import Adapter, LoRAAdapter, OrthoAdapter
+from .adapters import Adapter, OrthoAdapter
 
+_NOTHING = torch.zeros(0)
 _INPUTS_KEPT = 4  # captions whose turn comes again and again
 
 
@@ -127,116 +130,174 @@ class Part(NamedTuple):
         return self.active if isinstance(self.active, int) else int(self.active.max())
 
     def mask(self, hidden: Tensor) -> Tensor:
-        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns], in place."""
+        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
+        place."""
         if isinstance(self.active, Tensor):
-            on = torch.arange(hidden.shape[1], device=hidden.device) < self.active[:, None]
-            hidden.view(len(self.active), -1, hidden.shape[1]).mul_(on[:, None].to(hidden.dtype))
+            on = (torch.arange(self.columns, device=hidden.device) < self.active[:, None]).to(hidden.dtype)
+            hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
         return hidden
+
+    def rows_of(self, output: Tensor) -> Tensor:
+        """The adapter's own part of a layer's output [tokens, out]."""
+        out = self.adapter.B.shape[0]
+        return output if output.shape[1] == out else output[:, self.row:self.row + out]
 
 
 class Evaluation:
-    """The adapters of one evaluation of a model. What their products are made of is computed for all of them at once, by a few
-    operations instead of some for each of hundreds of layers, when the first layer asks for it."""
+    """The adapters of one evaluation of a model, those of one kind, shape and rank together.
+
+    There are hundreds, each with a few small products, so what comes before and after these is done for a group at a time: the
+    factors are made when the first layer asks for one, and the gradients of the parameters after the last layer's backward pass.
+    For that autograd sees one function of all parameters; what it gives, `token`, is an input of every layer.
+    """
 
     def __init__(self):
         self.parts: list[Part] = []
-        self._products: dict[torch.dtype, dict[Adapter, _Plain | _Orthogonal]] = {}
+        self._places: dict[torch.dtype, dict[Adapter, tuple[Group, int]]] = {}
+        self._token: Tensor | None = None
 
-    def product(self, adapter: Adapter, dtype: torch.dtype) -> "_Plain | _Orthogonal":
-        if dtype not in self._products:
-            self._products[dtype] = {}
-            for kind, product in ((LoRAAdapter, _Plain), (OrthoAdapter, _Orthogonal)):
-                self._products[dtype] |= product.all([part for part in self.parts if isinstance(part.adapter, kind)], dtype)
-        return self._products[dtype][adapter]
+    @property
+    def token(self) -> Tensor:
+        if self._token is None:
+            self._token = _Gradients.apply(self, *self.parameters())
+        return self._token
+
+    def parameters(self) -> list[Tensor]:
+        return [p for part in self.parts for p in part.adapter.parameters()]
+
+    @contextmanager
+    def without_gradients(self):
+        """Within the block a layer's backward pass is not followed by that of `token`, as other layers are yet to come."""
+        token, self._token = self._token, torch.zeros(0, requires_grad=True)
+        try:
+            yield
+        finally:
+            self._token = token
+
+    def place(self, adapter: Adapter, dtype: torch.dtype) -> tuple["Group", int]:
+        """Where to find the adapter's factors in this dtype: its group, and its number there."""
+        if dtype not in self._places:
+            members = defaultdict(dict)
+            for part in self.parts:
+                members[type(part.adapter), part.adapter.A.shape, part.adapter.B.shape, part.columns][part.adapter] = None
+            groups = [Group(list(adapters), key[-1], dtype) for key, adapters in members.items()]
+            self._places[dtype] = {a: (group, i) for group in groups for i, a in enumerate(group.adapters)}
+        return self._places[dtype][adapter]
+
+    def forget(self) -> None:
+        """The parameters are about to change."""
+        self._places, self._token = {}, None
+
+    def groups(self) -> list["Group"]:
+        return list({id(group): group for places in self._places.values() for group, _ in places.values()}.values())
 
 
-class _Plain:
-    """y = B A x, of the active components."""
+class Group:
+    """Adapters of one kind and shape, with their first `columns` components on. up and down are lists, an adapter each: the
+    first columns of all components, then, for a kind that has them, the second ones."""
 
-    def __init__(self, part: Part, dtype: torch.dtype):
-        self.adapter, self.mask, k = part.adapter, part.mask, part.columns
-        self.A, self.B = self.adapter.A.detach()[:k].to(dtype), self.adapter.B.detach()[:, :k].to(dtype)
+    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
+        self.adapters, self.columns, self.dtype = adapters, columns, dtype
+        self.is_orthogonal = isinstance(adapters[0], OrthoAdapter)
+        self.of_up = self.of_down = None  # gradients, once there are any
+        self.done: set[int] = set()
 
-    @classmethod
-    def all(cls, parts: Sequence[Part], dtype: torch.dtype) -> dict[Adapter, "_Plain"]:
-        return {part.adapter: cls(part, dtype) for part in parts}
+    def stacked(self, name: str) -> Tensor:
+        """The parameters or buffers of that name, of all adapters and components [count, ...], in full precision."""
+        return stack([getattr(adapter, name) for adapter in self.adapters])
 
-    def add(self, output: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
-        """Adds y to output in place, for x [tokens, in], which is the one of `kept`; gives A x."""
-        hidden = self.mask(x @ self.A.t())
-        output.addmm_(hidden, self.B.t())
-        return hidden
+    @cached_property
+    def rows(self) -> Sequence[Tensor]:
+        """A, transposed, of the active components, in full precision."""
+        return self.stacked("A")[:, :self.columns].mT.unbind()
 
-    def back(self, gradient: Tensor, x: Tensor, hidden: Tensor, of_input: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradients of A and B, given that of y and what `add` gave; adds that of x to of_input, unless it is None."""
-        of_hidden = self.mask(gradient @ self.B)
+    @cached_property
+    def down(self) -> Sequence[Tensor]:
+        A = self.stacked("A")[:, :self.columns]
+        if self.is_orthogonal:
+            A = torch.cat((A, A - self.stacked("A0")[:, :self.columns]), 1)
+        return A.to(self.dtype).unbind()
+
+    @cached_property
+    def up(self) -> Sequence[Tensor]:
+        B = self.stacked("B")[..., :self.columns]
+        if self.is_orthogonal:
+            # As OrthoAdapter.factors.
+            B0, (S, S0) = self.stacked("B0")[..., :self.columns], (self.stacked(n)[:, None, :self.columns] for n in ("S", "S0"))
+            both = torch.empty(*B.shape[:2], 2 * self.columns, dtype=B.dtype, device=B.device)
+            moved = torch.sub(B, B0, out=both[..., :self.columns])
+            moved.mul_(S).addcmul_(B0, S - S0)
+            torch.mul(B0, S0, out=both[..., self.columns:])
+            B = both
+        return B.to(self.dtype).unbind()
+
+    def hidden(self, i: int, x: Tensor, kept: Kept | None) -> Tensor:
+        """down x [tokens, columns or twice as many], for x [tokens, in], which is the input of `kept`."""
+        if kept is None or not self.is_orthogonal:
+            return x @ self.down[i].t()
+        # (A - A0) x as a difference of products, which full precision stands.
+        first = kept.tokens @ self.rows[i]
+        return torch.cat((first, first - kept.start(self.adapters[i])[:, :self.columns]), 1).to(self.dtype)
+
+    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Callable, of_input: Tensor | None) -> None:
+        """Takes note of the gradients of an adapter's factors, given that of its output and its first columns' part of `hidden`;
+        adds that of x to of_input, unless it is None."""
+        if self.of_up is None:
+            self.of_up, self.of_down = (torch.empty_like(self.stacked(name), dtype=self.dtype) for name in ("B", "A"))
+        of_hidden = mask(gradient @ self.up[i])
         if of_input is not None:
-            of_input.addmm_(of_hidden, self.A)
-        return _gradient(self.adapter.A, of_hidden.t(), x), _gradient(self.adapter.B, gradient.t(), hidden)
+            of_input.addmm_(of_hidden, self.down[i])
+        if self.is_orthogonal:
+            of_hidden = of_hidden[:, :self.columns] + of_hidden[:, self.columns:]
+        fresh = 0 if i not in self.done else 1  # a layer may be called more than once
+        self.done.add(i)
+        of_up, of_down = self.of_up[i, :, :self.columns], self.of_down[i, :self.columns]
+        torch.addmm(of_up, gradient.t(), hidden, beta=fresh, out=of_up)
+        torch.addmm(of_down, of_hidden.t(), x, beta=fresh, out=of_down)
 
-
-class _Orthogonal:
-    """y = B S A x - B0 S0 A0 x, of the active components, as (B - B0) S h + B0 ((S - S0) h + S0 (A - A0) x) with h = A x:
-    a sum of what training has moved, which no half precision loses."""
-
-    def __init__(self, part: Part, dtype: torch.dtype, moved_S: Tensor, moved_B: Tensor):
-        self.adapter, self.mask, k = part.adapter, part.mask, part.columns
-        adapter = self.adapter
-        self.full_A = adapter.A.detach()[:k]
-        self.A, self.A0, self.B0 = self.full_A.to(dtype), adapter.A0[:k].to(dtype), adapter.B0[:, :k].to(dtype)
-        self.S, self.S0, self.moved_S = adapter.S.detach()[:k].to(dtype), adapter.S0[:k].to(dtype), moved_S.to(dtype)
-        self.moved_B = moved_B.to(dtype)
-
-    @classmethod
-    @torch.no_grad()
-    def all(cls, parts: Sequence[Part], dtype: torch.dtype) -> dict[Adapter, "_Orthogonal"]:
-        if not parts:
+    def gradients(self) -> dict[Adapter, tuple[Tensor, ...]]:
+        """Of the parameters, in the adapters' order of them."""
+        if not self.done:
             return {}
-        pairs = [(part.adapter, part.columns) for part in parts]
-        moved_S = torch._foreach_sub([a.S[:k] for a, k in pairs], [a.S0[:k] for a, k in pairs])
-        moved_B = torch._foreach_sub([a.B[:, :k] for a, k in pairs], [a.B0[:, :k] for a, k in pairs])
-        return {part.adapter: cls(part, dtype, *moved) for part, *moved in zip(parts, moved_S, moved_B)}
-
-    def add(self, output: Tensor, x: Tensor, kept: Kept | None) -> Tensor:
-        """As _Plain.add."""
-        if kept is None:
-            hidden = x @ self.A.t()
-            moved = x @ (self.full_A - self.adapter.A0[:len(self.A)]).to(x.dtype).t()
-        else:
-            # A difference of two products, but in full precision.
-            full = kept.tokens @ self.full_A.t()
-            hidden, moved = full.to(x.dtype), (full - kept.start(self.adapter)[:, :len(self.A)]).to(x.dtype)
-        self.mask(hidden)
-        self.mask(moved)
-        output.addmm_(hidden * self.S, self.moved_B.t())
-        output.addmm_(torch.addcmul(hidden * self.moved_S, moved, self.S0), self.B0.t())
-        return hidden
-
-    def back(self, gradient: Tensor, x: Tensor, hidden: Tensor, of_input: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """As _Plain.back, for A, S and B."""
-        of_start = self.mask(gradient @ self.B0)
-        of_both = self.mask(gradient @ self.moved_B).add_(of_start)
-        of_S = torch.zeros_like(self.adapter.S)
-        of_S[:len(self.A)] = (hidden * of_both).sum(0)
-        of_both *= self.S
-        if of_input is not None:
-            of_input.addmm_(of_both, self.A)
-            of_input.addmm_(of_start.mul_(self.S0), self.A0, alpha=-1)
-        return _gradient(self.adapter.A, of_both.t(), x), of_S, _gradient(self.adapter.B, gradient.t(), hidden * self.S)
+        self.of_up[..., self.columns:] = self.of_down[:, self.columns:] = 0
+        for i in set(range(len(self.adapters))) - self.done:
+            self.of_up[i] = self.of_down[i] = 0
+        of_B, of_A = self.of_up.to(self.adapters[0].B.dtype), self.of_down.to(self.adapters[0].A.dtype)
+        found = [of_A, of_B]
+        if self.is_orthogonal:
+            found.insert(1, torch.linalg.vecdot(of_B, self.stacked("B"), dim=1))
+            of_B *= self.stacked("S")[:, None]
+        return dict(zip(self.adapters, zip(*(each.unbind() for each in found))))
 
 
-def _gradient(parameter: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, the gradient of the active rows or columns, with zeros for the others."""
-    whole = torch.empty_like(parameter)
-    active = whole[:left.shape[0], :right.shape[1]]
-    if left.dtype == whole.dtype:
-        torch.mm(left, right, out=active)
-    else:
-        active.copy_(left @ right)
-    if active.shape != whole.shape:
-        whole[left.shape[0]:] = 0
-        whole[:, right.shape[1]:] = 0
-    return whole
+@torch.no_grad()
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without copying where the tensors lie one after the other in memory, as `adapters.make_adapters` lays them."""
+    first = tensors[0]
+    size, start, storage = first.numel(), first.data_ptr(), first.untyped_storage()
+    end = (first.storage_offset() + len(tensors) * size) * first.element_size()
+    if first.is_contiguous() and end <= storage.nbytes() and all(
+            t.data_ptr() == start + i * size * first.element_size() for i, t in enumerate(tensors)):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tensors)
+
+
+class _Gradients(torch.autograd.Function):
+    """What autograd knows of the adapters' parameters: that something depends on them."""
+
+    @staticmethod
+    def forward(ctx, evaluation: Evaluation, *parameters: Tensor) -> Tensor:
+        ctx.evaluation = evaluation
+        return _NOTHING.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        of_adapters: dict[Adapter, tuple[Tensor, ...]] = {}
+        for group in ctx.evaluation.groups():
+            of_adapters |= group.gradients()
+        ctx.evaluation.forget()
+        return None, *(g for part in ctx.evaluation.parts
+                       for g in of_adapters.get(part.adapter) or [None] * len(list(part.adapter.parameters())))
 
 
 class Trained:
@@ -246,23 +307,26 @@ class Trained:
     def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part], evaluation: Evaluation):
         self.forward, self.parts, self.evaluation = forward, parts, evaluation
         self.frozen = forward if isinstance(forward, Frozen) else None
-        self.parameters = [p for part in parts for p in part.adapter.parameters()]
         evaluation.parts += parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _AddAdapters.apply(x, None if self.frozen else self.forward(x), self, *self.parameters)
+        return _AddAdapters.apply(x, None if self.frozen else self.forward(x), self.evaluation.token, self)
 
 
 class _AddAdapters(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | None, layer: Trained, *parameters: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, base: Tensor | None, token: Tensor, layer: Trained) -> Tensor:
         output = layer.frozen.output(x) if base is None else base.clone()
         tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
         kept = layer.frozen and layer.frozen.kept(x)
         saved = []
         for part in layer.parts:
-            own = rows[:, part.row:part.row + part.adapter.B.shape[0]]
-            saved.append(layer.evaluation.product(part.adapter, x.dtype).add(own, tokens, kept))
+            group, i = layer.evaluation.place(part.adapter, x.dtype)
+            up = group.up[i]
+            hidden = part.mask(group.hidden(i, tokens, kept))
+            part.rows_of(rows).addmm_(hidden, up.t())
+            # The gradient asks for the first columns only; a copy, or the others would stay too.
+            saved.append(hidden[:, :group.columns].contiguous())
         ctx.layer = layer
         ctx.save_for_backward(x, *saved)
         return output
@@ -274,10 +338,8 @@ class _AddAdapters(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
-        of_parameters = []
         for part, hidden in zip(layer.parts, saved):
-            own = rows[:, part.row:part.row + part.adapter.B.shape[0]]
-            of_parameters += layer.evaluation.product(part.adapter, x.dtype).back(own, tokens, hidden, of_input)
+            group, i = layer.evaluation.place(part.adapter, x.dtype)
+            group.back(i, part.rows_of(rows), tokens, hidden, part.mask, of_input)
         of_input = None if of_input is None else of_input.view(x.shape)
-        return of_input, gradient if ctx.needs_input_grad[1] else None, None, *of_parameters
-
+        return of_input, gradient if ctx.needs_input_grad[1] else None, _NOTHING, None
