@@ -27,8 +27,8 @@ class Template:
         self.name, self.info = name, info
         self.nodes, self.links, self.groups = [], [], []
 
-    def add(self, class_type: str, pos, size, title: str = "", models=(), **inputs) -> "Added":
-        """A node; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`."""
+    def add(self, class_type: str, pos, size, heading: str = "", models=(), **inputs) -> "Added":
+        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`."""
         declared = {name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()}
         unknown = inputs.keys() - declared.keys()
         if unknown:
@@ -36,8 +36,8 @@ class Template:
         node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size), "flags": {},
                 "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "widgets_values": [],
                 "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})}}
-        if title:
-            node["title"] = title
+        if heading:
+            node["title"] = heading
         self.nodes.append(node)
         for name, spec in declared.items():
             self._declare(node, name, spec, inputs.get(name))

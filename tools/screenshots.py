@@ -43,7 +43,7 @@ def workflow(name: str) -> dict:
 def shoot(page, name: str, title: str, scale: float = 1.0, above: float = 30) -> None:
     """One node, by its title."""
     width, height = page.evaluate(LOOK_AT, [title, scale])
-    page.mouse.move(20, 900)
+    page.mouse.move(20, 1600)
     path = SCREENSHOTS / f"{name}.png"
     page.screenshot(path=path, clip={
         "x": 400 - PAD, "y": 110 - above * scale - PAD, "width": width + 2 * PAD, "height": height + above * scale + 2 * PAD})
@@ -63,10 +63,10 @@ def run(page) -> None:
 def panel(page) -> None:
     """The Train node in the middle of the quickstart's training, dark and light."""
     load_workflow(page, workflow("quickstart"))
-    page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 50, "file_name": "screenshots/panel"}])
+    page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}])
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     run(page)
-    page.wait_for_function("() => document.querySelector('.tlora-strip:not([hidden])') && /^(1[5-9]\\d|2\\d\\d) /.test("
+    page.wait_for_function("() => document.querySelector('.tlora-strip:not([hidden])') && /^1[1-9]\\d /.test("
                            "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
                            timeout=3 * RUN_MS)
     shoot(page, "train_node", "Train T-LoRA from Image")
@@ -92,11 +92,14 @@ def schedule(page) -> None:
 
 
 def comparison(page) -> None:
-    """The sheet of the template that compares LoRA with T-LoRA."""
+    """The sheet that the template comparing LoRA with T-LoRA makes."""
     load_workflow(page, workflow("compare_lora_with_tlora"))
     run(page)
     page.wait_for_function("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length", timeout=6 * RUN_MS)
-    shoot(page, "comparison", "The sheet")
+    source = page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs[0].src")
+    path = SCREENSHOTS / "comparison.png"
+    path.write_bytes(page.request.get(source).body())
+    print(path.relative_to(REPO))
 
 
 SHOTS = {"panel": panel, "schedule": schedule, "comparison": comparison}
@@ -110,6 +113,7 @@ def main(names: list[str]) -> None:
             opened_browser(find_chromium()) as browser:
         for name in names or SHOTS:
             page = new_page(browser, pixels=2)
+            page.set_viewport_size({"width": 1800, "height": 1700})  # the Train node is tall
             open_interface(page, server)
             SHOTS[name](page)
             page.close()
