@@ -6,6 +6,7 @@ from typing_extensions import override
 from ..tlora_core.comfy_host import file_routes, live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
+from .evaluate import TLoRAEvaluate
 from .export import ExportTLoRA
 from .prompts import TLoRAPrompts
 from .report import TLoRAInfo
@@ -19,7 +20,7 @@ class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
         return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA, TLoRAInfo,
-                TLoRASchedulePreview, TLoRAPrompts, TinyBaseModel, TinySampleConcept]
+                TLoRASchedulePreview, TLoRAPrompts, TLoRAEvaluate, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

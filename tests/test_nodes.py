@@ -32,6 +32,7 @@ NODES = {
     "TLoRAInfo": "T-LoRA Info",
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
+    "TLoRAEvaluate": "T-LoRA Evaluate",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",
     "TLoRATinySampleConcept": "Sample Concept (T-LoRA)",
 }
