@@ -407,3 +407,16 @@ def test_weights_and_biases_gets_the_loss_and_the_drawings_when_asked(base, outp
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(base, request(4), wandb=True, validation_prompts=PROMPTS[:1], validate_every=2)
     assert wandb.run is None and list(folders(output)[-1].rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("free, expected", [(1 << 20, True), (1 << 50, False)])
+def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output, monkeypatch, free, expected):
+    import comfy.model_management
+
+    from tlora_core.comfy_host.personalize import Personalization
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: free)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), request(2))
+        p.train(2)
+    assert p.checkpointing is expected and len(p.trainer.losses) == 2

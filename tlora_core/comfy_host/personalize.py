@@ -1,6 +1,7 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
 import comfy.model_management
@@ -22,11 +23,13 @@ from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
 from .families import ATTENTION, TargetLayer, defaults_for, target_layers
+from .memory import should_checkpoint
 from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
-from .training import training_session
+from .training import checkpointed, training_session
 
-# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" begins fast.
+# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
+# fits into the memory that is free.
 MEMORY = ("auto", "fast", "low")
 PRIOR_PROMPT = "a photo of {class_word}"
 
@@ -108,7 +111,8 @@ class Personalization:
                  prior: Sequence[TrainingImage] = (), memory: str = "auto"):
         if memory not in MEMORY:
             raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
-        self.memory, self.checkpointing = memory, memory == "low"
+        self.memory = memory
+        self.checkpointing = None if memory == "auto" else memory == "low"  # None: to be decided when the model is loaded
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
@@ -140,9 +144,13 @@ class Personalization:
             logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
 
     def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
-        with training_session(self.model, self.checkpointing):
+        with training_session(self.model), ExitStack() as stack:
             denoiser = HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
             try:
+                if self.checkpointing is None:
+                    self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
+                if self.checkpointing:
+                    stack.enter_context(checkpointed(self.model))
                 return self.trainer.run(denoiser, until, on_step)
             except comfy.model_management.OOM_EXCEPTION:
                 raise
