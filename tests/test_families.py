@@ -13,7 +13,7 @@ def make(comfy):
     import random_models
 
     return {"sdxl": lambda: random_models.sdxl(64), "flux": lambda: random_models.flux(256, (1, 2), 64, 32),
-            "sd3": lambda: random_models.sd3(3, 64, 32)}
+            "sd3": lambda: random_models.small("sd3")}
 
 
 @pytest.fixture(scope="module")

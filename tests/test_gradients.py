@@ -24,7 +24,7 @@ def make(kind, dtype=DOUBLE):
         config = supported.SD15(dict(SD15)) if kind == "sd15" else supported.SDXL(dict(SDXL))
         config.unet_config.update(num_heads=2 if kind == "sd15" else -1, num_head_channels=-1 if kind == "sd15" else 16)
         return random_models._filled(config, dtype=dtype)
-    return random_models.sd3(3, 24, 32, dtype=dtype) if kind == "sd3" else random_models.flux(256, (2, 2), 24, 32, dtype=dtype)
+    return random_models.small("sd3", dtype=dtype) if kind == "sd3" else random_models.flux(256, (2, 2), 24, 32, dtype=dtype)
 
 
 class Setting:
@@ -53,7 +53,7 @@ class Setting:
                 parameter.add_(rand(*parameter.shape) * 0.2)
         is_unet = kind in ("sd15", "sdxl")
         self.x, self.t = rand(2, 4 if is_unet else 16, 8, 8), torch.tensor([0.3, 0.7], dtype=dtype) * (1000 if is_unet else 1)
-        self.conditions = {"context": rand(2, 5, 24)}
+        self.conditions = {"context": rand(2, 5, 64 if kind == "sd3" else 24)}
         if kind != "sd15":
             self.conditions["y"] = rand(2, 32)
         if kind == "flux":

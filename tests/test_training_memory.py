@@ -26,7 +26,7 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
     from tlora_core.comfy_host.training import checkpointed, training_session
 
     model = {"sdxl": lambda: random_models.sdxl(64), "flux": lambda: random_models.flux(256, (2, 3), 64, 32),
-             "sd3": lambda: random_models.sd3(3, 64, 32)}[name]()
+             "sd3": lambda: random_models.small("sd3")}[name]()
     with training_session(model):
         denoiser = denoiser_for(model, 4 if name == "sdxl" else 16, 48)
         said = training_memory(denoiser, 2)
