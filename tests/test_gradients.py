@@ -85,7 +85,8 @@ def slope(setting, name, levels, step=1e-2):
     in float32, so the step must not be too small."""
     parameters = list(setting.adapters[name].parameters())
     length = sum(p.grad.square().sum() for p in parameters).sqrt()
-    directions = [p.grad.clone() / length for p in parameters]
+    # SD3's last block makes a query of the text that nothing looks at: no gradient, and no direction to go in.
+    directions = [p.grad.clone() / length.clamp(min=1e-12) for p in parameters]
     values = []
     with torch.no_grad():
         for sign in (1, -2, 1):
