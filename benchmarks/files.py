@@ -1,21 +1,27 @@
-"""Size and exactness of stored T-LoRAs: float32, bfloat16 and float16, beside a plain LoRA of the same rank.
+"""Size and exactness of stored T-LoRAs, and how LyCORIS' base terms are made again.
 
     python3 tools/host.py bench files [--rank 64] [--json]
 
 Two of SDXL's transformer blocks, one of either width (16 layers), with random factors that have moved from their start by
 0.1 %, 1 % and 100 % of their norm, are saved and read again. "error" is that of the stored update relative to its norm, with
-all ranks on and with half of them, the largest of all layers; the update itself is computed in float64.
+all ranks on and with half of them, the largest of all layers; the update itself is computed in float64. Beside it the size of a
+plain LoRA of the same rank and dtype.
+
+"base_terms": the decomposition of a weight of SDXL's larger layers, ours and torch's SVD in float32, in turn: median seconds,
+and the largest error of the principal, middle and last components' product against an SVD in float64.
 """
 import argparse
 import json
+import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.export import export
-from tlora_core.foreign.orthogonal import difference_form
+from tlora_core.foreign.orthogonal import difference_form, singular_vectors
 from tlora_core.orthogonal import orthogonal_starts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,16 +93,49 @@ def measure(rank, blocks=BLOCKS):
     return rows
 
 
+def float32_svd(weight):
+    return torch.linalg.svd(weight, full_matrices=False)
+
+
+def measure_base_terms(rank, rounds):
+    rows = []
+    for shape in ((1280, 1280), (1280, TEXT)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+        exact = torch.linalg.svd(weight.double(), full_matrices=False)
+        seconds = {singular_vectors: [], float32_svd: []}
+        for _ in range(rounds):
+            for decompose, times in seconds.items():
+                start = time.perf_counter()
+                decompose(weight)
+                times.append(time.perf_counter() - start)
+        for decompose, times in seconds.items():
+            rows.append({
+                "shape": shape, "how": decompose.__name__, "seconds": round(statistics.median(times), 2),
+                "error": base_term_error([part.float() for part in decompose(weight)], exact, rank)})
+    return rows
+
+
+def base_term_error(decomposed, exact, rank):
+    def term(parts, first):
+        U, S, Vh = parts
+        return product((U[:, first:], S[first:], Vh[first:]), rank)
+
+    count = len(exact[1])
+    firsts = (0, (count - rank) // 2, count - rank)
+    return max(float((term(decomposed, f) - term(exact, f)).norm() / term(exact, f).norm()) for f in firsts)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5, help="of the decompositions")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
-    rows = measure(args.rank)
-    for row in rows:
+    rows, base_terms = measure(args.rank), measure_base_terms(args.rank, args.rounds)
+    for row in rows + base_terms:
         print("  ".join(f"{key} {value:.2g}" if key.startswith("error") else f"{key} {value}" for key, value in row.items()))
     if args.json:
-        print(json.dumps({"rank": args.rank, "rows": rows}))
+        print(json.dumps({"rank": args.rank, "rows": rows, "base_terms": base_terms}))
 
 
 if __name__ == "__main__":

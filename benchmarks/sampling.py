@@ -1,11 +1,14 @@
 """What a T-LoRA costs while sampling: a bare model, the host's own static LoRA of the same rank, and the T-LoRA.
 
-    python3 tools/host.py bench sampling [--model sdxl-small|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
+    python3 tools/host.py bench sampling [--model sdxl-small|sdxl-fifth|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
 
 All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host, Euler
 with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host takes
-to put a static LoRA's weights in place included; "sampling_ratio" leaves that out. "peak_mb" is memory above what the
-loaded bare model takes. Rows: bare; static_lora; tlora, as the pack chooses; tlora_product, its way when memory is short.
+to put a static LoRA's weights in place included; "sampling_ratio" leaves that out, so a static LoRA's is 1 but for chance.
+On a CPU all run on one thread, and seconds are of processor time, which waiting for other programs does not add to.
+"peak_mb" is memory above what the loaded bare model takes, without the T-LoRA's own tensors ("file_mb", float32). "layers"
+and "kept_mb" are the layers folded each way and what is kept for them. Rows: bare; static_lora; tlora, as the pack
+chooses; tlora_product, nothing folded.
 """
 import argparse
 import ctypes
@@ -23,6 +26,7 @@ sys.path.append(str(ROOT / "tools"))
 # name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance)
 MODELS = {
     "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 8, 5.0),
+    "sdxl-fifth": ("sdxl", {"width": 64, "context": 416}, 4, 64, "float32", 8, 5.0),  # a fifth of SDXL in the text's width too
     "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 25, 5.0),
     "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 8, 1.0),
     "flux": ("flux", {}, 16, 128, "bfloat16", 25, 1.0),
@@ -82,20 +86,40 @@ class Runs:
         import comfy.sample
         import torch
         latent = torch.zeros(1, self.channels, self.size, self.size)
+        self.ways = {}
         noise = comfy.sample.prepare_noise(latent, 0)
-        synchronize = torch.cuda.synchronize if self.bare.load_device.type == "cuda" else lambda: None
+        on_gpu = self.bare.load_device.type == "cuda"
+        synchronize, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
         mm.load_models_gpu([self.bare])
         synchronize()
         with PeakMemory(self.bare.load_device) as memory:
-            start = time.perf_counter()
+            start = clock()
             mm.load_models_gpu([patched])
             synchronize()
-            loaded = time.perf_counter()
+            loaded = clock()
             comfy.sample.sample(patched, noise, self.steps, self.guidance, "euler", "simple", self.positive, self.negative,
-                                latent, disable_pbar=True, seed=0)
+                                latent, disable_pbar=True, seed=0, callback=self._look)
             synchronize()
-            end = time.perf_counter()
+            end = clock()
         return loaded - start, end - loaded, memory.mb
+
+
+    def _look(self, step, *_):
+        if step == self.steps - 1:
+            self.ways = ways(self.bare.model)
+
+
+def ways(base):
+    """How many layers have their update folded, and what is kept for that."""
+    from tlora_core.comfy_host.sampling import Folds
+    from tlora_core.folding import FoldedOutput, FoldedWeight
+    folds = [fold for fold in Folds.of(base).layers.values() if fold is not None]
+    weights = [fold.weight for fold in folds if isinstance(fold, FoldedWeight)]
+    outputs = [output for fold in folds if isinstance(fold, FoldedOutput) for output in fold._outputs.values()]
+    tensors = [x for output in outputs for x in (output.alone, output.total, *(hidden for _, hidden in output.hidden.values()))]
+    return {"layers": {"weight": len(weights), "output": len(folds) - len(weights)},
+            "kept_mb": {"weight": round(sum(x.nbytes for x in weights) / 2**20, 1),
+                        "output": round(sum(x.nbytes for x in tensors) / 2**20, 1)}}
 
 
 def static_lora(model, tlora):
@@ -119,7 +143,8 @@ def candidates(runs, ranks, counts):
     for rank in ranks:
         tloras = [random_models.random_tlora(runs.bare, rank, seed=s) for s in range(max(counts))]
         for count in counts:
-            row = {"rank": rank, "tloras": count, "file_mb": round(sum(x.nbytes for x in tloras[0].layers.values()) / 2**20)}
+            row = {"rank": rank, "tloras": count, "targets": len(tloras[0].layers),
+                   "file_mb": round(sum(x.nbytes for x in tloras[0].layers.values()) / 2**20)}
             static, auto, product = runs.bare, runs.bare, runs.bare
             for tlora in tloras[:count]:
                 static, auto = static_lora(static, tlora), apply_tlora(auto, tlora)
@@ -132,10 +157,13 @@ def candidates(runs, ranks, counts):
 def measure(name, ranks, counts, rounds, steps=None):
     import torch
     runs = Runs(name, steps)
+    if runs.bare.load_device.type == "cpu":
+        torch.set_num_threads(1)
     with torch.inference_mode():
         every = list(candidates(runs, ranks, counts))
-        for _, model in every:
+        for row, model in every:
             runs.time(model)  # warms up kernels and caches
+            row.update(runs.ways)
         times = [[] for _ in every]
         for i in range(rounds):
             for index in range(len(every)):

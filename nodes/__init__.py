@@ -7,6 +7,7 @@ from ..tlora_core.comfy_host import file_routes, live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
 from .compare import CompareTLoRA
+from .evaluate import TLoRAEvaluate
 from .export import ExportTLoRA
 from .prompts import TLoRAPrompts
 from .report import TLoRAInfo
@@ -20,7 +21,7 @@ class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
         return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA,
-                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TinyBaseModel, TinySampleConcept]
+                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TLoRAEvaluate, TinyBaseModel, TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..tlora_core.adapters import METHODS
 from ..tlora_core.comfy_host.files import lora_path
 from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.personalize import filled_in
+from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
 from ..tlora_core.dataset import FRAMINGS, training_images
@@ -33,7 +33,8 @@ class TrainTLoRAFromImage(io.ComfyNode):
                 io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
                                tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
                                        "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
-                                       "without the mask. lora: neither."),
+                                       "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
+                                       "there to compare with; their files are as large as the layers."),
                 *rank_inputs(),
                 io.Int.Input("steps", default=0, min=0, max=100000,
                              tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
@@ -80,6 +81,9 @@ class TrainTLoRAFromImage(io.ComfyNode):
                                        "continue: go on also if it was stopped. restart: train anew."),
                 io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                                  tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
+                io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
+                               tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
+                                       "time. auto: fast where it fits, else low."),
             ],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),

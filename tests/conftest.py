@@ -69,6 +69,7 @@ def comfy(host, tmp_path_factory):
     args.cpu = True
     args.base_directory = str(tmp_path_factory.mktemp("comfy"))
     import comfy.model_management
+    import utils.extra_config  # noqa: F401  as main.py does: later comfy/, which the host's nodes.py puts first, hides `utils`
 
     yield comfy
     sys.path.remove(str(host.comfyui))

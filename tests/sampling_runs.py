@@ -67,11 +67,9 @@ class Evaluations:
 
     def assert_merged(self, *applied, below: float = 1e-5) -> None:
         """Each output is that of weights merged in float64 with the updates of `applied`: pairs of T-LoRA and strength."""
-        from tlora_core.comfy_host.layers import diffusion_modules
-
         assert self.calls
         base = self.model.model
-        modules = diffusion_modules(base.diffusion_model)
+        modules = dict(base.diffusion_model.named_modules())
         for x, sigma, (c_concat, text, hints, options), kwargs, output in self.calls:
             assert len(set(sigma.tolist())) == 1
             merged = merged_weights(modules, timestep(self.sigmas_of_timesteps, float(sigma[0])), applied)

@@ -41,7 +41,7 @@ def layer():
 
 
 @pytest.mark.parametrize("wants_input", [True, False])
-@pytest.mark.parametrize("stands_in", ["layer", "frozen", "somebody else's"])
+@pytest.mark.parametrize("stands_in", ["layer", "frozen", "frozen, for a text", "somebody else's"])
 @pytest.mark.parametrize("active", [RANK, 3, 1, torch.tensor([2, 0, 5]), torch.tensor([2, 1, 2])])
 @pytest.mark.parametrize("kind", ["ortho", "lora"])
 def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands_in, wants_input):
@@ -49,8 +49,8 @@ def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands
     parts = [(adapter(kind, 0, OUT), 0), (adapter(kind, 1, 6), 6)]
     leaves = [p for a, _ in parts for p in a.parameters()]
     scale = 1.0
-    if stands_in == "frozen":
-        layer.forward = Frozen(layer)
+    if stands_in.startswith("frozen"):
+        layer.forward = Frozen(layer, keeps_output="text" in stands_in)
     elif stands_in != "layer":
         own, scale = layer.forward, 2.0
         layer.forward = lambda x: own(x) * scale
@@ -62,6 +62,7 @@ def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands
         return output
 
     with attached(Attachment(layer, a, active, row) for a, row in parts):
+        gradients(layer, x, leaves)
         ours = gradients(layer, x, leaves)
     for one, other in zip(ours, gradients(by_formula, x, leaves)):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

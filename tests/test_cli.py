@@ -1,5 +1,6 @@
 """`python -m tlora_core`: what it writes, prints and returns."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,28 +111,72 @@ def test_a_refused_value_is_one_sentence(checkpoint, tmp_path, capsys):
     )
 
 
-def test_lycoris_with_the_models_checkpoint(tmp_path, capsys):
-    diffusers, ldm, _, _ = next(unet_layers())
-    weight = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0))
-    U, S, Vh = torch.linalg.svd(weight)
-    key = "lycoris_" + diffusers.replace(".", "_")
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"), [([], 0, "16 layers matched"), (["--min-rank", "5"], 1, "min_rank is 5"), (["-x"], 2, "usage:")]
+)
+def test_it_runs_as_a_module_without_comfyui_and_ends_with_its_status(checkpoint, arguments, status, words):
+    command = [sys.executable, "-m", "tlora_core", "info", str(checkpoint), *arguments]
+    ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert ended.returncode == status and words in (ended.stderr if status else ended.stdout)
+    assert "Traceback" not in ended.stderr
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, checkpoint):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tlora_core.cli.load_any", interrupted)
+    assert main(["info", str(checkpoint)]) == 130
+
+
+DIFFUSERS_FLUX = {  # rows of double_blocks.0.img_attn.qkv
+    "transformer_blocks.0.attn.to_q": 0,
+    "transformer_blocks.0.attn.to_k": 1,
+    "transformer_blocks.0.attn.to_v": 2,
+}
+
+
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+@pytest.mark.parametrize("model", ["sdxl", "flux"])
+def test_base_terms_from_a_checkpoint_of_either_layout(tmp_path, capsys, layout, model):
+    g = torch.Generator().manual_seed(0)
+    if model == "sdxl":
+        name, path, row = *next(unet_layers())[:2], 0
+        weights = {name: torch.randn(WIDTH, WIDTH, generator=g)}
+        original = {f"model.diffusion_model.{path}.weight": weights[name]}
+    else:
+        name, path, row = "transformer_blocks.0.attn.to_v", "double_blocks.0.img_attn.qkv", 2 * WIDTH
+        weights = {module: torch.randn(WIDTH, WIDTH, generator=g) for module in DIFFUSERS_FLUX}
+        original = {f"{path}.weight": torch.cat(list(weights.values()))}
+    U, S, Vh = torch.linalg.svd(weights[name])
+    key = "lycoris_" + name.replace(".", "_")
     trained = {"q_layer.weight": Vh[:3] + 0.01, "p_layer.weight": U[:, :3] - 0.01, "lambda_layer": S[None, :3] * 1.1}
-    state = {f"{key}.{name}": part.contiguous() for name, part in trained.items()} | {f"{key}.alpha": torch.tensor(3)}
-    save_file(state, tmp_path / "lycoris.safetensors")
-    save_file({f"model.diffusion_model.{ldm}.weight": weight}, tmp_path / "model.safetensors")
+    save_file({f"{key}.{part}": value.contiguous() for part, value in trained.items()}, tmp_path / "lycoris.safetensors")
+    stored = original if layout == "original" else {f"{module}.weight": weight for module, weight in weights.items()}
+    save_file(stored, tmp_path / "model.safetensors")
     out = tmp_path / "out.safetensors"
     arguments = ["convert", str(tmp_path / "lycoris.safetensors"), str(out), "--dtype", "float32"]
     assert main(arguments) == 1 and "connect the model" in capsys.readouterr().err
-    assert main([*arguments, "--model", str(tmp_path / "model.safetensors")]) == 0
-    layer = TLoRAFile.load(out).layers[ldm]
-    want = (U[:, :3] - 0.01) * (S[:3] * 1.1) @ (Vh[:3] + 0.01) - U[:, :3] * S[:3] @ Vh[:3]
-    torch.testing.assert_close(layer.up @ layer.down, want, rtol=1e-3, atol=1e-4)
     assert main([*arguments, "--model", str(tmp_path / "lycoris.safetensors")]) == 1
     assert "holds no U-Net or FLUX transformer" in capsys.readouterr().err
+    assert main([*arguments, "--model", str(tmp_path / "model.safetensors")]) == 0
+    assert "base terms made again: 1 of 1\n" in capsys.readouterr().err
+    layer = TLoRAFile.load(out).layers[path + (f"@{row}" if row else "")]
+    want = (U[:, :3] - 0.01) * (S[:3] * 1.1) @ (Vh[:3] + 0.01) - U[:, :3] * S[:3] @ Vh[:3]
+    torch.testing.assert_close(layer.up @ layer.down, want, rtol=1e-3, atol=1e-4)
 
 
-def test_it_runs_as_a_module_without_comfyui(checkpoint):
-    ended = subprocess.run(
-        [sys.executable, "-m", "tlora_core", "info", str(checkpoint)], cwd=REPO, capture_output=True, text=True
-    )
-    assert ended.returncode == 0 and "16 layers matched" in ended.stdout
+def test_a_model_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, capsys):
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")
+    one_block = {f"down_blocks.0.resnets.{i}.time_emb_proj.weight": torch.ones(2, 2) for i in range(3)}
+    save_file(one_block, tmp_path / "three.safetensors")
+    for name, words in {
+        "gone.safetensors": "there is no such file",
+        "other.safetensors": "holds no U-Net or FLUX transformer; .* of a diffusers pipeline.",
+        "model-00001-of-00002.safetensors": "one of several parts",
+        "three.safetensors": "3 residual blocks a level",
+    }.items():
+        assert main(["info", str(checkpoint), "--model", str(tmp_path / name)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f'error: model "{name}": ') and re.search(words, error) and error.count("\n") == 1, error

@@ -237,6 +237,12 @@ def pair(up, down, alpha=None):
     return lambda folder: save(state | ({} if alpha is None else {f"{KOHYA}.alpha": alpha}))
 
 
+def reference_parts(**shapes):
+    """A layer of the reference, of ones."""
+    names = {part: part if "lambda" in part else f"{part}.weight" for part in shapes}
+    return lambda folder: save({f"{REFERENCE}.{names[part]}": torch.ones(shape) for part, shape in shapes.items()})
+
+
 def torch_file(make):
     def build(folder):
         buffer = io.BytesIO()
@@ -317,44 +323,16 @@ FILES = {
         "is not the path of a module",
     ),
     "reference without a base": (
-        lambda folder: save(
-            {
-                f"{REFERENCE}.{n}": torch.ones(s)
-                for n, s in {
-                    "q_layer.weight": (2, 6),
-                    "p_layer.weight": (6, 2),
-                    "lambda_layer": (1, 2),
-                    "base_lambda": (1, 2),
-                }.items()
-            }
-        ),
+        reference_parts(q_layer=(2, 6), p_layer=(6, 2), lambda_layer=(1, 2), base_lambda=(1, 2)),
         'the "base_q, base_p" part',
     ),
     "reference with another base": (
-        lambda folder: save(
-            {
-                f"{REFERENCE}.{n}": torch.ones(s)
-                for n, s in {
-                    "q_layer.weight": (2, 6),
-                    "p_layer.weight": (6, 2),
-                    "lambda_layer": (1, 2),
-                    "base_q.weight": (3, 6),
-                    "base_p.weight": (6, 3),
-                    "base_lambda": (1, 3),
-                }.items()
-            }
+        reference_parts(
+            q_layer=(2, 6), p_layer=(6, 2), lambda_layer=(1, 2), base_q=(3, 6), base_p=(6, 3), base_lambda=(1, 3)
         ),
         "has other shapes than the trained",
     ),
-    "parts of two ranks": (
-        lambda folder: save(
-            {
-                f"{REFERENCE}.{n}": torch.ones(s)
-                for n, s in {"q_layer.weight": (2, 6), "p_layer.weight": (6, 3), "lambda_layer": (1, 2)}.items()
-            }
-        ),
-        "do not fit: p is",
-    ),
+    "parts of two ranks": (reference_parts(q_layer=(2, 6), p_layer=(6, 3), lambda_layer=(1, 2)), "do not fit: p is"),
     "a pickle that runs code": (lambda folder: pickle.dumps(Payload(folder / "ran")), "cannot be read"),
     "a torch file that runs code": (torch_file(lambda folder: {"a": Payload(folder / "ran")}), "holds more than tensors"),
     "an old torch file that runs code": (

@@ -33,6 +33,7 @@ NODES = {
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
     "TLoRACompare": "Compare (T-LoRA)",
+    "TLoRAEvaluate": "T-LoRA Evaluate",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",
     "TLoRATinySampleConcept": "Sample Concept (T-LoRA)",
 }

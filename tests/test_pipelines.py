@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 import tlora_core
 from tlora_core import RankSchedule, TLoRAError
+from tlora_core.names import layer_of, plain_name
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; tools/host.py test installs it")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # A layer of each model: diffusers' name, ComfyUI's layer and its module, the layer's first row in that.
@@ -391,6 +393,24 @@ def test_a_lora_of_peft_acts_as_merged(twins, tmp_path, caplog):
     torch.testing.assert_close(adapted, merged, rtol=1e-3, atol=1e-4)
     scheduled = tlora_core.load(tmp_path / "a.safetensors", twins.pipe, min_rank=1)
     assert scheduled.schedule == RankSchedule(2, 1)
+
+
+def test_diffusers_own_loader_reads_our_file_as_a_plain_lora(twins, tmp_path):
+    tlora = twins.tlora(split=("qkv",))
+    if twins.kind == "flux":  # rows of fused modules only, as trained on diffusers' projections
+        tlora = with_layers(tlora, {name: layer for name, layer in tlora.layers.items() if "linear1" not in name})
+    tlora.save(tmp_path / "a.safetensors")
+    options = {"unet_config": twins.pipe.unet.config} if twins.kind == "sdxl" else {}
+    state = twins.pipe.lora_state_dict(str(tmp_path / "a.safetensors"), **options)
+    state = state[0] if isinstance(state, tuple) else state
+    loaded = {}
+    for key, tensor in state.items():
+        module, part = re.fullmatch(r"(.+?)[._](lora_A|lora_B|lora\.down|lora\.up)\.weight", key).groups()
+        loaded.setdefault(layer_of(plain_name(module)), {})[part.replace("lora.down", "lora_A").replace("lora.up", "lora_B")] = tensor
+    assert len(loaded) == len(tlora.layers)
+    for place, parts in loaded.items():
+        layer = tlora.layers[place.layer(parts["lora_A"].shape[1])]
+        torch.testing.assert_close(parts["lora_B"] @ parts["lora_A"], layer.up @ layer.down, rtol=1e-4, atol=1e-4)
 
 
 def test_lycoris_base_terms_come_from_the_pipelines_weights(twins, tmp_path):

@@ -8,7 +8,7 @@ RANK, MIN_RANK = 16, 4
 # Family: (what its timesteps are, whether the text's keys and values are computed once).
 FAMILIES = {
     "sd15": ("discrete", True), "sd2": ("discrete", True), "sdxl-refiner": ("discrete", True), "ssd-1b": ("discrete", True),
-    "flux": ("flow", False), "chroma": ("flow", False), "lumina2": ("flow", False), "z-image": ("flow", False),
+    "sd3": ("flow", False), "flux": ("flow", False), "chroma": ("flow", False), "lumina2": ("flow", False), "z-image": ("flow", False),
     "qwen-image": ("flow", False), "wan": ("flow", False),
 }
 

@@ -111,9 +111,13 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_patch_that_writes_into_the_text(self, evaluations, tlora):
-        """What the text's layers get is then one tensor throughout, but each gets something else in it."""
+        """What the text's layers get is then one tensor throughout, which the first finds as it was at the last step, and
+        the others don't."""
+        def write(q, k, v, options):
+            return q, k if options["block"] == ("input", 1) else k.mul_(1 + options["sigmas"][0] / 100), v
+
         model = evaluations.model
-        model.set_model_attn2_patch(lambda q, k, v, options: (q, k.mul_(1.05), v))
+        model.set_model_attn2_patch(write)
         runs.sample(apply(model, tlora), *texts())
         evaluations.assert_merged((tlora, 1.0))
 

@@ -34,7 +34,7 @@ def flux(comfy):
     """(MODEL, T-LoRA, texts) of a model with few layers."""
     import random_models
 
-    model = random_models.flux(256, (1, 1), 64, 32)
+    model = random_models.small("flux")
     tlora = random_models.random_tlora(model, RANK, MIN_RANK, size=0.3)
     return model, tlora, tuple(random_models.conditioning(model, 6, seed) for seed in (1, 2))
 
@@ -50,8 +50,7 @@ class TestCompiled:
         yield torch._dynamo.testing.CompileCounter()
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("part,first", [
-        ("diffusion_model", "compile"), ("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "tlora")])
+    @pytest.mark.parametrize("part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")])
     def test_every_evaluation_has_its_rank_and_none_compiles_anew(self, flux, counter, part, first):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
@@ -65,55 +64,54 @@ class TestCompiled:
         model, tlora, texts = flux
         recorded, graphs = runs.Evaluations(model), []
         both = apply(compiled(recorded.model), tlora) if first == "compile" else compiled(apply(recorded.model, tlora))
-        runs.sample(both, *texts, steps=4, callback=lambda *args: graphs.append(counter.frame_count))
-        assert 0 < graphs[0] == graphs[-1]
+        runs.sample(both, *texts, steps=5, callback=lambda *args: graphs.append(counter.frame_count))
+        assert 0 < graphs[1] == graphs[-1]  # some versions of the host compile again for the second step themselves
         recorded.assert_merged((tlora, 1.0))
 
 
 class TestEightBits:
     """The same model with weights of eight bits and with what those weights are worth in float32."""
 
-    def rounded(self, weight):
-        scale = weight.abs().max() / 400
-        return (weight / scale).to(torch.float8_e4m3fn), scale
-
-    def test_stored_in_fp8(self, comfy, monkeypatch):
+    def test_stored_in_fp8(self, family, monkeypatch):
         import random_models
 
-        small = {"hidden": 256, "blocks": (1, 1), "context": 64, "vector": 32}
-        stored = random_models.flux(**small, storage=torch.float8_e4m3fn)
-        worth = random_models.flux(**small)
+        stored, worth = random_models.small(family, storage=torch.float8_e4m3fn), random_models.small(family)
         worth.model.diffusion_model.load_state_dict(
             {k: v.float() for k, v in stored.model.diffusion_model.state_dict().items()})
         self.assert_same(stored, worth, monkeypatch)
 
-    def test_quantised_by_layer(self, comfy, monkeypatch):
+    def test_quantised_by_layer(self, family, monkeypatch):
         """Layers of a class of the host's own, with a scale each."""
         import random_models
 
-        small = {"hidden": 256, "blocks": (1, 1), "context": 64, "vector": 32}
-        worth = random_models.flux(**small)
+        worth = random_models.small(family)
         weights = worth.model.diffusion_model.state_dict()
         for path in random_models.attention_layers(worth):
-            eight, scale = self.rounded(weights[f"{path}.weight"])
-            weights[f"{path}.weight"].copy_(eight.float() * scale)
+            weight = weights[f"{path}.weight"]
+            scale = weight.abs().max() / 400
+            eight = (weight / scale).to(torch.float8_e4m3fn)
+            weight.copy_(eight.float() * scale)
             weights.update({f"{path}.weight": eight, f"{path}.weight_scale": scale, f"{path}.comfy_quant": torch.tensor(
                 list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)})
         with torch.inference_mode():  # as in the host, where the layers cannot leave it again
-            stored = random_models.flux(**small, quantised=weights)
+            stored = random_models.small(family, quantised=weights)
         assert not isinstance(next(iter(random_models.attention_layers(stored).values())), torch.nn.Linear)
         self.assert_same(stored, worth, monkeypatch)
+
+    @pytest.fixture(params=["flux", "sd15"])
+    def family(self, request, comfy):
+        return request.param
 
     def assert_same(self, stored, worth, monkeypatch):
         import random_models
 
         tlora = random_models.random_tlora(worth, RANK, MIN_RANK, size=0.3)
         texts = [random_models.conditioning(worth, 6, seed) for seed in (1, 2)]
-        ways = runs.Ways(monkeypatch)
-        got = runs.sample(apply(stored, tlora), *texts)
-        assert ways.used == {"product"}
-        assert models.relative_error(got, runs.sample(apply(worth, tlora), *texts)) < 1e-5
-        assert models.relative_error(got, runs.sample(stored, *texts)) > 1e-3
+        ways, empty = runs.Ways(monkeypatch), random_models.latent(worth)
+        got = runs.sample(apply(stored, tlora), *texts, latent=empty)
+        assert ways.used == {"product"} | ({"output"} if "context_dim" in worth.model.model_config.unet_config else set())
+        assert models.relative_error(got, runs.sample(apply(worth, tlora), *texts, latent=empty)) < 1e-5
+        assert models.relative_error(got, runs.sample(stored, *texts, latent=empty)) > 1e-3
 
 
 class TestLittleMemory:

@@ -49,7 +49,7 @@ def request(steps=6, rate=0.01, **changes):
     from tlora_core.config import TrainConfig
 
     config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
-    return TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=config, **changes)
+    return TrainRequest("sks", "heart", **{"rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
@@ -332,3 +332,91 @@ def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
 
     with pytest.raises(TLoRAError, match=message):
         Keeping(**changes)
+
+
+@pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
+def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
+    from tlora_core.comfy_host.draw import draw
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    asked = request(6, method=method, rank=rank, min_rank=rank)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), asked)
+        p.train(6)
+        drawn = p.draw(["a photo of sks heart"])
+        tlora = p.tlora()
+        tlora.save(output / "loras" / "baseline.safetensors")
+        from tlora_core import TLoRAFile
+        stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
+        again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
+        bare = draw(*base, ["a photo of sks heart"], 64, 0)
+    assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
+    assert (drawn - again).abs().max() < 1e-3
+
+
+def out_of_memory_once(monkeypatch, base, step):
+    """The model has no memory left in a backward pass of that step, the first time."""
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(denoiser)
+        for loss in losses(denoiser, rows, generator):
+            if len(calls) == step:
+                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            yield loss
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
+@pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
+def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
+    from tlora_core import TLoRAError
+
+    whole = run(base, file_name="run/whole", memory="low")
+    out_of_memory_once(monkeypatch, base, step)
+    if memory == "fast":
+        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
+            run(base, rerun="restart", memory=memory)
+    else:
+        done = run(base, rerun="restart", memory=memory)
+        assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
+    from tlora_core import LoRAAdapter, TLoRAError
+    from tlora_core.comfy_host.training_run import Keeping
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import Trainer
+
+    for package in ("wandb", "prodigyopt", "diffusers.optimization"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(TLoRAError, match="input wandb needs the Python package wandb .* pip install wandb.$"):
+        Keeping(wandb=True)
+    with pytest.raises(TLoRAError, match="optimizer prodigy needs the Python package prodigyopt"):
+        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(optimizer="prodigy"))
+    with pytest.raises(TLoRAError, match="lr_schedule cosine needs the Python package diffusers"):
+        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(lr_schedule="cosine"))
+
+
+def test_weights_and_biases_gets_the_loss_and_the_drawings_when_asked(base, output, monkeypatch):
+    """Offline, by the real package where it is installed."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(base, request(4), wandb=True, validation_prompts=PROMPTS[:1], validate_every=2)
+    assert wandb.run is None and list(folders(output)[-1].rglob("*.wandb"))
+
+
+@pytest.mark.parametrize("free, expected", [(1 << 20, True), (1 << 50, False)])
+def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output, monkeypatch, free, expected):
+    import comfy.model_management
+
+    from tlora_core.comfy_host.personalize import Personalization
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: free)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), request(2))
+        p.train(2)
+    assert p.checkpointing is expected and len(p.trainer.losses) == 2

@@ -5,6 +5,7 @@ the update of the frozen weight [out, in] with all r components on, component i 
 group * i ... group * (i + 1) - 1, so that keeping the first group * r(t) columns applies the mask M_t.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,11 @@ from .orthogonal import STARTS, layer_generator, orthogonal_start, orthogonal_st
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's table of adapters."""
+    """One row of the paper's table of adapters, or one of the methods it compares with (`of_weight`, see baselines)."""
 
     is_orthogonal: bool
     is_masked: bool
+    of_weight: bool = False
 
     @property
     def group(self) -> int:
@@ -33,6 +35,9 @@ METHODS = {
     "vanilla_tlora": Method(is_orthogonal=False, is_masked=True),
     "ortho_lora": Method(is_orthogonal=True, is_masked=False),
     "tlora": Method(is_orthogonal=True, is_masked=True),
+    "oft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "gsoft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "svdiff": Method(is_orthogonal=False, is_masked=False, of_weight=True),
 }
 
 
@@ -92,21 +97,12 @@ class Adapter(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The factors of the first `active` components as a pass with its gradient written out takes them, apart from
-        autograd and in dtype: of each component the first column of up, then of each the second."""
-        raise NotImplementedError
-
-    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, ...]:
-        """The gradients of the parameters, in their order: up [out, r] is the gradient of the first column of each
-        component, down [r, in] the sum of those of its rows."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def detach(self) -> LowRank:
         """The update as it stands, balanced, in float32 and apart from the parameters."""
         up, down = (factor.float().clone() for factor in self.factors())
         return LowRank(up, down, self.group).balanced()
+
 
 
 class LoRAAdapter(Adapter):
@@ -122,13 +118,6 @@ class LoRAAdapter(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.B, self.A
-
-    @torch.no_grad()
-    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return self.B[:, :active].to(dtype), self.A[:active].to(dtype)
-
-    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-        return down.to(self.A.dtype), up.to(self.B.dtype)
 
 
 class OrthoAdapter(Adapter):
@@ -159,17 +148,6 @@ class OrthoAdapter(Adapter):
         down = torch.stack((self.A, self.A - self.A0), dim=1).flatten(0, 1)
         return up, down
 
-    @torch.no_grad()
-    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        B, B0, S, S0 = self.B[:, :active], self.B0[:, :active], self.S[:active], self.S0[:active]
-        moved = torch.addcmul((B - B0).mul_(S), B0, S - S0)
-        A = self.A[:active]
-        return torch.cat((moved, B0 * S0), 1).to(dtype), torch.cat((A, A - self.A0[:active])).to(dtype)
-
-    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        up = up.to(self.B.dtype)
-        return down.to(self.A.dtype), (up * self.B).sum(0), up * self.S
-
 
 def make_adapters(
     method: str,
@@ -184,21 +162,39 @@ def make_adapters(
     method: a key of METHODS. start: a key of STARTS; LoRA and Vanilla T-LoRA have their own start and
         ignore it.
     layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight"
-        starts need. Equal seeds give equal adapters, each depending on its name and not on the other layers.
+        starts and the methods of_weight need. Equal seeds give equal adapters, each depending on its name and not on the
+        other layers.
+    rank: of each layer; with the methods of_weight the number of blocks.
 
     Raises TLoRAError for an unknown method or start, and for a rank that a layer cannot hold.
     """
     if method not in METHODS:
         raise TLoRAError(f'The method is "{method}"; choose one of {", ".join(METHODS)}.')
+    if METHODS[method].of_weight:
+        from .baselines import baseline_adapters  # which are Adapters themselves
+
+        return baseline_adapters(method, {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}, rank)
     shapes = {name: _shape(layer) for name, layer in layers.items()}
     for name, (out_features, in_features) in shapes.items():
         _require_rank(f'the layer "{name}"', out_features, in_features, rank)
     if not METHODS[method].is_orthogonal:
-        return _plain_adapters(shapes, rank, seed, device)
+        return _in_stacks(_plain_adapters(shapes, rank, seed, device))
     if start in STARTS and STARTS[start].source == "weight":
-        return _weight_adapters(layers, rank, start, device)
+        return _in_stacks(_weight_adapters(layers, rank, start, device))
     starts = orthogonal_starts(start, list(shapes.values()), rank, seed, names=shapes, device=device)
-    return {name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)}
+    return _in_stacks({name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)})
+
+
+def _in_stacks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+    """Lays the tensors of adapters of one shape one after the other in memory, so that training can work on all at once."""
+    of_shapes = defaultdict(list)
+    for adapter in adapters.values():
+        of_shapes[adapter.A.shape, adapter.B.shape].append(adapter)
+    for alike in of_shapes.values():
+        for name in (*dict(alike[0].named_parameters()), *dict(alike[0].named_buffers())):
+            for adapter, tensor in zip(alike, torch.stack([getattr(adapter, name).detach() for adapter in alike])):
+                getattr(adapter, name).data = tensor
+    return adapters
 
 
 def _plain_adapters(
@@ -211,12 +207,17 @@ def _weight_adapters(
     layers: Mapping[str, tuple[int, int] | Tensor], rank: int, start: str, device: str | torch.device
 ) -> dict[str, Adapter]:
     adapters = {}
-    for name, weight in layers.items():
-        if not isinstance(weight, Tensor):
-            raise TLoRAError(f'The start "{start}" needs the weight of the layer "{name}"; use a "random" start.')
+    for name, layer in layers.items():
+        weight = _weight(name, layer, start)
         triple = orthogonal_start(start, *weight.shape, rank, weight=weight.to(device))
         adapters[name] = OrthoAdapter(*triple)
     return adapters
+
+
+def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
+    if not isinstance(layer, Tensor):
+        raise TLoRAError(f'"{what}" needs the weight of the layer "{name}"; give it, or choose a "random" start or another method.')
+    return layer
 
 
 def _shape(layer: tuple[int, int] | Tensor) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from torch import LongTensor, Tensor, nn
 
 from .adapters import Adapter
-from .autograd import Part, Trained
+from .autograd import Evaluation, Part, Trained
 from .masking import add_low_rank
 
 _ABSENT = object()
@@ -63,10 +63,11 @@ def attached(attachments: Iterable[Attachment]):
     of_layers = defaultdict(list)
     for layer, *part in attachments:
         of_layers[layer].append(Part(*part))
+    evaluation = Evaluation()
     with replaced_forward() as replace:
         for layer, parts in of_layers.items():
-            make = Trained if all(isinstance(part.adapter, Adapter) for part in parts) else _masked_forward
-            replace(layer, make(layer.forward, parts))
+            in_training = all(isinstance(part.adapter, Adapter) for part in parts)
+            replace(layer, Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts))
         yield
 
 

@@ -5,17 +5,21 @@ that the host streams from memory) the cast copy, of an adapter every factor it 
 have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and fetches its weight
 anew for the backward pass, and an adapter saves its layer's input, which layers side by side share, and r numbers a token.
 """
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.grad
 from torch import LongTensor, Tensor, nn
 
-from .adapters import Adapter
+from .adapters import Adapter, OrthoAdapter
 
-_OUTPUTS_KEPT = 4  # captions whose turn comes again and again
+_NOTHING = torch.zeros(0)
+_INPUTS_KEPT = 4  # captions whose turn comes again and again
 
 
 class Frozen:
@@ -30,7 +34,7 @@ class Frozen:
                  keeps_output: bool = False):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
-        self._kept: list[tuple[Tensor, int, Tensor]] = []  # (input, its version, output)
+        self._kept: list[Kept] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
@@ -41,13 +45,18 @@ class Frozen:
 
     def output(self, x: Tensor) -> Tensor:
         """A new tensor with what the layer makes of x, apart from autograd."""
+        kept = self.kept(x)
+        return self.run(x) if kept is None else kept.output.clone()
+
+    def kept(self, x: Tensor) -> "Kept | None":
+        """What is kept of this input; None where nothing is."""
         if not self.keeps_output or x.requires_grad:
-            return self.run(x)
-        known = next((kept for kept in self._kept if kept[0] is x and kept[1] == x._version), None)
+            return None
+        known = next((kept for kept in self._kept if kept.input is x and kept.version == x._version), None)
         if known is None:
-            known = x, x._version, self.run(x)
-            self._kept = [known, *self._kept[:_OUTPUTS_KEPT - 1]]
-        return known[2].clone()
+            known = Kept(x, x._version, self.run(x))
+            self._kept = [known, *self._kept[:_INPUTS_KEPT - 1]]
+        return known
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
@@ -56,6 +65,21 @@ class Frozen:
                 return gradient @ weight
             back = _CONVOLUTIONS[weight.dim() - 2]
             return back(shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
+
+
+class Kept:
+    """An input that comes back, as it was in `version`, and what a layer and the starts of its adapters make of it."""
+
+    def __init__(self, x: Tensor, version: int, output: Tensor):
+        self.input, self.version, self.output = x, version, output
+        self.tokens = x.flatten(0, -2).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(0, -2)
+        self._starts: WeakKeyDictionary[Adapter, Tensor] = WeakKeyDictionary()
+
+    def start(self, adapter: OrthoAdapter) -> Tensor:
+        """A0 x [tokens, r]."""
+        if adapter not in self._starts:
+            self._starts[adapter] = self.tokens @ adapter.A0.t()
+        return self._starts[adapter]
 
 
 _CONVOLUTIONS = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}
@@ -102,71 +126,220 @@ class Part(NamedTuple):
     row: int
 
     @property
-    def most(self) -> int:
+    def columns(self) -> int:
         return self.active if isinstance(self.active, int) else int(self.active.max())
 
-    def mask(self, hidden: Tensor, columns: int) -> None:
-        """Zero what a sample's own rank leaves out of hidden [B * tokens, group * columns], in place."""
+    def mask(self, hidden: Tensor) -> Tensor:
+        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
+        place."""
         if isinstance(self.active, Tensor):
-            kept = torch.arange(columns, device=hidden.device) < self.active[:, None]
-            hidden.view(len(self.active), -1, self.adapter.group, columns).mul_(kept[:, None, None].to(hidden.dtype))
+            on = (torch.arange(self.columns, device=hidden.device) < self.active[:, None]).to(hidden.dtype)
+            hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
+        return hidden
+
+    def rows_of(self, output: Tensor) -> Tensor:
+        """The adapter's own part of a layer's output [tokens, out]."""
+        out = self.adapter.B.shape[0]
+        return output if output.shape[1] == out else output[:, self.row:self.row + out]
+
+
+class Evaluation:
+    """The adapters of one evaluation of a model, those of one kind, shape and rank together.
+
+    There are hundreds, each with a few small products, so what comes before and after these is done for a group at a time: the
+    factors are made when the first layer asks for one, and the gradients of the parameters after the last layer's backward pass.
+    For that autograd sees one function of all parameters; what it gives, `token`, is an input of every layer.
+    """
+
+    def __init__(self):
+        self.parts: list[Part] = []
+        self._places: dict[torch.dtype, dict[Adapter, tuple[Group, int]]] = {}
+        self._token: Tensor | None = None
+
+    @property
+    def token(self) -> Tensor:
+        if self._token is None:
+            self._token = _Gradients.apply(self, *self.parameters())
+        return self._token
+
+    def parameters(self) -> list[Tensor]:
+        return [p for part in self.parts for p in part.adapter.parameters()]
+
+    @contextmanager
+    def without_gradients(self):
+        """Within the block a layer's backward pass is not followed by that of `token`, as other layers are yet to come."""
+        token, self._token = self._token, torch.zeros(0, requires_grad=True)
+        try:
+            yield
+        finally:
+            self._token = token
+
+    def place(self, adapter: Adapter, dtype: torch.dtype) -> tuple["Group", int]:
+        """Where to find the adapter's factors in this dtype: its group, and its number there."""
+        if dtype not in self._places:
+            members = defaultdict(dict)
+            for part in self.parts:
+                members[type(part.adapter), part.adapter.A.shape, part.adapter.B.shape, part.columns][part.adapter] = None
+            groups = [Group(list(adapters), key[-1], dtype) for key, adapters in members.items()]
+            self._places[dtype] = {a: (group, i) for group in groups for i, a in enumerate(group.adapters)}
+        return self._places[dtype][adapter]
+
+    def forget(self) -> None:
+        """The parameters are about to change."""
+        self._places, self._token = {}, None
+
+    def groups(self) -> list["Group"]:
+        return list({id(group): group for places in self._places.values() for group, _ in places.values()}.values())
+
+
+class Group:
+    """Adapters of one kind and shape, with their first `columns` components on. up and down are lists, an adapter each: the
+    first columns of all components, then, for a kind that has them, the second ones."""
+
+    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
+        self.adapters, self.columns, self.dtype = adapters, columns, dtype
+        self.is_orthogonal = isinstance(adapters[0], OrthoAdapter)
+        self.of_up = self.of_down = None  # gradients, once there are any
+        self.done: set[int] = set()
+
+    def stacked(self, name: str) -> Tensor:
+        """The parameters or buffers of that name, of all adapters and components [count, ...], in full precision."""
+        return stack([getattr(adapter, name) for adapter in self.adapters])
+
+    @cached_property
+    def rows(self) -> Sequence[Tensor]:
+        """A, transposed, of the active components, in full precision."""
+        return self.stacked("A")[:, :self.columns].mT.unbind()
+
+    @cached_property
+    def down(self) -> Sequence[Tensor]:
+        A = self.stacked("A")[:, :self.columns]
+        if self.is_orthogonal:
+            A = torch.cat((A, A - self.stacked("A0")[:, :self.columns]), 1)
+        return A.to(self.dtype).unbind()
+
+    @cached_property
+    def up(self) -> Sequence[Tensor]:
+        B = self.stacked("B")[..., :self.columns]
+        if self.is_orthogonal:
+            # As OrthoAdapter.factors.
+            B0, (S, S0) = self.stacked("B0")[..., :self.columns], (self.stacked(n)[:, None, :self.columns] for n in ("S", "S0"))
+            both = torch.empty(*B.shape[:2], 2 * self.columns, dtype=B.dtype, device=B.device)
+            moved = torch.sub(B, B0, out=both[..., :self.columns])
+            moved.mul_(S).addcmul_(B0, S - S0)
+            torch.mul(B0, S0, out=both[..., self.columns:])
+            B = both
+        return B.to(self.dtype).unbind()
+
+    def hidden(self, i: int, x: Tensor, kept: Kept | None) -> Tensor:
+        """down x [tokens, columns or twice as many], for x [tokens, in], which is the input of `kept`."""
+        if kept is None or not self.is_orthogonal:
+            return x @ self.down[i].t()
+        # (A - A0) x as a difference of products, which full precision stands.
+        first = kept.tokens @ self.rows[i]
+        return torch.cat((first, first - kept.start(self.adapters[i])[:, :self.columns]), 1).to(self.dtype)
+
+    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Callable, of_input: Tensor | None) -> None:
+        """Takes note of the gradients of an adapter's factors, given that of its output and its first columns' part of `hidden`;
+        adds that of x to of_input, unless it is None."""
+        if self.of_up is None:
+            self.of_up, self.of_down = (torch.empty_like(self.stacked(name), dtype=self.dtype) for name in ("B", "A"))
+        of_hidden = mask(gradient @ self.up[i])
+        if of_input is not None:
+            of_input.addmm_(of_hidden, self.down[i])
+        if self.is_orthogonal:
+            of_hidden = of_hidden[:, :self.columns] + of_hidden[:, self.columns:]
+        fresh = 0 if i not in self.done else 1  # a layer may be called more than once
+        self.done.add(i)
+        of_up, of_down = self.of_up[i, :, :self.columns], self.of_down[i, :self.columns]
+        torch.addmm(of_up, gradient.t(), hidden, beta=fresh, out=of_up)
+        torch.addmm(of_down, of_hidden.t(), x, beta=fresh, out=of_down)
+
+    def gradients(self) -> dict[Adapter, tuple[Tensor, ...]]:
+        """Of the parameters, in the adapters' order of them."""
+        if not self.done:
+            return {}
+        self.of_up[..., self.columns:] = self.of_down[:, self.columns:] = 0
+        for i in set(range(len(self.adapters))) - self.done:
+            self.of_up[i] = self.of_down[i] = 0
+        of_B, of_A = self.of_up.to(self.adapters[0].B.dtype), self.of_down.to(self.adapters[0].A.dtype)
+        found = [of_A, of_B]
+        if self.is_orthogonal:
+            found.insert(1, torch.linalg.vecdot(of_B, self.stacked("B"), dim=1))
+            of_B *= self.stacked("S")[:, None]
+        return dict(zip(self.adapters, zip(*(each.unbind() for each in found))))
+
+
+@torch.no_grad()
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without copying where the tensors lie one after the other in memory, as `adapters.make_adapters` lays them."""
+    first = tensors[0]
+    size, start, storage = first.numel(), first.data_ptr(), first.untyped_storage()
+    end = (first.storage_offset() + len(tensors) * size) * first.element_size()
+    if first.is_contiguous() and end <= storage.nbytes() and all(
+            t.data_ptr() == start + i * size * first.element_size() for i, t in enumerate(tensors)):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tensors)
+
+
+class _Gradients(torch.autograd.Function):
+    """What autograd knows of the adapters' parameters: that something depends on them."""
+
+    @staticmethod
+    def forward(ctx, evaluation: Evaluation, *parameters: Tensor) -> Tensor:
+        ctx.evaluation = evaluation
+        return _NOTHING.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        of_adapters: dict[Adapter, tuple[Tensor, ...]] = {}
+        for group in ctx.evaluation.groups():
+            of_adapters |= group.gradients()
+        ctx.evaluation.forget()
+        return None, *(g for part in ctx.evaluation.parts
+                       for g in of_adapters.get(part.adapter) or [None] * len(list(part.adapter.parameters())))
 
 
 class Trained:
     """The forward of a layer with adapters in training: forward(x) + up M_t down x for each part, as `masking.add_low_rank`
     gives it. `forward` is the layer's own, or whatever stands in for it."""
 
-    def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part]):
-        self.forward, self.parts = forward, parts
-        self.parameters = [p for part in parts for p in part.adapter.parameters()]
+    def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part], evaluation: Evaluation):
+        self.forward, self.parts, self.evaluation = forward, parts, evaluation
+        self.frozen = forward if isinstance(forward, Frozen) else None
+        evaluation.parts += parts
 
     def __call__(self, x: Tensor) -> Tensor:
-        frozen = self.forward if isinstance(self.forward, Frozen) else None
-        return _AddAdapters.apply(x, None if frozen else self.forward(x), frozen, self.parts, *self.parameters)
+        return _AddAdapters.apply(x, None if self.frozen else self.forward(x), self.evaluation.token, self)
 
 
 class _AddAdapters(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | None, frozen: Frozen | None, parts: Sequence[Part], *parameters: Tensor):
-        output = frozen.output(x) if base is None else base.clone()
+    def forward(ctx, x: Tensor, base: Tensor | None, token: Tensor, layer: Trained) -> Tensor:
+        output = layer.frozen.output(x) if base is None else base.clone()
         tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
+        kept = layer.frozen and layer.frozen.kept(x)
         saved = []
-        for part in parts:
-            columns = part.most
-            up, down = part.adapter.active_factors(columns, x.dtype)
-            hidden = tokens @ down.t()
-            part.mask(hidden, columns)
-            own = rows[:, part.row:part.row + up.shape[0]]
-            torch.addmm(own, hidden, up.t(), out=own)
-            # Only the first of a component's columns counts for the gradient; a copy, or the others would stay too.
-            saved.append(hidden if part.adapter.group == 1 else hidden[:, :columns].contiguous())
-        ctx.frozen, ctx.parts = frozen, parts
+        for part in layer.parts:
+            group, i = layer.evaluation.place(part.adapter, x.dtype)
+            up = group.up[i]
+            hidden = part.mask(group.hidden(i, tokens, kept))
+            part.rows_of(rows).addmm_(hidden, up.t())
+            # The gradient asks for the first columns only; a copy, or the others would stay too.
+            saved.append(hidden[:, :group.columns].contiguous())
+        ctx.layer = layer
         ctx.save_for_backward(x, *saved)
         return output
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         x, *saved = ctx.saved_tensors
-        tokens, rows = x.flatten(0, -2), gradient.flatten(0, -2)
-        wants_input = ctx.needs_input_grad[0]
+        layer, tokens, rows = ctx.layer, x.flatten(0, -2), gradient.flatten(0, -2)
         of_input = None
-        if wants_input:
-            of_input = torch.zeros_like(tokens) if ctx.frozen is None else ctx.frozen.input_gradient(rows, tokens.shape)
-        of_parameters = []
-        for part, hidden in zip(ctx.parts, saved):
-            adapter, columns = part.adapter, part.most
-            up, down = adapter.active_factors(columns, x.dtype)
-            own = rows[:, part.row:part.row + up.shape[0]]
-            of_hidden = own @ up
-            part.mask(of_hidden, columns)
-            if wants_input:
-                of_input.addmm_(of_hidden, down)
-            if adapter.group == 2:
-                of_hidden = of_hidden[:, :columns] + of_hidden[:, columns:]
-            of_up, of_down = x.new_empty(up.shape[0], adapter.rank), x.new_empty(adapter.rank, tokens.shape[1])
-            torch.mm(own.t(), hidden, out=of_up[:, :columns])
-            torch.mm(of_hidden.t(), tokens, out=of_down[:columns])
-            of_up[:, columns:] = of_down[columns:] = 0
-            of_parameters += adapter.gradients(of_up, of_down)
+        if ctx.needs_input_grad[0]:
+            of_input = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
+        for part, hidden in zip(layer.parts, saved):
+            group, i = layer.evaluation.place(part.adapter, x.dtype)
+            group.back(i, part.rows_of(rows), tokens, hidden, part.mask, of_input)
         of_input = None if of_input is None else of_input.view(x.shape)
-        return of_input, gradient if ctx.needs_input_grad[1] else None, None, None, *of_parameters
+        return of_input, gradient if ctx.needs_input_grad[1] else None, _NOTHING, None

@@ -6,6 +6,7 @@ an ordinary one, in which autograd notices any other tensor that was overwritten
 """
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,9 @@ class Checkpointed:
         forwards = [(layer, layer.__dict__["forward"]) for layer in self.layers if "forward" in layer.__dict__]
         call = _Call(self, (args, kwargs), forwards)
         tensors = _tensors(call.arguments)
-        is_trained = any(isinstance(forward, Trained) for _, forward in forwards)
-        if not is_trained and not any(t.requires_grad for t in tensors):
+        if not call.evaluations and not any(t.requires_grad for t in tensors):
             return self.run(*args, **kwargs)
-        # Autograd only comes to a function one of whose inputs wants a gradient, and adapters are none of its inputs.
-        anchor = torch.zeros(0, requires_grad=is_trained)
-        outputs = _Checkpoint.apply(call, anchor, *tensors)
+        outputs = _Checkpoint.apply(call, torch.cat([torch.zeros(0), *(e.token for e in call.evaluations)]), *tensors)
         return _replaced(call.output, outputs)
 
 
@@ -44,6 +42,7 @@ class _Call:
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
         self.arguments = _replaced(arguments, iter(_tensors(arguments)))  # the host changes its dictionaries as it goes on
+        self.evaluations = list({id(f.evaluation): f.evaluation for _, f in forwards if isinstance(f, Trained)}.values())
         self.output = None
 
     def __call__(self, tensors: Iterable[Tensor]):
@@ -62,7 +61,7 @@ class _Call:
 
 class _Checkpoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, call: _Call, anchor: Tensor, *tensors: Tensor):
+    def forward(ctx, call: _Call, token: Tensor, *tensors: Tensor):
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
@@ -73,11 +72,14 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None):
         wanted = ctx.needs_input_grad[2:]
         tensors = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
-        with torch.enable_grad():
-            outputs = _tensors(ctx.call(tensors))
-        pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
-        torch.autograd.backward(*zip(*pairs))
-        return None, None, *(t.grad if needs else None for t, needs in zip(tensors, wanted))
+        with ExitStack() as stack:
+            for evaluation in ctx.call.evaluations:
+                stack.enter_context(evaluation.without_gradients())
+            with torch.enable_grad():
+                outputs = _tensors(ctx.call(tensors))
+            pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
+            torch.autograd.backward(*zip(*pairs))
+        return None, torch.zeros(0), *(t.grad if needs else None for t, needs in zip(tensors, wanted))
 
 
 def _tensors(value) -> list[Tensor]:

@@ -99,8 +99,9 @@ def _load(options: argparse.Namespace) -> Loaded:
 
 
 def _show_progress(done: int, total: int) -> None:
-    end = "\n" if done == total else "\r"
-    print(f"base terms made again: {done} of {total}", end=end, file=sys.stderr, flush=True)
+    if done == total or (done and sys.stderr.isatty()):
+        # Whatever comes next is longer than this line, and covers it.
+        print(f"base terms made again: {done} of {total}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -121,6 +121,11 @@ def _is_plain(value: object, size: int) -> bool:
     return value.is_contiguous() and value.nbytes <= size
 
 
+def printable(text: str) -> str:
+    """`text` with what cannot be shown in a line, as names from a damaged file have it, written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def one_line(error: Exception) -> str:
     """An exception's words on one line, cut short."""
     return " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
 """The pictures a T-LoRA is trained on: captions, masks, and how each is framed for the model."""
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -92,14 +92,12 @@ def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Fra
 
 def bucket(width: int, height: int, resolution: int, unit: int) -> tuple[int, int]:
     """(width, height) nearest to a picture's aspect ratio, each a multiple of a sixteenth of the resolution (64 for 1024) and
-    of unit, of at most resolution^2 pixels."""
+    of unit, of at most resolution^2 pixels and not much fewer."""
     step = max(unit, resolution // 16 // unit * unit)
-    ratio, best = width / height, (step, step)
-    for w in range(step, 4 * resolution + 1, step):
-        h = min(resolution**2 // w // step * step, 4 * resolution)
-        if h and abs(np.log(w / h / ratio)) < abs(np.log(best[0] / best[1] / ratio)) - 1e-9:
-            best = (w, h)
-    return best
+    sides = range(step, 4 * resolution + 1, step)
+    most = resolution**2
+    shapes = [(w, h) for w in sides for h in sides if 0.85 * most <= w * h <= most]
+    return min(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1] * height / width)), -shape[0] * shape[1]))
 
 
 def loss_weights(mask: Tensor, cells: Sequence[int], outside: float) -> Tensor:

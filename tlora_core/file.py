@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
-from .container import check_header, one_line
+from .container import check_header, one_line, printable
 from .errors import TLoRAError
 from .names import diffusers_name, family_of
 from .schedule import RankSchedule
@@ -113,7 +113,7 @@ class TLoRAFile:
         try:
             return _read(path)
         except TLoRAError as error:
-            raise TLoRAError(f'"{path.name}": {error}') from error
+            raise TLoRAError(f'"{path.name}": {printable(str(error))}') from error
         except (OSError, SafetensorError) as error:
             raise TLoRAError(
                 f'"{path.name}": it cannot be read as a safetensors file ({one_line(error)}); '

@@ -142,17 +142,15 @@ class Inputs:
         self._seen.clear()
 
     def recognise(self, x: Tensor) -> Input:
-        counts = not x.is_inference()
-        if counts:
-            for tensor, version, known in self._seen:
-                if tensor is x and version == x._version:
-                    return known
+        for tensor, version, known in self._seen:
+            if tensor is x and version == x._version:
+                return known
         same = (i for i in self._kept if i.value.shape == x.shape and i.value.dtype == x.dtype and i.value.device == x.device)
         known = next((i for i in same if torch.equal(i.value, x)), None)
         if known is None:
             known = Input(x.clone())
             self._kept = [known, *self._kept[:INPUTS_KEPT - 1]]
-        if counts:
+        if not x.is_inference():
             self._seen.append((x, x._version, known))
         return known
 

@@ -57,8 +57,9 @@ def effective_rank(matrix_or_factors: Tensor | tuple[Tensor, Tensor], share: flo
 
 
 def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
-    """The effective rank of each adapter's learnt factor B [out, r] alone, by layer name, as in the paper's Figure 4."""
-    return {name: effective_rank(adapter.B) for name, adapter in adapters.items()}
+    """The effective rank of each adapter's learnt factor B [out, r] alone, by layer name, as in the paper's Figure 4.
+    Methods that are not of low rank have none."""
+    return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if hasattr(adapter, "B")}
 
 
 def block_name(layer: str) -> str:

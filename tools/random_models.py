@@ -43,6 +43,10 @@ SMALL = {
     "ssd-1b": ("SSD1B", {
         **_UNET, "num_head_channels": 64, "num_classes": "sequential", "adm_in_channels": 64 + 6 * 256,
         "transformer_depth": [0, 2], "transformer_depth_middle": -1, "transformer_depth_output": [0, 0, 1, 2]}),
+    "sd3": ("SD3", {
+        "in_channels": 16, "input_size": None, "pos_embed_scaling_factor": None, "pos_embed_max_size": 192,
+        "num_patches": 192**2, "patch_size": 2, "depth": 2, "adm_in_channels": 32, "context_embedder_config": {
+            "target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}}),
     "flux": ("Flux", {**FLUX, **_STREAMS, "vec_in_dim": 32}),
     "chroma": ("Chroma", {
         "image_model": "chroma", **_STREAMS, "vec_in_dim": None, "in_channels": 64, "out_channels": 64, "patch_size": 2,
@@ -63,8 +67,8 @@ LAYERS = re.compile(r"(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj
 
 
 def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: int = 2048, **options):
-    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters. depths: transformer
-    blocks in a row on each level."""
+    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110 million
+    with a fifth of the context too. depths: transformer blocks in a row on each level."""
     config = supported.SDXL({
         **SDXL, "model_channels": width, "context_dim": context, "transformer_depth_middle": depths[-1],
         "transformer_depth": [depth for depth in depths for _ in range(2)],
@@ -78,15 +82,6 @@ def flux(hidden: int = 3072, blocks: tuple[int, int] = (19, 38), context: int = 
     size = {"hidden_size": hidden, "num_heads": hidden // 128, "depth": blocks[0], "depth_single_blocks": blocks[1],
             "context_in_dim": context, "vec_in_dim": vector}
     return _filled(supported.Flux({**FLUX, **size}), **options)
-
-
-def sd3(depth: int = 24, context: int = 4096, vector: int = 2048, **options):
-    """SD3's transformer, 64 x depth wide."""
-    embedder = {"target": "torch.nn.Linear", "params": {"in_features": context, "out_features": 64 * depth}}
-    return _filled(supported.SD3({
-        "in_channels": 16, "input_size": None, "pos_embed_scaling_factor": None, "pos_embed_max_size": 192,
-        "num_patches": 192**2, "patch_size": 2, "depth": depth, "adm_in_channels": vector,
-        "context_embedder_config": embedder}), **options)
 
 
 def small(family: str, **options):
@@ -155,12 +150,10 @@ def conditioning(model, tokens: int = 77, seed: int = 0) -> list:
     embedder = config.get("context_embedder_config", {}).get("params", {}).get("in_features")
     names = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim", "text_dim")
     context = next((config[name] for name in names if name in config), embedder)
-    pooled = config.get("vec_in_dim") or config.get("adm_in_channels")
-    text = torch.randn(1, tokens, context, generator=generator)
-    if pooled is None:
-        return [[text, {}]]
+    pooled = config.get("vec_in_dim") or config.get("adm_in_channels") or 8  # where no layer takes it, the host may still ask for it
     if "num_classes" in config:  # SDXL's numbers of the picture's size and place come behind the text's
         pooled -= 256 * (5 if isinstance(model.model, comfy.model_base.SDXLRefiner) else 6)
+    text = torch.randn(1, tokens, context, generator=generator)
     return [[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
 
 

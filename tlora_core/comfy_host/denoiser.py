@@ -43,6 +43,7 @@ class HostDenoiser:
         self.base, self.device, self.config = model.model, model.load_device, config
         self.sampling = self.base.model_sampling
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
+        self.adapter_bytes = sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters())
         self.samples, self.prior = normal(list(samples)), normal(list(prior))
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         patched = model.clone()

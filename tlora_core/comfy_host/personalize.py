@@ -1,5 +1,7 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
 import comfy.model_management
@@ -21,10 +23,14 @@ from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
 from .families import ATTENTION, TargetLayer, defaults_for, target_layers
+from .memory import should_checkpoint
 from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
-from .training import training_session
+from .training import checkpointed, training_session
 
+# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
+# fits into the memory that is free.
+MEMORY = ("auto", "fast", "low")
 PRIOR_PROMPT = "a photo of {class_word}"
 
 
@@ -87,8 +93,8 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
         config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
     config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
-    # What starts at zero learns, and copies, sooner than what starts orthogonal (the paper's 500 steps against 800).
-    soon = 500 if fields["method"] in METHODS and not METHODS[fields["method"]].is_orthogonal else usual.steps
+    # What starts at zero learns, and copies, sooner than what starts orthogonal: the paper's steps.
+    soon = {"lora": 500, "vanilla_tlora": 500}.get(fields["method"], usual.steps)
     config["steps"] = config.get("steps") or min(usual.steps, soon)
     fields["resolution"] = fields["resolution"] or usual.resolution
     return TrainRequest(config=TrainConfig(**config), **fields)
@@ -98,11 +104,15 @@ class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
     images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, the
-    model draws them itself. Raises TLoRAError for input that cannot work, before the model is touched.
+    model draws them itself. memory: a key of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                 prior: Sequence[TrainingImage] = ()):
+                 prior: Sequence[TrainingImage] = (), memory: str = "auto"):
+        if memory not in MEMORY:
+            raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
+        self.memory = memory
+        self.checkpointing = None if memory == "auto" else memory == "low"  # None: to be decided when the model is loaded
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
@@ -121,22 +131,51 @@ class Personalization:
             self.trainer = Trainer(self.adapters, request.config)
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
-        """Up to step `until`; see Trainer.run, whose errors it raises, and TLoRAError when memory runs out."""
-        with training_session(self.model):
-            denoiser = HostDenoiser(
-                self.model, self.adapters, self.request.schedule, self.samples, self.request.config, self.prior)
+        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with checkpointing;
+        otherwise that is a TLoRAError."""
+        while True:
             try:
-                return self.trainer.run(denoiser, until, on_step)
+                return self._train(until, on_step)
             except comfy.model_management.OOM_EXCEPTION as error:
-                raise TLoRAError(
-                    f"Memory ran out in step {self.trainer.step + 1}; lower resolution (now {self.request.resolution}), "
-                    f"batch_size ({self.request.config.batch_size}) or rank ({self.request.rank}).") from error
+                if self.memory != "auto" or self.checkpointing:
+                    raise TLoRAError(self._out_of_memory()) from error
+            # Out here, where the error no longer holds what filled the memory. A step that failed has changed nothing.
+            self.checkpointing = True
+            logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
+
+    def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
+        with training_session(self.model), ExitStack() as stack:
+            denoiser = HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+            try:
+                if self.checkpointing is None:
+                    self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
+                if self.checkpointing:
+                    stack.enter_context(checkpointed(self.model))
+                return self.trainer.run(denoiser, until, on_step)
+            except comfy.model_management.OOM_EXCEPTION:
+                raise
             except RuntimeError as error:
                 if self.trainer.step:
                     raise
                 raise TLoRAError(
                     f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
                     "and vae of one checkpoint.") from error
+
+    def _out_of_memory(self) -> str:
+        request = self.request
+        ways = ["" if self.checkpointing else 'set memory to "low", or ', f"lower resolution (now {request.resolution})"]
+        for name, value in (("batch_size", request.config.batch_size), ("rank", request.rank)):
+            if value > 1:
+                ways.append(f", {name} (now {value})")
+        return f"Memory ran out in step {self.trainer.step + 1}; {''.join(ways)} or the number of layers."
+
+    @property
+    def schedule(self) -> RankSchedule:
+        """The request's; for a method without ranks of its own, all of the widest layer's at every timestep."""
+        if not METHODS[self.request.method].of_weight:
+            return self.request.schedule
+        widest = max(adapter.rank for adapter in self.adapters.values())
+        return RankSchedule(widest, widest)
 
     def go_on_from(self, state: Mapping) -> None:
         """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
@@ -153,7 +192,7 @@ class Personalization:
             **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
             "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
         return TLoRAFile(
-            layers=layers, method=request.method, schedule=request.schedule, num_timesteps=self.num_timesteps,
+            layers=layers, method=request.method, schedule=self.schedule, num_timesteps=self.num_timesteps,
             noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
             token=request.token, class_word=request.class_word, training=training)
 
@@ -164,6 +203,8 @@ class Personalization:
     def _check_config(self) -> None:
         """Settings that this model has no use for are refused now and not in the middle of a step."""
         config = self.request.config
+        if config.orthogonality and METHODS[self.request.method].of_weight:
+            raise TLoRAError(f"orthogonality is for low-rank methods; set it to 0 with {self.request.method}.")
         draw_sigmas(self.sampling, 1, torch.Generator(), config.timestep_density, config.noise_from, config.noise_to)
         if config.min_snr_gamma:
             min_snr_weight(self.sampling, self.sampling.sigma_max.reshape(1), config.min_snr_gamma)
@@ -189,7 +230,8 @@ class Personalization:
     def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
         request, device = self.request, self.model.load_device
         shapes = {name: layer.shape for name, layer in layers.items()}
-        if "weight" not in request.start or not METHODS[request.method].is_orthogonal:
+        method = METHODS[request.method]
+        if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
         with training_session(self.model):
             weights = {name: layer.weight for name, layer in layers.items()}

@@ -10,7 +10,8 @@ Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next 
 memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
 memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
 adapter's own. Copies are made where memory allows and the layer is a plain one; layers that the host streams, casts or
-quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product.
+quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a compiled
+model gets its rank as a tensor, so that no step compiles it anew.
 """
 import re
 import uuid
@@ -46,7 +47,7 @@ class TimestepAwarePatch:
         base = executor.class_obj
         timesteps, T = noise_level(base.model_sampling, sigma)
         modules = diffusion_modules(base.diffusion_model)
-        adapters = self.adapters(x.device, layer_dtype(base))
+        adapters = self.adapters(x.device, base.get_dtype_inference())
         active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
         if self.on_evaluation is not None:
             self.on_evaluation(timesteps, self._active(self.schedule.rank, timesteps, T))
@@ -78,12 +79,6 @@ class TimestepAwarePatch:
         """The host moves everything that has `.to` to the sampling device, then casts it to the model's dtype, which
         may be fp8, and at the end moves it off. Adapters are cast where they are used, so there is nothing to do."""
         return self
-
-
-def layer_dtype(base) -> torch.dtype:
-    """What the model's layers compute in; not the dtype of weights that are only stored in eight bits."""
-    dtype = base.get_dtype_inference()
-    return dtype if dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
 
 class DeviceCopies:
@@ -155,7 +150,8 @@ def _is_plain(layer: torch.nn.Module, device, dtype) -> bool:
     """Whether the layer's own forward is just its weight, as it lies there, times the input."""
     weight = layer.weight
     return (isinstance(layer, torch.nn.Linear) and _is_constant(layer) and type(weight.data) is torch.Tensor
-            and weight.device == device and weight.dtype == dtype and not getattr(layer, "comfy_cast_weights", False))
+            and weight.device == device and weight.dtype == dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not getattr(layer, "comfy_cast_weights", False))
 
 
 def _own_copy(text, device, dtype):
@@ -177,7 +173,7 @@ class SamplingPatch(TimestepAwarePatch):
         self.fold = fold
 
     def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
-        text = _own_copy(c_crossattn, x.device, layer_dtype(executor.class_obj))
+        text = _own_copy(c_crossattn, x.device, executor.class_obj.get_dtype_inference())
         return super().__call__(executor, x, sigma, c_concat, text, *args, **kwargs)
 
     def active(self, base, rank, timesteps, T):
@@ -194,7 +190,7 @@ class SamplingPatch(TimestepAwarePatch):
         paths = {split_name(name)[0] for name in adapters}
         if not paths <= folds.layers.keys():
             new = {path: modules[path] for path in paths - folds.layers.keys()}
-            folds.add(base, new, x, layer_dtype(base), must=self.fold is True)
+            folds.add(base, new, x, base.get_dtype_inference(), must=self.fold is True)
         return {path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths}
 
     def to(self, target):

@@ -15,6 +15,7 @@ from comfy.utils import ProgressBar
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
 from ..file import TLoRAFile, write_whole
+from ..packages import required
 from ..runs import Recorder, RunFolder
 from ..trainer import TrainingDiverged
 from ..version import __version__
@@ -37,7 +38,7 @@ class Keeping:
     save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
     rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
         unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
-    wandb: the record goes to Weights & Biases too.
+    wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
     """
 
     validation_prompts: tuple[str, ...] = ()
@@ -47,6 +48,7 @@ class Keeping:
     save_on_cancel: bool = False
     rerun: str = RERUNS[0]
     wandb: bool = False
+    memory: str = "auto"
 
     def __post_init__(self) -> None:
         if self.rerun not in RERUNS:
@@ -56,6 +58,8 @@ class Keeping:
                 raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
         if self.validate_every and not self.validation_prompts:
             raise TLoRAError(f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line.")
+        if self.wandb:
+            required("wandb", "The input wandb")
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         if outcome is not None:
             _show_found(outcome, request, node_id)
             return outcome
-    personalization = Personalization(model, clip, vae, images, request, prior)
+    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory)
     state = None if found is None else found.load_checkpoint()
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapters import METHODS, LowRank
-from ..container import Contents, one_line, read_contents, read_metadata
+from ..container import Contents, one_line, printable, read_contents, read_metadata
 from ..errors import TLoRAError
 from ..file import METADATA_KEY, TLoRAFile
 from ..schedule import RankSchedule
@@ -74,7 +74,7 @@ def load_any(
     try:
         return _load(path, target, min_rank, alpha, progress)
     except TLoRAError as error:
-        message = str(error)
+        message = printable(str(error))
         raise TLoRAError(message if message.startswith(f'"{path.name}"') else f'"{path.name}": {message}') from error
     except OSError as error:
         raise TLoRAError(

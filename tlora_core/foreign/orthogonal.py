@@ -118,8 +118,8 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
 def singular_vectors(weight: Tensor) -> Triple:
     """(U [out, k], S [k], Vh [k, in]) of a weight [out, in], k the smaller side, S descending: float64, on its device.
 
-    From the eigenvectors of the smaller Gram matrix, which takes half to all of the time of an SVD in float32. In float64,
-    squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer side.
+    From the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py). In
+    float64, squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer side.
     """
     W = weight.double()
     is_wide = W.shape[0] <= W.shape[1]

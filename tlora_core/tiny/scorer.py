@@ -66,15 +66,26 @@ class ConceptMatcher:
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
         """`pictures` [B, H, W, 3] in 0..1. Returns [B]."""
-        pictures = at_size(pictures.movedim(-1, 1)).movedim(1, -1)
-        return torch.stack([self._distance(picture.flatten()) for picture in pictures])
+        return self.fit(pictures)[0]
 
-    def _distance(self, picture):
-        poses, errors = self.coarse[0], _errors(picture, self.coarse)
-        x, y, r, a = poses[int(errors.argmin())]
+    def fit(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(distances [B], best poses [B, 4]: x and y of the centre and radius in half-widths of the picture, angle in radians)."""
+        pictures = at_size(pictures.movedim(-1, 1)).movedim(1, -1)
+        found = [self._fit(picture.flatten()) for picture in pictures]
+        return torch.stack([error for error, _ in found]), torch.from_numpy(np.stack([pose for _, pose in found]))
+
+    def _fit(self, picture):
+        best = _best(picture, self.coarse)
+        x, y, r, a = best[1]
         shifts, sizes, turns = (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (-0.1, -0.05, 0, 0.05, 0.1)
         near = np.array([(x + i, y + j, r + k, a + m) for i in shifts for j in shifts for k in sizes for m in turns])
-        return torch.minimum(errors.min(), _errors(picture, self._templates(near)).min())
+        return min(best, _best(picture, self._templates(near)), key=lambda found: found[0])
+
+
+def _best(picture, templates):
+    """(error, pose) of the template that fits best."""
+    errors = _errors(picture, templates)
+    return errors.min(), templates[0][int(errors.argmin())]
 
 
 def _errors(picture, templates):

@@ -1,0 +1,222 @@
+"""From raw records to figures: IS, TS, diversity and copying; comparison at equal IS; bootstrap intervals.
+
+A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared within
+units, and intervals come from drawing concepts, then seeds within them, with replacement.
+"""
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from tlora_core.adapters import METHODS
+
+from .prompts import COMBINED, KINDS, NEUTRAL, Draws
+from .run import read
+from .study import Cell
+
+REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
+CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
+LEVELS = (0.5, 0.6, 0.7)  # IS at which methods are compared
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Point:
+    """One checkpoint. is_: 0 what the bare base draws, 1 the concept seen through the autoencoder. ts: share of asked
+    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind. copied_background, copied_place: share
+    of pictures that show the training picture's though another was asked. spread: mean distance of the places in neutral
+    pictures from their middle, in half-widths. control: share of attributes right in prompts without the concept."""
+
+    cell: Cell
+    step: int
+    is_: float
+    ts: float
+    by_kind: dict[str, float]
+    copied_background: float
+    copied_place: float
+    spread: float
+    control: float
+    effective_rank: float | None
+    record: dict
+
+
+def load(folder: Path) -> list[dict]:
+    return read(*sorted(folder.glob("*.jsonl")))
+
+
+def cell_of(record: dict) -> Cell:
+    known = {f.name for f in fields(Cell)}
+    values = {name: value for name, value in record["cell"].items() if name in known}
+    return Cell(**{**values, "steps": tuple(values["steps"]), "draws": Draws(**values["draws"])})
+
+
+def points(records: Sequence[dict]) -> list[Point]:
+    """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and the
+    references themselves as step 0. Raises SystemExit when a reference is missing."""
+    references = {_unit(record): record for record in records if record["cell"]["method"] == "none"}
+    made = []
+    for record in records:
+        if "diverged" in record:
+            continue
+        if _unit(record) not in references:
+            raise SystemExit(f"There is no record of the bare base for {record['cell']['concept']}, seed {record['cell']['seed']}.")
+        made.append(_point(record, references[_unit(record)]))
+    return made
+
+
+def _unit(record):
+    cell = record["cell"]
+    return cell["concept"], cell["seed"], json.dumps(cell["draws"], sort_keys=True)
+
+
+def _point(record, reference):
+    base, top = _distance(reference), reference["ceiling"]
+    rows, training = record["rows"], record["training"]
+    by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
+    places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
+    ranks = record.get("effective_rank_B")
+    return Point(
+        cell_of(record), record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind,
+        _copied(rows, training, "background"), _copied(rows, training, "place"),
+        float(np.linalg.norm(places - places.mean(0), axis=1).mean()), _right(record["control"]),
+        float(np.mean(ranks)) if ranks else None, record)
+
+
+def _distance(record):
+    return _mean(row["distance"] for row in record["rows"] if row["kind"] == NEUTRAL)
+
+
+def _right(rows):
+    """Share of asked attributes that are seen; None where nothing was asked."""
+    right = [row["seen"][name] == value for row in rows for name, value in row["asked"].items()]
+    return _mean(right) if right else None
+
+
+def _copied(rows, training, name):
+    asked = [row["seen"][name] == training[name] for row in rows if name in row["asked"]]
+    return _mean(asked) if asked else float("nan")
+
+
+def _mean(values):
+    return float(np.mean(list(values)))
+
+
+# --- methods against each other ---
+
+Variant = Callable[[Cell], str | None]  # the name of a cell's row in a table, None where it has none
+
+
+def curves(given: Sequence[Point], variant: Variant) -> dict[str, dict[tuple[str, int], list[Point]]]:
+    """variant -> unit -> its points in the order of steps, those of the bare base first."""
+    bare = {(p.cell.concept, p.cell.seed, p.cell.draws): p for p in given if p.cell.method == "none"}
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for point in sorted(given, key=lambda p: p.step):
+        name = variant(point.cell) if point.cell.method != "none" else None
+        if name is not None:
+            unit = found[name][point.cell.concept, point.cell.seed]
+            if not unit:
+                unit.append(bare[point.cell.concept, point.cell.seed, point.cell.draws])
+            unit.append(point)
+    return found
+
+
+def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float]) -> float | None:
+    """`value` where the training first reaches IS `level`, by a straight line between the checkpoints around it; None where
+    it never does."""
+    for before, after in zip(line, line[1:]):
+        if before.is_ < level <= after.is_:
+            share = (level - before.is_) / (after.is_ - before.is_)
+            return (1 - share) * value(before) + share * value(after)
+    return None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over units with its 95% interval. units: how many; concepts: of how many concepts. An interval needs two concepts."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    units: int
+    concepts: int
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:.3f} (n = {self.units})"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimate | None:
+    """None for no units. Concepts are drawn first, then seeds within each."""
+    groups = defaultdict(list)
+    for (concept, _), value in by_unit.items():
+        if value is not None and np.isfinite(value):
+            groups[concept].append(value)
+    if not groups:
+        return None
+    arrays, rng = [np.array(v) for v in groups.values()], np.random.default_rng(seed)
+    everything, low, high = np.concatenate(arrays), None, None
+    if len(arrays) > 1:
+        means = [np.mean(np.concatenate([rng.choice(arrays[i], len(arrays[i])) for i in rng.integers(len(arrays), size=len(arrays))]))
+                 for _ in range(RESAMPLES)]
+        low, high = (float(v) for v in np.percentile(means, (2.5, 97.5)))
+    return Estimate(float(everything.mean()), low, high, len(everything), len(arrays))
+
+
+def at_level(lines: Mapping[tuple[str, int], Sequence[Point]], level: float, value: Callable[[Point], float]) -> dict:
+    """unit -> `value` at that IS, of the units that reach it."""
+    found = {unit: value_at(line, level, value) for unit, line in lines.items()}
+    return {unit: v for unit, v in found.items() if v is not None}
+
+
+def difference(ours: Mapping, others: Mapping) -> dict:
+    """ours - others in the units that both have."""
+    return {unit: ours[unit] - others[unit] for unit in ours.keys() & others.keys()}
+
+
+def mean_over_levels(lines, value: Callable[[Point], float], levels: Sequence[float] = LEVELS) -> dict:
+    """unit -> mean of `value` over the levels, of the units that reach all of them: one number in place of a hand-picked level."""
+    each = [at_level(lines, level, value) for level in levels]
+    return {unit: _mean(e[unit] for e in each) for unit in set.intersection(*(set(e) for e in each))}
+
+
+# --- gates ---
+
+
+def is_damaged(point: Point, base: Point) -> bool:
+    """Whether prompts without the concept are obeyed worse than by the bare base, by more than CONTROL_LOSS."""
+    return point.control is not None and base.control is not None and base.control - point.control > CONTROL_LOSS
+
+
+def gate(lines: Mapping[tuple[str, int], Sequence[Point]]) -> dict[str, float]:
+    """Share of units that reproduce the concept at any step, and of those the share not damaged at the first such step."""
+    first = {unit: next((p for p in line[1:] if p.is_ >= REPRODUCED), None) for unit, line in lines.items()}
+    reached = {unit: p for unit, p in first.items() if p is not None}
+    sound = [not is_damaged(point, lines[unit][0]) for unit, point in reached.items()]
+    return {"reproduced": len(reached) / len(first), "undamaged": _mean(sound) if sound else float("nan")}
+
+
+def choose_rates(records: Sequence[dict]) -> dict[str, float]:
+    """Each method's rate from the sweep: the one that reproduces the concept in most units (undamaged), then the highest TS there.
+
+    TS is at IS REPRODUCED, so that a rate is not preferred for learning less. Raises SystemExit when a method was not swept.
+    """
+    given, chosen = points(records), {}
+    for method in METHODS:
+        by_rate = curves(given, lambda cell, method=method: f"{cell.learning_rate}" if cell.method == method else None)
+        if not by_rate:
+            raise SystemExit(f"There is no sweep of {method}; run the study `rates` first.")
+
+        def merit(rate, by_rate=by_rate):
+            passed, there = gate(by_rate[rate]), at_level(by_rate[rate], REPRODUCED, lambda p: p.ts)
+            return passed["reproduced"] * np.nan_to_num(passed["undamaged"]), _mean(there.values()) if there else 0.0
+        chosen[method] = float(max(by_rate, key=merit))
+    return chosen
+
+
+def combined_only(point: Point) -> float:
+    """TS of the prompts that ask for several things at once: the paper's complex ones."""
+    return point.by_kind.get(COMBINED, float("nan"))

@@ -1,0 +1,36 @@
+"""What is measured of drawn pictures. All of it is kept raw in the results; `analysis` makes figures of it.
+
+IS stands on `ConceptMatcher`: the colour error over the object's own pixels, hence with the background masked, in the best
+fitting pose. TS is the share of asked attributes that a scorer finds. The place and the background that a scorer sees, and the
+matcher's pose, give diversity and copying.
+"""
+from collections.abc import Sequence
+
+import torch
+
+from tlora_core.tiny import world
+from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
+
+from .prompts import NEUTRAL, Prompt
+from .scorer import COLOURS, ConceptScorer
+
+NAMES = {"shape": world.SHAPES, "colour": COLOURS, "pattern": world.PATTERNS, "background": tuple(world.BACKGROUNDS),
+         "place": tuple(world.PLACES)}
+
+
+def seen(pictures: torch.Tensor, scene: AttributeScorer, look: ConceptScorer) -> list[dict[str, str]]:
+    """What each of `pictures` [B, H, W, 3] in 0..1 shows: attribute -> the name of its value. Colour and pattern are by the
+    scorer that knows rims and cores."""
+    found = {**scene.predict(pictures), **look.predict(pictures)}
+    return [{name: NAMES[name][int(found[name][i])] for name in NAMES} for i in range(len(pictures))]
+
+
+def measure(pictures: torch.Tensor, prompts: Sequence[Prompt], matcher: ConceptMatcher, scene: AttributeScorer,
+            look: ConceptScorer) -> list[dict]:
+    """A row for each picture: its prompt's kind and text, what was asked and is seen; for neutral ones distance and pose."""
+    rows = [{"kind": p.kind, "prompt": p.text, "asked": p.asked, "seen": s} for p, s in zip(prompts, seen(pictures, scene, look))]
+    neutral = [i for i, prompt in enumerate(prompts) if prompt.kind == NEUTRAL]
+    distances, poses = matcher.fit(pictures[neutral])
+    for i, distance, pose in zip(neutral, distances.tolist(), poses.tolist()):
+        rows[i] |= {"distance": round(distance, 5), "pose": [round(v, 3) for v in pose]}
+    return rows

@@ -1,0 +1,201 @@
+"""Runs cells one by one and appends what is measured to a file of JSON lines, from which an interrupted run goes on."""
+import functools
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tlora_core.adapters import METHODS
+from tlora_core.dataset import training_images
+from tlora_core.images import to_picture
+from tlora_core.report import B_KEY
+from tlora_core.tiny import world
+from tlora_core.tiny.autoencoder import LATENT_CHANNELS
+from tlora_core.tiny.scorer import ConceptMatcher
+from tlora_core.trainer import TrainConfig, TrainingDiverged
+
+from . import scorer as look_scorer
+from .metrics import measure, seen
+from .prompts import TOKEN, Prompt, control_prompts, prompts, settings
+from .study import Cell
+
+SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
+
+
+class Bench:
+    """The tiny base in the host, and the scorers."""
+
+    def __init__(self, weights: Path):
+        import tiny_gate
+
+        from tlora_core.comfy_host import tiny_base
+        self.model, self.clip, self.vae = tiny_base.load(str(weights / "tiny_base.safetensors"))
+        self.scene, self.look = tiny_gate.load_scorer(weights), look_scorer.load_scorer()
+        self.matcher = functools.lru_cache(2)(lambda name: ConceptMatcher(concept_named(name)))
+
+    def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
+        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch; noise depends on the prompt's kind and seed only."""
+        import comfy.sample
+        noise = torch.stack([torch.randn(LATENT_CHANNELS, 8, 8, generator=_noise_seed(p)) for p in asked])
+        positive, negative = self._condition([p.text for p in asked]), self._condition([""] * len(asked))
+        drawn = comfy.sample.sample(
+            model or self.model, noise, SAMPLING_STEPS, GUIDANCE, "euler", "normal", positive, negative, torch.zeros_like(noise),
+            disable_pbar=True, seed=0)
+        return self.vae.decode(drawn).clamp(0, 1)
+
+    def _condition(self, texts):
+        encoded = {text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in set(texts)}
+        text = torch.cat([encoded[t][0] for t in texts])
+        return [[text, {"pooled_output": torch.cat([encoded[t][1]["pooled_output"] for t in texts])}]]
+
+
+def concept_named(name: str) -> world.Concept:
+    return next(c for c in world.CONCEPTS if c.name == name)
+
+
+def training_pictures(cell: Cell) -> torch.Tensor:
+    """[images, 64, 64, 3] in 0..1."""
+    concept, pictures = concept_named(cell.concept), []
+    for i, setting in enumerate(settings(concept, cell.seed, cell.images)):
+        rng = np.random.default_rng((cell.seed, i))
+        pictures.append(world.render(world.concept_scenes(concept, 1, rng, setting.background, setting.place))[0])
+    return torch.from_numpy(np.stack(pictures))
+
+
+def ceiling(bench: Bench, concept: world.Concept, count: int = 4) -> float:
+    """The distance of the concept itself, rendered in new scenes and seen through the autoencoder."""
+    pictures = torch.from_numpy(world.render(world.concept_scenes(concept, count, np.random.default_rng(9))))
+    return bench.matcher(concept.name).distance(bench.vae.decode(bench.vae.encode(pictures))).mean().item()
+
+
+def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], None] = lambda step: None):
+    """Yields (record, pictures [N, 64, 64, 3]) at each of the cell's steps that is not in `done`."""
+    concept = concept_named(cell.concept)
+    setting = settings(concept, cell.seed)[0]
+    asked = prompts(concept, cell.seed, cell.draws, setting)
+    control = control_prompts(concept, cell.seed, cell.draws.control)
+
+    def drawn(model, **more):
+        began = time.process_time()
+        pictures = bench.draw([*asked, *control], model)
+        rows = measure(pictures[:len(asked)], asked, bench.matcher(cell.concept), bench.scene, bench.look)
+        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked):], bench.scene, bench.scene))]
+        return {"cell": asdict(cell), "training": asdict(setting), "rows": rows, "control": others, **more,
+                "cpu_seconds_drawing": round(time.process_time() - began, 1)}, pictures
+
+    if cell.method == "none":
+        yield drawn(bench.model, step=0, ceiling=ceiling(bench, concept))
+        return
+    from tlora_core.comfy_host.sampling import apply_tlora
+    trained = personalization(bench, cell)
+    for step in cell.steps:
+        began = time.process_time()
+        try:
+            trained.train(step, lambda at, loss: on_step(at))
+        except TrainingDiverged as error:
+            yield {"cell": asdict(cell), "training": asdict(setting), "step": step, "diverged": error.step}, None
+            return
+        seconds = round(time.process_time() - began, 1)
+        if step in done:
+            continue
+        tlora = trained.tlora()
+        yield drawn(apply_tlora(bench.model, tlora), step=step, loss=fmean(trained.trainer.losses[-20:]),
+                    effective_rank_B=list(tlora.training[B_KEY].values()), cpu_seconds_training=seconds)
+
+
+def personalization(bench: Bench, cell: Cell):
+    from tlora_core.comfy_host.personalize import Personalization, TrainRequest
+    config = TrainConfig(steps=max(cell.steps), learning_rate=cell.learning_rate, batch_size=cell.batch_size, seed=cell.seed,
+                         noise_from=cell.noise_from, noise_to=cell.noise_to)
+    request = TrainRequest(
+        TOKEN, concept_named(cell.concept).shape, method=cell.method, rank=cell.rank, start=cell.start, alpha=cell.alpha,
+        min_rank=cell.min_rank if METHODS[cell.method].is_masked else cell.rank, curve=cell.curve_text, resolution=64, config=config)
+    return Personalization(bench.model, bench.clip, bench.vae, training_images(training_pictures(cell)), request)
+
+
+def read(*files: Path) -> list[dict]:
+    """The records of result files. A last line that was cut off when a run was killed is left out."""
+    records = []
+    for file in files:
+        lines = file.read_text().splitlines() if file.exists() else []
+        for i, line in enumerate(lines):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                if i != len(lines) - 1:
+                    raise
+    return records
+
+
+def steps_done(records: list[dict]) -> dict[str, set[int]]:
+    """By cell key. A training that diverged is done at all its steps."""
+    done: dict[str, set[int]] = {}
+    for record in records:
+        steps = record["cell"]["steps"] if "diverged" in record else [record["step"]]
+        done.setdefault(json.dumps(record["cell"], sort_keys=True), set()).update(steps)
+    return done
+
+
+def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None]) -> None:
+    """Appends to `file` what is not there yet; a sheet of each cell's pictures goes into the folder `sheets` beside it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _mend(file)
+    done, began, finished = steps_done(read(file)), time.monotonic(), 0
+    missing = [cell for cell in cells if not set(cell.steps) <= done.get(cell.key, set())]
+    total = sum(max(cell.steps) for cell in missing)
+    commit = _commit()
+    say(f"{len(cells) - len(missing)} of {len(cells)} cells are done; {len(missing)} to go, {total} steps.")
+    for number, cell in enumerate(missing, 1):
+        def progress(step, number=number, cell=cell, before=finished):
+            if step % 10 == 0 or step == max(cell.steps):
+                share = (before + step) / max(1, total)
+                left = (time.monotonic() - began) * (1 - share) / share
+                say(f"cell {number} of {len(missing)}: {cell.method} {cell.concept}, step {step}; {share:.0%}, about {left / 60:.0f} min left")
+        sheets = []
+        for record, pictures in run_cell(bench, cell, done.get(cell.key, set()), progress):
+            with file.open("a") as out:
+                out.write(json.dumps({**record, "commit": commit}) + "\n")
+            if pictures is not None:
+                sheets.append((record["step"], pictures))
+        if sheets:
+            _sheet(cell, sheets, file.parent / "sheets")
+        finished += max(cell.steps)
+
+
+def sheet_path(folder: Path, cell: Cell) -> Path:
+    import hashlib
+    return folder / f"{cell.concept.replace(' ', '_')}-{cell.method}-{hashlib.sha256(cell.key.encode()).hexdigest()[:10]}.jpg"
+
+
+def _sheet(cell, drawn, folder):
+    """A row for each checkpoint, the training picture first, then the prompts in their order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    first = training_pictures(cell)[:1]
+    rows = [torch.cat([first, pictures])[:, ::1] for _, pictures in drawn]
+    picture = to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows]))
+    picture.resize((picture.width * 3 // 2, picture.height * 3 // 2), Image.Resampling.LANCZOS).save(sheet_path(folder, cell), quality=88)
+
+
+def _mend(file):
+    """Ends a line that a killed run left unfinished, by dropping it."""
+    if file.exists() and (text := file.read_text()) and not text.endswith("\n"):
+        file.write_text(text[:text.rfind("\n") + 1])
+
+
+def _noise_seed(prompt):
+    from .prompts import KINDS
+    kind = (*KINDS, "control").index(prompt.kind)
+    return torch.Generator().manual_seed(1000 * kind + prompt.seed)
+
+
+def _commit():
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"

@@ -1,0 +1,171 @@
+"""The cells of the study: which trainings answer which table or figure of the paper."""
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from tlora_core.adapters import METHODS
+from tlora_core.orthogonal import DEFAULT_START, STARTS
+from tlora_core.tiny import world
+
+from .prompts import Draws
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sweep
+SWEPT = {False: (3e-4, 1e-3, 3e-3), True: (5e-4, 1.5e-3, 5e-3)}  # by Method.is_orthogonal: what starts orthogonal moves less per step
+RANKS = (2, 4, 8, 16, 32)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
+RANK = 32
+INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
+R_MIN = (0.0, 0.25, 0.5, 1.0)
+FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t / T, share)
+    "late drop": ((0.0, 1.0), (0.6, 1.0), (1.0, 0.5)), "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
+    "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)), "rising": ((0.0, 0.5), (1.0, 1.0))}
+ALPHAS = (0.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and what is drawn at its checkpoints: all that its result depends on, and hence its key.
+
+    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "".
+    """
+
+    concept: str
+    seed: int
+    method: str
+    rank: int = RANK
+    learning_rate: float = 0.0
+    steps: tuple[int, ...] = (0,)
+    batch_size: int = 4
+    min_share: float = 0.5
+    alpha: float = 1.0
+    curve: str = ""
+    start: str = DEFAULT_START
+    images: int = 1
+    noise_from: float = 0.0
+    noise_to: float = 1.0
+    draws: Draws = Draws(1, 1, 0, 0, 0, 0)
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @property
+    def min_rank(self) -> int:
+        return round(self.min_share * self.rank)
+
+    @property
+    def curve_text(self) -> str:
+        """As TrainRequest.curve takes it."""
+        return ", ".join(f"{level:g}:{round(share * self.rank)}" for level, share in FREE[self.curve]) if self.curve else ""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of a study is run."""
+
+    concepts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: tuple[int, ...]
+    draws: Draws
+    batch_size: int = 4
+
+
+_NAMES = tuple(c.name for c in world.CONCEPTS)
+SCALES = {
+    "full": Scale(_NAMES, (0, 1, 2), (50, 100, 150, 200, 300, 400, 600), Draws(6, 6, 4, 4, 6, 6)),
+    "sweep": Scale(_NAMES[2:5], (0,), (50, 100, 200, 400), Draws(4, 4, 4, 2, 4, 4)),
+    "pilot": Scale(_NAMES[2:5], (0,), (40, 80, 160, 300), Draws(3, 4, 4, 2, 4, 3)),
+    "quick": Scale(_NAMES[2:3], (0,), (50, 100, 200, 300), Draws(3, 4, 4, 2, 4, 3)),
+    "miniature": Scale(_NAMES[2:3], (0,), (1, 2), Draws(1, 1, 0, 0, 0, 0), batch_size=1),
+}
+
+
+def chosen_rates(path: Path = RATES) -> dict[str, float]:
+    """The learning rate of each method. Raises SystemExit when the sweep has not been run."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing; run the study `rates` first, then `choose-rates`.")
+    return json.loads(path.read_text())
+
+
+def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> list[Cell]:
+    return [Cell(concept=concept, seed=seed, learning_rate=rates[variant["method"]], steps=scale.steps, draws=scale.draws,
+                 batch_size=scale.batch_size, **variant)
+            for seed in scale.seeds for concept in scale.concepts for variant in variants]
+
+
+def references(scale: Scale) -> list[Cell]:
+    """The bare base on the same prompts: what IS and the gates are measured from."""
+    return [Cell(concept=concept, seed=seed, method="none", draws=scale.draws) for seed in scale.seeds for concept in scale.concepts]
+
+
+def rates(scale: Scale, chosen: dict[str, float]) -> list[Cell]:
+    return [cell for method, kind in METHODS.items() for rate in SWEPT[kind.is_orthogonal]
+            for cell in _cells(scale, {method: rate}, [{"method": method}])]
+
+
+def table1(scale, chosen):
+    return _cells(scale, chosen, [{"method": m, "rank": r} for m in ("lora", "vanilla_tlora", "tlora") for r in RANKS])
+
+
+def table2(scale, chosen):
+    return _cells(scale, chosen, [{"method": m} for m in METHODS])
+
+
+def table4(scale, chosen):
+    return _cells(scale, chosen, [{"method": m, "images": n} for m in ("lora", "tlora") for n in (1, 2, 3)])
+
+
+def figure2(scale, chosen):
+    return _cells(scale, chosen, [{"method": "lora", "noise_from": a, "noise_to": b} for a, b in INTERVALS])
+
+
+def figure4(scale, chosen):
+    """Effective rank, which every training's last record holds; figure 9 is the same of all layers."""
+    return _cells(scale, chosen, [{"method": m, "rank": r} for m in ("lora", "ortho_lora") for r in RANKS])
+
+
+def figure5(scale, chosen):
+    return _cells(scale, chosen, [{"method": "ortho_lora", "rank": r, "start": s} for s in STARTS for r in (4, 32)])
+
+
+def figure6(scale, chosen):
+    return _cells(scale, chosen, [{"method": "tlora", "min_share": share} for share in R_MIN])
+
+
+def figures10_12(scale, chosen):
+    return _cells(scale, chosen, [{"method": m, "rank": r} for m in ("lora", "tlora") for r in (4, 16, 32)])
+
+
+def curves(scale, chosen):
+    return _cells(scale, chosen, [{"method": "tlora", "curve": c} for c in FREE] + [{"method": "tlora", "alpha": a} for a in ALPHAS])
+
+
+def main_methods(scale, chosen):
+    """T-LoRA and LoRA with both controls, as T-LoRA bundles mask and start."""
+    return _cells(scale, chosen, [{"method": m} for m in ("lora", "tlora", "vanilla_tlora", "ortho_lora")])
+
+
+STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
+    "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "figure2": figure2,
+    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves}
+
+
+def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
+    """References first, then the cells of all studies, each once."""
+    cells = references(scale)
+    for name in names:
+        cells += STUDIES[name](scale, chosen)
+    return list(dict.fromkeys(_meaningful(cell) for cell in cells))
+
+
+def _meaningful(cell: Cell) -> Cell:
+    """Without what a method ignores, so that two studies share a training."""
+    if cell.method not in METHODS:
+        return cell
+    kind = METHODS[cell.method]
+    if not kind.is_masked:
+        cell = replace(cell, min_share=1.0, alpha=1.0, curve="")
+    if not kind.is_orthogonal:
+        cell = replace(cell, start=DEFAULT_START)
+    return cell

@@ -1,0 +1,57 @@
+"""Does T-LoRA do what its paper says? The paper's tables and figures, on the tiny base and its world.
+
+    python3 tools/host.py bench personalization rates                     # learning rates, swept per method
+    python3 tools/host.py bench personalization choose-rates
+    python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
+    python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
+
+A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
+of one concept, at most 10 minutes on two idle cores. --part 2/8 takes every eighth cell, for eight processes side by side.
+Results: benchmarks/results/*.jsonl.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
+
+
+def main():
+    from evidence import analysis, report
+    from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
+                        help=f"{', '.join(STUDIES)}; all; choose-rates; report (methods)")
+    parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
+    parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    if args.what == ["report"]:
+        report.write(args.results, ROOT / "docs")
+        return
+    if args.what == ["choose-rates"]:
+        chosen = analysis.choose_rates(analysis.load(args.results))
+        RATES.write_text(json.dumps(chosen, indent=2) + "\n")
+        print(RATES.read_text())
+        return
+    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
+    if unknown := set(names) - STUDIES.keys():
+        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}")
+    name = "quick" if args.quick else args.scale or ("sweep" if names == ["rates"] else "full")
+    part, of = (int(number) for number in args.part.split("/"))
+    cells = cells_of(names, SCALES[name], {} if names == ["rates"] else chosen_rates())[part - 1::of]
+    import tiny_gate
+    import torch
+    tiny_gate.parse_host_arguments(args.device)
+    from evidence.run import Bench, run
+    file = args.results / (f"{name}.jsonl" if of == 1 else f"{name}-{part}of{of}.jsonl")
+    with torch.inference_mode():
+        run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+if __name__ == "__main__":
+    main()

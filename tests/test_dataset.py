@@ -1,0 +1,83 @@
+"""Training pictures: captions, masks, framing."""
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tlora_core import TLoRAError
+from tlora_core.dataset import FRAMINGS, PROMPT, TrainingImage, bucket, caption_of, frame, loss_weights, training_images
+from tlora_core.images import square
+
+SQUARE, ASPECT = FRAMINGS
+
+
+def pictures(count, height, width):
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(0))
+
+
+def test_captions_are_one_for_all_or_one_for_each():
+    batch = pictures(2, 20, 30)
+    assert [i.caption for i in training_images(batch)] == [PROMPT] * 2
+    assert [i.caption for i in training_images(batch, "\n a {token} \n")] == ["a {token}"] * 2
+    assert [i.caption for i in training_images(batch, "one\n\ntwo")] == ["one", "two"]
+    with pytest.raises(TLoRAError, match="captions has 3 lines for 2 pictures"):
+        training_images(batch, "a\nb\nc")
+    assert caption_of("a {token}  {class_word}, {token}", "sks", "dog") == "a sks dog, sks"
+    assert caption_of(PROMPT, "", "dog") == "a photo of dog"
+
+
+def test_masks_are_one_for_all_or_one_for_each():
+    batch, mask = pictures(2, 20, 30), torch.zeros(2, 20, 30)
+    mask[:, 5:10, 5:10] = 2.0
+    one, two = training_images(batch, mask=mask[0]), training_images(batch, mask=mask)
+    assert all(i.mask.shape == (20, 30) and i.mask.max() == 1 for i in one + two)
+    with pytest.raises(TLoRAError, match="mask has shape .*same height"):
+        training_images(batch, mask=torch.ones(20, 31))
+    with pytest.raises(TLoRAError, match="mask has shape"):
+        training_images(batch, mask=torch.ones(3, 20, 30))
+    with pytest.raises(TLoRAError, match="mask 2 is empty"):
+        training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
+
+
+def test_square_framing_is_the_papers():
+    (image,) = training_images(pictures(1, 40, 100))
+    framed = frame(image, SQUARE, 32, 8)
+    assert torch.equal(framed.pixels, square(image.pixels[None], 32)[0])
+    assert (framed.original, framed.crop, framed.size) == ((40, 40), (0, 0), (32, 32))
+
+
+def test_aspect_framing_keeps_shape_and_says_what_it_cut():
+    (image,) = training_images(pictures(1, 600, 1000))
+    framed = frame(image, ASPECT, 1024, 8)
+    assert framed.size == (1280, 768) and framed.original == (1000, 600) and framed.crop == (0, 0)
+    tall = frame(TrainingImage(pictures(1, 1000, 610)[0]), ASPECT, 1024, 8)
+    assert tall.size == (768, 1280) and tall.crop[0] + tall.crop[1] > 0
+    assert frame(TrainingImage(pictures(1, 64, 64)[0]), ASPECT, 64, 8).pixels.shape == (64, 64, 3)
+
+
+@given(st.integers(16, 5000), st.integers(16, 5000), st.sampled_from([(64, 8), (512, 8), (1024, 8), (1024, 16)]))
+def test_buckets_are_whole_cells_of_no_more_pixels_and_near_the_shape(width, height, size):
+    resolution, unit = size
+    w, h = bucket(width, height, resolution, unit)
+    assert w % unit == h % unit == 0 and 0 < w * h <= resolution**2
+    if 0.4 < width / height < 2.5:
+        assert 0.8 < (w / h) / (width / height) < 1.25 and w * h >= 0.85 * resolution**2
+
+
+def test_mask_is_framed_with_its_picture():
+    pixels, mask = torch.zeros(40, 80, 3), torch.zeros(40, 80)
+    pixels[10:30, 50:70], mask[10:30, 50:70] = 1, 1
+    for framing in FRAMINGS:
+        framed = frame(TrainingImage(pixels, mask=mask), framing, 64, 8)
+        assert framed.mask.shape == framed.pixels.shape[:2]
+        assert (framed.mask - framed.pixels[..., 0]).abs().mean() < 0.05
+
+
+def test_weights_of_the_loss_have_mean_one_and_the_floor_outside():
+    mask = torch.zeros(16, 16)
+    mask[:8, :8] = 1
+    weights = loss_weights(mask, (4, 4), 0.25)
+    assert weights.mean() == pytest.approx(1) and float(weights[3, 3] / weights[0, 0]) == pytest.approx(0.25)
+    assert float(loss_weights(mask, (4, 4), 0.0)[3, 3]) == 0
+    with pytest.raises(TLoRAError, match="covers nothing"):
+        loss_weights(torch.zeros(16, 16), (4, 4), 0.0)

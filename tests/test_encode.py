@@ -1,0 +1,120 @@
+"""Training pictures through the host's own VAE, and what the denoiser makes of them."""
+import host_models as models
+import pytest
+import torch
+
+DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
+            "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def vae(comfy):
+    """SD's kind of VAE, whose posterior has a width; small, with random weights."""
+    import comfy.sd
+
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        made = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": DDCONFIG, "embed_dim": 4}})
+        for parameter in made.first_stage_model.parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    return made
+
+
+def test_posterior_is_the_vaes_mean_and_deviation(vae):
+    from tlora_core.comfy_host.encode import posterior
+
+    pixels = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        mean, deviation = posterior(vae, pixels)
+        moments = vae.first_stage_model.quant_conv(vae.first_stage_model.encoder(pixels.movedim(-1, 1) * 2 - 1))
+        torch.testing.assert_close(mean, vae.encode(pixels)[0])
+    wanted_mean, log_variance = moments.float()[0].chunk(2)
+    torch.testing.assert_close(mean, wanted_mean)
+    torch.testing.assert_close(deviation, torch.exp(log_variance / 2))
+    assert not vae.first_stage_model.regularization._forward_hooks
+
+
+def sample(mean, **changes):
+    from tlora_core.comfy_host.encode import Sample
+
+    return Sample(**{"mean": mean, "deviation": None, "weights": None, "conditioning": models.conditioning(), **changes})
+
+
+def denoiser(model, samples, **config):
+    from tlora_core import RankSchedule
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.config import TrainConfig
+
+    return HostDenoiser(model, {}, RankSchedule(4, 2), samples, TrainConfig(**config))
+
+
+@pytest.fixture(scope="module")
+def model(comfy):
+    return models.random_unet()
+
+
+def test_fresh_latents_have_the_posteriors_mean_and_width(model):
+    mean, deviation = torch.randn(16, 8, 8), torch.rand(16, 8, 8) + 0.1
+    one = sample(mean, deviation=deviation)
+    generator = torch.Generator().manual_seed(0)
+    fresh = denoiser(model, [one])
+    drawn = torch.stack([fresh._latent(one, generator) for _ in range(2000)])
+    wanted = model.model.process_latent_in(mean[None])[0]
+    width = model.model.process_latent_in(mean[None] + deviation)[0] - wanted
+    assert (drawn.mean(0) - wanted).abs().max() < 0.15 * width.max()
+    assert (drawn.std(0) / width).mean() == pytest.approx(1, abs=0.02)
+    fixed = denoiser(model, [one], fresh_latents=False)
+    assert torch.equal(fixed._latent(one, generator), wanted)
+
+
+def test_loss_counts_inside_the_mask_only(model, monkeypatch):
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    weights = torch.zeros(8, 8)
+    weights[:4] = 2.0
+    error = torch.zeros(2, 16, 8, 8)
+    error[0, :, 4:] = 100.0
+    error[1] = 3.0
+    monkeypatch.setattr(HostDenoiser, "output_error", lambda *args: error)
+    samples = [sample(torch.zeros(16, 8, 8), weights=weights), sample(torch.zeros(16, 8, 8))]
+    (loss,) = denoiser(model, samples).losses([0, 1], torch.Generator())
+    assert loss.item() == pytest.approx((0 + 9) / 2)
+
+
+def test_min_snr_weighs_each_sample_by_its_own_sigma(model, monkeypatch):
+    from tlora_core.comfy_host import denoiser as module
+
+    sigmas = torch.tensor([0.1, 0.5, 2.0])
+    monkeypatch.setattr(module.HostDenoiser, "output_error", lambda self, s, latents, *args: torch.ones_like(latents))
+    monkeypatch.setattr(module, "draw_sigmas", lambda *args: sigmas)
+    samples = [sample(torch.zeros(16, 8, 8))] * 3
+    (loss,) = denoiser(model, samples, min_snr_gamma=5.0).losses([0, 1, 2], torch.Generator())
+    snr = sigmas**-2
+    assert loss.item() == pytest.approx((snr.clamp(max=5.0) / snr).mean().item())
+
+
+def test_timesteps_follow_interval_and_density(comfy):
+    import comfy.model_sampling as ms
+
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host.noise import draw_sigmas, min_snr_weight
+
+    class Discrete(ms.ModelSamplingDiscrete, ms.EPS):
+        pass
+
+    class Flow(ms.ModelSamplingFlux, ms.CONST):
+        pass
+
+    generator = torch.Generator().manual_seed(0)
+    discrete, flow = Discrete(), Flow()
+    drawn = discrete.timestep(draw_sigmas(discrete, 4000, generator, "uniform", 0.25, 0.5))
+    assert 250 <= drawn.min() < 260 and 490 < drawn.max() <= 499
+    assert discrete.timestep(draw_sigmas(discrete, 4000, generator)).float().mean() == pytest.approx(500, abs=20)
+    uniform, normal, mode = (draw_sigmas(flow, 4000, generator, name) for name in ("uniform", "logit_normal", "mode"))
+    assert uniform.std() > mode.std() > 0.2 > 0.21 - 0.02 and normal.std() == pytest.approx(0.2, abs=0.02)
+    part = draw_sigmas(flow, 1000, generator, "logit_normal", 0.5, 1.0)
+    assert 0.5 <= part.min() and part.max() <= 1.0 and part.mean() == pytest.approx(0.75, abs=0.02)
+    with pytest.raises(TLoRAError, match="timestep_density"):
+        draw_sigmas(discrete, 1, generator, "mode")
+    with pytest.raises(TLoRAError, match="min_snr_gamma"):
+        min_snr_weight(flow, torch.ones(1), 5.0)

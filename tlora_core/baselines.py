@@ -1,0 +1,91 @@
+"""The methods that the paper compares with, as adapters like the others, so that they train and apply by the same code.
+
+OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) turn a layer's input, W' = W R with R orthogonal: the update W (R - I) has
+the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the update is U diag(change) V^T.
+None has a mask. Their updates are as large as the layers themselves, and so are their files.
+"""
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Adapter
+from .errors import TLoRAError
+
+
+class _OfWeight(Adapter):
+    """An adapter that is made of the layer's weight [out, in]."""
+
+    group = 1
+
+    @torch.no_grad()
+    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        up, down = self.factors()
+        return up[:, :active].to(dtype), down[:active].to(dtype)
+
+
+class RotationAdapter(_OfWeight):
+    """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two such
+    matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not copied."""
+
+    def __init__(self, weight: Tensor, blocks: int, shuffled: bool):
+        super().__init__()
+        width = weight.shape[1]
+        self.weight, self.shuffled = weight.detach(), shuffled
+        self.Q = nn.Parameter(torch.zeros(1 + shuffled, blocks, width // blocks, width // blocks, device=weight.device))
+        self.order = torch.arange(width, device=weight.device).view(blocks, -1).t().reshape(-1)
+
+    @property
+    def rank(self) -> int:
+        return self.weight.shape[1]
+
+    def rotation(self) -> Tensor:
+        """R [in, in]; the identity at the start."""
+        skew, eye = self.Q - self.Q.mT, torch.eye(self.Q.shape[-1], device=self.Q.device)
+        turned = torch.linalg.solve(eye - skew, eye + skew)
+        rotation = torch.block_diag(*turned[0])
+        if self.shuffled:
+            rotation = (torch.block_diag(*turned[1]) @ rotation[self.order])[torch.argsort(self.order)]
+        return rotation
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.rotation() - torch.eye(self.rank, device=self.Q.device)
+
+    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor]:
+        with torch.enable_grad():
+            return torch.autograd.grad(self.rotation(), self.Q, down.to(self.Q.dtype))
+
+
+class SVDiffAdapter(_OfWeight):
+    """relu(s + shift) - s on the singular values s of the weight; the shift starts at zero."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.U, self.s, self.V = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        self.shift = nn.Parameter(torch.zeros_like(self.s))
+
+    @property
+    def rank(self) -> int:
+        return len(self.s)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.U * (torch.relu(self.s + self.shift) - self.s), self.V
+
+    @torch.no_grad()
+    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor]:
+        return ((up.to(self.U.dtype) * self.U).sum(0) * (self.s + self.shift > 0),)
+
+
+def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -> dict[str, Adapter]:
+    """One adapter for each weight [out, in]. blocks: of OFT and GSOFT, "OFT-32" has 32; SVDiff has none and ignores it.
+
+    Raises TLoRAError for a number of blocks that does not divide a layer's width.
+    """
+    if method == "svdiff":
+        return {name: SVDiffAdapter(weight) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.shape[1] % blocks or blocks == weight.shape[1]:
+            raise TLoRAError(
+                f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is {weight.shape[1]} '
+                "wide; set it to a number that divides this, such as 4 or 8.")
+    return {name: RotationAdapter(weight, blocks, method == "gsoft") for name, weight in weights.items()}
