@@ -9,7 +9,7 @@ from hostlib.server import PACK_NAME
 from PIL import Image
 from test_file import make
 
-from tlora_core import RankSchedule, TLoRAError
+from tlora_core import METHODS, RankSchedule, TLoRAError
 
 WORKFLOW = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
 # As a user's change of a widget does.
@@ -112,8 +112,9 @@ def test_curve_follows_the_values_of_train_and_apply_follows_train(graph):
             wait_for(graph, node_type, [label(**values), True])
     graph.evaluate(SET, ["TLoRATrainFromImage", {"min_rank": 17}])
     wait_for(graph, "TLoRATrainFromImage", ["min_rank is 17, above the rank, which is 16.", False])
-    graph.evaluate(SET, ["TLoRATrainFromImage", {"min_rank": 4, "method": "lora"}])
-    wait_for(graph, "TLoRATrainFromImage", [label(16, 16, 1.0), True])
+    for method, traits in METHODS.items():
+        graph.evaluate(SET, ["TLoRATrainFromImage", {"min_rank": 4, "method": method}])
+        wait_for(graph, "TLoRATrainFromImage", [label(16, 4 if traits.is_masked else 16, 1.0), True])
 
 
 def test_load_shows_the_files_phrase_picture_and_schedule_as_text_and_its_own_values_count(graph):

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 from hostlib.build import Host
@@ -81,7 +82,7 @@ class Template:
                             "font_size": 24, "flags": {}})
 
     def as_json(self) -> dict:
-        return {"id": f"71c0a000-0000-4000-8000-{int.from_bytes(self.name.encode()[:6], 'big'):012x}"[:36], "revision": 0,
+        return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ComfyUI-T-LoRA/{self.name}")), "revision": 0,
                 "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
                 "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [420, 110]}}, "version": 0.4}
 

@@ -4,7 +4,7 @@ SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on
 # As in the quickstart: what teaches the tiny base an object in about a minute.
 TINY = {"token": "sks", "class_word": "heart", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
         "batch_size": 2, "method": "tlora"}
-TRAIN_SIZE = (340, 1180)
+TRAIN_SIZE = (340, 1310)  # with room for validation pictures and a message
 BLUE, GREEN, PURPLE, RED = "#3f789e", "#8A8", "#88A", "#A88"
 HUB = "https://huggingface.co/"
 SDXL = {"name": "sd_xl_base_1.0.safetensors", "directory": "checkpoints",
@@ -55,7 +55,7 @@ along. A T-LoRA has few of them on there.""")
     plain = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, "LoRA", **common,
                          **{**TINY, "method": "lora", "file_name": "tlora/compared_lora"})
     masked = template.add("TLoRATrainFromImage", (760, 80), TRAIN_SIZE, "T-LoRA", **common, **TINY, file_name="tlora/compared_tlora")
-    template.group("2  Two methods, else the same", (360, 0, 760, 1300), GREEN)
+    template.group("2  Two methods, else the same", (360, 0, 760, 1420), GREEN)
     _compared(template, base, [("LoRA", plain["MODEL"]), ("T-LoRA", masked["MODEL"]), ("without", base["MODEL"])], 1160,
               "One training picture, same prompts, same seed", "tlora/compare")
 
@@ -74,7 +74,7 @@ Press **Run**: four trainings that differ in `min_rank` alone, a few minutes in 
         node = template.add("TLoRATrainFromImage", (380 + 380 * i, 80), TRAIN_SIZE, f"min_rank {least}", **common,
                             **{**TINY, "min_rank": least, "file_name": f"tlora/min_rank_{least}"})
         settings.append((f"min_rank {least}", node["MODEL"]))
-    template.group("2  Four values of min_rank", (360, 0, 1520, 1300), GREEN)
+    template.group("2  Four values of min_rank", (360, 0, 1520, 1420), GREEN)
     _compared(template, base, settings, 1920, "Rank 32, same prompts, same seed", "tlora/min_rank")
 
 
@@ -100,11 +100,11 @@ paint over the subject, and connect its MASK output.""")
                               captions="a photo of {token} {class_word} " + words, **more)
         y += 480
     first = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background="meadow")
-    template.group("2  Pictures with captions", (360, 0, 360, 1300), PURPLE)
+    template.group("2  Pictures with captions", (360, 0, 360, 1420), PURPLE)
     trained = template.add("TLoRATrainFromImage", (760, 80), TRAIN_SIZE, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
                            image=first["IMAGE"], mask=mask["MASK"], more_images=images["images"],
                            captions="a photo of {token} {class_word} in a meadow", **TINY, file_name="tlora/several_images")
-    template.group("3  Train", (740, 0, 380, 1300), GREEN)
+    template.group("3  Train", (740, 0, 380, 1420), GREEN)
     _compared(template, base, [("T-LoRA", trained["MODEL"]), ("without", base["MODEL"])], 1160,
               "Five pictures with masks, same prompts, same seed", "tlora/several_images")
 
@@ -134,10 +134,10 @@ def _train_on_one_image(template, checkpoint, note, subject, **settings):
     trained = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, model=loaded["MODEL"], clip=loaded["CLIP"], vae=loaded["VAE"],
                            image=image["IMAGE"], token="sks", class_word=subject, file_name=f"tlora/{subject}",
                            validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100, **settings)
-    template.group("2  Train", (360, 0, 380, 1300), GREEN)
+    template.group("2  Train", (360, 0, 380, 1420), GREEN)
     prompts = template.add("TLoRAPrompts", (780, 80), (300, 220), tlora=trained["T-LoRA"],
                            prompts="a photo of {} on the beach\na photo of {} in the snow\na painting of {} in a library")
-    template.group("3  Prompts", (760, 0, 340, 1300), PURPLE)
+    template.group("3  Prompts", (760, 0, 340, 1420), PURPLE)
     return loaded, trained, prompts
 
 

@@ -8,14 +8,14 @@ import { pointsOf, ScheduleChart, textOf } from "./schedule.js";
 import { t } from "./texts.js";
 
 const HEIGHT_CHART = 128, HEIGHT_CARD = 76;
-const UNMASKED = ["lora", "ortho_lora"];
+const MASKED = ["auto", "tlora", "vanilla_tlora"];
 
 const panels = new WeakMap(); // node -> SchedulePanel
 const told = new WeakMap(); // node -> the schedule that its last sampling had
 
 function trainedSchedule(node) {
   const { rank, min_rank, alpha, method, curve } = values(node);
-  if (UNMASKED.includes(method)) return { rank, min_rank: rank, alpha: 1 };
+  if (!MASKED.includes(method)) return { rank, min_rank: rank, alpha: 1 };
   return { rank, min_rank, alpha, points: pointsOf(curve ?? "") };
 }
 
@@ -77,7 +77,7 @@ class SchedulePanel {
     if (at !== this.latest) return;
     this.card?.show(values(node).file, file);
     this.chart.show(schedule, t(!this.card ? "not_connected" : file ? "no_schedule" : "no_file"));
-    this.editor?.show(!UNMASKED.includes(values(node).method));
+    this.editor?.show(MASKED.includes(values(node).method));
   }
 }
 
