@@ -109,6 +109,24 @@ paint over the subject, and connect its MASK output.""")
               "Five pictures with masks, same prompts, same seed", "tlora/several_images")
 
 
+def stop_and_go_on(template):
+    template.note((0, 0), (320, 280), """# Stop, keep, go on
+
+1. Press **Run**, and **Stop and keep** in the training panel when you have seen enough: the sheet is made with what was learnt.
+2. Press **Run** again: with `rerun` on *continue* the training goes on from there to its last step. A cancel, a crash or a power \
+cut costs at most the 50 steps since the last checkpoint.
+
+`checkpoint_files` keeps a file of each checkpoint, for *Load T-LoRA*.""")
+    base, concept = _tiny_subject(template)
+    trained = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+                           image=concept["IMAGE"], **TINY, file_name="tlora/stop_and_go_on", checkpoint_every=50, checkpoint_files=True,
+                           save_on_cancel=True, rerun="continue", validate_every=50,
+                           validation_prompts="a photo of {token} {class_word} in the snow")
+    template.group("2  Train, in as many goes as you like", (360, 0, 380, 1420), GREEN)
+    _compared(template, base, [("T-LoRA", trained["MODEL"]), ("without", base["MODEL"])], 780,
+              "So far learnt, same prompts, same seed", "tlora/stop_and_go_on")
+
+
 def _real_pictures(template, model, clip, vae, prompts, x, side, latent="EmptyLatentImage", negative=True, **sampling):
     """Text, sampler and saved pictures on a model of full size."""
     positive = template.add("CLIPTextEncode", (x, 80), (300, 120), "Prompts", clip=clip, text=prompts)
@@ -206,5 +224,6 @@ you do not need.""")
 
 
 TEMPLATES = {fill.__name__: fill for fill in (
-    compare_lora_with_tlora, min_rank_sweep, several_images_with_masks, train_sdxl_on_one_image, train_flux_on_one_image,
+    compare_lora_with_tlora, min_rank_sweep, several_images_with_masks, stop_and_go_on, train_sdxl_on_one_image,
+    train_flux_on_one_image,
     generate_with_a_file, use_a_file_from_elsewhere)}
