@@ -3,6 +3,7 @@
     python3 tools/host.py bench personalization rates                     # learning rates, swept per method
     python3 tools/host.py bench personalization choose-rates
     python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
+    python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
 
 A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
@@ -18,12 +19,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 
+def check_scorers(file):
+    import tiny_gate
+    from evidence import scorer, validation
+    file.write_text(json.dumps(validation.validate(tiny_gate.load_scorer(), scorer.load_scorer()), indent=2) + "\n")
+    print(file.read_text())
+
+
 def main():
     from evidence import analysis, report
     from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; choose-rates; report (methods)")
+                        help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; report (methods)")
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
@@ -37,6 +45,9 @@ def main():
         chosen = analysis.choose_rates(analysis.load(args.results))
         RATES.write_text(json.dumps(chosen, indent=2) + "\n")
         print(RATES.read_text())
+        return
+    if args.what == ["check-scorers"]:
+        check_scorers(args.results / "scorers.json")
         return
     names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
     if unknown := set(names) - STUDIES.keys():

@@ -1,78 +1,68 @@
 """Gradients of adapters on the host's own models, against finite differences in float64: its blocks write in place, and what is
 computed again for a backward pass starts from what was written there."""
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 DOUBLE = torch.float64
-UNET = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2], "num_res_blocks": [1, 1],
-    "use_spatial_transformer": True, "context_dim": 24, "use_temporal_attention": False, "use_temporal_resblock": False,
-    "legacy": False,
-}
-SD15 = {**UNET, "transformer_depth": [1, 1], "transformer_depth_middle": 1, "transformer_depth_output": [1, 1, 1, 1],
-        "use_linear_in_transformer": False, "num_classes": None, "adm_in_channels": None}
-SDXL = {**UNET, "transformer_depth": [0, 2], "transformer_depth_middle": 1, "transformer_depth_output": [0, 0, 2, 1],
-        "use_linear_in_transformer": True, "num_classes": "sequential", "adm_in_channels": 32}
-KINDS = ["sd15", "sdxl", "sd3", "flux"]
-
-
-def make(kind, dtype=DOUBLE):
-    import comfy.supported_models as supported
-    import random_models
-
-    if kind in ("sd15", "sdxl"):
-        config = supported.SD15(dict(SD15)) if kind == "sd15" else supported.SDXL(dict(SDXL))
-        config.unet_config.update(num_heads=2 if kind == "sd15" else -1, num_head_channels=-1 if kind == "sd15" else 16)
-        return random_models._filled(config, dtype=dtype)
-    return random_models.sd3(3, 24, 32, dtype=dtype) if kind == "sd3" else random_models.flux(256, (2, 2), 24, 32, dtype=dtype)
+FAMILIES = ["sd15", "sdxl", "sd3", "flux", "chroma", "lumina2", "z-image", "qwen-image", "wan"]
+SOME = ["sdxl", "sd3", "flux"]
+ALIKE, MIXED = (0.5, 0.5), (0.2, 0.9)  # noise levels of the two samples of a batch: of one rank, or of a rank each
 
 
 class Setting:
-    """A model with adapters on all target layers, moved away from their start."""
+    """A small model with adapters on all target layers, moved away from their start."""
 
-    def __init__(self, kind, dtype=DOUBLE, storage=None):
-        from comfy.ldm.modules.attention import attention_pytorch
+    def __init__(self, family, dtype=DOUBLE, storage=None):
+        import random_models
 
         from tlora_core import make_adapters
         from tlora_core.comfy_host.families import target_layers
 
-        self.model = make(kind, dtype)
+        # No SDXL is small enough, so this is one with fewer blocks and a narrow text.
+        self.model = random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype) if family == "sdxl" else random_models.small(family, dtype=dtype)
         if storage is not None:
             cast_to(self.model, storage)
         self.layers = target_layers(self.model)
         shapes = {name: layer.shape for name, layer in self.layers.items()}
         self.adapters = {name: a.to(dtype) for name, a in make_adapters("tlora", "last_random", shapes, 4, 0).items()}
         self.parameters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
-        generator = torch.Generator().manual_seed(0)
-
-        def rand(*shape):
-            return torch.randn(*shape, generator=generator, dtype=DOUBLE).to(dtype)
-
+        self.generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters:
-                parameter.add_(rand(*parameter.shape) * 0.2)
-        is_unet = kind in ("sd15", "sdxl")
-        self.x, self.t = rand(2, 4 if is_unet else 16, 8, 8), torch.tensor([0.3, 0.7], dtype=dtype) * (1000 if is_unet else 1)
-        self.conditions = {"context": rand(2, 5, 24)}
-        if kind != "sd15":
-            self.conditions["y"] = rand(2, 32)
-        if kind == "flux":
-            self.conditions["guidance"] = torch.ones(2, dtype=dtype)
-        self.options = {"optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-        self.weights = rand(*self.x.shape)
+                parameter.add_(self.rand(*parameter.shape).to(dtype) * 0.2)
+        self.latents = self.rand(2, *random_models.latent(self.model).shape[1:]).float()
+        self.noise, self.weights = self.rand(*self.latents.shape).float(), self.rand(*self.latents.shape)
 
-    def loss(self, active):
-        from tlora_core.attach import Attachment, attached
+    def rand(self, *shape):
+        return torch.randn(*shape, generator=self.generator, dtype=DOUBLE)
 
-        with attached(Attachment(self.layers[name].module, a, active, self.layers[name].row) for name, a in self.adapters.items()):
-            output = self.model.model.diffusion_model(
-                self.x.clone(), self.t, transformer_options=dict(self.options), **self.conditions)
-        return (output * self.weights).mean()
+    @contextmanager
+    def session(self, checkpointing=False):
+        import random_models
 
-    def gradients(self, active):
+        from tlora_core import RankSchedule
+        from tlora_core.comfy_host.denoiser import HostDenoiser
+        from tlora_core.comfy_host.encode import Sample
+        from tlora_core.comfy_host.training import training_session
+        from tlora_core.config import TrainConfig
+
+        with training_session(self.model, checkpointing):
+            samples = [Sample(latent, None, None, random_models.conditioning(self.model, 5, seed)) for seed, latent in enumerate(self.latents)]
+            self.denoiser = HostDenoiser(self.model, self.adapters, RankSchedule(4, 1), samples, TrainConfig())
+            yield
+
+    def loss(self, levels):
+        sampling = self.model.model.model_sampling
+        sigmas = sampling.sigmas[[int(level * (len(sampling.sigmas) - 1)) for level in levels]].clone()
+        error = self.denoiser.output_error(self.denoiser.samples, self.latents, self.noise, sigmas)
+        return (error * self.weights).mean()
+
+    def gradients(self, levels):
         for parameter in self.parameters:
             parameter.grad = None
-        self.loss(active).backward()
+        self.loss(levels).backward()
         return [parameter.grad for parameter in self.parameters]
 
 
@@ -90,49 +80,48 @@ def cast_to(model, storage):
                 parameter.data = parameter.data.to(storage)
 
 
-def slope(setting, names, active, step=1e-3):
-    """(what the gradients say, what the loss does) when the adapters of these layers move along their gradient."""
-    parameters = [p for name in names for p in setting.adapters[name].parameters()]
+def slope(setting, name, levels, step=1e-2):
+    """(what the gradients say, what the loss does) when one layer's adapter moves along its gradient. The host gives its output
+    in float32, so the step must not be too small."""
+    parameters = list(setting.adapters[name].parameters())
     length = sum(p.grad.square().sum() for p in parameters).sqrt()
-    directions = [p.grad.clone() / length for p in parameters]
+    # SD3's last block makes a query of the text that nothing looks at: no gradient, and no direction to go in.
+    directions = [p.grad.clone() / length.clamp(min=1e-12) for p in parameters]
     values = []
     with torch.no_grad():
         for sign in (1, -2, 1):
             for parameter, direction in zip(parameters, directions):
                 parameter.add_(direction, alpha=sign * step)
-            values.append(setting.loss(active).item())
+            values.append(setting.loss(levels).item())
     return length.item(), (values[0] - values[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("active", [3, torch.tensor([4, 2])], ids=["one rank", "a rank a sample"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_finite_differences(comfy, kind, active, checkpointing):
-    from tlora_core.comfy_host.training import training_session
-
-    setting = Setting(kind)
-    with training_session(setting.model, checkpointing):
-        setting.gradients(active)
-        names = list(setting.adapters)
-        for group in (names[:1], names[len(names) // 2:][:1], names[-1:]):
-            said, done = slope(setting, group, active)
-            assert said == pytest.approx(done, rel=1e-4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_finite_differences(comfy, family):
+    setting = Setting(family)
+    for levels, checkpointing in ((ALIKE, False), (MIXED, False), (MIXED, True)):
+        with setting.session(checkpointing):
+            setting.gradients(levels)
+            names = list(setting.adapters)
+            for name in (names[0], names[len(names) // 2], names[-1]):
+                said, done = slope(setting, name, levels)
+                assert said == pytest.approx(done, rel=3e-3), (levels, checkpointing, name)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_no_gradient_and_saves_memory(comfy, kind):
-    from tlora_core.comfy_host.training import checkpointed, training_session
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_no_gradient_and_saves_memory(comfy, family):
+    from tlora_core.comfy_host.training import checkpointed
 
-    setting, kept = Setting(kind), []
-    with training_session(setting.model):
-        plain = setting.gradients(3)
+    setting, kept = Setting(family), []
+    with setting.session():
+        plain = setting.gradients(ALIKE)
         kept.append(saved_bytes(setting))
         with checkpointed(setting.model):
             for _ in range(2):  # the first call finds out what a block overwrites
-                for one, other in zip(plain, setting.gradients(3)):
-                    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+                for one, other in zip(plain, setting.gradients(ALIKE)):
+                    torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
             kept.append(saved_bytes(setting))
-    assert kept[1] < kept[0] / 2
+    assert kept[1] < kept[0] * 0.6
 
 
 def saved_bytes(setting) -> int:
@@ -144,57 +133,51 @@ def saved_bytes(setting) -> int:
 
     weights = {p.untyped_storage().data_ptr() for p in setting.model.model.diffusion_model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = setting.loss(3)
+        loss = setting.loss(ALIKE)
     total = sum(size for pointer, size in saved.items() if pointer not in weights)
     del loss
     return total
 
 
 def test_what_is_computed_again_has_the_ranks_it_had(comfy):
-    """Another evaluation, with other ranks and without adapters, may come between a forward pass and its backward pass."""
-    from tlora_core.comfy_host.training import training_session
-
+    """Other evaluations, with other ranks, may come between a forward pass and its backward pass."""
     setting = Setting("flux")
-    with training_session(setting.model, checkpointing=True):
-        wanted = [g.clone() for g in setting.gradients(2)]
+    with setting.session(checkpointing=True):
+        wanted = [g.clone() for g in setting.gradients(MIXED)]
         for parameter in setting.parameters:
             parameter.grad = None
-        loss = setting.loss(2)
+        loss = setting.loss(MIXED)
         with torch.no_grad():
-            setting.loss(4)
-        setting.loss(3)
+            setting.loss(ALIKE)
+        setting.loss((0.05, 0.05))
         loss.backward()
     for one, parameter in zip(wanted, setting.parameters):
         assert torch.equal(one, parameter.grad)
 
 
 @pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("kind", ["sdxl", "flux"])
-def test_weights_that_are_cast_for_each_use_are_not_kept(comfy, kind, storage):
-    from tlora_core.comfy_host.training import training_session
-
-    full, cast = Setting(kind, torch.float32), Setting(kind, torch.float32, storage)
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_weights_that_are_cast_for_each_use_are_not_kept(comfy, family, storage):
+    full, cast = Setting(family, torch.float32), Setting(family, torch.float32, storage)
     with torch.no_grad():
         for one, other in zip(full.model.model.diffusion_model.parameters(), cast.model.model.diffusion_model.parameters()):
             one.copy_(other.float())
-    with training_session(full.model):
-        wanted, needed = full.gradients(3), saved_bytes(full)
-    with training_session(cast.model):
-        got, kept = cast.gradients(3), saved_bytes(cast)
+    with full.session():
+        wanted, needed = full.gradients(ALIKE), saved_bytes(full)
+    with cast.session():
+        got, kept = cast.gradients(ALIKE), saved_bytes(cast)
     for one, other in zip(wanted, got):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5 * float(one.abs().max()))
     assert kept < 1.01 * needed
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_left_on_the_model_after_an_error_in_a_backward_pass(comfy, kind):
-    from tlora_core.comfy_host.training import training_session
-
-    setting = Setting(kind, torch.float32)
+@pytest.mark.parametrize("family", SOME)
+def test_nothing_is_left_on_the_model_after_an_error_in_a_backward_pass(comfy, family):
+    setting = Setting(family, torch.float32)
     network = setting.model.model.diffusion_model
     before = {k: (v.clone(), v.data_ptr()) for k, v in network.state_dict().items()}
-    with pytest.raises(torch.OutOfMemoryError), training_session(setting.model, checkpointing=True):
-        loss = setting.loss(3)
+    with pytest.raises(torch.OutOfMemoryError), setting.session(checkpointing=True):
+        loss = setting.loss(ALIKE)
         last = next(reversed(setting.layers.values())).module
         handle = last.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
         try:

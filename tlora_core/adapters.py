@@ -104,7 +104,6 @@ class Adapter(nn.Module):
         return LowRank(up, down, self.group).balanced()
 
 
-
 class LoRAAdapter(Adapter):
     """B A (LoRA and Vanilla T-LoRA): A [r, in] starts as N(0, (1/r)^2), B [out, r] as zero."""
 

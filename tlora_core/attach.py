@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from torch import LongTensor, Tensor, nn
 
-from .adapters import Adapter
+from .adapters import LoRAAdapter, OrthoAdapter
 from .autograd import Evaluation, Part, Trained
 from .masking import add_low_rank
 
@@ -66,7 +66,7 @@ def attached(attachments: Iterable[Attachment]):
     evaluation = Evaluation()
     with replaced_forward() as replace:
         for layer, parts in of_layers.items():
-            in_training = all(isinstance(part.adapter, Adapter) for part in parts)
+            in_training = all(isinstance(part.adapter, LoRAAdapter | OrthoAdapter) for part in parts)
             replace(layer, Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts))
         yield
 

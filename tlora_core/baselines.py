@@ -13,20 +13,11 @@ from .adapters import Adapter
 from .errors import TLoRAError
 
 
-class _OfWeight(Adapter):
-    """An adapter that is made of the layer's weight [out, in]."""
-
-    group = 1
-
-    @torch.no_grad()
-    def active_factors(self, active: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        up, down = self.factors()
-        return up[:, :active].to(dtype), down[:active].to(dtype)
-
-
-class RotationAdapter(_OfWeight):
+class RotationAdapter(Adapter):
     """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two such
     matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not copied."""
+
+    group = 1
 
     def __init__(self, weight: Tensor, blocks: int, shuffled: bool):
         super().__init__()
@@ -51,13 +42,11 @@ class RotationAdapter(_OfWeight):
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.rotation() - torch.eye(self.rank, device=self.Q.device)
 
-    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor]:
-        with torch.enable_grad():
-            return torch.autograd.grad(self.rotation(), self.Q, down.to(self.Q.dtype))
 
-
-class SVDiffAdapter(_OfWeight):
+class SVDiffAdapter(Adapter):
     """relu(s + shift) - s on the singular values s of the weight; the shift starts at zero."""
+
+    group = 1
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -70,10 +59,6 @@ class SVDiffAdapter(_OfWeight):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.U * (torch.relu(self.s + self.shift) - self.s), self.V
-
-    @torch.no_grad()
-    def gradients(self, up: Tensor, down: Tensor) -> tuple[Tensor]:
-        return ((up.to(self.U.dtype) * self.U).sum(0) * (self.s + self.shift > 0),)
 
 
 def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -> dict[str, Adapter]:

@@ -76,7 +76,7 @@ class Trainer:
         pending: Reading | None = None
         try:
             while self.step < until:
-                if self.step % SNAPSHOT_EVERY == 0:
+                if self.step % SNAPSHOT_EVERY == 0 and self.step != self._good[0]:
                     self._candidate = (self.step, self._copy())
                 loss = self._backward(denoiser, batches)
                 # A GPU's loss is read while it is at the next step, so that it never waits.

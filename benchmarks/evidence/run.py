@@ -107,7 +107,7 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
             continue
         tlora = trained.tlora()
         yield drawn(apply_tlora(bench.model, tlora), step=step, loss=fmean(trained.trainer.losses[-20:]),
-                    effective_rank_B=list(tlora.training[B_KEY].values()), cpu_seconds_training=seconds)
+                    effective_rank_B=list(tlora.training.get(B_KEY, {}).values()), cpu_seconds_training=seconds)
 
 
 def personalization(bench: Bench, cell: Cell):
@@ -178,7 +178,7 @@ def _sheet(cell, drawn, folder):
     """A row for each checkpoint, the training picture first, then the prompts in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     first = training_pictures(cell)[:1]
-    rows = [torch.cat([first, pictures])[:, ::1] for _, pictures in drawn]
+    rows = [torch.cat([first, pictures]) for _, pictures in drawn]
     picture = to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows]))
     picture.resize((picture.width * 3 // 2, picture.height * 3 // 2), Image.Resampling.LANCZOS).save(sheet_path(folder, cell), quality=88)
 

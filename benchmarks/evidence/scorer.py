@@ -4,7 +4,7 @@ The tiny base's own scorer never saw a rim or a core, and takes them for colour 
 the pattern in 29% to 98% of the pictures and an asked body colour in 13% to 99%, by concept. This one is trained on objects
 with rims and cores of random colours and knows none of the concepts. Background, place and shape stay with the other.
 
-    python3 tools/host.py python benchmarks/evidence/scorer.py [--steps 800]
+    python3 tools/host.py python benchmarks/evidence/scorer.py [--steps 400]
 """
 import argparse
 import sys
@@ -81,7 +81,7 @@ def concept_pictures(concept: world.Concept, count: int, rng: np.random.Generato
     return torch.from_numpy(world.render(scenes)), {name: torch.from_numpy(values) for name, values in shown.items()}
 
 
-def train(steps: int, batch: int = 64, seed: int = 0, through=None) -> ConceptScorer:
+def train(steps: int, batch: int = 32, seed: int = 0, through=None) -> ConceptScorer:
     """through: gives the pictures [B, 3, 64, 64] in -1..1 as the tiny base's autoencoder shows them, for a quarter of each batch."""
     torch.manual_seed(seed)
     model = ConceptScorer()
@@ -121,7 +121,7 @@ def autoencoder():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
     model = train(args.steps, through=autoencoder())
     save_file({k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}, WEIGHTS)

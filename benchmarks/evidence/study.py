@@ -156,10 +156,10 @@ def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> li
     cells = references(scale)
     for name in names:
         cells += STUDIES[name](scale, chosen)
-    return list(dict.fromkeys(_meaningful(cell) for cell in cells))
+    return list(dict.fromkeys(meaningful(cell) for cell in cells))
 
 
-def _meaningful(cell: Cell) -> Cell:
+def meaningful(cell: Cell) -> Cell:
     """Without what a method ignores, so that two studies share a training."""
     if cell.method not in METHODS:
         return cell

@@ -8,8 +8,8 @@ from ..errors import TLoRAError
 from ..file import split_name
 from ..foreign.target import Target, exact_device
 from ..names import plain_name
+from .layers import diffusion_modules, is_linear
 from .noise import domain, noise_level
-from .sampling import diffusion_modules
 
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
 _PRECISE = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,12 +18,12 @@ _PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 def target_of(model: ModelPatcher) -> Target:
     """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
     modules = diffusion_modules(model.model.diffusion_model)
-    linear = {path: module for path, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    linear = {path: module for path, module in modules.items() if is_linear(module)}
     sampling = model.get_model_object("model_sampling")
     _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
     return Target(
         names=_names(model),
-        shapes={path: tuple(module.weight.shape) for path, module in linear.items()},
+        shapes={path: (module.out_features, module.in_features) for path, module in linear.items()},
         weight=lambda name, rows: _original_weight(model, name, rows),
         base_model=type(model.model.model_config).__name__.lower(),
         num_timesteps=num_timesteps,

@@ -1,0 +1,78 @@
+"""The paper's claims, each judged by an interval: confirmed, contradicted, not separable, or not tested."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels
+from .study import RANK, RANKS, Cell, meaningful
+
+
+@dataclass(frozen=True)
+class Claim:
+    text: str
+    verdict: str
+    figures: str
+
+
+def verdict(found: Estimate | None) -> str:
+    """Of a difference that the paper says is above zero. Intervals over one concept say nothing."""
+    if found is None:
+        return "not tested"
+    if found.low is None:
+        return "not tested (one concept)"
+    return "confirmed" if found.low > 0 else "contradicted" if found.high < 0 else "not separable"
+
+
+def judge(given: Sequence[Point]) -> list[Claim]:
+    made = []
+    for text, ours, others in _comparisons():
+        found = gain(given, ours, others)
+        made.append(Claim(text, verdict(found), "" if found is None else f"{found}, {found.units} units"))
+    made.append(_gain_grows(given))
+    return made
+
+
+def gain(given, ours: dict, others: dict) -> Estimate | None:
+    """TS of cells with the fields `ours` above that of cells with `others`, at equal IS, over the units that reach every level."""
+    return estimate(_differences(given, ours, others))
+
+
+def _differences(given, ours, others):
+    lines = curves(given, lambda cell: "ours" if _is(cell, ours) else "others" if _is(cell, others) else None)
+    if len(lines) < 2:
+        return {}
+    return difference(mean_over_levels(lines["ours"], _ts), mean_over_levels(lines["others"], _ts))
+
+
+def _is(cell, changes):
+    usual = Cell(cell.concept, cell.seed, **changes)
+    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to")
+    return all(getattr(cell, name) == getattr(meaningful(usual), name) for name in same)
+
+
+def _comparisons():
+    tlora, lora = {"method": "tlora"}, {"method": "lora"}
+    yield f"Table 1, 2: T-LoRA obeys better than LoRA at equal likeness (rank {RANK})", tlora, lora
+    yield "Table 1: so does Vanilla T-LoRA (mask without start)", {"method": "vanilla_tlora"}, lora
+    yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", tlora, {"method": "vanilla_tlora"}
+    yield "Table 3: T-LoRA obeys better than Ortho-LoRA (start without mask)", tlora, {"method": "ortho_lora"}
+    for other in ("oft", "gsoft"):
+        yield f"Table 2: T-LoRA obeys better than {other.upper()}", tlora, {"method": other}
+    yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", tlora, {**lora, "images": 3}
+    yield ("Figure 2: LoRA trained without the noisiest timesteps (t >= 800) obeys better than with all", {**lora, "noise_to": 0.8}, lora)
+    yield "Figure 5: last of R obeys better than principal of R", {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_random"}
+    yield ("Figure 5: last of R obeys better than principal of W (PiSSA)",
+           {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_weight"})
+    yield "Figure 6: r_min 25% obeys better than 50%", {**tlora, "min_share": 0.25}, tlora
+    yield "Figure 6: r_min 50% obeys better than 100%", tlora, {**tlora, "min_share": 1.0}
+
+
+def _gain_grows(given):
+    """The gain over LoRA at the highest rank minus that at the lowest, within units."""
+    top, bottom = (_differences(given, {"method": "tlora", "rank": rank}, {"method": "lora", "rank": rank}) for rank in (RANKS[-1], RANKS[0]))
+    found = estimate(difference(top, bottom))
+    return Claim(f"Table 1: the gain over LoRA grows with the rank ({RANKS[0]} to {RANKS[-1]})", verdict(found),
+                 "" if found is None else f"{found}, {found.units} units")
+
+
+def _ts(point):
+    return point.ts

@@ -1,0 +1,238 @@
+"""docs/EVIDENCE.md and its plots, made from the records of the largest scale that was run."""
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from tlora_core.adapters import METHODS
+from tlora_core.packages import required
+
+from . import claims
+from .analysis import (
+    CONTROL_LOSS,
+    LEVELS,
+    REPRODUCED,
+    RESAMPLES,
+    Point,
+    at_level,
+    curves,
+    difference,
+    estimate,
+    gate,
+    mean_over_levels,
+    points,
+)
+from .run import read
+from .study import RANK, SCALES, SWEPT, Cell, meaningful
+
+SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
+COMMAND = "python3 tools/host.py bench personalization"
+
+
+@dataclass(frozen=True)
+class Table:
+    """name: of the study. variant: the row that a cell belongs to. against: the row that others are compared with."""
+
+    name: str
+    title: str
+    variant: Callable[[Cell], str | None]
+    against: str
+
+
+def free(cell: Cell, *names: str) -> bool:
+    """Whether all else than `names` is as a cell has it by default."""
+    usual = meaningful(Cell(cell.concept, cell.seed, cell.method))
+    return all(getattr(cell, f.name) == getattr(usual, f.name) for f in fields(Cell) if f.name not in SHARED and f.name not in names)
+
+
+def _method(cell):
+    return cell.method if free(cell) else None
+
+
+def _ranks(cell):
+    return f"{cell.method}, rank {cell.rank}" if free(cell, "rank") else None
+
+
+def _images(cell):
+    return f"{cell.method}, images {cell.images}" if free(cell, "images") and cell.method in ("lora", "tlora") else None
+
+
+def _interval(cell):
+    return f"t/T {cell.noise_from:g} to {cell.noise_to:g}" if cell.method == "lora" and free(cell, "noise_from", "noise_to") else None
+
+
+def _start(cell):
+    return f"{cell.start}, rank {cell.rank}" if cell.method == "ortho_lora" and free(cell, "start", "rank") else None
+
+
+def _r_min(cell):
+    return f"r_min {cell.min_share:.0%}" if cell.method == "tlora" and free(cell, "min_share") else None
+
+
+def _curve(cell):
+    if cell.method != "tlora" or not free(cell, "curve", "alpha"):
+        return None
+    return cell.curve or f"alpha {cell.alpha:g}"
+
+
+TABLES = (
+    Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method, "lora"),
+    Table("table1", "Table 1: ranks", _ranks, f"lora, rank {RANK}"),
+    Table("table4", "Table 4: one, two and three training pictures", _images, "lora, images 1"),
+    Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, "t/T 0 to 1"),
+    Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, f"last_random, rank {RANK}"),
+    Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, "r_min 50%"),
+    Table("curves", "Beyond the paper: other shapes of r(t)", _curve, "alpha 1"))
+
+
+def write(results: Path, docs: Path) -> None:
+    """Overwrites docs/EVIDENCE.md and the pictures in docs/evidence."""
+    pictures = docs / "evidence"
+    pictures.mkdir(parents=True, exist_ok=True)
+    scale, given = largest(results)
+    parts = [_head(scale, given), _scorers(results), _sweep(results)]
+    for table in TABLES:
+        lines = curves(given, table.variant)
+        if len(lines) > 1:
+            parts.append(_section(table, lines, pictures))
+    parts += [_effective_rank(given), _claims(given), _limits()]
+    (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def largest(results: Path) -> tuple[str, list[Point]]:
+    """Name and points of the largest scale with records; ("", []) when there are none."""
+    for name in ("full", "pilot", "quick"):
+        if records := read(*sorted(results.glob(f"{name}*.jsonl"))):
+            return name, points(records)
+    return "", []
+
+
+def _head(scale, given):
+    trained = [p for p in given if p.cell.method != "none"]
+    text = ("# Evidence: does T-LoRA do what its paper says?\n\nMade by `" + COMMAND + " report` from `benchmarks/results/`; "
+            "nothing here is written by hand.\n\n")
+    if not trained:
+        return text + f"**Not run yet.** The sweep first (`{COMMAND} rates`, then `choose-rates`), then `{COMMAND} all`."
+    units, cells = {(p.cell.concept, p.cell.seed) for p in trained}, {p.cell.key for p in trained}
+    commits = sorted({p.record["commit"] for p in trained})
+    pictures = sum(len(p.record["rows"]) + len(p.record["control"]) for p in trained)
+    concepts = len({c for c, _ in units})
+    warning = "" if scale == "full" else (
+        f"**This is a run of scale `{scale}`, far below the {len(SCALES['full'].concepts)} concepts and {len(SCALES['full'].seeds)} seeds "
+        "that the study is meant for: it shows that the measurement works and which way things lean, no more.**\n\n")
+    return (text + warning + f"Scale `{scale}`: {concepts} concepts, {len(units)} units (concept and seed), {len(cells)} trainings, "
+            f"{len(trained)} checkpoints, {pictures} pictures; commit {', '.join(commits)}. One training picture a unit where nothing "
+            "else is said.\n\n"
+            "IS: 0 is what the bare base draws for the class word, 1 the concept itself seen through the autoencoder, background masked, "
+            "under the training prompt. TS: share of what the prompts ask for (background, place, colour, pattern) that a scorer finds. "
+            f"Methods are compared where each training first reaches the same IS ({', '.join(f'{v:g}' for v in LEVELS)}), within units; "
+            f"intervals are 95%, from {RESAMPLES} draws of concepts and of seeds within them.")
+
+
+def _scorers(results):
+    file = results / "scorers.json"
+    if not file.exists():
+        return ""
+    found = json.loads(file.read_text())
+    rows = [[name, f"{worst:.1%}", f"{mean:.1%}"] for name, (worst, mean) in found["attributes"].items()]
+    matcher = found["matcher"]
+    return ("## The scorers\n\nOn rendered pictures of the twelve concepts, which no scorer was trained on, in their own and in named colours, "
+            f"with and without patterns ({found['pictures']} of each concept):\n\n" + _markdown(["attribute", "worst concept", "mean"], rows)
+            + f"\n\nIS: {matcher['pictures']} rendered pictures lie {matcher['own']:.3f} from their concept and "
+            f"{matcher['nearest_other']:.3f} from the nearest other concept on average; {matcher['right']:.0%} are nearest to their own. "
+            f"The same pictures under strong noise lie {matcher['noise']:.3f} from their concept, blurred {matcher['blur']:.3f}, "
+            f"without colour {matcher['grey']:.3f}, and those of the class in the world's own colours {matcher['class']:.3f}.")
+
+
+def _sweep(results):
+    records = read(*sorted(results.glob("sweep*.jsonl")))
+    if not records:
+        return ""
+    given, rows = points(records), []
+    for method in METHODS:
+        for rate, lines in curves(given, lambda c, m=method: f"{c.learning_rate:g}" if c.method == m else None).items():
+            passed = gate(lines)
+            rows.append([method, rate, str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
+                         _text(estimate(at_level(lines, REPRODUCED, lambda p: p.ts)))])
+    return (f"## Learning rates\n\nSwept per method at rank {RANK} ({', '.join(f'{v:g}' for v in SWEPT[False])}; for orthogonal starts "
+            f"{', '.join(f'{v:g}' for v in SWEPT[True])}). Reproduced: IS {REPRODUCED} at any checkpoint. Undamaged: prompts without the concept "
+            f"lose at most {CONTROL_LOSS:.0%} of their attributes at the first such checkpoint.\n\n"
+            + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
+
+
+def _section(table, lines, pictures):
+    plot(lines, table.title, pictures / f"{table.name}.png")
+    own, rows = mean_over_levels(lines.get(table.against, {}), _ts) if table.against in lines else {}, []
+    for name, units in lines.items():
+        passed = gate(units)
+        ours = mean_over_levels(units, _ts)
+        gain = estimate(difference(ours, own)) if name != table.against else None
+        rows.append([name, str(len(units)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
+                     *(_text(estimate(at_level(units, level, _ts))) for level in LEVELS), _text(gain),
+                     _text(estimate(at_level(units, LEVELS[0], lambda p: p.copied_background))),
+                     _text(estimate(at_level(units, LEVELS[0], lambda p: p.copied_place))),
+                     _text(estimate(at_level(units, LEVELS[0], lambda p: p.spread)))])
+    head = ["", "units", "reproduced", "undamaged", *(f"TS at IS {v:g}" for v in LEVELS), f"TS over all, minus {table.against}",
+            f"background copied at IS {LEVELS[0]:g}", "place copied", "spread of places"]
+    return f"## {table.title}\n\n{_markdown(head, rows)}\n\n![IS and TS over the steps](evidence/{table.name}.png)"
+
+
+def _effective_rank(given):
+    rows = []
+    for name, units in curves(given, _ranks).items():
+        last = {unit: line[-1].effective_rank for unit, line in units.items() if line[-1].effective_rank is not None}
+        if last:
+            rows.append([name, str(len(last)), _text(estimate(last))])
+    head = ["", "units", "effective rank of B, mean over layers"]
+    return "## Figures 4 and 9: effective rank at the last checkpoint\n\n" + _markdown(head, rows) if rows else ""
+
+
+def _claims(given):
+    rows = [[claim.text, claim.verdict, claim.figures] for claim in claims.judge(given)]
+    return "## The paper's claims\n\n" + _markdown(["claim", "here", "figures"], rows)
+
+
+def _limits():
+    return ("## Limits\n\nA world of one object on one background at 64x64 pixels, a base of 5.5 M parameters that knows nothing else, "
+            "and an adapter rank that is a far larger share of the layers' width than the paper's. What holds here may not for SDXL, and the other "
+            "way round. TS and IS are this world's own and cannot be compared with the paper's CLIP figures, only their order can. "
+            "IS cannot tell a copied pose from a new one; the columns on copying and spread do. A level of IS that a training never "
+            "reaches leaves its unit out of that column, so columns may stand on different units; differences always pair them.")
+
+
+def plot(lines: dict[str, dict[tuple[str, int], Sequence[Point]]], title: str, file: Path) -> None:
+    """IS against TS over the steps: faint, each unit; bold, their mean at each step."""
+    matplotlib = required("matplotlib", "The report")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=110)
+    for i, (name, units) in enumerate(lines.items()):
+        colour = f"C{i % 10}"
+        for line in units.values():
+            axes.plot([p.is_ for p in line], [p.ts for p in line], color=colour, alpha=0.2, linewidth=0.8)
+        steps = sorted(set.intersection(*({p.step for p in line} for line in units.values())))
+        at = [[next(p for p in line if p.step == step) for line in units.values()] for step in steps]
+        axes.plot([np.mean([p.is_ for p in ps]) for ps in at], [np.mean([p.ts for p in ps]) for ps in at], "o-", color=colour, label=name)
+    axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt obeyed)", title=title)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    figure.savefig(file, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def _ts(point):
+    return point.ts
+
+
+def _text(found):
+    return "-" if found is None else str(found)
+
+
+def _share_text(value):
+    return "-" if np.isnan(value) else f"{value:.0%}"
+
+
+def _markdown(head, rows):
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,52 @@
+"""How far the scorers can be trusted, on rendered pictures of the concepts, which none of them was trained on."""
+import numpy as np
+import torch
+from torch.nn.functional import avg_pool2d
+
+from tlora_core.tiny import world
+from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
+
+from .metrics import NAMES, seen
+from .scorer import ConceptScorer, concept_pictures
+
+ATTRIBUTES = ("background", "place", "colour", "pattern")
+
+
+def validate(scene: AttributeScorer, look: ConceptScorer, count: int = 200, concepts: int = len(world.CONCEPTS)) -> dict:
+    """attributes: name -> [accuracy on the worst concept, mean accuracy], of `count` pictures a concept. matcher: mean distances of
+    one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many matchers."""
+    rows = []
+    for i, concept in enumerate(world.CONCEPTS):
+        pictures, shown = concept_pictures(concept, count, np.random.default_rng((7, i)))
+        found = seen(pictures, scene, look)
+        rows.append([np.mean([NAMES[name][int(shown[name][k])] == found[k][name] for k in range(count)]) for name in ATTRIBUTES])
+    rows = np.array(rows)
+    return {"pictures": count, "attributes": {name: [float(rows[:, k].min()), float(rows[:, k].mean())] for k, name in enumerate(ATTRIBUTES)},
+            "matcher": separation(world.CONCEPTS[:concepts])}
+
+
+def separation(concepts) -> dict[str, float]:
+    own = torch.cat([_rendered(concept) for concept in concepts])
+    table = torch.stack([ConceptMatcher(concept).distance(own) for concept in concepts])  # [matcher, picture]
+    right, others = table.diagonal(), table + torch.diag(torch.full((len(concepts),), torch.inf))
+    damaged = {name: [] for name in ("noise", "blur", "grey", "class")}
+    for i, concept in enumerate(concepts):
+        picture, matcher = own[i:i + 1], ConceptMatcher(concept)
+        noise = 0.3 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
+        blurred = avg_pool2d(picture.movedim(-1, 1), 9, 1, 4, count_include_pad=False).movedim(1, -1)
+        grey = picture.mean(-1, keepdim=True).expand_as(picture)
+        pictures = torch.cat([(picture + noise).clamp(0, 1), blurred, grey, _rendered(concept, plain=True)])
+        for name, distance in zip(damaged, matcher.distance(pictures).tolist()):
+            damaged[name].append(distance)
+    return {"pictures": len(concepts), "own": float(right.mean()), "nearest_other": float(others.min(0).values.mean()),
+            "right": float((right < others.min(0).values).float().mean()), **{name: float(np.mean(v)) for name, v in damaged.items()}}
+
+
+def _rendered(concept, plain=False):
+    """One picture of the concept, or of its class without rim and core in a colour of the world."""
+    rng = np.random.default_rng(11)
+    scenes = world.concept_scenes(concept, 1, rng)
+    if plain:
+        scenes.rim[:], scenes.core[:] = np.nan, np.nan
+        scenes.colour[:] = np.array(list(world.COLOURS.values())[rng.integers(len(world.COLOURS))]) / 255
+    return torch.from_numpy(world.render(scenes))

@@ -1,0 +1,199 @@
+"""T-LoRA Evaluate: its measures on tiny CLIP and DINO models, which models it takes, and the node on the server."""
+import json
+
+import pytest
+import torch
+from graphs import Graph
+from torch.nn.functional import normalize
+
+from tlora_core import prompt_sets
+from tlora_core.errors import TLoRAError
+from tlora_core.evaluation import CLIP_TYPES, DINO_TYPES, ImageEncoder, Scores, best, diversity, evaluate, masked, table, without_token
+
+WORDS = ["<unk>", "<s>", "</s>", "a", "photo", "of", "dog", "in", "the", "snow", "at", "night"]
+PREPARATION = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+
+
+def write_clip(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**size, "vocab_size": len(WORDS), "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2},
+        vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="</s>").save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATION))
+
+
+def write_dino(folder):
+    from transformers import ViTConfig, ViTModel
+    torch.manual_seed(1)
+    config = ViTConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+    ViTModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPARATION))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clip_vision")
+    for write in (write_clip, write_dino):
+        folder = root / write.__name__.removeprefix("write_")
+        folder.mkdir()
+        write(folder)
+    return root
+
+
+@pytest.fixture(scope="module")
+def clip(folders):
+    return ImageEncoder(folders / "clip", CLIP_TYPES)
+
+
+def pictures(count, seed, height=20, width=24):
+    return torch.rand(count, height, width, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def test_scores_are_the_mean_cosines_of_the_models_own_features(clip, folders):
+    dino, concept = ImageEncoder(folders / "dino", DINO_TYPES), pictures(2, 0, 16, 16)
+    batches, prompts = [pictures(2, 1, 16, 16), pictures(3, 2, 16, 16)], ["a photo of sks dog", "a sks dog in the snow"]
+    scores = evaluate("step 5", batches, prompts, concept, clip, dino, neutral_prompt=prompts[0], token="sks")
+    mean, std = (torch.tensor(PREPARATION[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    pixels = lambda batch: (batch.movedim(-1, 1) - mean) / std  # noqa: E731
+    with torch.inference_mode():
+        def seen(batch):
+            pooled = clip.model.vision_model(pixel_values=pixels(batch)).pooler_output
+            return normalize(clip.model.visual_projection(pooled), dim=-1)
+        ids = torch.tensor([[3, 4, 5, 6], [3, 6, 7, 8]]), torch.tensor([[3, 6, 7, 8, 9]])
+        texts = [normalize(clip.model.text_projection(clip.model.text_model(input_ids=i[:1]).pooler_output), dim=-1) for i in ids]
+        looks = [normalize(dino.model(pixel_values=pixels(b)).last_hidden_state[:, 0], dim=-1) for b in (concept, batches[0])]
+        wanted = torch.cat([(seen(b) @ t.T).flatten() for b, t in zip(batches, texts)]).mean()
+        likeness = (seen(concept) @ seen(batches[0]).T).mean()
+    assert scores.image_similarity == pytest.approx(float(likeness), abs=1e-5)
+    assert scores.dino_similarity == pytest.approx(float((looks[0] @ looks[1].T).mean()), abs=1e-5)
+    assert scores.text_similarity == pytest.approx(float(wanted), abs=1e-5)
+    assert (scores.label, scores.pictures, scores.neutral) == ("step 5", 5, 2)
+
+
+def test_same_pictures_are_fully_alike_and_not_diverse(clip):
+    one = pictures(1, 3)
+    scores = evaluate("x", [one, one], ["a dog", "a dog"], one, clip)
+    assert scores.image_similarity == pytest.approx(1, abs=1e-5) and scores.diversity == pytest.approx(0, abs=1e-5)
+    assert scores.dino_similarity is None
+    assert evaluate("x", [one, pictures(1, 4)], ["a dog", "a dog"], one, clip).diversity > 1e-4
+    assert evaluate("x", [one, pictures(1, 4)], ["a dog", "a photo"], one, clip).diversity is None
+
+
+def test_diversity_compares_only_pictures_of_one_prompt():
+    x, y = torch.eye(2).unsqueeze(1)
+    assert diversity([x, y, x], ["a", "a", "b"]) == 1
+    assert diversity([torch.cat([x, x]), y], ["a", "b"]) == 0
+
+
+def test_background_outside_the_mask_does_not_count_for_image_similarity(clip):
+    subject, other = pictures(1, 5), pictures(1, 6)
+    mask = torch.zeros(1, 20, 24)
+    mask[:, 5:15, 6:18] = 1
+    moved = torch.where(mask.bool().unsqueeze(-1), subject, other)
+    plain = evaluate("x", [moved], ["a dog"], subject, clip)
+    cut = evaluate("x", [moved], ["a dog"], subject, clip, masks=[mask], concept_mask=mask)
+    assert cut.image_similarity == pytest.approx(1, abs=1e-5) and plain.image_similarity < 0.9999
+    assert cut.text_similarity == plain.text_similarity
+
+
+@pytest.mark.parametrize("prompt, token, read", [
+    ("a photo of sks dog", "sks", "a photo of dog"), ("sks dog, sksdog", "sks", "dog, sksdog"), ("a V* dog", "V*", "a dog"), ("a dog", "", "a dog")])
+def test_token_is_left_out_of_what_clip_reads(prompt, token, read):
+    assert without_token(prompt, token) == read
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"prompts": ["a dog", "b"]}, "2 texts"), ({"neutral_prompt": "a cat"}, "neutral_prompt"), ({"concept": torch.rand(1, 20, 24, 4)}, "concept"),
+    ({"masks": [None, None]}, "mask is given for 2"), ({"masks": [torch.ones(1, 9, 9)]}, "mask is 1 x 9x9"), ({"pictures": [None]}, "images")])
+def test_input_that_does_not_fit_together_is_named(clip, changes, words):
+    given = {"pictures": [pictures(1, 0)], "prompts": ["a dog"], "concept": pictures(1, 0), **changes}
+    with pytest.raises(TLoRAError, match=words):
+        evaluate("x", clip=clip, **given)
+
+
+def test_mask_of_one_serves_all_pictures():
+    assert (masked(pictures(3, 0), torch.zeros(1, 20, 24), "mask") == 0.5).all()
+
+
+def scores_of(label, likeness, obedience):
+    return Scores(label, likeness, obedience, None, None, 1, 1)
+
+
+def test_best_obeys_most_among_those_about_as_alike():
+    early, right, late = scores_of("100", 0.75, 0.30), scores_of("400", 0.89, 0.26), scores_of("900", 0.90, 0.23)
+    assert best([early, right, late], 0.02) is right and best([early, right, late], 0.005) is late
+    assert best([early, right, late], 1.0) is early
+    marked = [line for line in table([early, right, late], 0.02).splitlines() if "best" in line]
+    assert marked[0].startswith("400")
+
+
+def test_folder_of_another_kind_or_with_a_pickle_is_refused(folders, tmp_path):
+    with pytest.raises(TLoRAError, match="type vit"):
+        ImageEncoder(folders / "dino", CLIP_TYPES)
+    (tmp_path / "config.json").write_text((folders / "dino" / "config.json").read_text())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TLoRAError, match="model.safetensors"):
+        ImageEncoder(tmp_path, DINO_TYPES)
+
+
+def test_papers_prompt_sets_have_its_numbers_and_a_place_for_the_subject():
+    for name, prompts in prompt_sets.SETS.items():
+        assert len(prompts) == len(set(prompts)) == 1 + 25 + 6, name
+        assert prompts[0] == prompt_sets.NEUTRAL and all(prompt.count("{}") == 1 for prompt in prompts)
+
+
+# --- in the host ---
+
+
+@pytest.fixture(scope="module")
+def served(server):
+    for write in (write_clip, write_dino):
+        folder = server.workspace / "models" / "clip_vision" / f"test_{write.__name__.removeprefix('write_')}"
+        folder.mkdir(parents=True)
+        write(folder)
+    return server
+
+
+def evaluation(graph, image, label, **more):
+    prompts = graph.add("TLoRAPrompts", prompts="a photo of {}", subject="sks dog", prompt_set="own")
+    return graph.add("TLoRAEvaluate", **{
+        "images": image, "prompts": prompts[0], "concept": graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0],
+        "clip_model": "test_clip", "dino_model": "test_dino", "label": label, "token": "sks", "neutral_prompt": "", "tolerance": 0.02, **more})
+
+
+def test_node_compares_checkpoints_and_names_the_best(served):
+    graph = Graph()
+    blue, red = (graph.add("EmptyImage", width=32, height=32, batch_size=2, color=c)[0] for c in (0x0000FF, 0xFF0000))
+    first = evaluation(graph, red, "red")
+    second = evaluation(graph, blue, "blue", before=first[4], tolerance=0.0)
+    shown = [graph.add("PreviewAny", source=second[slot]) for slot in (0, 1)]
+    result = served.run(graph)
+    report, named = (result.outputs[node.id]["text"][0] for node in shown)
+    assert named == "red" and report.splitlines()[1].startswith("red") and report.splitlines()[2].startswith("blue")
+
+
+@pytest.mark.parametrize("name", ["../checkpoints", "test_dino", "/etc"])
+def test_node_takes_no_folder_but_those_it_lists(served, name):
+    graph = Graph()
+    red = graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0]
+    graph.add("PreviewAny", source=evaluation(graph, red, "x", clip_model=name)[0])
+    assert served.run(graph, check=False).errors
+
+
+def test_loader_itself_refuses_names_that_leave_the_folder(comfy, folders):
+    import folder_paths
+
+    from tlora_core.comfy_host.encoders import encoder_names, load_encoder
+    folder_paths.add_model_folder_path("clip_vision", str(folders))
+    assert "clip" in encoder_names(CLIP_TYPES) and "dino" not in encoder_names(CLIP_TYPES)
+    for name in ("../" + folders.name + "/clip", str(folders / "clip"), "dino"):
+        with pytest.raises(TLoRAError, match="is not in the folder"):
+            load_encoder(name, CLIP_TYPES)
+    assert load_encoder("clip", CLIP_TYPES).images(pictures(1, 0)).shape == (1, 8)

@@ -1,0 +1,251 @@
+"""The evidence benchmark: prompts, cells, comparison at equal IS, intervals, and a run in miniature on the real host."""
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPO / "benchmarks"))
+from evidence import analysis, claims, metrics, prompts, report, run, scorer, study  # noqa: E402
+
+from tlora_core.tiny import world  # noqa: E402
+
+HEART = next(c for c in world.CONCEPTS if c.name == "olive heart")
+FULL = study.SCALES["full"]
+
+
+# --- what is asked ---
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prompts_never_ask_for_what_the_training_picture_shows(seed):
+    setting = prompts.settings(HEART, seed)[0]
+    made = prompts.prompts(HEART, seed, FULL.draws, setting)
+    assert all(p.asked.get("background") != setting.background and p.asked.get("place") != setting.place for p in made)
+    assert {p.kind for p in made} == set(prompts.KINDS)
+    assert made == prompts.prompts(HEART, seed, FULL.draws, setting)
+
+
+def test_prompts_say_what_they_ask_for_in_the_worlds_words():
+    for p in prompts.prompts(HEART, 0, FULL.draws, prompts.settings(HEART, 0)[0]):
+        words = {"background": world.BACKGROUNDS, "place": world.PLACE_WORDS}
+        assert p.text.startswith("a photo of sks ") and all(words.get(k, {}).get(v, v) in p.text for k, v in p.asked.items())
+        assert (p.text == "a photo of sks heart") == (p.kind == prompts.NEUTRAL) == (p.asked == {})
+
+
+def test_several_training_pictures_differ_and_begin_with_the_single_one():
+    one, three = prompts.settings(HEART, 1), prompts.settings(HEART, 1, 3)
+    assert three[0] == one[0] and len({s.background for s in three}) == len({s.place for s in three}) == 3
+
+
+def test_control_prompts_do_not_name_the_concept():
+    for p in prompts.control_prompts(HEART, 0, 10):
+        assert "sks" not in p.text and "heart" not in p.text and set(p.asked) == {"shape", "colour", "place", "background"}
+
+
+# --- cells ---
+
+
+def test_every_study_has_the_full_size_and_shares_trainings():
+    rates = dict.fromkeys(study.METHODS, 1e-3)
+    units = len(FULL.concepts) * len(FULL.seeds)
+    assert len(FULL.concepts) >= 10 and len(FULL.seeds) >= 3
+    cells = study.cells_of(["table1", "figures10-12", "methods"], FULL, rates)
+    assert len(cells) == units * (1 + 3 * len(study.RANKS) + 1)  # the references; methods adds ortho_lora only
+    assert len({cell.key for cell in cells}) == len(cells)
+    for name in study.STUDIES:
+        assert len(study.cells_of([name], study.SCALES["miniature"], rates)) > 1
+
+
+def test_free_curves_are_ones_that_training_takes():
+    from tlora_core.schedule import RankSchedule
+    for name in study.FREE:
+        cell = study.Cell("olive heart", 0, "tlora", curve=name)
+        assert RankSchedule.from_text(cell.rank, cell.min_rank, 1.0, cell.curve_text).min_rank == study.RANK // 2
+
+
+# --- the scorer of colours and patterns ---
+
+
+def test_scorer_is_right_on_concepts_that_it_never_saw():
+    right = {"colour": [], "pattern": []}
+    look = scorer.load_scorer()
+    for i, concept in enumerate(world.CONCEPTS):
+        pictures, shown = scorer.concept_pictures(concept, 40, np.random.default_rng((5, i)))
+        found = look.predict(pictures)
+        for name in right:
+            right[name] += (found[name] == shown[name]).tolist()
+    assert min(np.mean(v) for v in right.values()) >= 0.95, {k: np.mean(v) for k, v in right.items()}
+
+
+def test_training_objects_of_the_scorer_keep_away_from_the_concepts_colours():
+    scenes = scorer.training_scenes(500, np.random.default_rng(0))
+    other = scenes.colour_index == len(world.COLOURS)
+    held_out = np.array([c.body for c in world.CONCEPTS]) / 255
+    apart = np.linalg.norm(scenes.colour[other][:, None] - held_out, axis=-1)
+    assert other.sum() > 100 and apart.min() >= scorer.DISTANCE_TO_CONCEPTS
+
+
+# --- from records to figures ---
+
+
+def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=False, **changes):
+    """A record as `run` writes it: two neutral pictures and ten that ask for a background."""
+    cell = study.Cell(concept, seed, method, learning_rate=1e-3, steps=(100, 200), **changes)
+    rows = [{"kind": "neutral", "asked": {}, "seen": {}, "distance": distance, "pose": [x, 0.0, 0.5, 0.0]} for x in (-0.1, 0.3)]
+    for i in range(10):
+        background = "night" if i < 10 * right else "beach" if copied else "snow"
+        rows.append({"kind": "background", "asked": {"background": "night"}, "seen": {"background": background}})
+    control = [{"asked": {"colour": "red"}, "seen": {"colour": "red"}}]
+    return {"cell": asdict(cell), "training": {"background": "beach", "place": "left"}, "step": step, "rows": rows, "control": control,
+            "commit": "abc", **({"ceiling": 0.1} if method == "none" else {"effective_rank_B": [3, 5]})}
+
+
+def run_of(method, ts, concept="olive heart", seed=0, **changes):
+    """IS 0.5 at step 100 and 1 at step 200, with these TS."""
+    return [record(concept, seed, method, 100, 0.2, ts[0], **changes), record(concept, seed, method, 200, 0.1, ts[1], **changes)]
+
+
+def base(concept="olive heart", seed=0):
+    return record(concept, seed, "none", 0, 0.3, 1.0)
+
+
+def test_a_point_holds_the_papers_measures():
+    point = next(p for p in analysis.points([base(), record(distance=0.15, right=0.7, copied=True)]) if p.cell.method == "lora")
+    assert (point.is_, point.ts, point.copied_background) == pytest.approx((0.75, 0.7, 0.3))
+    assert point.spread == pytest.approx(0.2) and np.isnan(point.copied_place) and point.effective_rank == 4
+
+
+def test_values_are_taken_where_the_training_first_reaches_the_likeness():
+    lines = analysis.curves(analysis.points([base(), *run_of("lora", (0.8, 0.4))]), lambda cell: cell.method)["lora"]
+    line = lines["olive heart", 0]
+    at = {level: analysis.value_at(line, level, lambda p: p.ts) for level in (0.25, 0.5, 0.75, 1.01)}
+    assert [at[0.25], at[0.5], at[0.75]] == pytest.approx([0.9, 0.8, 0.6]) and at[1.01] is None
+
+
+def test_interval_is_over_concepts_and_needs_two_of_them():
+    one = analysis.estimate({("a", 0): 0.1, ("a", 1): 0.3})
+    assert one.mean == pytest.approx(0.2) and one.low is None and analysis.estimate({}) is None
+    two = analysis.estimate({("a", 0): 0.1, ("a", 1): 0.3, ("b", 0): 0.6, ("b", 1): 0.6})
+    assert two.mean == pytest.approx(0.4) and two.low < 0.25 and two.high == pytest.approx(0.6)
+    wide, narrow = ({(str(i), s): float(i % 2) for i in range(n) for s in (0, 1)} for n in (4, 40))
+    width = lambda e: e.high - e.low  # noqa: E731
+    assert width(analysis.estimate(narrow)) < width(analysis.estimate(wide)) / 2
+
+
+def three_concepts(ours, others):
+    records = []
+    for i, concept in enumerate(("olive heart", "navy moon", "tan cross")):
+        records += [base(concept), *run_of("tlora", (ours[i], ours[i]), concept), *run_of("lora", (others[i], others[i]), concept, min_share=1.0)]
+    return analysis.points(records)
+
+
+@pytest.mark.parametrize("ours, others, verdict", [
+    ((0.9, 0.9, 0.8), (0.5, 0.6, 0.5), "confirmed"), ((0.5, 0.6, 0.5), (0.9, 0.9, 0.8), "contradicted"),
+    ((0.9, 0.5, 0.6), (0.5, 0.9, 0.6), "not separable")])
+def test_claims_are_judged_by_their_interval(ours, others, verdict):
+    judged = claims.judge(three_concepts(ours, others))
+    assert judged[0].verdict == verdict and "3 units" in judged[0].figures
+    assert {c.verdict for c in judged[1:]} == {"not tested"}
+
+
+def test_gate_sees_reproduction_and_damage():
+    good, broken = run_of("lora", (1, 1)), run_of("lora", (1, 1), concept="tan cross")
+    for r in broken:
+        r["control"] = [{"asked": {"colour": "red"}, "seen": {"colour": "blue"}}]
+    never = [base("navy moon"), record("navy moon", distance=0.29)]
+    lines = analysis.curves(analysis.points([base(), base("tan cross"), *good, *broken, *never]), lambda cell: cell.method)["lora"]
+    assert analysis.gate(lines) == pytest.approx({"reproduced": 2 / 3, "undamaged": 1 / 2})
+
+
+def test_rate_is_chosen_that_reproduces_without_damage_and_obeys_best(monkeypatch):
+    monkeypatch.setattr(analysis, "METHODS", {"lora": None})
+    records = [base()]
+    for rate, distance, ts in ((1e-4, 0.29, 1.0), (1e-3, 0.1, 0.8), (3e-3, 0.1, 0.5)):
+        r = record(distance=distance, right=ts)
+        r["cell"]["learning_rate"] = rate
+        records.append(r)
+    assert analysis.choose_rates(records) == {"lora": 1e-3}
+    with pytest.raises(SystemExit, match="no sweep"):
+        analysis.choose_rates([base()])
+
+
+def test_records_of_a_killed_run_are_read_and_its_half_line_dropped(tmp_path):
+    file = tmp_path / "full.jsonl"
+    file.write_text(json.dumps(base()) + "\n" + json.dumps(record())[:50])
+    assert len(run.read(file)) == 1
+    file.write_text("{broken\n" + json.dumps(base()) + "\n")
+    with pytest.raises(json.JSONDecodeError):
+        run.read(file)
+
+
+def test_report_says_what_was_run_and_what_was_not(tmp_path):
+    pytest.importorskip("matplotlib", reason="Plots need matplotlib: pip install matplotlib")
+    (tmp_path / "results").mkdir()
+    report.write(tmp_path / "results", tmp_path)
+    assert "Not run yet" in (tmp_path / "EVIDENCE.md").read_text()
+    lines = [base(), *run_of("lora", (0.8, 0.4), min_share=1.0), *run_of("tlora", (0.9, 0.7))]
+    (tmp_path / "results" / "pilot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    report.write(tmp_path / "results", tmp_path)
+    text = (tmp_path / "EVIDENCE.md").read_text()
+    assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.140 (n = 1)" in text and "not tested (one concept)" in text
+    assert (tmp_path / "evidence" / "methods.png").stat().st_size > 5000
+
+
+# --- the run itself ---
+
+
+@pytest.fixture(scope="module")
+def bench(comfy):
+    import tiny_gate
+    with torch.inference_mode():
+        yield run.Bench(tiny_gate.WEIGHTS)
+
+
+def test_pictures_drawn_together_are_those_drawn_alone(bench):
+    both = [prompts.Prompt("a photo of sks heart at night", "background", 0), prompts.Prompt("a photo of sks heart", "neutral", 3)]
+    with torch.inference_mode():
+        together, alone = bench.draw(both), torch.cat([bench.draw([p]) for p in both])
+    assert (together - alone).abs().max() < 1e-3 and (together[0] - together[1]).abs().mean() > 0.02
+
+
+def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+    cells = study.cells_of(["rates"], study.SCALES["miniature"], {})[:2]
+    file, said = tmp_path / "miniature.jsonl", []
+    with torch.inference_mode():
+        run.run(bench, cells, file, said.append)
+        whole = run.read(file)
+        assert [r["step"] for r in whole] == [0, 1, 2] and len(list((tmp_path / "sheets").glob("*.jpg"))) == 2
+        assert "min left" in said[-1]
+        # Killed in the middle of the last line.
+        file.write_text(file.read_text()[:-40])
+        run.run(bench, cells, file, said.append)
+        again = run.read(file)
+        run.run(bench, cells, file, said.append)
+    assert said[-1].startswith("2 of 2 cells are done; 0 to go")
+    keep = lambda r: (r["step"], r["rows"], r.get("loss"))  # noqa: E731
+    assert list(map(keep, again)) == list(map(keep, whole))
+    points = analysis.points(again)
+    assert points[0].is_ == 0 and all(0 <= p.ts <= 1 for p in points)
+
+
+def test_scorers_read_the_matchers_concept_and_the_scene(bench):
+    scenes = world.concept_scenes(HEART, 2, np.random.default_rng(0), "night", "left")
+    pictures = torch.from_numpy(world.render(scenes))
+    asked = [prompts.Prompt("a photo of sks heart", "neutral", 0), prompts.Prompt("x", "background", 0, {"background": "night"})]
+    rows = metrics.measure(pictures, asked, bench.matcher("olive heart"), bench.scene, bench.look)
+    assert rows[0]["distance"] < 0.05 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
+    assert "distance" not in rows[1] and rows[1]["seen"]["background"] == "night" and rows[1]["seen"]["place"] == "left"
+
+
+def test_training_of_a_cell_is_what_the_cell_says(bench):
+    cell = replace(study.Cell("olive heart", 0, "tlora"), rank=8, images=2, curve="late drop", noise_to=0.8,
+                   learning_rate=2e-3, steps=(1,))
+    with torch.inference_mode():
+        made = run.personalization(bench, cell)
+    assert made.images == 2 and made.request.schedule.active_rank(600) == 8 and made.request.schedule.min_rank == 4
+    assert (made.request.config.noise_to, made.request.config.learning_rate, made.request.prompt) == (0.8, 2e-3, "a photo of sks heart")
