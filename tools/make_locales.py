@@ -21,8 +21,13 @@ def entry(info: dict) -> dict:
     tips = info.get("output_tooltips") or []
     outputs = {str(i): {"name": name, **({"tooltip": tip} if tip else {})}
                for i, (name, tip) in enumerate(zip(info["output_name"], [*tips, *[None] * len(info["output_name"])]))}
-    return {"display_name": info["display_name"], "description": info["description"], **({"inputs": inputs} if inputs else {}),
-            "outputs": outputs}
+    return {"display_name": info["display_name"], **plain(description=info["description"]),
+            **({"inputs": {name: plain(**one) for name, one in inputs.items()}} if inputs else {}), "outputs": outputs}
+
+
+def plain(**texts: str) -> dict:
+    """Without the texts that are no plain text to vue-i18n, which stops older interfaces; these then show the node's own."""
+    return {key: text for key, text in texts.items() if not set(text) & set("{}|@")}
 
 
 def main() -> None:
