@@ -21,8 +21,15 @@ sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 def check_scorers(file):
     import tiny_gate
-    from evidence import scorer, validation
-    file.write_text(json.dumps(validation.validate(tiny_gate.load_scorer(), scorer.load_scorer()), indent=2) + "\n")
+    import torch
+    tiny_gate.parse_host_arguments()
+    from evidence import validation
+
+    from tlora_core.comfy_host import tiny_base
+    with torch.inference_mode():
+        vae = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))[2]
+        found = validation.validate(tiny_gate.load_scorer(), lambda pictures: vae.decode(vae.encode(pictures)))
+    file.write_text(json.dumps(found, indent=2) + "\n")
     print(file.read_text())
 
 

@@ -11,24 +11,27 @@ import torch
 from tlora_core.tiny import world
 from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
 
+from .colour import ColourReader
 from .prompts import NEUTRAL, Prompt
-from .scorer import COLOURS, ConceptScorer
 
-NAMES = {"shape": world.SHAPES, "colour": COLOURS, "pattern": world.PATTERNS, "background": tuple(world.BACKGROUNDS),
-         "place": tuple(world.PLACES)}
+NAMES = {"shape": world.SHAPES, "colour": tuple(world.COLOURS), "background": tuple(world.BACKGROUNDS), "place": tuple(world.PLACES)}
 
 
-def seen(pictures: torch.Tensor, scene: AttributeScorer, look: ConceptScorer) -> list[dict[str, str]]:
-    """What each of `pictures` [B, H, W, 3] in 0..1 shows: attribute -> the name of its value. Colour and pattern are by the
-    scorer that knows rims and cores."""
-    found = {**scene.predict(pictures), **look.predict(pictures)}
+def seen(pictures: torch.Tensor, scorer: AttributeScorer) -> list[dict[str, str]]:
+    """What the tiny base's scorer sees in each of `pictures` [B, H, W, 3] in 0..1: attribute -> the name of its value. Shape and
+    colour are to be trusted in pictures of the world's own objects only."""
+    found = scorer.predict(pictures)
     return [{name: NAMES[name][int(found[name][i])] for name in NAMES} for i in range(len(pictures))]
 
 
-def measure(pictures: torch.Tensor, prompts: Sequence[Prompt], matcher: ConceptMatcher, scene: AttributeScorer,
-            look: ConceptScorer) -> list[dict]:
+def measure(pictures: torch.Tensor, prompts: Sequence[Prompt], matcher: ConceptMatcher, reader: ColourReader,
+            scorer: AttributeScorer) -> list[dict]:
     """A row for each picture: its prompt's kind and text, what was asked and is seen; for neutral ones distance and pose."""
-    rows = [{"kind": p.kind, "prompt": p.text, "asked": p.asked, "seen": s} for p, s in zip(prompts, seen(pictures, scene, look))]
+    rows = [{"kind": p.kind, "prompt": p.text, "asked": p.asked, "seen": {name: s[name] for name in ("background", "place")}}
+            for p, s in zip(prompts, seen(pictures, scorer))]
+    coloured = [i for i, prompt in enumerate(prompts) if "colour" in prompt.asked]
+    for i, colour in zip(coloured, reader.read(pictures[coloured], [rows[i]["seen"]["place"] for i in coloured])):
+        rows[i]["seen"]["colour"] = colour
     neutral = [i for i, prompt in enumerate(prompts) if prompt.kind == NEUTRAL]
     distances, poses = matcher.fit(pictures[neutral])
     for i, distance, pose in zip(neutral, distances.tolist(), poses.tolist()):

@@ -57,18 +57,16 @@ def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) 
     subject = f"{TOKEN} {concept.shape}"
     backgrounds = _cycle(rng, [b for b in world.BACKGROUNDS if b != training.background])
     places = _cycle(rng, [p for p in world.PLACES if p != training.place])
-    looks = _cycle(rng, [("colour", c) for c in world.COLOURS])
-    patterns = _cycle(rng, [("pattern", p) for p in world.PATTERNS if p != "plain"])
+    colours = _cycle(rng, list(world.COLOURS))
     made = [Prompt(f"a photo of {subject}", NEUTRAL, i) for i in range(draws.neutral)]
     for i in range(draws.background):
         made.append(_prompt(concept, BACKGROUND, i, background=next(backgrounds)))
     for i in range(draws.appearance):
-        made.append(_prompt(concept, APPEARANCE, i, **dict([next(patterns if i % 2 else looks)])))
+        made.append(_prompt(concept, APPEARANCE, i, colour=next(colours)))
     for i in range(draws.place):
         made.append(_prompt(concept, PLACE, i, place=next(places)))
     for i in range(draws.combined):
-        look = dict([next(looks if i % 2 else patterns)])
-        made.append(_prompt(concept, COMBINED, i, **look, place=next(places), background=next(backgrounds)))
+        made.append(_prompt(concept, COMBINED, i, colour=next(colours), place=next(places), background=next(backgrounds)))
     return made
 
 
@@ -85,9 +83,9 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
     return made
 
 
-def _prompt(concept, kind, seed, colour=None, pattern=None, place=None, background=None) -> Prompt:
-    asked = {"colour": colour, "pattern": pattern, "place": place, "background": background}
-    words = ["a photo of", TOKEN, pattern, colour, concept.shape, world.PLACE_WORDS.get(place), world.BACKGROUNDS.get(background)]
+def _prompt(concept, kind, seed, colour=None, place=None, background=None) -> Prompt:
+    asked = {"colour": colour, "place": place, "background": background}
+    words = ["a photo of", TOKEN, colour, concept.shape, world.PLACE_WORDS.get(place), world.BACKGROUNDS.get(background)]
     return Prompt(" ".join(w for w in words if w), kind, seed, {name: value for name, value in asked.items() if value})
 
 

@@ -126,7 +126,7 @@ def _head(scale, given):
             f"{len(trained)} checkpoints, {pictures} pictures; commit {', '.join(commits)}. One training picture a unit where nothing "
             "else is said.\n\n"
             "IS: 0 is what the bare base draws for the class word, 1 the concept itself seen through the autoencoder, background masked, "
-            "under the training prompt. TS: share of what the prompts ask for (background, place, colour, pattern) that a scorer finds. "
+            "under the training prompt. TS: share of what the prompts ask for (background, place, colour) that a scorer finds. "
             f"Methods are compared where each training first reaches the same IS ({', '.join(f'{v:g}' for v in LEVELS)}), within units; "
             f"intervals are 95%, from {RESAMPLES} draws of concepts and of seeds within them.")
 
@@ -139,7 +139,7 @@ def _scorers(results):
     rows = [[name, f"{worst:.1%}", f"{mean:.1%}"] for name, (worst, mean) in found["attributes"].items()]
     matcher = found["matcher"]
     return ("## The scorers\n\nOn rendered pictures of the twelve concepts, which no scorer was trained on, in their own and in named colours, "
-            f"with and without patterns ({found['pictures']} of each concept):\n\n" + _markdown(["attribute", "worst concept", "mean"], rows)
+            f"seen through the autoencoder ({found['pictures']} of each concept):\n\n" + _markdown(["attribute", "worst concept", "mean"], rows)
             + f"\n\nIS: {matcher['pictures']} rendered pictures lie {matcher['own']:.3f} from their concept and "
             f"{matcher['nearest_other']:.3f} from the nearest other concept on average; {matcher['right']:.0%} are nearest to their own. "
             f"The same pictures under strong noise lie {matcher['noise']:.3f} from their concept, blurred {matcher['blur']:.3f}, "

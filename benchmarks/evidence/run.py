@@ -21,7 +21,7 @@ from tlora_core.tiny.autoencoder import LATENT_CHANNELS
 from tlora_core.tiny.scorer import ConceptMatcher
 from tlora_core.trainer import TrainConfig, TrainingDiverged
 
-from . import scorer as look_scorer
+from .colour import ColourReader
 from .metrics import measure, seen
 from .prompts import TOKEN, Prompt, control_prompts, prompts, settings
 from .study import Cell
@@ -37,7 +37,8 @@ class Bench:
 
         from tlora_core.comfy_host import tiny_base
         self.model, self.clip, self.vae = tiny_base.load(str(weights / "tiny_base.safetensors"))
-        self.scene, self.look = tiny_gate.load_scorer(weights), look_scorer.load_scorer()
+        self.scorer = tiny_gate.load_scorer(weights)
+        self.reader = functools.lru_cache(2)(lambda name: ColourReader(concept_named(name), self.through))
         self.matcher = functools.lru_cache(2)(lambda name: ConceptMatcher(concept_named(name)))
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
@@ -49,6 +50,10 @@ class Bench:
             model or self.model, noise, SAMPLING_STEPS, GUIDANCE, "euler", "normal", positive, negative, torch.zeros_like(noise),
             disable_pbar=True, seed=0)
         return self.vae.decode(drawn).clamp(0, 1)
+
+    def through(self, pictures: torch.Tensor) -> torch.Tensor:
+        """[B, 64, 64, 3] as the autoencoder shows them."""
+        return self.vae.decode(self.vae.encode(pictures)).clamp(0, 1)
 
     def _condition(self, texts):
         encoded = {text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in set(texts)}
@@ -72,7 +77,7 @@ def training_pictures(cell: Cell) -> torch.Tensor:
 def ceiling(bench: Bench, concept: world.Concept, count: int = 4) -> float:
     """The distance of the concept itself, rendered in new scenes and seen through the autoencoder."""
     pictures = torch.from_numpy(world.render(world.concept_scenes(concept, count, np.random.default_rng(9))))
-    return bench.matcher(concept.name).distance(bench.vae.decode(bench.vae.encode(pictures))).mean().item()
+    return bench.matcher(concept.name).distance(bench.through(pictures)).mean().item()
 
 
 def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], None] = lambda step: None):
@@ -85,8 +90,8 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
     def drawn(model, **more):
         began = time.process_time()
         pictures = bench.draw([*asked, *control], model)
-        rows = measure(pictures[:len(asked)], asked, bench.matcher(cell.concept), bench.scene, bench.look)
-        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked):], bench.scene, bench.scene))]
+        rows = measure(pictures[:len(asked)], asked, bench.matcher(cell.concept), bench.reader(cell.concept), bench.scorer)
+        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked):], bench.scorer))]
         return {"cell": asdict(cell), "training": asdict(setting), "rows": rows, "control": others, **more,
                 "cpu_seconds_drawing": round(time.process_time() - began, 1)}, pictures
 

@@ -1,4 +1,6 @@
 """How far the scorers can be trusted, on rendered pictures of the concepts, which none of them was trained on."""
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch.nn.functional import avg_pool2d
@@ -6,20 +8,25 @@ from torch.nn.functional import avg_pool2d
 from tlora_core.tiny import world
 from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
 
-from .metrics import NAMES, seen
-from .scorer import ConceptScorer, concept_pictures
+from .colour import ColourReader, concept_pictures
+from .metrics import seen
 
-ATTRIBUTES = ("background", "place", "colour", "pattern")
+ATTRIBUTES = ("background", "place", "colour")
 
 
-def validate(scene: AttributeScorer, look: ConceptScorer, count: int = 200, concepts: int = len(world.CONCEPTS)) -> dict:
-    """attributes: name -> [accuracy on the worst concept, mean accuracy], of `count` pictures a concept. matcher: mean distances of
+def validate(scorer: AttributeScorer, through: Callable[[torch.Tensor], torch.Tensor], count: int = 100, concepts: int = len(world.CONCEPTS)) -> dict:
+    """through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3], as every drawn picture comes from it.
+
+    attributes: name -> [accuracy on the worst concept, mean accuracy], of `count` pictures a concept. matcher: mean distances of
     one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many matchers."""
     rows = []
     for i, concept in enumerate(world.CONCEPTS):
         pictures, shown = concept_pictures(concept, count, np.random.default_rng((7, i)))
-        found = seen(pictures, scene, look)
-        rows.append([np.mean([NAMES[name][int(shown[name][k])] == found[k][name] for k in range(count)]) for name in ATTRIBUTES])
+        pictures = through(pictures)
+        found = seen(pictures, scorer)
+        for row, colour in zip(found, ColourReader(concept, through).read(pictures, [row["place"] for row in found])):
+            row["colour"] = colour
+        rows.append([np.mean([shown[name][k] == found[k][name] for k in range(count)]) for name in ATTRIBUTES])
     rows = np.array(rows)
     return {"pictures": count, "attributes": {name: [float(rows[:, k].min()), float(rows[:, k].mean())] for k, name in enumerate(ATTRIBUTES)},
             "matcher": separation(world.CONCEPTS[:concepts])}
