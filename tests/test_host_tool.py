@@ -128,6 +128,15 @@ def test_every_pinned_host_is_complete():
         assert re.fullmatch(r"[\w-]+==[\d.]+", pins.sdist) and re.fullmatch(r"[0-9a-f]{64}", pins.sha256)
 
 
+def test_what_the_pack_requires_is_pinned_and_told_alike_to_pip_and_to_the_registry():
+    repo = HOST_TOOL.parents[1]
+    lines = (repo / "requirements.txt").read_text().splitlines()
+    required = [line for line in lines if line and not line.startswith("#")]
+    told = re.search(r"^dependencies = \[(.*)\]$", (repo / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    assert re.findall(r'"([^"]+)"', told) == required
+    assert [re.split("[>=]", line)[0] for line in required] == [pin.split("==")[0] for pin in read_pins()["pack"]]
+
+
 def test_pip_failure_shows_what_pip_said():
     with pytest.raises(HostError, match="could not install nonsense(?s:.*)tlora-no-such-package"):
         pip(Path(sys.executable), "install", "--no-index", "tlora-no-such-package", purpose="install nonsense")
