@@ -76,3 +76,11 @@ def test_template_opens_in_the_interface_as_it_is_meant(server, page, name):
         .map(node => [node.type, node.size[1], sizes[node.id]])""", {node["id"]: node["size"][1] for node in workflow["nodes"]})
     assert grown == []
     assert ours(page.complaints) == []
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "tests" / "saved").glob("*.json")), ids=lambda path: path.stem)
+def test_workflow_saved_with_an_earlier_version_still_runs(server, path):
+    """One file for each version, as the interface of that day saved it."""
+    few = {"TLoRATrainFromImage.steps": 2, "TLoRATrainFromImage.batch_size": 1, "12.steps": 2, "15.steps": 2}
+    result = server.run(path, few)
+    assert len([image for image in result.images if image.kind == "output"]) == 8 and len(result.tlora_files) == 1
