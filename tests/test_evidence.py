@@ -235,7 +235,7 @@ def test_scorers_read_the_matchers_concept_and_the_scene(bench):
     pictures = torch.from_numpy(world.render(scenes))
     asked = [prompts.Prompt("a photo of a sks heart", "neutral", 0), prompts.Prompt("x", "background", 0, {"background": "night"})]
     rows = metrics.measure(pictures, asked, bench.matcher("olive heart"), bench.reader("olive heart"), bench.scorer)
-    assert rows[0]["distance"] < 0.05 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
+    assert rows[0]["distance"] < 0.1 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
     assert "distance" not in rows[1] and rows[1]["seen"]["background"] == "night" and rows[1]["seen"]["place"] == "left"
 
 

@@ -74,7 +74,7 @@ def training_pictures(cell: Cell) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures))
 
 
-def ceiling(bench: Bench, concept: world.Concept, count: int = 4) -> float:
+def ceiling(bench: Bench, concept: world.Concept, count: int = 2) -> float:
     """The distance of the concept itself, rendered in new scenes and seen through the autoencoder."""
     pictures = torch.from_numpy(world.render(world.concept_scenes(concept, count, np.random.default_rng(9))))
     return bench.matcher(concept.name).distance(bench.through(pictures)).mean().item()
