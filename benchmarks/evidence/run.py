@@ -1,5 +1,6 @@
 """Runs cells one by one and appends what is measured to a file of JSON lines, from which an interrupted run goes on."""
 import functools
+import hashlib
 import json
 import subprocess
 import time
@@ -10,7 +11,6 @@ from statistics import fmean
 
 import numpy as np
 import torch
-from PIL import Image
 
 from tlora_core.adapters import METHODS
 from tlora_core.dataset import training_images
@@ -23,7 +23,7 @@ from tlora_core.trainer import TrainConfig, TrainingDiverged
 
 from .colour import ColourReader
 from .metrics import measure, seen
-from .prompts import TOKEN, Prompt, control_prompts, prompts, settings
+from .prompts import KINDS, TOKEN, TRAINING, Prompt, control_prompts, prompts, settings
 from .study import Cell
 
 SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
@@ -74,7 +74,7 @@ def training_pictures(cell: Cell) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures))
 
 
-def ceiling(bench: Bench, concept: world.Concept, count: int = 4) -> float:
+def ceiling(bench: Bench, concept: world.Concept, count: int = 2) -> float:
     """The distance of the concept itself, rendered in new scenes and seen through the autoencoder."""
     pictures = torch.from_numpy(world.render(world.concept_scenes(concept, count, np.random.default_rng(9))))
     return bench.matcher(concept.name).distance(bench.through(pictures)).mean().item()
@@ -122,7 +122,7 @@ def personalization(bench: Bench, cell: Cell):
     request = TrainRequest(
         TOKEN, concept_named(cell.concept).shape, method=cell.method, rank=cell.rank, start=cell.start, alpha=cell.alpha,
         min_rank=cell.min_rank if METHODS[cell.method].is_masked else cell.rank, curve=cell.curve_text, resolution=64, config=config)
-    return Personalization(bench.model, bench.clip, bench.vae, training_images(training_pictures(cell)), request)
+    return Personalization(bench.model, bench.clip, bench.vae, training_images(training_pictures(cell), TRAINING), request)
 
 
 def read(*files: Path) -> list[dict]:
@@ -175,8 +175,7 @@ def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], No
 
 
 def sheet_path(folder: Path, cell: Cell) -> Path:
-    import hashlib
-    return folder / f"{cell.concept.replace(' ', '_')}-{cell.method}-{hashlib.sha256(cell.key.encode()).hexdigest()[:10]}.jpg"
+    return folder / f"{cell.concept.replace(' ', '_')}-{cell.method}-{hashlib.sha256(cell.key.encode()).hexdigest()[:10]}.png"
 
 
 def _sheet(cell, drawn, folder):
@@ -184,8 +183,7 @@ def _sheet(cell, drawn, folder):
     folder.mkdir(parents=True, exist_ok=True)
     first = training_pictures(cell)[:1]
     rows = [torch.cat([first, pictures]) for _, pictures in drawn]
-    picture = to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows]))
-    picture.resize((picture.width * 3 // 2, picture.height * 3 // 2), Image.Resampling.LANCZOS).save(sheet_path(folder, cell), quality=88)
+    to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows])).save(sheet_path(folder, cell))
 
 
 def _mend(file):
@@ -195,7 +193,6 @@ def _mend(file):
 
 
 def _noise_seed(prompt):
-    from .prompts import KINDS
     kind = (*KINDS, "control").index(prompt.kind)
     return torch.Generator().manual_seed(1000 * kind + prompt.seed)
 

@@ -34,17 +34,18 @@ def validate(scorer: AttributeScorer, through: Callable[[torch.Tensor], torch.Te
 
 def separation(concepts) -> dict[str, float]:
     own = torch.cat([_rendered(concept) for concept in concepts])
-    table = torch.stack([ConceptMatcher(concept).distance(own) for concept in concepts])  # [matcher, picture]
-    right, others = table.diagonal(), table + torch.diag(torch.full((len(concepts),), torch.inf))
-    damaged = {name: [] for name in ("noise", "blur", "grey", "class")}
+    rows, damaged = [], {name: [] for name in ("noise", "blur", "grey", "class")}
     for i, concept in enumerate(concepts):
         picture, matcher = own[i:i + 1], ConceptMatcher(concept)
+        rows.append(matcher.distance(own))
         noise = 0.3 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
         blurred = avg_pool2d(picture.movedim(-1, 1), 9, 1, 4, count_include_pad=False).movedim(1, -1)
         grey = picture.mean(-1, keepdim=True).expand_as(picture)
         pictures = torch.cat([(picture + noise).clamp(0, 1), blurred, grey, _rendered(concept, plain=True)])
         for name, distance in zip(damaged, matcher.distance(pictures).tolist()):
             damaged[name].append(distance)
+    table = torch.stack(rows)  # [matcher, picture]
+    right, others = table.diagonal(), table + torch.diag(torch.full((len(concepts),), torch.inf))
     return {"pictures": len(concepts), "own": float(right.mean()), "nearest_other": float(others.min(0).values.mean()),
             "right": float((right < others.min(0).values).float().mean()), **{name: float(np.mean(v)) for name, v in damaged.items()}}
 
