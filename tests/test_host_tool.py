@@ -113,12 +113,20 @@ def test_two_set_ups_at_once_build_once(tmp_path):
 
 def test_host_is_rebuilt_when_its_pins_change(tmp_path, monkeypatch):
     monkeypatch.setenv("TLORA_HOST_CACHE", str(tmp_path))
-    built = []
-    monkeypatch.setattr(build, "_build_host", lambda pins, folder: built.append(folder))
+    built, installed = [], []
+
+    def build_host(pins, folder):
+        built.append(folder)
+        (folder / "constraints.txt").write_text("torch==1\n")
+
+    monkeypatch.setattr(build, "_build_host", build_host)
+    monkeypatch.setattr(build, "pip", lambda python, *arguments, purpose: installed.append(Path(arguments[-1]).read_text()))
     first, again = build.ensure_host(), build.ensure_host()
-    assert first == again and len(built) == 1
-    changed = {**read_pins(), "torch": ["torch==0.0.1"]}
-    monkeypatch.setattr("hostlib.pins.read_pins", lambda: changed)
+    assert first == again and len(built) == len(installed) == 1 and "torch==1\ndiffusers==" in installed[0]
+    pins = read_pins()
+    monkeypatch.setattr("hostlib.pins.read_pins", lambda: {**pins, "pack": ["diffusers==0.0.1"]})
+    assert build.ensure_host() == first and len(built) == 1 and "diffusers==0.0.1" in installed[1]
+    monkeypatch.setattr("hostlib.pins.read_pins", lambda: {**pins, "torch": ["torch==0.0.1"]})
     assert build.ensure_host().comfyui != first.comfyui and len(built) == 2
 
 
