@@ -7,7 +7,7 @@
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
 
 A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
-of one concept, at most 10 minutes on two idle cores. --part 2/8 takes every eighth cell, for eight processes side by side.
+of one concept, with usual learning rates instead of swept ones. --part 2/8 takes every eighth cell, for eight processes side by side.
 Results: benchmarks/results/*.jsonl.
 """
 import argparse
@@ -35,7 +35,7 @@ def check_scorers(file):
 
 def main():
     from evidence import analysis, report
-    from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates
+    from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates, usual_rates
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
                         help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; report (methods)")
@@ -61,7 +61,8 @@ def main():
         parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}")
     name = "quick" if args.quick else args.scale or ("sweep" if names == ["rates"] else "full")
     part, of = (int(number) for number in args.part.split("/"))
-    cells = cells_of(names, SCALES[name], {} if names == ["rates"] else chosen_rates())[part - 1::of]
+    rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
+    cells = cells_of(names, SCALES[name], rates)[part - 1::of]
     import tiny_gate
     import torch
     tiny_gate.parse_host_arguments(args.device)

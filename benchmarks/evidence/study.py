@@ -88,6 +88,11 @@ def chosen_rates(path: Path = RATES) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
+def usual_rates() -> dict[str, float]:
+    """Rates known to work on the tiny base (its gate's, the quickstart's) but not swept: for a quick look only."""
+    return {method: 1.5e-3 if kind.is_orthogonal else 3e-3 for method, kind in METHODS.items()}
+
+
 def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> list[Cell]:
     return [Cell(concept=concept, seed=seed, learning_rate=rates[variant["method"]], steps=scale.steps, draws=scale.draws,
                  batch_size=scale.batch_size, **variant)
