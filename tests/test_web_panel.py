@@ -1,12 +1,14 @@
 """The training panel in the real interface, on real trainings: what it shows, what outlives a reload, and its buttons."""
 import json
+import uuid
 from pathlib import Path
 
 import pytest
 from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
 from graphs import TinyGraph, difference, pixels
 
-QUICKSTART = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
+# With an id of its own: other tests of the same server run the quickstart too, and the panel would show their trainings.
+QUICKSTART = {**json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text()), "id": str(uuid.uuid4())}
 TRAIN = next(node for node in QUICKSTART["nodes"] if node["type"] == "TLoRATrainFromImage")["id"]
 # What the panel of a node says: {state, step, steps, points of the curve, numbers, message, buttons}.
 PANEL = """id => {

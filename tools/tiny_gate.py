@@ -89,9 +89,9 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
 def lora_likeness(host: HostSampler, concept: world.Concept, steps: int = 400) -> dict[str, float]:
     """Distances from the concept under the training prompt: "lora" after a plain LoRA learnt it from one picture, "base"
     before, and "ceiling", the training picture itself seen through the autoencoder."""
-    from tlora_core.comfy_host.personalize import TrainRequest, encode_images, train_from_images
+    from tlora_core.comfy_host.personalize import TrainRequest, train_from_images
     from tlora_core.comfy_host.sampling import apply_tlora
-    from tlora_core.trainer import TrainConfig
+    from tlora_core.config import TrainConfig
     scenes = world.concept_scenes(concept, 1, np.random.default_rng(0), "beach", "centre")
     image = torch.from_numpy(world.render(scenes))
     request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=64, min_rank=16,
@@ -101,7 +101,7 @@ def lora_likeness(host: HostSampler, concept: world.Concept, steps: int = 400) -
     patched = apply_tlora(host.model, trained.tlora)
     return {"lora": distance(host.sample(request.prompt, seed=1, model=patched, count=2)).mean().item(),
             "base": distance(host.sample(request.prompt, seed=1, count=2)).mean().item(),
-            "ceiling": distance(host.vae.decode(encode_images(host.vae, image, 64))).item()}
+            "ceiling": distance(host.vae.decode(host.vae.encode(image))).item()}
 
 
 def reproduces(distances: dict[str, float]) -> bool:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 
 from tlora_core.adapters import METHODS
+from tlora_core.config import TrainConfig
 from tlora_core.dataset import training_images
 from tlora_core.images import to_picture
 from tlora_core.report import B_KEY
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import LATENT_CHANNELS
 from tlora_core.tiny.scorer import ConceptMatcher
-from tlora_core.trainer import TrainConfig, TrainingDiverged
+from tlora_core.trainer import TrainingDiverged
 
 from .colour import ColourReader
 from .metrics import measure, seen
