@@ -196,8 +196,9 @@ def _claims(given):
 
 def _limits():
     return ("## Limits\n\nA world of one object on one background at 64x64 pixels, a base of 5.5 M parameters that knows nothing else, "
-            "and an adapter rank that is a far larger share of the layers' width than the paper's. What holds here may not for SDXL, and the other "
-            "way round. Where a prompt leaves the background or the colour open, the base mixes several at some seeds (two of the four looked at), "
+            "and an adapter rank that is a far larger share of the layers' width than the paper's. What holds here may not for SDXL, "
+            "and the other way round. Where a prompt leaves the background or the colour open, the base mixes several at some seeds "
+            "(two of the four looked at), "
             "so neutral pictures of the bare base can be broken; the control prompts, which say everything, are not touched by that. "
             "TS and IS are this world's own and cannot be compared with the paper's CLIP figures, only their order can. "
             "IS cannot tell a copied pose from a new one; the columns on copying and spread do. A level of IS that a training never "
