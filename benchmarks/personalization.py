@@ -49,7 +49,7 @@ def main():
         report.write(args.results, ROOT / "docs")
         return
     if args.what == ["choose-rates"]:
-        chosen = analysis.choose_rates(analysis.load(args.results))
+        chosen = analysis.choose_rates(analysis.load_sweep(args.results))
         RATES.write_text(json.dumps(chosen, indent=2) + "\n")
         print(RATES.read_text())
         return

@@ -43,8 +43,8 @@ class Point:
     record: dict
 
 
-def load(folder: Path) -> list[dict]:
-    return read(*sorted(folder.glob("*.jsonl")))
+def load_sweep(folder: Path) -> list[dict]:
+    return read(*sorted(folder.glob("sweep*.jsonl")))
 
 
 def cell_of(record: dict) -> Cell:

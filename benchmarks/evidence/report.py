@@ -21,6 +21,7 @@ from .analysis import (
     difference,
     estimate,
     gate,
+    load_sweep,
     mean_over_levels,
     points,
 )
@@ -147,7 +148,7 @@ def _scorers(results):
 
 
 def _sweep(results):
-    records = read(*sorted(results.glob("sweep*.jsonl")))
+    records = load_sweep(results)
     if not records:
         return ""
     given, rows = points(records), []

@@ -73,10 +73,10 @@ class Scale:
 
 _NAMES = tuple(c.name for c in world.CONCEPTS)
 SCALES = {
-    "full": Scale(_NAMES, (0, 1, 2), (50, 100, 150, 200, 300, 400), Draws(4, 6, 4, 4, 6, 6)),
-    "sweep": Scale(("olive heart", "mint square"), (0,), (60, 120, 240), Draws(2, 4, 2, 2, 3, 3)),
-    "pilot": Scale(("olive heart", "mint square", "lime circle"), (0,), (60, 120, 240), Draws(2, 4, 2, 2, 3, 3)),
-    "quick": Scale(("olive heart",), (0,), (60, 120, 240), Draws(2, 4, 2, 2, 3, 3)),
+    "full": Scale(_NAMES, (0, 1, 2), (50, 100, 150, 200, 300, 480), Draws(4, 6, 4, 4, 6, 6)),
+    "sweep": Scale(("olive heart", "mint square"), (0,), (60, 120, 240, 480), Draws(2, 4, 2, 2, 3, 3)),
+    "pilot": Scale(("olive heart", "mint square", "lime circle"), (0,), (60, 120, 240, 480), Draws(2, 4, 2, 2, 3, 3)),
+    "quick": Scale(("olive heart",), (0,), (60, 120, 240, 400), Draws(2, 4, 2, 2, 3, 3)),
     "miniature": Scale(_NAMES[2:3], (0,), (1, 2), Draws(1, 1, 0, 0, 0, 0), batch_size=1),
 }
 
