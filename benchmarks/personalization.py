@@ -7,12 +7,14 @@
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
 
 A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
-of one concept, with usual learning rates instead of swept ones. --part 2/8 takes every eighth cell, for eight processes side by side.
+of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part 2/8 takes every eighth
+cell, for eight processes side by side.
 Results: benchmarks/results/*.jsonl.
 """
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,7 @@ def main():
                         help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; report (methods)")
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
+    parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
@@ -62,14 +65,16 @@ def main():
     name = "quick" if args.quick else args.scale or ("sweep" if names == ["rates"] else "full")
     part, of = (int(number) for number in args.part.split("/"))
     rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
-    cells = cells_of(names, SCALES[name], rates)[part - 1::of]
+    scale = SCALES[name]
+    cells = cells_of(names, replace(scale, seeds=scale.seeds[:args.seeds]), rates)[part - 1::of]
     import tiny_gate
     import torch
     tiny_gate.parse_host_arguments(args.device)
     from evidence.run import Bench, run
     file = args.results / (f"{name}.jsonl" if of == 1 else f"{name}-{part}of{of}.jsonl")
+    others = [path for path in args.results.glob(f"{name}*.jsonl") if path != file]
     with torch.inference_mode():
-        run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True))
+        run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True), others)
 
 
 if __name__ == "__main__":

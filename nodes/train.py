@@ -22,69 +22,8 @@ class TrainTLoRAFromImage(io.ComfyNode):
             search_aliases=["lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without copying "
                         "that image's pose and background.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model to train for. It is trained in place, without a second copy, and "
-                                                "its own weights stay as they are."),
-                io.Clip.Input("clip", tooltip="The model's text encoder; it is not trained."),
-                io.Vae.Input("vae", tooltip="The model's VAE; it is not trained."),
-                io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. The centre square is used."),
-                io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
-                io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
-                io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
-                               tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
-                                       "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
-                                       "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
-                                       "there to compare with; their files are as large as the layers."),
-                *rank_inputs(),
-                io.Int.Input("steps", default=0, min=0, max=100000,
-                             tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
-                                     "others. Too few do not learn the subject, too many copy the image."),
-                io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
-                               tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
-                io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
-                             tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
-                             tooltip="The same seed trains the same T-LoRA; another one another."),
-                file_name_input(),
-                alpha_input(),
-                io.Combo.Input("start", options=list(STARTS), default="last_random", advanced=True,
-                               tooltip="Where the orthogonal factors come from: the last, middle or principal singular vectors of a random "
-                                       "matrix or of the layer's weight. last_random is the paper's."),
-                io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True,
-                             tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory."),
-                mask_input(),
-                IMAGES.Input("more_images", optional=True,
-                             tooltip="More pictures of the subject, from T-LoRA Images: of other sizes, with captions or masks of their own."),
-                OPTIONS.Input("options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."),
-                captions_input(),
-                curve_input(),
-                io.String.Input("layers", default="attention", optional=True, advanced=True,
-                                tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", with '
-                                        "commas between. More layers learn more and copy more."),
-                io.Combo.Input("framing", options=list(FRAMINGS), default=FRAMINGS[0], optional=True, advanced=True,
-                               tooltip="centre square: cut square, as in the paper. keep aspect ratio: as much area in the picture's own "
-                                       "shape, with next to nothing cut off."),
-                io.Boolean.Input("flip", default=False, optional=True, advanced=True,
-                                 tooltip="Learn from each picture mirrored, too. Not for subjects with writing or a parting on one side."),
-                io.String.Input("validation_prompts", default="", multiline=True, optional=True,
-                                tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs."),
-                io.Int.Input("validate_every", default=0, min=0, max=100000, optional=True,
-                             tooltip="Steps between such drawings. More often shows more and takes longer. 0: never."),
-                io.Int.Input("checkpoint_every", default=100, min=0, max=100000, optional=True, advanced=True,
-                             tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. 0: none."),
-                io.Boolean.Input("checkpoint_files", default=False, optional=True, advanced=True,
-                                 tooltip="Save a T-LoRA file at each checkpoint too, to compare them later."),
-                io.Boolean.Input("save_on_cancel", default=False, optional=True, advanced=True,
-                                 tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does."),
-                io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
-                               tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
-                                       "continue: go on also if it was stopped. restart: train anew."),
-                io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
-                                 tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
-                io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
-                               tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
-                                       "time. auto: fast where it fits, else low."),
-            ],
+            # Saved workflows keep values by the order of inputs: a new one comes last.
+            inputs=[*_models_and_subject(), *_training(), *_data(), *_run()],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),
                 io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler."),
@@ -110,3 +49,88 @@ class TrainTLoRAFromImage(io.ComfyNode):
             done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, cls.hidden.unique_id), done.file,
             to_tensor(loss_curve(done.losses)),
             ui={"tlora_files": [str(lora_path(done.file))], "text": [done.file]})
+
+
+def _models_and_subject():
+    """What is trained, and on what."""
+    return [
+        io.Model.Input("model", tooltip="The model to train for. It is trained in place, without a second copy, and "
+                                        "its own weights stay as they are."),
+        io.Clip.Input("clip", tooltip="The model's text encoder; it is not trained."),
+        io.Vae.Input("vae", tooltip="The model's VAE; it is not trained."),
+        io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. The centre square is used."),
+        io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
+        io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
+    ]
+
+
+def _training():
+    """How it is trained: what every training needs."""
+    return [
+        io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
+                       tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
+                               "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
+                               "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
+                               "there to compare with; their files are as large as the layers."),
+        *rank_inputs(),
+        io.Int.Input("steps", default=0, min=0, max=100000,
+                     tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
+                             "others. Too few do not learn the subject, too many copy the image."),
+        io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
+                       tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
+        io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+                     tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
+        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                     tooltip="The same seed trains the same T-LoRA; another one another."),
+        file_name_input(),
+        alpha_input(),
+        io.Combo.Input("start", options=list(STARTS), default="last_random", advanced=True,
+                       tooltip="Where the orthogonal factors come from: the last, middle or principal singular vectors of a random "
+                               "matrix or of the layer's weight. last_random is the paper's."),
+        io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True,
+                     tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory."),
+    ]
+
+
+def _data():
+    """Optional: more about the data and the adapter."""
+    return [
+        mask_input(),
+        IMAGES.Input("more_images", optional=True,
+                     tooltip="More pictures of the subject, from T-LoRA Images: of other sizes, with captions or masks of their own."),
+        OPTIONS.Input("options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."),
+        captions_input(),
+        curve_input(),
+        io.String.Input("layers", default="attention", optional=True, advanced=True,
+                        tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", with '
+                                "commas between. More layers learn more and copy more."),
+        io.Combo.Input("framing", options=list(FRAMINGS), default=FRAMINGS[0], optional=True, advanced=True,
+                       tooltip="centre square: cut square, as in the paper. keep aspect ratio: as much area in the picture's own "
+                               "shape, with next to nothing cut off."),
+        io.Boolean.Input("flip", default=False, optional=True, advanced=True,
+                         tooltip="Learn from each picture mirrored, too. Not for subjects with writing or a parting on one side."),
+    ]
+
+
+def _run():
+    """Optional: what is seen and kept on the way."""
+    return [
+        io.String.Input("validation_prompts", default="", multiline=True, optional=True,
+                        tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs."),
+        io.Int.Input("validate_every", default=0, min=0, max=100000, optional=True,
+                     tooltip="Steps between such drawings. More often shows more and takes longer. 0: never."),
+        io.Int.Input("checkpoint_every", default=100, min=0, max=100000, optional=True, advanced=True,
+                     tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. 0: none."),
+        io.Boolean.Input("checkpoint_files", default=False, optional=True, advanced=True,
+                         tooltip="Save a T-LoRA file at each checkpoint too, to compare them later."),
+        io.Boolean.Input("save_on_cancel", default=False, optional=True, advanced=True,
+                         tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does."),
+        io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
+                       tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
+                               "continue: go on also if it was stopped. restart: train anew."),
+        io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
+                         tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
+        io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
+                       tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
+                               "time. auto: fast where it fits, else low."),
+    ]

@@ -56,6 +56,31 @@ def server(host, tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="module")
+def loras(server) -> Path:
+    """The server's loras folder."""
+    return server.workspace / "models" / "loras"
+
+
+@pytest.fixture(scope="module")
+def trained(server):
+    """Two T-LoRAs, by name, that change the picture in different ways."""
+    import graphs
+
+    graph = graphs.TinyGraph()
+    nodes = [graph.train(seed=seed, file_name=f"tests/seed{seed}") for seed in (1, 2)]
+    result = server.run(graph)
+    return [result.outputs[node.id]["text"][0] for node in nodes]
+
+
+@pytest.fixture(scope="module")
+def good(server, trained):
+    """The pictures of graphs.bare_and_adapted before anything went wrong."""
+    import graphs
+
+    return graphs.bare_and_adapted(server, trained[0])
+
+
 @pytest.fixture(scope="session")
 def comfy(host, tmp_path_factory):
     """ComfyUI's modules in this process, on the CPU; import what you need (`import comfy.samplers`) inside the test."""
@@ -73,6 +98,23 @@ def comfy(host, tmp_path_factory):
 
     yield comfy
     sys.path.remove(str(host.comfyui))
+
+
+@pytest.fixture(scope="module")
+def unet(comfy):
+    """A random U-Net of SDXL's kind as MODEL."""
+    import host_models
+
+    return host_models.random_unet()
+
+
+@pytest.fixture(scope="module")
+def tlora(unet):
+    """A random T-LoRA of `unet`."""
+    import host_models
+    import sampling_runs
+
+    return host_models.random_tlora(unet, sampling_runs.RANK, sampling_runs.MIN_RANK)
 
 
 @pytest.fixture(scope="module")

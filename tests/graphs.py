@@ -1,8 +1,11 @@
-"""Prompts in the API format for the tests on the real server, and the pictures that come back."""
+"""Prompts in the API format for the tests on the real server, and what comes back: pictures, files, errors."""
 import itertools
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 _never_repeated = itertools.count()
 
@@ -83,3 +86,36 @@ def cached_nodes(server, result) -> set[str]:
     """The ids of the nodes that the server did not run, because it still had their outputs."""
     messages = server.client.get_json(f"/history/{result.prompt_id}")[result.prompt_id]["status"]["messages"]
     return {node for kind, data in messages if kind == "execution_cached" for node in data["nodes"]}
+
+
+def bare_and_adapted(server, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of the tiny base without and with a T-LoRA file, from one prompt."""
+    graph = TinyGraph()
+    bare = graph.picture(graph.model)
+    adapted = graph.picture(graph.add("TLoRALoad", file=name, strength=1.0, model=graph.model)[0])
+    result = server.run(graph)
+    return pixels(result, bare), pixels(result, adapted)
+
+
+def bake(graph, name, mode, **changes):
+    """Bake T-LoRA on a file, in float32 so that nothing is rounded."""
+    inputs = {"mode": mode, "interval_start": 1.0, "interval_end": 0.0, "noise_level": 1.0, "parts": 3,
+              "file_name": f"tests/baked_{mode}", "dtype": "float32", **changes}
+    return graph.add("TLoRABake", tlora=graph.add("TLoRALoad", file=name, strength=1.0)[1], **inputs)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Every file, hidden and temporary ones too."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def same_tensors(path: Path, other: Path) -> bool:
+    ours, theirs = load_file(path), load_file(other)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def error_of(server, graph) -> str:
+    """The one error of a prompt that fails, without the node's name."""
+    result = server.run(graph, check=False)
+    assert len(result.errors) == 1, result.errors
+    return result.errors[0].partition(": ")[2]

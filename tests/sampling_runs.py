@@ -1,5 +1,19 @@
 """Whole samplings by the host, and what each of their evaluations should have been. Import inside tests that use `comfy`."""
+import host_models
 import torch
+
+RANK, MIN_RANK = 16, 4  # of the fixture `tlora`
+
+
+def texts():
+    """Positive and negative CONDITIONING."""
+    return host_models.conditioning(1), host_models.conditioning(2)
+
+
+def apply(model, tlora, strength=1.0, **options):
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    return apply_tlora(model, tlora, strength, **options)
 
 
 def sample(model, positive, negative, sampler="euler", steps=3, *, latent=None, channels=16, scheduler="normal", **options):

@@ -167,6 +167,8 @@ def test_rate_is_chosen_that_reproduces_without_damage_and_obeys_best(monkeypatc
         r["cell"]["learning_rate"] = rate
         records.append(r)
     assert analysis.choose_rates(records) == {"lora": 1e-3}
+    with pytest.raises(SystemExit, match="chosen for tlora"):
+        study.cells_of(["methods"], FULL, {"lora": 1e-3, "vanilla_tlora": 1e-3, "ortho_lora": 1e-3})
     with pytest.raises(SystemExit, match="no sweep"):
         analysis.choose_rates([base()])
 

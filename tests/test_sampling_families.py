@@ -30,15 +30,13 @@ def sample(model, texts, **options):
 
 
 def test_each_evaluation_is_that_of_merged_weights_in_either_way(family, monkeypatch):
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     name, model, tlora, texts = family
     domain, has_text = FAMILIES[name]
     assert tlora.noise_domain == domain
     pictures = []
     for fold, wanted in ((None, {"weight"} | ({"output"} if has_text else set())), (False, {"product"})):
         recorded, ways = runs.Evaluations(model), runs.Ways(monkeypatch)
-        pictures.append(sample(apply_tlora(recorded.model, tlora, -0.8, fold=fold), texts))
+        pictures.append(sample(runs.apply(recorded.model, tlora, -0.8, fold=fold), texts))
         monkeypatch.undo()
         assert ways.used == wanted
         recorded.assert_merged((tlora, -0.8))
@@ -47,11 +45,9 @@ def test_each_evaluation_is_that_of_merged_weights_in_either_way(family, monkeyp
 
 
 def test_rows_that_differ_in_their_timestep_are_each_as_if_alone(family):
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     name, model, tlora, texts = family
     recorded = runs.Evaluations(model)
-    patched = apply_tlora(recorded.model, tlora)
+    patched = runs.apply(recorded.model, tlora)
     sample(patched, texts, steps=1)
     x, sigma, (c_concat, text, _, _), kwargs, _ = recorded.calls[0]
     sigmas = torch.stack([sigma[0], model.model.model_sampling.sigmas[200]])

@@ -4,28 +4,6 @@ import pytest
 import sampling_runs as runs
 import torch
 
-RANK, MIN_RANK = 16, 4
-
-
-@pytest.fixture(scope="module")
-def unet(comfy):
-    return models.random_unet()
-
-
-@pytest.fixture(scope="module")
-def tlora(unet):
-    return models.random_tlora(unet, RANK, MIN_RANK)
-
-
-def texts():
-    return models.conditioning(1), models.conditioning(2)
-
-
-def apply(model, tlora, strength=1.0, **options):
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    return apply_tlora(model, tlora, strength, **options)
-
 
 @pytest.fixture
 def evaluations(unet):
@@ -36,30 +14,30 @@ def evaluations(unet):
 class TestSamplers:
     def test_sigmas_that_go_back_up(self, evaluations, tlora):
         """As restart samplers make them, and chains of samplers."""
-        runs.sample_sigmas(apply(evaluations.model, tlora), *texts(), [14.6, 4.0, 0.8, 6.0, 0.8, 9.0, 0.0])
+        runs.sample_sigmas(runs.apply(evaluations.model, tlora), *runs.texts(), [14.6, 4.0, 0.8, 6.0, 0.8, 9.0, 0.0])
         assert evaluations.sigmas == pytest.approx([14.6, 4.0, 0.8, 6.0, 0.8, 9.0])
         evaluations.assert_merged((tlora, 1.0))
 
     @pytest.mark.parametrize("sampler", ["dpmpp_sde", "dpm_adaptive", "heunpp2", "euler_ancestral"])
     def test_samplers_with_evaluations_in_between(self, evaluations, tlora, sampler):
-        runs.sample(apply(evaluations.model, tlora), *texts(), sampler)
+        runs.sample(runs.apply(evaluations.model, tlora), *runs.texts(), sampler)
         evaluations.assert_merged((tlora, 1.0))
 
     def test_picture_to_picture(self, evaluations, tlora):
         latent = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4))
-        runs.sample(apply(evaluations.model, tlora), *texts(), steps=4, latent=latent, denoise=0.5)
+        runs.sample(runs.apply(evaluations.model, tlora), *runs.texts(), steps=4, latent=latent, denoise=0.5)
         assert max(evaluations.sigmas) < 3
         evaluations.assert_merged((tlora, 1.0))
 
     def test_inpainting_with_a_mask(self, evaluations, tlora):
         latent, mask = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(4)), torch.zeros(1, 8, 8)
         mask[:, :, 4:] = 1
-        out = runs.sample(apply(evaluations.model, tlora), *texts(), latent=latent, noise_mask=mask)
+        out = runs.sample(runs.apply(evaluations.model, tlora), *runs.texts(), latent=latent, noise_mask=mask)
         evaluations.assert_merged((tlora, 1.0))
         assert torch.allclose(out[..., :4], latent[..., :4], atol=1e-5)
 
     def test_batch_of_pictures(self, evaluations, tlora):
-        runs.sample(apply(evaluations.model, tlora), *texts(), latent=torch.zeros(3, 16, 8, 8))
+        runs.sample(runs.apply(evaluations.model, tlora), *runs.texts(), latent=torch.zeros(3, 16, 8, 8))
         evaluations.assert_merged((tlora, 1.0))
 
 
@@ -69,7 +47,7 @@ class TestConditioning:
         early, late = models.conditioning(1), models.conditioning(4)
         early[0][1].update(start_percent=0.0, end_percent=0.5)
         late[0][1].update(start_percent=0.3, end_percent=1.0)
-        runs.sample(apply(evaluations.model, tlora), early + late, models.conditioning(2), steps=6)
+        runs.sample(runs.apply(evaluations.model, tlora), early + late, models.conditioning(2), steps=6)
         assert {len(call[0]) for call in evaluations.calls} == {2, 3}
         evaluations.assert_merged((tlora, 1.0))
 
@@ -78,8 +56,8 @@ class TestConditioning:
 
         latent = torch.zeros(1, 16, 8, 8)
         with torch.inference_mode():
-            comfy.sample.sample(apply(evaluations.model, tlora), comfy.sample.prepare_noise(latent, 3), 3, 1.0, "euler",
-                                "normal", *texts(), latent, disable_pbar=True, seed=3)
+            comfy.sample.sample(runs.apply(evaluations.model, tlora), comfy.sample.prepare_noise(latent, 3), 3, 1.0, "euler",
+                                "normal", *runs.texts(), latent, disable_pbar=True, seed=3)
         assert {len(call[0]) for call in evaluations.calls} == {1}
         evaluations.assert_merged((tlora, 1.0))
 
@@ -87,18 +65,18 @@ class TestConditioning:
         positive = models.conditioning(1)
         control = models.random_controlnet().set_cond_hint(torch.rand(1, 3, 64, 64), 0.8, (0.0, 0.6))
         positive[0][1].update(control=control, control_apply_to_uncond=True)
-        runs.sample(apply(evaluations.model, tlora), positive, models.conditioning(2), steps=4)
+        runs.sample(runs.apply(evaluations.model, tlora), positive, models.conditioning(2), steps=4)
         assert {bool(call[2][2]) for call in evaluations.calls} == {True, False}
         evaluations.assert_merged((tlora, 1.0))
 
     def test_context_windows(self, evaluations, tlora):
         import comfy.context_windows as windows
 
-        model = apply(evaluations.model, tlora)
+        model = runs.apply(evaluations.model, tlora)
         model.model_options["context_handler"] = windows.IndexListContextHandler(
             windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
             windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID), context_length=3, context_overlap=1, dim=0)
-        runs.sample(model, *texts(), latent=torch.zeros(5, 16, 8, 8))
+        runs.sample(model, *runs.texts(), latent=torch.zeros(5, 16, 8, 8))
         assert len(evaluations.calls) > 3
         evaluations.assert_merged((tlora, 1.0))
 
@@ -107,7 +85,7 @@ class TestPatches:
     def test_attention_patch_that_gives_new_text(self, evaluations, tlora):
         model = evaluations.model
         model.set_model_attn2_patch(lambda q, k, v, options: (q, k * 1.1, v * 0.9))
-        runs.sample(apply(model, tlora), *texts())
+        runs.sample(runs.apply(model, tlora), *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_patch_that_writes_into_the_text(self, evaluations, tlora):
@@ -118,7 +96,7 @@ class TestPatches:
 
         model = evaluations.model
         model.set_model_attn2_patch(write)
-        runs.sample(apply(model, tlora), *texts())
+        runs.sample(runs.apply(model, tlora), *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_replaced(self, evaluations, tlora):
@@ -131,17 +109,17 @@ class TestPatches:
         model = evaluations.model
         for block, number in (("input", 1), ("middle", 0), ("output", 0)):
             model.set_model_attn2_replace(replacement, block, number)
-        runs.sample(apply(model, tlora), *texts())
+        runs.sample(runs.apply(model, tlora), *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
     def test_hosts_freeu_and_perturbed_attention(self, evaluations, tlora):
         from comfy_extras.nodes_freelunch import FreeU_V2
         from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
-        model = apply(evaluations.model, tlora)
+        model = runs.apply(evaluations.model, tlora)
         model = FreeU_V2.execute(model, 1.3, 1.4, 0.9, 0.2)[0]
         model = PerturbedAttentionGuidance.execute(model, 3.0)[0]
-        runs.sample(model, *texts())
+        runs.sample(model, *runs.texts())
         assert len(evaluations.calls) == 6  # each step, and again with attention perturbed
         evaluations.assert_merged((tlora, 1.0))
 
@@ -149,32 +127,32 @@ class TestPatches:
         from comfy_extras.nodes_model_merging import ModelMergeSimple
 
         other = models.random_unet(seed=3)
-        model = apply(ModelMergeSimple().merge(evaluations.model, other, 0.7)[0], tlora)
+        model = runs.apply(ModelMergeSimple().merge(evaluations.model, other, 0.7)[0], tlora)
         model = ModelMergeSimple().merge(model, other, 0.9)[0]
-        runs.sample(model, *texts())
+        runs.sample(model, *runs.texts())
         evaluations.assert_merged((tlora, 1.0))  # onto the weights that the host has merged
         evaluations.calls.clear()
-        runs.sample(apply(evaluations.model, tlora), *texts())
+        runs.sample(runs.apply(evaluations.model, tlora), *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
     def test_chain_of_clones_keeps_each_its_own(self, evaluations, tlora, unet):
         second = models.random_tlora(unet, 6, 1, seed=4, alpha=2.0)
-        one = apply(evaluations.model, tlora, 0.5)
-        both = apply(one.clone().clone(), second, -0.8).clone()
+        one = runs.apply(evaluations.model, tlora, 0.5)
+        both = runs.apply(one.clone().clone(), second, -0.8).clone()
         for model, applied in ((both, [(tlora, 0.5), (second, -0.8)]), (one, [(tlora, 0.5)]),
                                (evaluations.model, []), (both, [(tlora, 0.5), (second, -0.8)])):
             evaluations.calls.clear()
-            runs.sample(model, *texts())
+            runs.sample(model, *runs.texts())
             evaluations.assert_merged(*applied)
 
     def test_layer_that_a_node_has_replaced(self, evaluations, tlora, unet):
         """An object patch puts another module in the place of one that was there when the T-LoRA was applied."""
         path = next(iter(tlora.layers))
-        model = apply(evaluations.model, tlora)
+        model = runs.apply(evaluations.model, tlora)
         old = model.get_model_object(f"diffusion_model.{path}")
         new = torch.nn.Linear(old.in_features, old.out_features, bias=old.bias is not None).requires_grad_(False)
         model.add_object_patch(f"diffusion_model.{path}", new)
-        runs.sample(model, *texts())
+        runs.sample(model, *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
 
@@ -183,15 +161,15 @@ class TestHiddenTimestep:
         from tlora_core import TLoRAError
 
         with pytest.raises(TLoRAError, match="NaN"):
-            models.evaluate(apply(unet, tlora), [float("nan")])
+            models.evaluate(runs.apply(unet, tlora), [float("nan")])
         assert models.is_untouched(unet)
 
     def test_distilled_models_count_in_the_timesteps_of_the_model_they_come_from(self, evaluations, tlora):
         """The host's LCM sampling has 50 of the 1000 sigmas in its table."""
         from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
-        model = ModelSamplingDiscrete().patch(apply(evaluations.model, tlora), "lcm", False)[0]
+        model = ModelSamplingDiscrete().patch(runs.apply(evaluations.model, tlora), "lcm", False)[0]
         sigmas = evaluations.sigmas_of_timesteps[[999, 759, 499, 259, 19]]
-        runs.sample_sigmas(model, *texts(), [*sigmas.tolist(), 0.0], "lcm")
+        runs.sample_sigmas(model, *runs.texts(), [*sigmas.tolist(), 0.0], "lcm")
         assert len(evaluations.calls) == 5
         evaluations.assert_merged((tlora, 1.0))

@@ -4,39 +4,21 @@ import pytest
 import sampling_runs as runs
 import torch
 
-RANK, MIN_RANK = 16, 4
-
-
-@pytest.fixture(scope="module")
-def unet(comfy):
-    return models.random_unet()
-
-
-@pytest.fixture(scope="module")
-def tlora(unet):
-    return models.random_tlora(unet, RANK, MIN_RANK)
-
-
-def texts():
-    return models.conditioning(1), models.conditioning(2)
-
 
 def test_short_memory_falls_back_to_the_product_and_says_the_same(unet, tlora, monkeypatch):
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    wanted = runs.sample(apply_tlora(unet, tlora), *texts())
+    wanted = runs.sample(runs.apply(unet, tlora), *runs.texts())
     monkeypatch.setattr(unet.model, "memory_required", lambda *args, **kwargs: 1e30)
     ways = runs.Ways(monkeypatch)
-    got = runs.sample(apply_tlora(unet, tlora), *texts())
+    got = runs.sample(runs.apply(unet, tlora), *runs.texts())
     assert ways.used == {"product", "output"} and models.relative_error(got, wanted) < 1e-5
 
 
 def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatch):
-    from tlora_core.comfy_host.sampling import Folds, apply_tlora
+    from tlora_core.comfy_host.sampling import Folds
 
-    patched = apply_tlora(unet, tlora)
+    patched = runs.apply(unet, tlora)
     during = []
-    runs.sample(patched, *texts(), callback=lambda *args: during.append(len(Folds._of_models)))
+    runs.sample(patched, *runs.texts(), callback=lambda *args: during.append(len(Folds._of_models)))
     assert set(during) == {1} and len(Folds._of_models) == 0
     ways = runs.Ways(monkeypatch)
     models.evaluate(patched, [3.0])
@@ -48,10 +30,10 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
 def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, tlora, step, failure):
     import comfy.model_management as mm
 
-    from tlora_core.comfy_host.sampling import Folds, apply_tlora
+    from tlora_core.comfy_host.sampling import Folds
 
-    patched, plain = apply_tlora(unet, tlora), runs.sample(unet, *texts())
-    wanted = runs.sample(patched, *texts())
+    patched, plain = runs.apply(unet, tlora), runs.sample(unet, *runs.texts())
+    wanted = runs.sample(patched, *runs.texts())
     weights = {k: v.clone() for k, v in unet.model.state_dict().items()}
     kinds = {"error": RuntimeError, "cancel": mm.InterruptProcessingException, "memory": torch.OutOfMemoryError}
 
@@ -60,11 +42,11 @@ def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, 
             raise kinds[failure]("injected")
 
     with pytest.raises(kinds[failure]):
-        runs.sample(patched, *texts(), callback=fail)
+        runs.sample(patched, *runs.texts(), callback=fail)
     assert models.is_untouched(unet) and len(Folds._of_models) == 0
     assert all(torch.equal(v, weights[k]) for k, v in unet.model.state_dict().items())
-    assert torch.equal(runs.sample(unet, *texts()), plain)
-    assert torch.equal(runs.sample(patched, *texts()), wanted)
+    assert torch.equal(runs.sample(unet, *runs.texts()), plain)
+    assert torch.equal(runs.sample(patched, *runs.texts()), wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -73,19 +55,17 @@ def test_half_precision_is_no_worse_than_the_hosts_own_static_lora(comfy, dtype,
     import comfy.utils
     import random_models
 
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     half, exact = (random_models.flux(256, (1, 1), 64, 32, dtype=d) for d in (dtype, torch.float32))
     positive, negative = (random_models.conditioning(exact, 6, seed) for seed in (1, 2))
     with torch.no_grad():
         for a, b in zip(exact.model.diffusion_model.parameters(), half.model.diffusion_model.parameters()):
             a.copy_(b)
-    tlora = random_models.random_tlora(exact, RANK, RANK)  # all ranks at every t, which is what a static LoRA gives
+    tlora = random_models.random_tlora(exact, runs.RANK, runs.RANK)  # all ranks at every t, which is what a static LoRA gives
     tlora.save(tmp_path / "x.safetensors")
     static = comfy.sd.load_lora_for_models(half, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
-    reference = runs.sample(apply_tlora(exact, tlora), positive, negative)
+    reference = runs.sample(runs.apply(exact, tlora), positive, negative)
     errors = {name: models.relative_error(runs.sample(model, positive, negative), reference) for name, model in (
-        ("static", static), ("folded", apply_tlora(half, tlora, fold=True)), ("product", apply_tlora(half, tlora, fold=False)))}
+        ("static", static), ("folded", runs.apply(half, tlora, fold=True)), ("product", runs.apply(half, tlora, fold=False)))}
     # Sampling spreads one rounding over the picture by chance; a fifth is far above that chance and below a second rounding.
     assert errors["folded"] < 1.2 * errors["static"] and errors["product"] < 1.2 * errors["static"], errors
 
@@ -95,22 +75,18 @@ def test_with_the_hosts_own_lora_and_after_it(unet, tlora, tmp_path):
     import comfy.sd
     import comfy.utils
 
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
     static = comfy.sd.load_lora_for_models(unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
-    alone = runs.sample(apply_tlora(unet, tlora), *texts())
-    both = runs.sample(apply_tlora(static, tlora), *texts())
-    beside = runs.sample(apply_tlora(static, tlora, fold=False), *texts())
+    alone = runs.sample(runs.apply(unet, tlora), *runs.texts())
+    both = runs.sample(runs.apply(static, tlora), *runs.texts())
+    beside = runs.sample(runs.apply(static, tlora, fold=False), *runs.texts())
     assert models.relative_error(both, beside) < 1e-5 < 1e-3 < models.relative_error(both, alone)
-    assert torch.equal(runs.sample(apply_tlora(unet, tlora), *texts()), alone)
+    assert torch.equal(runs.sample(runs.apply(unet, tlora), *runs.texts()), alone)
 
 
 def test_with_the_hosts_hooks_and_keyframes(unet, tlora, tmp_path, monkeypatch):
     import comfy.hooks
     import comfy.utils
-
-    from tlora_core.comfy_host.sampling import apply_tlora
 
     models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
     group = comfy.hooks.create_hook_lora(comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0.0)
@@ -125,7 +101,7 @@ def test_with_the_hosts_hooks_and_keyframes(unet, tlora, tmp_path, monkeypatch):
         model = unet.clone()
         comfy_key_map = comfy.lora.model_lora_keys_unet(model.model, {})
         assert comfy_key_map
-        return runs.sample(apply_tlora(model, tlora, fold=fold), positive, models.conditioning(2), steps=4)
+        return runs.sample(runs.apply(model, tlora, fold=fold), positive, models.conditioning(2), steps=4)
 
     import comfy.lora
 
@@ -138,52 +114,44 @@ def test_with_the_hosts_hooks_and_keyframes(unet, tlora, tmp_path, monkeypatch):
 def test_a_schedule_whose_timestep_is_unknown_stops_the_sampling(unet, tlora):
     """Set after the T-LoRA, so that only the evaluation can notice."""
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     known = unet.model.model_sampling
 
     class Unknown(torch.nn.Module):
         def __getattr__(self, name):
             return getattr(known, name)
 
-    patched = apply_tlora(unet, tlora)
+    patched = runs.apply(unet, tlora)
     patched.add_object_patch("model_sampling", Unknown())
     with pytest.raises(TLoRAError, match="not one T-LoRA knows"):
-        runs.sample(patched, *texts())
+        runs.sample(patched, *runs.texts())
     assert models.is_untouched(unet)
     with pytest.raises(TLoRAError, match="not one T-LoRA knows"):
-        apply_tlora(patched, tlora)
+        runs.apply(patched, tlora)
 
 
 def test_conditions_evaluated_apart_and_on_areas(unet, tlora, monkeypatch):
     """Little memory makes the host evaluate each conditioning alone, so that the texts take turns."""
-    from tlora_core.comfy_host.sampling import apply_tlora
-
     left, right = models.conditioning(1), models.conditioning(4)
     left[0][1]["area"], right[0][1]["area"] = (8, 4, 0, 0), (8, 4, 0, 4)
-    together = runs.sample(apply_tlora(unet, tlora, fold=False), left + right, models.conditioning(2))
+    together = runs.sample(runs.apply(unet, tlora, fold=False), left + right, models.conditioning(2))
     monkeypatch.setattr(unet.model, "memory_required", lambda *args, **kwargs: 1e30)
     ways = runs.Ways(monkeypatch)
-    apart = runs.sample(apply_tlora(unet, tlora, fold=True), left + right, models.conditioning(2))
+    apart = runs.sample(runs.apply(unet, tlora, fold=True), left + right, models.conditioning(2))
     assert ways.used == {"weight", "output"} and models.relative_error(apart, together) < 1e-5
 
 
 def test_on_another_copy_of_the_model(unet, tlora):
     """As the host makes one for a second GPU: the patch finds its layers by path in the model that is evaluated."""
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    patched, other = apply_tlora(unet, tlora), models.random_unet()
+    patched, other = runs.apply(unet, tlora), models.random_unet()
     clone = patched.clone()
     clone.model = other.model
-    assert torch.equal(runs.sample(clone, *texts()), runs.sample(patched, *texts()))
+    assert torch.equal(runs.sample(clone, *runs.texts()), runs.sample(patched, *runs.texts()))
     assert models.is_untouched(other)
 
 
 def test_a_folded_tlora_inside_one_that_is_beside_the_layers_loses_neither(unet, tlora):
     """Rows of different timesteps: the outer T-LoRA's ranks differ and go beside, the inner one's are constant and fold."""
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    patched = apply_tlora(apply_tlora(unet, tlora), models.random_tlora(unet, 4, 4, seed=4))
+    patched = runs.apply(runs.apply(unet, tlora), models.random_tlora(unet, 4, 4, seed=4))
     sigmas = unet.model.model_sampling.sigmas[[999, 300]]
     wanted = models.evaluate(patched, sigmas)
     patched.pre_run()

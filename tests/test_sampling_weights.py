@@ -6,28 +6,6 @@ import pytest
 import sampling_runs as runs
 import torch
 
-RANK, MIN_RANK = 16, 4
-
-
-@pytest.fixture(scope="module")
-def unet(comfy):
-    return models.random_unet()
-
-
-@pytest.fixture(scope="module")
-def tlora(unet):
-    return models.random_tlora(unet, RANK, MIN_RANK)
-
-
-def texts():
-    return models.conditioning(1), models.conditioning(2)
-
-
-def apply(model, tlora, **options):
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    return apply_tlora(model, tlora, **options)
-
 
 @pytest.fixture(scope="module")
 def flux(comfy):
@@ -35,7 +13,7 @@ def flux(comfy):
     import random_models
 
     model = random_models.small("flux")
-    tlora = random_models.random_tlora(model, RANK, MIN_RANK, size=0.3)
+    tlora = random_models.random_tlora(model, runs.RANK, runs.MIN_RANK, size=0.3)
     return model, tlora, tuple(random_models.conditioning(model, 6, seed) for seed in (1, 2))
 
 
@@ -63,7 +41,7 @@ class TestCompiled:
 
         model, tlora, texts = flux
         recorded, graphs = runs.Evaluations(model), []
-        both = apply(compiled(recorded.model), tlora) if first == "compile" else compiled(apply(recorded.model, tlora))
+        both = runs.apply(compiled(recorded.model), tlora) if first == "compile" else compiled(runs.apply(recorded.model, tlora))
         runs.sample(both, *texts, steps=5, callback=lambda *args: graphs.append(counter.frame_count))
         assert 0 < graphs[1] == graphs[-1]  # some versions of the host compile again for the second step themselves
         recorded.assert_merged((tlora, 1.0))
@@ -105,12 +83,12 @@ class TestEightBits:
     def assert_same(self, stored, worth, monkeypatch):
         import random_models
 
-        tlora = random_models.random_tlora(worth, RANK, MIN_RANK, size=0.3)
+        tlora = random_models.random_tlora(worth, runs.RANK, runs.MIN_RANK, size=0.3)
         texts = [random_models.conditioning(worth, 6, seed) for seed in (1, 2)]
         ways, empty = runs.Ways(monkeypatch), random_models.latent(worth)
-        got = runs.sample(apply(stored, tlora), *texts, latent=empty)
+        got = runs.sample(runs.apply(stored, tlora), *texts, latent=empty)
         assert ways.used == {"product"} | ({"output"} if "context_dim" in worth.model.model_config.unet_config else set())
-        assert models.relative_error(got, runs.sample(apply(worth, tlora), *texts, latent=empty)) < 1e-5
+        assert models.relative_error(got, runs.sample(runs.apply(worth, tlora), *texts, latent=empty)) < 1e-5
         assert models.relative_error(got, runs.sample(stored, *texts, latent=empty)) > 1e-3
 
 
@@ -132,18 +110,18 @@ class TestLittleMemory:
 
     @pytest.mark.parametrize("megabytes", [3, 1000])
     def test_before_the_sampling(self, patched, tlora, megabytes, monkeypatch):
-        wanted = runs.sample(apply(patched, tlora), *texts())
-        streamed, ways = apply(patched, tlora), runs.Ways(monkeypatch)
+        wanted = runs.sample(runs.apply(patched, tlora), *runs.texts())
+        streamed, ways = runs.apply(patched, tlora), runs.Ways(monkeypatch)
         streamed.add_callback("on_pre_run", lambda model: self.unload(model, megabytes))
-        got = runs.sample(streamed, *texts())
+        got = runs.sample(streamed, *runs.texts())
         assert ways.used == ({"product"} if megabytes == 1000 else {"product", "weight", "output"})
         assert models.relative_error(got, wanted) < 1e-5
 
     def test_in_the_middle_of_it(self, patched, tlora):
         """As when a node loads another model from within the sampling."""
-        wanted = runs.sample(apply(patched, tlora), *texts(), steps=4)
-        model = apply(patched, tlora)
-        got = runs.sample(model, *texts(), steps=4, callback=lambda i, *_: self.unload(model, 1000) if i == 1 else None)
+        wanted = runs.sample(runs.apply(patched, tlora), *runs.texts(), steps=4)
+        model = runs.apply(patched, tlora)
+        got = runs.sample(model, *runs.texts(), steps=4, callback=lambda i, *_: self.unload(model, 1000) if i == 1 else None)
         assert models.relative_error(got, wanted) < 1e-5
 
 
@@ -156,11 +134,11 @@ class TestSeveralDevices:
             pytest.skip("This ComfyUI has no multi-GPU sampling.")
         unet.cached_patcher_init = (models.random_unet, ())
         recorded = runs.Evaluations(unet)
-        model = apply(recorded.model, tlora)
+        model = runs.apply(recorded.model, tlora)
         copy = model.deepclone_multigpu(torch.device("cpu", 0))
         copy.is_multigpu_base_clone = True
         model.set_additional_models("multigpu", [copy])
-        runs.sample(model, *texts())
+        runs.sample(model, *runs.texts())
         assert [len(call[0]) for call in recorded.calls] == [1] * 6
         recorded.assert_merged((tlora, 1.0))
         assert models.is_untouched(unet) and models.is_untouched(copy)

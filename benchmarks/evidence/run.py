@@ -149,11 +149,12 @@ def steps_done(records: list[dict]) -> dict[str, set[int]]:
     return done
 
 
-def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None]) -> None:
-    """Appends to `file` what is not there yet; a sheet of each cell's pictures goes into the folder `sheets` beside it."""
+def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None], others: Sequence[Path] = ()) -> None:
+    """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder `sheets`
+    beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _mend(file)
-    done, began, finished = steps_done(read(file)), time.monotonic(), 0
+    done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
     missing = [cell for cell in cells if not set(cell.steps) <= done.get(cell.key, set())]
     total = sum(max(cell.steps) for cell in missing)
     commit = _commit()

@@ -3,6 +3,8 @@
 `AttributeScorer` is a small classifier trained on rendered pictures only; `ConceptMatcher` knows a concept from the
 world's own rules and needs no training.
 """
+import itertools
+
 import numpy as np
 import torch
 from torch import nn
@@ -49,19 +51,19 @@ class AttributeScorer(nn.Module):
 class ConceptMatcher:
     """How far a picture is from showing one concept: the mean absolute RGB error over the object's own pixels in the
     best fitting pose, 0 (the concept itself) to 1. The pose is searched on a coarse grid over place, size and angle,
-    then on a fine one around the best."""
+    then on finer ones around the best."""
 
     def __init__(self, concept: world.Concept):
         self.concept = concept
         place, radii, angles = np.linspace(-0.48, 0.48, 13), (0.5, 0.55, 0.6), np.linspace(-0.3, 0.3, 5)
-        self.coarse = self._templates(np.array([(x, y, r, a) for x in place for y in place for r in radii for a in angles]))
+        self.coarse = self._templates(np.array(list(itertools.product(place, place, radii, angles))), SIZE // 2)
 
-    def _templates(self, poses):
+    def _templates(self, poses, size=SIZE):
         """(poses [P, 4], pictures [P, n], weights [P, n] that sum to 1) of the concept in each pose."""
         scenes = world.concept_scenes(self.concept, len(poses), np.random.default_rng(0), background="greywall")
         scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
-        pictures = torch.from_numpy(world.render(scenes, SIZE)).flatten(1)
-        mask = torch.from_numpy(world.object_mask(scenes, SIZE)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
+        pictures = torch.from_numpy(world.render(scenes, size)).flatten(1)
+        mask = torch.from_numpy(world.object_mask(scenes, size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
         return poses, pictures, mask / mask.sum(1, keepdim=True)
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -70,24 +72,27 @@ class ConceptMatcher:
 
     def fit(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(distances [B], best poses [B, 4]: x and y of the centre and radius in half-widths of the picture, angle in radians)."""
-        pictures = at_size(pictures.movedim(-1, 1)).movedim(1, -1)
-        found = [self._fit(picture.flatten()) for picture in pictures]
+        pictures = at_size(pictures.movedim(-1, 1))
+        found = [self._fit(picture) for picture in pictures]
         return torch.stack([error for error, _ in found]), torch.from_numpy(np.stack([pose for _, pose in found]))
 
     def _fit(self, picture):
-        best = _best(picture, self.coarse)
-        x, y, r, a = best[1]
-        shifts, sizes, turns = (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (-0.1, -0.05, 0, 0.05, 0.1)
-        near = np.array([(x + i, y + j, r + k, a + m) for i in shifts for j in shifts for k in sizes for m in turns])
-        return min(best, _best(picture, self._templates(near)), key=lambda found: found[0])
+        """`picture` [3, SIZE, SIZE]."""
+        half = nn.functional.avg_pool2d(picture, 2)
+        pose = _best(half.movedim(0, -1).flatten(), self.coarse)[1]
+        for steps in _FINE:
+            near = pose + np.array(list(itertools.product(*steps)))
+            error, pose = _best(picture.movedim(0, -1).flatten(), self._templates(near))
+        return error, pose
+
+
+# Around the best pose so far, of each of its numbers: first place and size, then place and angle.
+_FINE = (((-0.04, -0.02, 0, 0.02, 0.04), (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (0,)),
+         ((-0.02, 0, 0.02), (-0.02, 0, 0.02), (0,), (-0.1, -0.05, 0, 0.05, 0.1)))
 
 
 def _best(picture, templates):
     """(error, pose) of the template that fits best."""
-    errors = _errors(picture, templates)
-    return errors.min(), templates[0][int(errors.argmin())]
-
-
-def _errors(picture, templates):
-    _, pictures, weights = templates
-    return ((picture - pictures).abs() * weights).sum(1)
+    poses, pictures, weights = templates
+    errors = ((picture - pictures).abs() * weights).sum(1)
+    return errors.min(), poses[int(errors.argmin())]

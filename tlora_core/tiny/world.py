@@ -149,14 +149,14 @@ def render(scenes: Scenes, size: int = 64) -> np.ndarray:
     image = _over(image, np.array(OUTLINE) / 255, cover(distance - OUTLINE_WIDTH))
     image = _over(image, scenes.colour[:, None, None], cover(distance))
     image = _paint_pattern(image, scenes, distance, u, v, cover)
-    has_rim = np.isfinite(scenes.rim[:, 0])[:, None, None, None]
-    rim = np.nan_to_num(scenes.rim)[:, None, None]
-    image = np.where(has_rim, _over(image, rim, cover(np.abs(distance + 0.06) - 0.06)), image)
-    radius = scenes.radius[:, None, None]
-    core = np.nan_to_num(scenes.core)[:, None, None]
-    shift = np.where(scenes.shape == SHAPES.index("moon"), -0.58, 0.0)[:, None, None]  # a crescent's body is off centre
-    disc = (np.hypot(u - shift, v) - 0.27) * radius
-    image = np.where(has_rim, _over(image, core, cover(np.maximum(disc, distance))), image)
+    rows = np.isfinite(scenes.rim[:, 0])
+    if rows.any():
+        rim, core, radius = (values[rows][:, None, None] for values in (scenes.rim, scenes.core, scenes.radius))
+        distance, u, v = distance[rows], u[rows], v[rows]
+        ringed = _over(image[rows], rim, cover(np.abs(distance + 0.06) - 0.06))
+        shift = np.where(scenes.shape[rows] == SHAPES.index("moon"), -0.58, 0.0)[:, None, None]  # a crescent's body is off centre
+        disc = (np.hypot(u - shift, v) - 0.27) * radius
+        image[rows] = _over(ringed, core, cover(np.maximum(disc, distance)))
     return image.astype(np.float32)
 
 
@@ -226,16 +226,17 @@ _SDF = {
 
 def _paint_pattern(image, scenes, distance, u, v, cover):
     """Stripes or dots in a contrasting tone, inside the body only."""
-    light = scenes.colour.mean(1) > 0.75
-    tone = np.where(light[:, None], scenes.colour * 0.45, 0.25 * scenes.colour + 0.75)[:, None, None]
-    radius = scenes.radius[:, None, None]
-    pitch = 0.26 / radius                                         # the same pitch in the picture at every size
-    stripes = (np.abs((u / pitch) % 1 - 0.5) - 0.22) * pitch * radius
-    cell_u, cell_v = (u / pitch) % 1 - 0.5, (v / pitch) % 1 - 0.5
-    dots = (np.hypot(cell_u, cell_v) - 0.27) * pitch * radius
-    for name, marks in (("striped", stripes), ("dotted", dots)):
-        rows = (scenes.pattern == PATTERNS.index(name))[:, None, None, None]
-        image = np.where(rows, _over(image, tone, cover(np.maximum(marks, distance))), image)
+    for name in PATTERNS[1:]:
+        rows = scenes.pattern == PATTERNS.index(name)
+        if not rows.any():
+            continue
+        colour, radius = scenes.colour[rows], scenes.radius[rows][:, None, None]
+        light = colour.mean(1) > 0.75
+        tone = np.where(light[:, None], colour * 0.45, 0.25 * colour + 0.75)[:, None, None]
+        pitch = 0.26 / radius                                     # the same pitch in the picture at every size
+        cell_u, cell_v = (u[rows] / pitch) % 1 - 0.5, (v[rows] / pitch) % 1 - 0.5
+        marks = (np.abs(cell_u) - 0.22 if name == "striped" else np.hypot(cell_u, cell_v) - 0.27) * pitch * radius
+        image[rows] = _over(image[rows], tone, cover(np.maximum(marks, distance[rows])))
     return image
 
 
