@@ -37,6 +37,8 @@ def test_masks_are_one_for_all_or_one_for_each():
         training_images(batch, mask=torch.ones(3, 20, 30))
     with pytest.raises(TLoRAError, match="mask 2 is empty"):
         training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
+    with pytest.raises(TLoRAError, match="mask 1 is empty"):
+        training_images(batch, mask=torch.zeros(1, 64, 64))  # the host's for a picture in which nothing was painted over
 
 
 def test_square_framing_is_the_papers():

@@ -55,13 +55,14 @@ def training_images(images: Tensor, captions: str = "", mask: Tensor | None = No
 
 def _masks(images: Tensor, mask: Tensor) -> list[Tensor]:
     mask = mask[None] if mask.ndim == 2 else mask
+    # First, as the host gives an empty mask of 64x64 for a picture without one.
+    for i, one in enumerate(mask):
+        if not bool((one > 0).any()):
+            raise TLoRAError(f"mask {i + 1} is empty; paint over the subject, or leave mask unconnected.")
     if mask.ndim != 3 or len(mask) not in (1, len(images)) or mask.shape[1:] != images.shape[1:3]:
         raise TLoRAError(
             f"mask has shape {list(mask.shape)} for pictures of shape {list(images.shape)}; connect a mask of the same height "
             "and width, one for all pictures or one for each.")
-    for i, one in enumerate(mask):
-        if not bool((one > 0).any()):
-            raise TLoRAError(f"mask {i + 1} is empty; paint over the subject, or leave mask unconnected.")
     return [mask[i % len(mask)].clamp(0, 1) for i in range(len(images))]
 
 

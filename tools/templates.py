@@ -170,6 +170,33 @@ Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, steps=30, cfg=5.0)
 
 
+def train_sdxl_on_several_images(template):
+    template.note((0, 0), (320, 330), """# SDXL, several pictures with masks
+
+1. Choose an SDXL checkpoint, and your pictures in *Load Image*, of any sizes; two to five are plenty.
+2. In each: right click, **Open in Mask Editor**, paint over the subject, save. The loss then counts inside the mask only. Where you want no mask, unconnect it.
+3. Write what each picture shows besides the subject into its `captions`: what is named there is not taken for the subject.
+4. Set `class_word`, and press **Run**.""")
+    loaded = template.add("CheckpointLoaderSimple", (0, 440), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
+    template.group("1  A model", (-20, 360, 360, 230), BLUE)
+    picture, y = {}, 80
+    for number, place in enumerate(("on a sofa", "in a garden", "on a street"), 1):
+        image = template.add("LoadImage", (380, y), (320, 330), f"Picture {number}", image="example.png")
+        picture[number] = {"image": image["IMAGE"], "mask": image["MASK"], "captions": "a photo of {token} {class_word} " + place}
+        y += 380
+    more = template.add("TLoRAImages", (740, 80), (320, 200), **picture[2])
+    more = template.add("TLoRAImages", (740, 330), (320, 200), **picture[3], before=more["images"])
+    template.group("2  Pictures with masks and captions", (360, 0, 720, 1240), PURPLE)
+    trained = template.add("TLoRATrainFromImage", (1120, 80), TRAIN_SIZE, model=loaded["MODEL"], clip=loaded["CLIP"], vae=loaded["VAE"],
+                           **picture[1], more_images=more["images"], framing="keep aspect ratio", token="sks", class_word="dog",
+                           file_name="tlora/dog", validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100)
+    template.group("3  Train", (1100, 0, 380, 1420), GREEN)
+    prompts = template.add("TLoRAPrompts", (1520, 80), (300, 220), tlora=trained["T-LoRA"],
+                           prompts="a photo of {} on the beach\na photo of {} in the snow\na painting of {} in a library")
+    template.group("4  Prompts", (1500, 0, 340, 1420), PURPLE)
+    _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1880, 1024, steps=30, cfg=5.0)
+
+
 def train_flux_on_one_image(template):
     loaded, trained, prompts = _train_on_one_image(template, FLUX, """# FLUX, one picture
 
@@ -225,5 +252,4 @@ you do not need.""")
 
 TEMPLATES = {fill.__name__: fill for fill in (
     compare_lora_with_tlora, min_rank_sweep, several_images_with_masks, stop_and_go_on, train_sdxl_on_one_image,
-    train_flux_on_one_image,
-    generate_with_a_file, use_a_file_from_elsewhere)}
+    train_sdxl_on_several_images, train_flux_on_one_image, generate_with_a_file, use_a_file_from_elsewhere)}
