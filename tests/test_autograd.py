@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from tlora_core import LoRAAdapter, OrthoAdapter, add_low_rank
+from tlora_core import LoRAAdapter, OrthoAdapter, add_low_rank, autograd
 from tlora_core.attach import Attachment, attached
 from tlora_core.autograd import Frozen
+from tlora_core.products import DifferenceGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OUT, IN, RANK = 12, 7, 5
@@ -19,7 +20,7 @@ def adapter(kind, seed=0, out=OUT):
     def rand(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    made = OrthoAdapter(rand(out, RANK), rand(RANK), rand(RANK, IN)) if kind == "ortho" else LoRAAdapter(out, IN, RANK).double()
+    made = OrthoAdapter(rand(out, RANK), rand(RANK), rand(RANK, IN)) if kind.startswith("ortho") else LoRAAdapter(out, IN, RANK).double()
     with torch.no_grad():
         for parameter in made.parameters():
             parameter.add_(rand(*parameter.shape))
@@ -43,8 +44,10 @@ def layer():
 @pytest.mark.parametrize("wants_input", [True, False])
 @pytest.mark.parametrize("stands_in", ["layer", "frozen", "frozen, for a text", "somebody else's"])
 @pytest.mark.parametrize("active", [RANK, 3, 1, torch.tensor([2, 0, 5]), torch.tensor([2, 1, 2])])
-@pytest.mark.parametrize("kind", ["ortho", "lora"])
-def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands_in, wants_input):
+@pytest.mark.parametrize("kind", ["ortho", "ortho as for half precision", "lora"])
+def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands_in, wants_input, monkeypatch):
+    if kind == "ortho as for half precision":
+        monkeypatch.setattr(autograd, "group_of", DifferenceGroup)
     x = torch.randn(3, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_(wants_input)
     parts = [(adapter(kind, 0, OUT), 0), (adapter(kind, 1, 6), 6)]
     leaves = [p for a, _ in parts for p in a.parameters()]
@@ -65,6 +68,23 @@ def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands
         gradients(layer, x, leaves)
         ours = gradients(layer, x, leaves)
     for one, other in zip(ours, gradients(by_formula, x, leaves)):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["ortho", "ortho as for half precision", "lora"])
+def test_gradients_of_a_layer_that_is_called_twice_add_up(layer, kind, monkeypatch):
+    if kind == "ortho as for half precision":
+        monkeypatch.setattr(autograd, "group_of", DifferenceGroup)
+    x, a = torch.randn(2, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)), adapter(kind)
+    leaves = list(a.parameters())
+
+    def by_formula(x):
+        return add_low_rank(torch.nn.functional.linear(x, layer.weight, layer.bias), x, *a.factors(), 3, a.group)
+
+    wanted = gradients(lambda x: by_formula(x) + by_formula(x.cos()), x, leaves)
+    with attached([Attachment(layer, a, 3)]):
+        ours = gradients(lambda x: layer(x) + layer(x.cos()), x, leaves)
+    for one, other in zip(ours, wanted):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 

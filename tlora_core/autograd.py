@@ -8,15 +8,13 @@ anew for the backward pass, and an adapter saves its layer's input, which layers
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.grad
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
-from .adapters import Adapter, OrthoAdapter
+from .adapters import Adapter
+from .products import Group, Kept, Part, group_of
 
 _NOTHING = torch.zeros(0)
 _INPUTS_KEPT = 4  # captions whose turn comes again and again
@@ -67,21 +65,6 @@ class Frozen:
             return back(shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
 
 
-class Kept:
-    """An input that comes back, as it was in `version`, and what a layer and the starts of its adapters make of it."""
-
-    def __init__(self, x: Tensor, version: int, output: Tensor):
-        self.input, self.version, self.output = x, version, output
-        self.tokens = x.flatten(0, -2).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(0, -2)
-        self._starts: WeakKeyDictionary[Adapter, Tensor] = WeakKeyDictionary()
-
-    def start(self, adapter: OrthoAdapter) -> Tensor:
-        """A0 x [tokens, r]."""
-        if adapter not in self._starts:
-            self._starts[adapter] = self.tokens @ adapter.A0.t()
-        return self._starts[adapter]
-
-
 _CONVOLUTIONS = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}
 
 
@@ -115,32 +98,6 @@ class _Rerun(torch.autograd.Function):
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             return torch.autograd.grad(ctx.run(x), x, gradient)[0], None
-
-
-class Part(NamedTuple):
-    """A trainable adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B] for
-    samples that differ."""
-
-    adapter: Adapter
-    active: int | LongTensor
-    row: int
-
-    @property
-    def columns(self) -> int:
-        return self.active if isinstance(self.active, int) else int(self.active.max())
-
-    def mask(self, hidden: Tensor) -> Tensor:
-        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
-        place."""
-        if isinstance(self.active, Tensor):
-            on = (torch.arange(self.columns, device=hidden.device) < self.active[:, None]).to(hidden.dtype)
-            hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
-        return hidden
-
-    def rows_of(self, output: Tensor) -> Tensor:
-        """The adapter's own part of a layer's output [tokens, out]."""
-        out = self.adapter.B.shape[0]
-        return output if output.shape[1] == out else output[:, self.row:self.row + out]
 
 
 class Evaluation:
@@ -180,7 +137,7 @@ class Evaluation:
             members = defaultdict(dict)
             for part in self.parts:
                 members[type(part.adapter), part.adapter.A.shape, part.adapter.B.shape, part.columns][part.adapter] = None
-            groups = [Group(list(adapters), key[-1], dtype) for key, adapters in members.items()]
+            groups = [group_of(list(adapters), key[-1], dtype) for key, adapters in members.items()]
             self._places[dtype] = {a: (group, i) for group in groups for i, a in enumerate(group.adapters)}
         return self._places[dtype][adapter]
 
@@ -190,96 +147,6 @@ class Evaluation:
 
     def groups(self) -> list["Group"]:
         return list({id(group): group for places in self._places.values() for group, _ in places.values()}.values())
-
-
-class Group:
-    """Adapters of one kind and shape, with their first `columns` components on. up and down are lists, an adapter each: the
-    first columns of all components, then, for a kind that has them, the second ones."""
-
-    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
-        self.adapters, self.columns, self.dtype = adapters, columns, dtype
-        self.is_orthogonal = isinstance(adapters[0], OrthoAdapter)
-        self.of_up = self.of_down = None  # gradients, once there are any
-        self.done: set[int] = set()
-
-    def stacked(self, name: str) -> Tensor:
-        """The parameters or buffers of that name, of all adapters and components [count, ...], in full precision."""
-        return stack([getattr(adapter, name) for adapter in self.adapters])
-
-    @cached_property
-    def rows(self) -> Sequence[Tensor]:
-        """A, transposed, of the active components, in full precision."""
-        return self.stacked("A")[:, :self.columns].mT.unbind()
-
-    @cached_property
-    def down(self) -> Sequence[Tensor]:
-        A = self.stacked("A")[:, :self.columns]
-        if self.is_orthogonal:
-            A = torch.cat((A, A - self.stacked("A0")[:, :self.columns]), 1)
-        return A.to(self.dtype).unbind()
-
-    @cached_property
-    def up(self) -> Sequence[Tensor]:
-        B = self.stacked("B")[..., :self.columns]
-        if self.is_orthogonal:
-            # As OrthoAdapter.factors.
-            B0, (S, S0) = self.stacked("B0")[..., :self.columns], (self.stacked(n)[:, None, :self.columns] for n in ("S", "S0"))
-            both = torch.empty(*B.shape[:2], 2 * self.columns, dtype=B.dtype, device=B.device)
-            moved = torch.sub(B, B0, out=both[..., :self.columns])
-            moved.mul_(S).addcmul_(B0, S - S0)
-            torch.mul(B0, S0, out=both[..., self.columns:])
-            B = both
-        return B.to(self.dtype).unbind()
-
-    def hidden(self, i: int, x: Tensor, kept: Kept | None) -> Tensor:
-        """down x [tokens, columns or twice as many], for x [tokens, in], which is the input of `kept`."""
-        if kept is None or not self.is_orthogonal:
-            return x @ self.down[i].t()
-        # (A - A0) x as a difference of products, which full precision stands.
-        first = kept.tokens @ self.rows[i]
-        return torch.cat((first, first - kept.start(self.adapters[i])[:, :self.columns]), 1).to(self.dtype)
-
-    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Callable, of_input: Tensor | None) -> None:
-        """Takes note of the gradients of an adapter's factors, given that of its output and its first columns' part of `hidden`;
-        adds that of x to of_input, unless it is None."""
-        if self.of_up is None:
-            self.of_up, self.of_down = (torch.empty_like(self.stacked(name), dtype=self.dtype) for name in ("B", "A"))
-        of_hidden = mask(gradient @ self.up[i])
-        if of_input is not None:
-            of_input.addmm_(of_hidden, self.down[i])
-        if self.is_orthogonal:
-            of_hidden = of_hidden[:, :self.columns] + of_hidden[:, self.columns:]
-        fresh = 0 if i not in self.done else 1  # a layer may be called more than once
-        self.done.add(i)
-        of_up, of_down = self.of_up[i, :, :self.columns], self.of_down[i, :self.columns]
-        torch.addmm(of_up, gradient.t(), hidden, beta=fresh, out=of_up)
-        torch.addmm(of_down, of_hidden.t(), x, beta=fresh, out=of_down)
-
-    def gradients(self) -> dict[Adapter, tuple[Tensor, ...]]:
-        """Of the parameters, in the adapters' order of them."""
-        if not self.done:
-            return {}
-        self.of_up[..., self.columns:] = self.of_down[:, self.columns:] = 0
-        for i in set(range(len(self.adapters))) - self.done:
-            self.of_up[i] = self.of_down[i] = 0
-        of_B, of_A = self.of_up.to(self.adapters[0].B.dtype), self.of_down.to(self.adapters[0].A.dtype)
-        found = [of_A, of_B]
-        if self.is_orthogonal:
-            found.insert(1, torch.linalg.vecdot(of_B, self.stacked("B"), dim=1))
-            of_B *= self.stacked("S")[:, None]
-        return dict(zip(self.adapters, zip(*(each.unbind() for each in found))))
-
-
-@torch.no_grad()
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """torch.stack, without copying where the tensors lie one after the other in memory, as `adapters.make_adapters` lays them."""
-    first = tensors[0]
-    size, start, storage = first.numel(), first.data_ptr(), first.untyped_storage()
-    end = (first.storage_offset() + len(tensors) * size) * first.element_size()
-    if first.is_contiguous() and end <= storage.nbytes() and all(
-            t.data_ptr() == start + i * size * first.element_size() for i, t in enumerate(tensors)):
-        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
-    return torch.stack(tensors)
 
 
 class _Gradients(torch.autograd.Function):
@@ -322,11 +189,7 @@ class _AddAdapters(torch.autograd.Function):
         saved = []
         for part in layer.parts:
             group, i = layer.evaluation.place(part.adapter, x.dtype)
-            up = group.up[i]
-            hidden = part.mask(group.hidden(i, tokens, kept))
-            part.rows_of(rows).addmm_(hidden, up.t())
-            # The gradient asks for the first columns only; a copy, or the others would stay too.
-            saved.append(hidden[:, :group.columns].contiguous())
+            saved.append(group.add(i, part.rows_of(rows), tokens, kept, part.mask))
         ctx.layer = layer
         ctx.save_for_backward(x, *saved)
         return output

@@ -61,8 +61,7 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.step = 0
         self.losses: list[float] = []
-        self._good = (0, self._copy())
-        self._candidate: tuple[int, list[Tensor]] | None = None
+        self._good_step, self._good = 0, [p.detach().to("cpu", copy=True) for p in self.parameters]
 
     def run(self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
         """Train up to step `until`; False when `on_step` ended it before.
@@ -76,13 +75,14 @@ class Trainer:
         pending: Reading | None = None
         try:
             while self.step < until:
-                if self.step % SNAPSHOT_EVERY == 0 and self.step != self._good[0]:
-                    self._candidate = (self.step, self._copy())
                 loss = self._backward(denoiser, batches)
                 # A GPU's loss is read while it is at the next step, so that it never waits.
                 reading, pending = pending, None
                 if reading is not None and self._record(reading.value(), on_step):
                     return False
+                if self.step % SNAPSHOT_EVERY == 0 and divergence(self.losses, loss.item()) is None:
+                    # Only now, after these very weights gave a loss as it should be.
+                    self._keep_as_good()
                 self._update()
                 pending = Reading(loss)
                 if self.device.type == "cpu":
@@ -125,15 +125,12 @@ class Trainer:
         step = len(self.losses)
         what = divergence(self.losses, loss)
         if what is not None:
-            _write(self.parameters, self._good[1])
+            _write(self.parameters, self._good)
             if self.average is not None:
-                _write(self.average, self._good[1])
-            self.step = self._good[0]
+                _write(self.average, self._good)
+            self.step = self._good_step
             del self.losses[self.step:]
             raise TrainingDiverged(step, self.step, what)
-        if self._candidate is not None and self._candidate[0] == step:
-            # Only now, after these very weights gave a loss as it should be.
-            self._good, self._candidate = self._candidate, None
         self.losses.append(loss)
         return bool(on_step(step + 1, loss))
 
@@ -180,10 +177,11 @@ class Trainer:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=bool(state["scaler"]))
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.losses = state["step"], list(state["losses"])
-        self._good, self._candidate = (self.step, self._copy()), None
+        self._keep_as_good()
 
-    def _copy(self) -> list[Tensor]:
-        return [p.detach().to("cpu", copy=True) for p in self.parameters]
+    def _keep_as_good(self) -> None:
+        _write(self._good, self.parameters)
+        self._good_step = self.step
 
 
 def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConfig,

@@ -1,0 +1,224 @@
+"""What trainable adapters add to their layers, and the gradients of it, written out.
+
+There are hundreds of adapters, each with a few small products. Those of one kind, shape and rank make a group: what can be done
+before the first product or after the last one is done for all of them at once.
+"""
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import LongTensor, Tensor
+
+from .adapters import Adapter, OrthoAdapter
+
+
+class Kept:
+    """An input that comes back, as it was in `version`, and what a layer and the starts of its adapters make of it."""
+
+    def __init__(self, x: Tensor, version: int, output: Tensor):
+        self.input, self.version, self.output = x, version, output
+        self.tokens = x.flatten(0, -2).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(0, -2)
+        self._starts: WeakKeyDictionary[Adapter, Tensor] = WeakKeyDictionary()
+
+    def start(self, adapter: OrthoAdapter) -> Tensor:
+        """A0 x [tokens, r]."""
+        if adapter not in self._starts:
+            self._starts[adapter] = self.tokens @ adapter.A0.t()
+        return self._starts[adapter]
+
+
+class Part(NamedTuple):
+    """A trainable adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B] for
+    samples that differ."""
+
+    adapter: Adapter
+    active: int | LongTensor
+    row: int
+
+    @property
+    def columns(self) -> int:
+        return self.active if isinstance(self.active, int) else int(self.active.max())
+
+    def mask(self, hidden: Tensor) -> Tensor:
+        """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
+        place."""
+        if isinstance(self.active, Tensor):
+            on = (torch.arange(self.columns, device=hidden.device) < self.active[:, None]).to(hidden.dtype)
+            hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
+        return hidden
+
+    def rows_of(self, output: Tensor) -> Tensor:
+        """The adapter's own part of a layer's output [tokens, out]."""
+        out = self.adapter.B.shape[0]
+        return output if output.shape[1] == out else output[:, self.row:self.row + out]
+
+
+Mask = Callable[[Tensor], Tensor]  # Part.mask
+
+
+class Group:
+    """Adapters of one kind and shape, with their first `columns` components on, on inputs of one dtype.
+
+    This class is for plain ones; the others say what they do instead.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
+        self.adapters, self.columns, self.dtype = adapters, columns, dtype
+        self.of_B = self.of_A = None  # gradients, once there are any
+        self.done: set[int] = set()
+
+    def stacked(self, name: str) -> Tensor:
+        """The parameters or buffers of that name, of all adapters and components [count, ...], in full precision."""
+        return stack([getattr(adapter, name) for adapter in self.adapters])
+
+    @cached_property
+    def down(self) -> Sequence[Tensor]:
+        """[columns, in] of each adapter, or twice as many rows."""
+        return self.stacked("A")[:, :self.columns].to(self.dtype).unbind()
+
+    @cached_property
+    def up(self) -> Sequence[Tensor]:
+        """[out, columns] of each adapter, or twice as many columns."""
+        return self.stacked("B")[..., :self.columns].to(self.dtype).unbind()
+
+    def add(self, i: int, output: Tensor, x: Tensor, kept: Kept | None, mask: Mask) -> Tensor:
+        """Adds to output [tokens, out] what adapter i makes of x [tokens, in], the input of `kept`. Returns what `back` needs
+        of it, [tokens, columns]."""
+        hidden = mask(x @ self.down[i].t())
+        output.addmm_(hidden, self.up[i].t())
+        return hidden
+
+    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Mask, of_input: Tensor | None) -> None:
+        """Takes note of the gradients of an adapter's factors, given that of its output [tokens, out] and what `add` returned;
+        adds that of x to of_input, unless it is None."""
+        of_hidden = mask(gradient @ self.up[i])
+        if of_input is not None:
+            of_input.addmm_(of_hidden, self.down[i])
+        self._note(i, gradient, hidden, of_hidden, x)
+
+    def _note(self, i: int, gradient: Tensor, hidden: Tensor, of_hidden: Tensor, x: Tensor) -> None:
+        """Notes the gradients of B and A, given the products' inputs and the gradients of their outputs."""
+        if self.of_B is None:
+            self.of_B, self.of_A = (torch.empty_like(self.stacked(name), dtype=self.dtype) for name in ("B", "A"))
+        fresh = 0 if i not in self.done else 1  # a layer may be called more than once
+        self.done.add(i)
+        of_B, of_A = self.of_B[i, :, :self.columns], self.of_A[i, :self.columns]
+        torch.addmm(of_B, gradient.t(), hidden, beta=fresh, out=of_B)
+        torch.addmm(of_A, of_hidden.t(), x, beta=fresh, out=of_A)
+
+    def gradients(self) -> dict[Adapter, tuple[Tensor, ...]]:
+        """Of the parameters, in the adapters' order of them."""
+        if not self.done:
+            return {}
+        self.of_B[..., self.columns:] = self.of_A[:, self.columns:] = 0
+        for i in set(range(len(self.adapters))) - self.done:
+            self.of_B[i] = self.of_A[i] = 0
+        of_B, of_A = self.of_B.to(self.adapters[0].B.dtype), self.of_A.to(self.adapters[0].A.dtype)
+        return dict(zip(self.adapters, zip(*(each.unbind() for each in self._of_parameters(of_A, of_B)))))
+
+    def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
+        return of_A, of_B
+
+
+class OrthogonalGroup(Group):
+    """B S M A x - B0 S0 M A0 x as it stands there: full precision has the digits for a difference of products, and nothing but the
+    parameters themselves has to be read or kept."""
+
+    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
+        super().__init__(adapters, columns, dtype)
+        self.of_S = torch.zeros_like(self.stacked("S"))
+
+    @cached_property
+    def factors(self) -> Sequence[tuple[Tensor, ...]]:
+        """A, S, B, A0, S0, B0 of each adapter's active components."""
+        on = slice(self.columns)
+        return list(zip(*(self.stacked(name)[index].unbind() for name, index in (
+            ("A", (slice(None), on)), ("S", (slice(None), on)), ("B", (..., on)),
+            ("A0", (slice(None), on)), ("S0", (slice(None), on)), ("B0", (..., on))))))
+
+    def add(self, i: int, output: Tensor, x: Tensor, kept: Kept | None, mask: Mask) -> Tensor:
+        A, S, B, A0, S0, B0 = self.factors[i]
+        hidden = x @ A.t()
+        start = x @ A0.t() if kept is None else kept.start(self.adapters[i])[:, :self.columns]
+        output.addmm_(mask(hidden * S), B.t()).addmm_(mask(start * S0), B0.t(), alpha=-1)
+        return hidden
+
+    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Mask, of_input: Tensor | None) -> None:
+        A, S, B, A0, S0, B0 = self.factors[i]
+        of_scaled = mask(gradient @ B)
+        self.of_S[i, :self.columns] += (of_scaled * hidden).sum(0)
+        of_hidden = of_scaled * S
+        if of_input is not None:
+            of_input.addmm_(of_hidden, A).addmm_(mask(gradient @ B0) * S0, A0, alpha=-1)
+        self._note(i, gradient, mask(hidden * S), of_hidden, x)
+
+    def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
+        return of_A, self.of_S, of_B
+
+
+class DifferenceGroup(Group):
+    """The same for half precision, which would lose all digits in that difference: products of small differences instead, as in
+    OrthoAdapter.factors. Of up and down, the first columns of all components come first, then the second ones."""
+
+    @cached_property
+    def down(self) -> Sequence[Tensor]:
+        A, A0 = (self.stacked(name)[:, :self.columns] for name in ("A", "A0"))
+        return torch.cat((A, A - A0), 1).to(self.dtype).unbind()
+
+    @cached_property
+    def up(self) -> Sequence[Tensor]:
+        B, B0 = (self.stacked(name)[..., :self.columns] for name in ("B", "B0"))
+        S, S0 = (self.stacked(name)[:, None, :self.columns] for name in ("S", "S0"))
+        both = torch.empty(*B.shape[:2], 2 * self.columns, dtype=B.dtype, device=B.device)
+        moved = torch.sub(B, B0, out=both[..., :self.columns])
+        moved.mul_(S).addcmul_(B0, S - S0)
+        torch.mul(B0, S0, out=both[..., self.columns:])
+        return both.to(self.dtype).unbind()
+
+    @cached_property
+    def rows(self) -> Sequence[Tensor]:
+        """A, transposed, of the active components, in full precision."""
+        return self.stacked("A")[:, :self.columns].mT.unbind()
+
+    def add(self, i: int, output: Tensor, x: Tensor, kept: Kept | None, mask: Mask) -> Tensor:
+        if kept is None:
+            hidden = x @ self.down[i].t()
+        else:
+            first = kept.tokens @ self.rows[i]
+            hidden = torch.cat((first, first - kept.start(self.adapters[i])[:, :self.columns]), 1).to(self.dtype)
+        output.addmm_(mask(hidden), self.up[i].t())
+        # The gradient asks for the first columns only; a copy, or the others would stay too.
+        return hidden[:, :self.columns].contiguous()
+
+    def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Mask, of_input: Tensor | None) -> None:
+        of_hidden = mask(gradient @ self.up[i])
+        if of_input is not None:
+            of_input.addmm_(of_hidden, self.down[i])
+        self._note(i, gradient, hidden, of_hidden[:, :self.columns] + of_hidden[:, self.columns:], x)
+
+    def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
+        of_S = torch.linalg.vecdot(of_B, self.stacked("B"), dim=1)
+        of_B *= self.stacked("S")[:, None]
+        return of_A, of_S, of_B
+
+
+def group_of(adapters: Sequence[Adapter], columns: int, dtype: torch.dtype) -> Group:
+    """The group that serves these adapters, all of one kind and shape."""
+    if not isinstance(adapters[0], OrthoAdapter):
+        return Group(adapters, columns, dtype)
+    exact = adapters[0].A.dtype == dtype
+    return (OrthogonalGroup if exact else DifferenceGroup)(adapters, columns, dtype)
+
+
+@torch.no_grad()
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.stack, without copying where the tensors lie one after the other in memory, as `adapters.make_adapters` lays them."""
+    first = tensors[0]
+    size, start, storage = first.numel(), first.data_ptr(), first.untyped_storage()
+    end = (first.storage_offset() + len(tensors) * size) * first.element_size()
+    if first.is_contiguous() and end <= storage.nbytes() and all(
+            t.data_ptr() == start + i * size * first.element_size() for i, t in enumerate(tensors)):
+        return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+    return torch.stack(tensors)
