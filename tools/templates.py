@@ -93,11 +93,11 @@ to compare checkpoints.""")
     sweep = template.add("TLoRASweep", (780, 80), (300, 340), model=base["MODEL"], tlora=trained["T-LoRA"], x="strength",
                          x_values="0.5, 0.75, 1, 1.25", y="min_rank", y_values="4, 8, 16, 32")
     positive = template.add("CLIPTextEncode", (780, 490), (300, 110), "Prompt", clip=base["CLIP"],
-                            text="a photo of sks heart in the snow")
+                            text="a photo of sks heart in a meadow")
     negative = template.add("CLIPTextEncode", (780, 660), (300, 90), "Negative prompt (empty)", clip=base["CLIP"])
     latent = template.add("EmptyLatentImage", (780, 810), (300, 110), width=64, height=64)
     template.group("3  What to vary", (760, 0, 340, 1420), PURPLE)
-    sampled = template.add("KSampler", (1140, 80), (280, 270), "Once for each model", model=sweep["MODEL"], seed=7, steps=20, cfg=4.0,
+    sampled = template.add("KSampler", (1140, 80), (280, 270), "Once for each model", model=sweep["MODEL"], seed=2, steps=20, cfg=4.0,
                            positive=positive["CONDITIONING"], negative=negative["CONDITIONING"], latent_image=latent["LATENT"])
     decoded = template.add("VAEDecode", (1140, 410), (280, 50), samples=sampled["LATENT"], vae=base["VAE"])
     sheet = template.add("TLoRACompare", (1140, 530), (280, 390), images_1=decoded["IMAGE"], axes=sweep["axes"], labels="",
