@@ -177,12 +177,15 @@ def test_a_lower_rank_is_the_picture_of_a_file_with_the_other_components_cut_off
     assert_cells(server, graph, cells, loaded_pictures(graph, {"file": "tests/cut.safetensors"}, {"file": trained[0]}))
 
 
-def test_files_of_a_pattern_come_in_the_order_of_their_steps_and_anew_when_replaced(server, loras, trained):
+@pytest.mark.parametrize("connected", [False, True], ids=["typed", "connected"])
+def test_files_of_a_pattern_come_in_the_order_of_their_steps_and_anew_when_replaced(server, loras, trained, connected):
     for step, name in ((20, trained[0]), (100, trained[1])):
         (loras / f"swept_step{step}.safetensors").write_bytes((loras / name).read_bytes())
     names = [f"swept_step{step}.safetensors" for step in (20, 100)]
     graph = TinyGraph()
-    sweep = swept(graph, x="file", x_values="swept_step*.safetensors", strength=0.75)
+    pattern = "swept_step*.safetensors"
+    text = graph.add("StringReplace", string=pattern, find="~", replace="")[0] if connected else pattern
+    sweep = swept(graph, x="file", x_values=text, strength=0.75)
     assert_cells(server, graph, graph.picture(sweep[0]), loaded_pictures(graph, *({"file": name, "strength": 0.75} for name in names)))
     (loras / names[0]).write_bytes((loras / trained[1]).read_bytes())
     (loras / names[1]).write_bytes((loras / trained[0]).read_bytes())
