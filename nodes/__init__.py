@@ -12,6 +12,7 @@ from .export import ExportTLoRA
 from .prompts import TLoRAPrompts
 from .report import TLoRAInfo
 from .schedule import TLoRASchedulePreview
+from .sweep import SweepTLoRA
 from .tiny import TinyBaseModel, TinySampleConcept
 from .train import TrainTLoRAFromImage
 from .training import TLoRAImages, TLoRATrainingOptions
@@ -21,7 +22,8 @@ class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
         return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA,
-                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, CompareTLoRA, TLoRAEvaluate, TinyBaseModel, TinySampleConcept]
+                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, SweepTLoRA, CompareTLoRA, TLoRAEvaluate, TinyBaseModel,
+                TinySampleConcept]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

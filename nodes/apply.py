@@ -1,16 +1,12 @@
 """Load, apply and save a T-LoRA."""
-import logging
-
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..tlora_core.comfy_host.files import lora_names, lora_path, name_of, new_lora_path
+from ..tlora_core.comfy_host.files import file_stamp, load_lora, lora_names, name_of, new_lora_path
 from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.progress import counting, say
+from ..tlora_core.comfy_host.progress import say
 from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.comfy_host.targets import target_of
-from ..tlora_core.foreign import load_any
 from ..tlora_core.images import thumbnail as make_thumbnail
 from .sockets import CATEGORY, TLORA, file_name_input, strength_input
 
@@ -43,12 +39,7 @@ class LoadTLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, strength, model=None, min_rank=-1, alpha=0.0):
-        path = lora_path(file)
-        target = None if model is None else target_of(model)
-        loaded = load_any(path, target, None if min_rank < 0 else min_rank, alpha or None,
-                          counting("making the base terms again", cls.hidden.unique_id))
-        if loaded.unmatched or loaded.notes:
-            logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
+        loaded = load_lora(file, model, cls.hidden.unique_id, None if min_rank < 0 else min_rank, alpha or None)
         say(loaded.report, cls.hidden.unique_id)
         if model is None:
             blocked = ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output.")
@@ -57,8 +48,7 @@ class LoadTLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
-        stat = lora_path(file).stat()
-        return f"{stat.st_mtime_ns}-{stat.st_size}"
+        return file_stamp(file)
 
 
 class ApplyTLoRA(io.ComfyNode):

@@ -5,12 +5,13 @@ CATEGORY = "T-LoRA"
 TLORA = io.Custom("TLORA")
 IMAGES = io.Custom("TLORA_IMAGES")
 OPTIONS = io.Custom("TLORA_OPTIONS")
+AXES = io.Custom("TLORA_AXES")
 
 
-def strength_input():
+def strength_input(more: str = ""):
     return io.Float.Input(
         "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-        tooltip="How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject.")
+        tooltip=f"How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject. {more}".strip())
 
 
 def rank_inputs(rank: int = 64, min_rank: int = 32):

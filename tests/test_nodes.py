@@ -25,6 +25,7 @@ NODES = {
     "TLoRAInfo": "T-LoRA Info",
     "TLoRASchedulePreview": "T-LoRA Schedule Preview",
     "TLoRAPrompts": "Prompts (T-LoRA)",
+    "TLoRASweep": "Sweep (T-LoRA)",
     "TLoRACompare": "Compare (T-LoRA)",
     "TLoRAEvaluate": "T-LoRA Evaluate",
     "TLoRATinyBaseModel": "Tiny Base Model (T-LoRA)",

@@ -76,6 +76,11 @@ class LowRank:
         dtype = self.up.dtype if dtype is None else dtype
         return LowRank(self.up.to(device, dtype), self.down.to(device, dtype), self.group)
 
+    def first(self, rank: int) -> "LowRank":
+        """The update of the first `rank` components alone, in the same memory."""
+        columns = self.group * rank
+        return LowRank(self.up[:, :columns], self.down[:columns], self.group)
+
     def balanced(self) -> "LowRank":
         """The same update, each column of up as long as its row of down, so that both use the range of a half precision
         format alike. A column whose product is zero stays as it is."""

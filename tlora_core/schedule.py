@@ -138,6 +138,15 @@ class RankSchedule:
         points = tuple((level, scaled(active)) for level, active in self.points)
         return replace(self, rank=layer_rank, min_rank=scaled(self.min_rank), points=points)
 
+    def up_to(self, rank: int) -> "RankSchedule":
+        """The schedule of the first `rank` components alone: it ends at them, and min_rank is not above. Raises TLoRAError for
+        a rank that is not from 1 to this one's."""
+        _require_whole("rank", rank)
+        if not 1 <= rank <= self.rank:
+            raise TLoRAError(f"rank is {rank}; set it to a whole number from 1 to the T-LoRA's, which is {self.rank}.")
+        points = tuple((level, min(active, rank)) for level, active in self.points)
+        return replace(self, rank=rank, min_rank=min(self.min_rank, rank), points=points)
+
     def curve(self, n: int = 101, num_timesteps: float = 1000) -> list[tuple[float, int]]:
         """n points (t, r(t)) with t evenly spaced from 0 to T, both ends included; n >= 2."""
         times = [num_timesteps * i / (n - 1) for i in range(n)]

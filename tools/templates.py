@@ -78,6 +78,34 @@ Press **Run**: four trainings that differ in `min_rank` alone, a few minutes in 
     _compared(template, base, settings, 1920, "Rank 32, same prompts, same seed", "tlora/min_rank")
 
 
+def xy_sheet(template):
+    template.note((0, 0), (320, 280), """# An XY sheet
+
+Press **Run**: one training of a minute or two, then a picture for each cell: `strength` from left to right, `min_rank` from top to \
+bottom.
+
+*Sweep* gives the model of each cell, the sampler runs once for each, and *Compare* takes labels and grid from `axes`. Choose *file* \
+to compare checkpoints.""")
+    base, concept = _tiny_subject(template)
+    trained = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
+                           image=concept["IMAGE"], **TINY, file_name="tlora/xy_sheet")
+    template.group("2  Train", (360, 0, 380, 1420), GREEN)
+    sweep = template.add("TLoRASweep", (780, 80), (300, 340), model=base["MODEL"], tlora=trained["T-LoRA"], x="strength",
+                         x_values="0.5, 0.75, 1, 1.25", y="min_rank", y_values="4, 8, 16, 32")
+    positive = template.add("CLIPTextEncode", (780, 490), (300, 110), "Prompt", clip=base["CLIP"],
+                            text="a photo of sks heart in a meadow")
+    negative = template.add("CLIPTextEncode", (780, 660), (300, 90), "Negative prompt (empty)", clip=base["CLIP"])
+    latent = template.add("EmptyLatentImage", (780, 810), (300, 110), width=64, height=64)
+    template.group("3  What to vary", (760, 0, 340, 1420), PURPLE)
+    sampled = template.add("KSampler", (1140, 80), (280, 270), "Once for each model", model=sweep["MODEL"], seed=2, steps=20, cfg=4.0,
+                           positive=positive["CONDITIONING"], negative=negative["CONDITIONING"], latent_image=latent["LATENT"])
+    decoded = template.add("VAEDecode", (1140, 410), (280, 50), samples=sampled["LATENT"], vae=base["VAE"])
+    sheet = template.add("TLoRACompare", (1140, 530), (280, 390), images_1=decoded["IMAGE"], axes=sweep["axes"], labels="",
+                         title="Rank 32, same prompt, same seed", cell=160)
+    template.add("SaveImage", (1460, 80), (560, 600), "The sheet", images=sheet["sheet"], filename_prefix="tlora/xy_sheet")
+    template.group("4  The sheet", (1120, 0, 920, 1420), RED)
+
+
 def several_images_with_masks(template):
     template.note((0, 0), (320, 300), """# Several pictures, with masks
 
@@ -174,7 +202,8 @@ def train_sdxl_on_several_images(template):
     template.note((0, 0), (320, 330), """# SDXL, several pictures with masks
 
 1. Choose an SDXL checkpoint, and your pictures in *Load Image*, of any sizes; two to five are plenty.
-2. In each: right click, **Open in Mask Editor**, paint over the subject, save. The loss then counts inside the mask only. Where you want no mask, unconnect it.
+2. In each: right click, **Open in Mask Editor**, paint over the subject, save. The loss then counts inside the mask only. Where you \
+want no mask, unconnect it.
 3. Write what each picture shows besides the subject into its `captions`: what is named there is not taken for the subject.
 4. Set `class_word`, and press **Run**.""")
     loaded = template.add("CheckpointLoaderSimple", (0, 440), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
@@ -251,5 +280,5 @@ you do not need.""")
 
 
 TEMPLATES = {fill.__name__: fill for fill in (
-    compare_lora_with_tlora, min_rank_sweep, several_images_with_masks, stop_and_go_on, train_sdxl_on_one_image,
+    compare_lora_with_tlora, min_rank_sweep, xy_sheet, several_images_with_masks, stop_and_go_on, train_sdxl_on_one_image,
     train_sdxl_on_several_images, train_flux_on_one_image, generate_with_a_file, use_a_file_from_elsewhere)}

@@ -1,9 +1,14 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
+import logging
 from pathlib import Path
 
 import folder_paths
+from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
+from ..foreign import Loaded, load_any
+from .progress import counting
+from .targets import target_of
 
 EXTENSION = ".safetensors"
 READABLE = (EXTENSION, ".pt")  # the reference writes FLUX checkpoints as lora.pt
@@ -19,6 +24,23 @@ def lora_path(name: str) -> Path:
     if path is None:
         raise TLoRAError(f'file: "{name}" is not in the loras folders any more; press R to refresh the list and choose another.')
     return Path(path)
+
+
+def load_lora(name: str, model: ModelPatcher | None, node_id: str | None, min_rank: int | None = None,
+              alpha: float | None = None) -> Loaded:
+    """Reads a file of the loras folders by its name, for `model` where given; see foreign.load_any. What did not fit is logged."""
+    path = lora_path(name)
+    target = None if model is None else target_of(model)
+    loaded = load_any(path, target, min_rank, alpha, counting("making the base terms again", node_id))
+    if loaded.unmatched or loaded.notes:
+        logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
+    return loaded
+
+
+def file_stamp(name: str) -> str:
+    """Changes when the file of this name does."""
+    stat = lora_path(name).stat()
+    return f"{stat.st_mtime_ns}-{stat.st_size}"
 
 
 def new_lora_path(prefix: str) -> Path:

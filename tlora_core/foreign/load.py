@@ -86,7 +86,7 @@ def _load(
     path: Path, target: Target | None, min_rank: int | None, alpha: float | None, progress: Progress | None
 ) -> Loaded:
     if METADATA_KEY in read_metadata(path):
-        return Loaded(_scheduled(TLoRAFile.load(path), min_rank, alpha), "T-LoRA file", {}, ())
+        return Loaded(rescheduled(TLoRAFile.load(path), min_rank, alpha), "T-LoRA file", {}, ())
     contents = read_contents(path)
     matches = Matches(target)
     matches.reject(contents.others, "it is not a tensor")
@@ -96,7 +96,7 @@ def _load(
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
     notes = settings.notes if min_rank is None else ()
-    return Loaded(_scheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes)
+    return Loaded(rescheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes)
 
 
 def _read(
@@ -191,8 +191,9 @@ def _require_finite(layers: Mapping[str, LowRank]) -> None:
             raise TLoRAError(f"the update of its layer {name} is too large for float32; train it again with a lower rate.")
 
 
-def _scheduled(tlora: TLoRAFile, min_rank: int | None, alpha: float | None) -> TLoRAFile:
-    """The same layers under another schedule: below the full rank, masked; at it, not."""
+def rescheduled(tlora: TLoRAFile, min_rank: int | None = None, alpha: float | None = None) -> TLoRAFile:
+    """The same layers under another schedule: below the full rank, masked; at it, not. None keeps the T-LoRA's own; with either,
+    a free curve gives way to the formula."""
     if min_rank is None and alpha is None:
         return tlora
     rank = tlora.schedule.rank
