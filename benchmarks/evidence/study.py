@@ -73,10 +73,10 @@ class Scale:
 
 _NAMES = tuple(c.name for c in world.CONCEPTS)
 _COMPARED, _SWEPT = _NAMES[:10], _NAMES[10:]  # rates are chosen on concepts that nothing is compared on
-_STEPS, _DRAWS = (60, 120, 200, 320), Draws(3, 4, 3, 3, 4, 4)
+_STEPS, _DRAWS = (40, 80, 120, 180, 260), Draws(3, 4, 3, 3, 4, 4)
 SCALES = {
     "full": Scale(_COMPARED, (0, 1, 2), _STEPS, _DRAWS),
-    "sweep": Scale(_SWEPT, (0,), _STEPS, _DRAWS),
+    "sweep": Scale(_SWEPT, (0,), (60, 120, 200, 320), _DRAWS),
     "pilot": Scale(_COMPARED[:3], (0,), _STEPS, _DRAWS),
     "quick": Scale(_COMPARED[2:3], (0,), _STEPS, Draws(2, 4, 2, 2, 3, 3)),
     "miniature": Scale(_COMPARED[2:3], (0,), (1, 2), Draws(1, 1, 0, 0, 0, 0), batch_size=1),
