@@ -7,7 +7,8 @@ Rows: floor, the frozen model forward and backward to its input, no adapters, no
 layers; host_fp32, without checkpointing and in float32 throughout; tlora; tlora_checkpointing. The node trains every layer and
 cannot be told otherwise; model, rank, latents and batch are the same everywhere.
 
-Seconds: all rows in turn in one process, several rounds over; medians, and ratios to the floor of the same round. A T-LoRA's
+Seconds: all rows in turn in one process, several rounds over; medians, and ratios to the floor of the same round; on a CPU those of
+one thread. A T-LoRA's
 step holds everything, the optimizer too; the node's is taken from one of its steps to the next. Memory: each row in a process of
 its own. "growth_mb" is the highest memory in use above that of the loaded model, "peak_mb" the highest altogether.
 On a GPU the node is left out, and "run_seconds" extrapolates from the steps measured to a whole run of the paper's, with the
@@ -56,6 +57,8 @@ class Setting:
         self.model = self.make()
         self.model.cached_patcher_init = (self.make, ())  # the node trains a model that it loads a second time
         self.device = self.model.load_device
+        # On a CPU what one thread takes of the processor, which other work on the machine hardly changes.
+        self.clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         self.latent = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
         self.text = random_models.conditioning(self.model, tokens)
         import comfy.model_management
@@ -95,11 +98,11 @@ class Floor:
 
             step()
             setting.synchronize()
-            start = time.perf_counter()
+            start = setting.clock()
             for _ in range(steps):
                 step()
             setting.synchronize()
-            return (time.perf_counter() - start) / steps
+            return (setting.clock() - start) / steps
 
 
 class Host:
@@ -116,7 +119,7 @@ class Host:
         import torch
         from comfy_extras.nodes_train import TrainLoraNode
         ends = []
-        comfy.utils.set_progress_bar_global_hook(lambda *args, **kwargs: ends.append(time.perf_counter()))
+        comfy.utils.set_progress_bar_global_hook(lambda *args, **kwargs: ends.append(self.setting.clock()))
         try:
             with torch.inference_mode():
                 TrainLoraNode.execute(
@@ -140,12 +143,12 @@ class Ours:
         from tlora_core.trainer import Trainer
         self.setting, self.checkpointing = setting, checkpointing
         self.method = defaults_for(setting.model).method
-        start = time.perf_counter()
+        start = setting.clock()
         with torch.inference_mode(False):
             shapes = {name: layer.shape for name, layer in target_layers(setting.model).items()}
             self.adapters = adapters or make_adapters(self.method, "last_random", shapes, setting.rank, 0, setting.device)
             setting.synchronize()
-            self.start_seconds = time.perf_counter() - start
+            self.start_seconds = setting.clock() - start
             self.trainer = Trainer(self.adapters, TrainConfig(steps=10**6))
 
     def seconds(self, steps):
@@ -160,10 +163,10 @@ class Ours:
                 setting.model, self.adapters, RankSchedule(setting.rank, setting.rank // 2), [sample], trainer.config)
             trainer.run(denoiser, trainer.step + 1)
             setting.synchronize()
-            start = time.perf_counter()
+            start = setting.clock()
             trainer.run(denoiser, trainer.step + steps)
             setting.synchronize()
-            return (time.perf_counter() - start) / steps
+            return (setting.clock() - start) / steps
 
 
 def candidate(row, setting, adapters=None):
@@ -211,6 +214,9 @@ def memory_elsewhere(row, args):
 
 
 def measure(args):
+    import torch
+    if args.device == "cpu":
+        torch.set_num_threads(1)
     setting = Setting(args.model, args.weights, args.rank)
     every, adapters = {}, None
     for row in args.rows:

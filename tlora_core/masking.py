@@ -22,7 +22,7 @@ def add_low_rank(
     if isinstance(active, Tensor):
         if active.dim() and active.shape != x.shape[:1]:
             raise ValueError(f"active has shape {list(active.shape)} for x of shape {list(x.shape)}.")
-        kept = torch.arange(down.shape[0], device=x.device) < group * active[..., None]
+        kept = torch.arange(down.shape[0], device=x.device) < group * active.to(x.device)[..., None]
         hidden = F.linear(x, down) * kept.to(x.dtype).view(*active.shape, *[1] * (x.dim() - 2), -1)
     else:
         columns = group * active

@@ -30,8 +30,8 @@ class Kept:
 
 
 class Part(NamedTuple):
-    """A trainable adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B] for
-    samples that differ."""
+    """A trainable adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B], best
+    on the CPU, for samples that differ."""
 
     adapter: Adapter
     active: int | LongTensor
@@ -45,7 +45,7 @@ class Part(NamedTuple):
         """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
         place."""
         if isinstance(self.active, Tensor):
-            on = (torch.arange(self.columns, device=hidden.device) < self.active[:, None]).to(hidden.dtype)
+            on = (torch.arange(self.columns, device=hidden.device) < self.active.to(hidden.device)[:, None]).to(hidden.dtype)
             hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
         return hidden
 

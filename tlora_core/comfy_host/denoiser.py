@@ -1,4 +1,5 @@
 """The host's model as `trainer.Trainer` sees it."""
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 
@@ -14,7 +15,7 @@ from ..adapters import Adapter
 from ..config import TrainConfig
 from ..schedule import RankSchedule
 from .encode import Sample, buckets
-from .noise import draw_sigmas, min_snr_weight, output_scale
+from .noise import draw_sigmas, min_snr_weight, noise_level, output_scale
 from .sampling import TimestepAwarePatch
 
 
@@ -29,6 +30,22 @@ def normal(value):
     if isinstance(value, Sample):
         return Sample(**{field.name: normal(getattr(value, field.name)) for field in fields(value)})
     return value
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class TrainingPatch(TimestepAwarePatch):
+    """With the timesteps, [B] on the CPU, and T of the evaluation to come in `level`."""
+
+    level: tuple[Tensor, float]
+
+    def noise_level(self, base, sigma):
+        return self.level
 
 
 class HostDenoiser:
@@ -47,8 +64,10 @@ class HostDenoiser:
         self.samples, self.prior = normal(list(samples)), normal(list(prior))
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         patched = model.clone()
-        patched.add_wrapper_with_key(
-            WrappersMP.APPLY_MODEL, "tlora-training", TimestepAwarePatch(lambda device, dtype: adapters, schedule))
+        # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.
+        self.levels = copy.deepcopy(self.sampling).cpu()
+        self.patch = TrainingPatch(lambda device, dtype: adapters, schedule)
+        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-training", self.patch)
         self.options = {
             **patched.model_options.get("transformer_options", {}), "wrappers": patched.wrappers, "uuids": [],
             # The host may have chosen an attention kernel without a backward.
@@ -67,22 +86,21 @@ class HostDenoiser:
 
     def _loss(self, samples: list[Sample], generator: torch.Generator) -> Tensor:
         config = self.config
-        latents = torch.stack([self._latent(sample, generator) for sample in samples]).to(self.device)
-        noise = torch.randn(latents.shape, generator=generator).to(self.device)
-        sigmas = draw_sigmas(
-            self.sampling, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to).to(self.device)
+        latents = moved(torch.stack([self._latent(sample, generator) for sample in samples]), self.device)
+        noise = moved(torch.randn(latents.shape, generator=generator), self.device)
+        sigmas = draw_sigmas(self.levels, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to)
         error = self.output_error(samples, latents, noise, sigmas).float().square()
         error = error * self._weights(samples, error)
         per_sample = error.flatten(1).mean(1)
         if config.min_snr_gamma:
-            per_sample = per_sample * min_snr_weight(self.sampling, sigmas, config.min_snr_gamma)
+            per_sample = per_sample * moved(min_snr_weight(self.levels, sigmas, config.min_snr_gamma), self.device)
         return per_sample.mean()
 
     @staticmethod
     def _weights(samples: Sequence[Sample], error: Tensor) -> Tensor:
         cells = error.shape[-2:]
         weights = [torch.ones(cells) if sample.weights is None else sample.weights for sample in samples]
-        return torch.stack(weights).view(-1, *[1] * (error.ndim - 3), *cells).to(error.device)
+        return moved(torch.stack(weights), error.device).view(-1, *[1] * (error.ndim - 3), *cells)
 
     def _latent(self, sample: Sample, generator: torch.Generator) -> Tensor:
         """In the model's own scale; a fresh sample of the posterior where the settings ask for one."""
@@ -93,7 +111,9 @@ class HostDenoiser:
 
     def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """What the model predicts (noise, v or flow) minus what it should, [B, C, ...], for latents and noise of that shape in
-        the model's scale and sigmas [B]. Each sample has the ranks of its own timestep."""
+        the model's scale, and sigmas [B] on the CPU. Each sample has the ranks of its own timestep."""
+        self.patch.level = noise_level(self.levels, sigmas)
+        sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = self.sampling.noise_scaling(each, noise, latents)
         inputs = self._inputs(samples, noise[:1])

@@ -33,7 +33,7 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
     for side in _PROBES:
         shape = (*sample.mean.shape[:-2], min(side, height), min(side, width))
         latents = torch.zeros(1, *shape, device=denoiser.device)
-        sigmas = torch.full((1,), float(denoiser.sampling.sigma_max), device=denoiser.device)  # a loaded model's own is an inference tensor
+        sigmas = torch.full((1,), float(denoiser.levels.sigma_max))
         with _Kept(denoiser.base.diffusion_model) as kept:
             denoiser.output_error([sample], latents, latents, sigmas)
         cells.append(shape[-2] * shape[-1])

@@ -45,7 +45,7 @@ class TimestepAwarePatch:
 
     def __call__(self, executor, x, sigma, *args, **kwargs):
         base = executor.class_obj
-        timesteps, T = noise_level(base.model_sampling, sigma)
+        timesteps, T = self.noise_level(base, sigma)
         modules = diffusion_modules(base.diffusion_model)
         adapters = self.adapters(x.device, base.get_dtype_inference())
         active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
@@ -61,6 +61,10 @@ class TimestepAwarePatch:
                 beside.append(Attachment(modules[path], adapter, active[adapter.rank], row))
         with folded(self, within), attached(beside):
             return executor(x, sigma, *args, **kwargs)
+
+    def noise_level(self, base, sigma) -> tuple[torch.Tensor, float]:
+        """(t [B], T) of an evaluation at sigma [B]."""
+        return noise_level(base.model_sampling, sigma)
 
     def foldable(self, base, modules, adapters, x) -> Mapping[str, Folded]:
         """The layers, by module path, whose adapter may be folded in this evaluation."""
