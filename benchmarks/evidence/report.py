@@ -34,12 +34,18 @@ COMMAND = "python3 tools/host.py bench personalization"
 
 @dataclass(frozen=True)
 class Table:
-    """name: of the study. variant: the row that a cell belongs to. against: the row that others are compared with."""
+    """name: of the study. variant: the row that a cell belongs to. against: the row that others are compared with. varies: fields
+    of Cell, of which the rows must show more than one value for the table to say anything."""
 
     name: str
     title: str
     variant: Callable[[Cell], str | None]
     against: str
+    varies: tuple[str, ...]
+
+    def says_something(self, given: Sequence[Point]) -> bool:
+        cells = [p.cell for p in given if p.cell.method != "none" and self.variant(p.cell) is not None]
+        return len({tuple(getattr(cell, name) for name in self.varies) for cell in cells}) > 1
 
 
 def free(cell: Cell, *names: str) -> bool:
@@ -79,13 +85,13 @@ def _curve(cell):
 
 
 TABLES = (
-    Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method, "lora"),
-    Table("table1", "Table 1: ranks", _ranks, f"lora, rank {RANK}"),
-    Table("table4", "Table 4: one, two and three training pictures", _images, "lora, images 1"),
-    Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, "t/T 0 to 1"),
-    Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, f"last_random, rank {RANK}"),
-    Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, "r_min 50%"),
-    Table("curves", "Beyond the paper: other shapes of r(t)", _curve, "alpha 1"))
+    Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method, "lora", ("method",)),
+    Table("table1", "Table 1: ranks", _ranks, f"lora, rank {RANK}", ("rank",)),
+    Table("table4", "Table 4: one, two and three training pictures", _images, "lora, images 1", ("images",)),
+    Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, "t/T 0 to 1", ("noise_from", "noise_to")),
+    Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, f"last_random, rank {RANK}", ("start",)),
+    Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, "r_min 50%", ("min_share",)),
+    Table("curves", "Beyond the paper: other shapes of r(t)", _curve, "alpha 1", ("curve", "alpha")))
 
 
 def write(results: Path, docs: Path) -> None:
@@ -95,9 +101,8 @@ def write(results: Path, docs: Path) -> None:
     scale, given = largest(results)
     parts = [_head(scale, given), _scorers(results), _sweep(results)]
     for table in TABLES:
-        lines = curves(given, table.variant)
-        if len(lines) > 1:
-            parts.append(_section(table, lines, pictures))
+        if table.says_something(given):
+            parts.append(_section(table, curves(given, table.variant), pictures))
     parts += [_effective_rank(given), _claims(given), _limits()]
     (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
