@@ -28,8 +28,9 @@ def test_captions_are_one_for_all_or_one_for_each():
 
 def test_masks_are_one_for_all_or_one_for_each():
     batch, mask = pictures(2, 20, 30), torch.zeros(2, 20, 30)
-    mask[:, 5:10, 5:10] = 2.0
+    mask[0, 5:10, 5:10] = mask[1, :3] = 2.0
     one, two = training_images(batch, mask=mask[0]), training_images(batch, mask=mask)
+    assert torch.equal(one[1].mask, mask[0] / 2) and torch.equal(two[1].mask, mask[1] / 2)
     assert all(i.mask.shape == (20, 30) and i.mask.max() == 1 for i in one + two)
     with pytest.raises(TLoRAError, match="mask has shape .*same height"):
         training_images(batch, mask=torch.ones(20, 31))

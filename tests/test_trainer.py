@@ -57,6 +57,7 @@ def test_each_round_shows_each_image_once_and_shapes_never_mix():
     _, _, toy = run(TrainConfig(steps=12, batch_size=2), buckets=((0, 1, 2, 3), (4, 5)))
     rounds = [toy.rows[i:i + 3] for i in range(0, 12, 3)]
     assert all(sorted(sum(r, [])) == list(range(6)) for r in rounds) and len({str(r) for r in rounds}) > 1
+    assert len({[rows[0] < 4 for rows in r].index(False) for r in rounds}) > 1, "the small bucket's turn is not always the same"
     assert all(set(rows) <= {0, 1, 2, 3} or set(rows) <= {4, 5} for rows in toy.rows)
 
 
@@ -146,6 +147,15 @@ def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
     assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, before))
 
 
+def test_average_forgets_the_start_faster_than_later_weights():
+    adapter = new_adapter()
+    trainer, average = Trainer({"layer": adapter}, TrainConfig(steps=5, learning_rate=0.02, ema_decay=0.3)), adapter.B.detach().clone()
+    for step in range(5):
+        trainer.run(Toy(adapter), step + 1)
+        average = torch.lerp(average, adapter.B.detach(), 1 - min(0.3, (step + 1) / (step + 10)))
+    torch.testing.assert_close(trainer.average[1], average)
+
+
 def test_a_true_answer_ends_the_run_after_that_step():
     adapter = new_adapter()
     trainer = Trainer({"layer": adapter}, TrainConfig(steps=50))
@@ -208,9 +218,9 @@ class Breaking(Toy):
             yield loss * (self.factor if len(self.states) > self.step else 1)
 
 
-@pytest.mark.parametrize("factor", [math.nan, 1e4])
-def test_loss_that_diverges_stops_at_the_last_good_state(factor):
-    bad_step = SNAPSHOT_EVERY + 7
+@pytest.mark.parametrize("factor, bad_step", [
+    (math.nan, SNAPSHOT_EVERY + 7), (1e4, SNAPSHOT_EVERY + 7), (math.nan, 2 * SNAPSHOT_EVERY)])
+def test_loss_that_diverges_stops_at_the_last_good_state(factor, bad_step):
     adapter = new_adapter()
     denoiser, trainer = Breaking(adapter, bad_step, factor), Trainer({"layer": adapter}, TrainConfig(steps=100))
     with pytest.raises(TrainingDiverged, match="lower learning_rate") as raised:
@@ -218,6 +228,18 @@ def test_loss_that_diverges_stops_at_the_last_good_state(factor):
     assert raised.value.kept_step == trainer.step == len(trainer.losses) == SNAPSHOT_EVERY
     assert bad_step <= raised.value.step < bad_step + 8
     assert torch.equal(adapter.B, denoiser.states[SNAPSHOT_EVERY]) and not torch.equal(adapter.B, denoiser.states[-1])
+
+
+def test_run_that_was_taken_up_and_diverges_is_back_where_it_was_taken_up():
+    first = new_adapter()
+    before = Trainer({"layer": first}, TrainConfig(steps=100))
+    before.run(Toy(first), 7)
+    second = new_adapter()
+    after = Trainer({"layer": second}, TrainConfig(steps=100))
+    after.load_state_dict(before.state_dict())
+    with pytest.raises(TrainingDiverged, match="back at step 7"):
+        after.run(Breaking(second, 3, math.nan), 100)
+    assert torch.equal(second.B, first.B) and after.losses == before.losses
 
 
 def test_noisy_losses_are_no_divergence():
