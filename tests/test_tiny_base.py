@@ -89,6 +89,17 @@ def test_base_draws_what_its_prompts_say_as_often_as_its_report_claims(report):
         assert report["base"][name] >= claimed[name] - margin, (name, report["base"], claimed)
 
 
+def test_the_gate_asks_for_all_it_says():
+    report = json.loads((WEIGHTS / "gate.json").read_text())
+    assert report["passed"] and tiny_gate.passed(report) and len(report["concepts"]) == len(world.CONCEPTS)
+    assert not tiny_gate.passed({**report, "scorer": {**report["scorer"], "place": 0.94}})
+    for name, least in tiny_gate.GATE.items():
+        assert not tiny_gate.passed({**report, "base": {**report["base"], name: least - 0.005}})
+    name = next(name for name, distances in report["concepts"].items() if tiny_gate.reproduces(distances))
+    worse = {**report["concepts"], name: {**report["concepts"][name], "lora": report["concepts"][name]["base"]}}
+    assert not tiny_gate.passed({**report, "concepts": worse})
+
+
 def test_repository_holds_the_sheet_of_pictures_and_the_model_card():
     root = Path(__file__).resolve().parents[1]
     assert (root / "docs" / "tiny_base.png").stat().st_size > 10_000

@@ -1,11 +1,11 @@
 """Measure the tiny base model as ComfyUI runs it: does it draw what its prompts say, and can a LoRA teach it a concept?
 
-    python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 4] [--grid PICTURE.png]
+    python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png]
 
 Prints a JSON report; exit status 1 when the gate is not passed. The gate: background right in 95% of the pictures, colour
 in 90%, shape in 80%, by a scorer that is right on at least 95% of rendered pictures; and a plain LoRA trained on one
-picture of a held-out concept reproduces it, at one of its checkpoints, under its training prompt. `weights/gate.json` is the
-report of the weights that ship.
+picture of a held-out concept reproduces it, at one of its checkpoints, under its training prompt: at least 80% of the concepts.
+`weights/gate.json` is the report of the weights that ship.
 """
 import argparse
 import json
@@ -23,6 +23,7 @@ from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
 
 WEIGHTS = Path(world.__file__).parent / "weights"
 GATE = {"background": 0.95, "colour": 0.90, "shape": 0.80}
+CONCEPTS_GATE = 0.80  # share of the held-out concepts that a LoRA reproduces
 SCORER_GATE = 0.95
 LIKENESS_STEPS = (80, 160, 240, 320)  # one concept takes more than another, which one more copies by then
 
@@ -126,9 +127,14 @@ def measure(pictures: int, concepts: int, folder: Path = WEIGHTS) -> tuple[dict,
         base, drawn = base_accuracy(host, scorer, pictures)
         report = {"scorer": scorer_accuracy(scorer), "base": base, "pictures": pictures,
                   "concepts": {c.name: lora_likeness(host, c) for c in world.CONCEPTS[:concepts]}}
-    report["passed"] = (all(base[k] >= v for k, v in GATE.items()) and min(report["scorer"].values()) >= SCORER_GATE
-                        and all(reproduces(d) for d in report["concepts"].values()))
-    return report, drawn
+    return report | {"passed": passed(report)}, drawn
+
+
+def passed(report: dict) -> bool:
+    """Whether a report's figures are all that the gate asks for. One without concepts says nothing of them."""
+    reproduced = [reproduces(distances) for distances in report["concepts"].values()]
+    return (all(report["base"][name] >= least for name, least in GATE.items())
+            and min(report["scorer"].values()) >= SCORER_GATE and sum(reproduced) >= CONCEPTS_GATE * len(reproduced))
 
 
 def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
@@ -141,7 +147,7 @@ def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int =
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=200, help="how many prompts to draw (200)")
-    parser.add_argument("--concepts", type=int, default=4, help="how many held-out concepts to teach (4)")
+    parser.add_argument("--concepts", type=int, default=len(world.CONCEPTS), help="how many held-out concepts to teach (all)")
     parser.add_argument("--grid", type=Path, help="save the first 48 pictures as a sheet")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the model and its scorer")
     args = parser.parse_args()

@@ -378,7 +378,7 @@ def stage_export(work: Path, args):
 
 def stage_gate(work: Path, args):
     """Measure what was exported and keep the report beside the other results."""
-    report, drawn = measure(args.gate_pictures, concepts=4, folder=args.output)
+    report, drawn = measure(args.gate_pictures, concepts=len(world.CONCEPTS), folder=args.output)
     report["steps"] = torch.load(work / "base.pt", weights_only=True)["step"]
     (work / "gate.json").write_text(json.dumps(report, indent=2))
     print(json.dumps(report, indent=2))
