@@ -4,6 +4,7 @@
     python3 tools/host.py bench personalization choose-rates
     python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
     python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
+    python3 tools/host.py bench personalization when-decided              # down to which noise level prompts are followed
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
 
 A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
@@ -35,12 +36,23 @@ def check_scorers(file):
     print(file.read_text())
 
 
+def when_decided(file):
+    import tiny_gate
+    import torch
+    tiny_gate.parse_host_arguments()
+    from evidence import decided
+    from evidence.run import Bench
+    with torch.inference_mode():
+        file.write_text(json.dumps(decided.measure(Bench(tiny_gate.WEIGHTS)), indent=2) + "\n")
+    print(file.read_text())
+
+
 def main():
     from evidence import analysis, report
     from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates, usual_rates
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; report (methods)")
+                        help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; when-decided; report (methods)")
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
@@ -58,6 +70,9 @@ def main():
         return
     if args.what == ["check-scorers"]:
         check_scorers(args.results / "scorers.json")
+        return
+    if args.what == ["when-decided"]:
+        when_decided(args.results / "decided.json")
         return
     names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
     if unknown := set(names) - STUDIES.keys():

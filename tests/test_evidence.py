@@ -10,7 +10,7 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, colour, metrics, prompts, report, run, study  # noqa: E402
+from evidence import analysis, claims, colour, decided, metrics, prompts, report, run, study  # noqa: E402
 
 from tlora_core.tiny import world  # noqa: E402
 
@@ -210,6 +210,16 @@ def test_pictures_drawn_together_are_those_drawn_alone(bench):
     with torch.inference_mode():
         together, alone = bench.draw(both), torch.cat([bench.draw([p]) for p in both])
     assert (together - alone).abs().max() < 1e-3 and (together[0] - together[1]).abs().mean() > 0.02
+
+
+def test_prompts_are_followed_from_pure_noise_and_not_from_next_to_none(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(decided, "LEVELS", (999, 20))
+    with torch.inference_mode():
+        noisy, clear = decided.measure(bench, 8)
+    assert noisy["place"] >= 0.75 and noisy["background"] >= 0.75 and clear["place"] <= 0.25 and clear["shape"] <= 0.25
+    assert (noisy["t"], clear["t"]) == (999, 20) and noisy["sigma"] > 10 > 0.2 > clear["sigma"]
+    (tmp_path / "decided.json").write_text(json.dumps([noisy, clear]))
+    assert f"| 999 | 14.61 | {noisy['shape']:.0%} |" in report._decided(tmp_path)
 
 
 def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):

@@ -103,7 +103,7 @@ def write(results: Path, docs: Path) -> None:
     for table in TABLES:
         if table.says_something(given):
             parts.append(_section(table, curves(given, table.variant), pictures))
-    parts += [_effective_rank(given), _claims(given), _limits()]
+    parts += [_effective_rank(given), _claims(given), _decided(results), _limits()]
     (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -198,6 +198,19 @@ def _effective_rank(given):
 def _claims(given):
     rows = [[claim.text, claim.verdict, claim.figures] for claim in claims.judge(given)]
     return "## The paper's claims\n\n" + _markdown(["claim", "here", "figures"], rows)
+
+
+def _decided(results):
+    file = results / "decided.json"
+    if not file.exists():
+        return ""
+    rows = json.loads(file.read_text())
+    names = [name for name in rows[0] if name not in ("t", "sigma")]
+    table = [[str(row["t"]), f"{row['sigma']:.2f}", *(f"{row[name]:.0%}" for name in names)] for row in rows]
+    return ("## Where a picture is decided\n\nPictures noised to t and drawn on from there by the bare base, with a prompt that asks for another "
+            "shape, colour, place and background: the share that shows what was asked. T-LoRA's mask guards the noisiest timesteps, so it "
+            "can help only as far as something is decided there: what this table still shows open at small t, an update at full rank "
+            "decides anew whatever was kept from it before.\n\n" + _markdown(["t of 1000", "sigma", *names], table))
 
 
 def _limits():
