@@ -10,8 +10,8 @@ import torch
 from tlora_core.tiny import world
 
 from .metrics import NAMES, seen
-from .prompts import Prompt
-from .run import GUIDANCE, SAMPLING_STEPS, Bench
+from .prompts import Prompt, full_prompt
+from .run import SAMPLING_STEPS, Bench
 
 LEVELS = (999, 800, 600, 500, 400, 300, 200, 100)  # t of 1000
 
@@ -27,7 +27,7 @@ def measure(bench: Bench, count: int = 40, seed: int = 0) -> list[dict]:
     rows = []
     for t in LEVELS:
         sigmas = torch.stack([table[round(at)] for at in np.linspace(t, 0, SAMPLING_STEPS)] + [table.new_zeros(())])
-        found = seen(bench.draw_from(asked, latent, noise, sigmas.float().cpu(), GUIDANCE), bench.scorer)
+        found = seen(bench.draw_from(asked, latent, noise, sigmas.float().cpu()), bench.scorer)
         shares = {name: float(np.mean([s[name] == p.asked[name] for s, p in zip(found, asked)])) for name in NAMES}
         rows.append({"t": t, "sigma": float(table[t]), **shares})
     return rows
@@ -37,5 +37,4 @@ def _prompt(scenes: world.Scenes, i: int, rng: np.random.Generator) -> Prompt:
     """Asks for all that the i-th scene does not show."""
     was = {"shape": scenes.shape[i], "colour": scenes.colour_index[i], "background": scenes.background[i], "place": scenes.place[i]}
     asked = {name: str(rng.choice([value for k, value in enumerate(NAMES[name]) if k != was[name]])) for name in NAMES}
-    text = f"a photo of a {asked['colour']} {asked['shape']} {world.PLACE_WORDS[asked['place']]} {world.BACKGROUNDS[asked['background']]}"
-    return Prompt(text, "control", i, asked)
+    return full_prompt(asked, i)

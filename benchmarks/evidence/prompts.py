@@ -79,9 +79,14 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
         shape, colour, place, background = (
             str(rng.choice([s for s in world.SHAPES if s != concept.shape])), *(str(rng.choice(list(names))) for names in (
                 world.COLOURS, world.PLACES, world.BACKGROUNDS)))
-        text = f"a photo of a {colour} {shape} {world.PLACE_WORDS[place]} {world.BACKGROUNDS[background]}"
-        made.append(Prompt(text, "control", i, {"shape": shape, "colour": colour, "place": place, "background": background}))
+        made.append(full_prompt({"shape": shape, "colour": colour, "place": place, "background": background}, i))
     return made
+
+
+def full_prompt(asked: dict[str, str], seed: int) -> Prompt:
+    """A prompt of a thing of the world, with all that a caption can say."""
+    words = f"{asked['colour']} {asked['shape']} {world.PLACE_WORDS[asked['place']]} {world.BACKGROUNDS[asked['background']]}"
+    return Prompt(f"a photo of a {words}", "control", seed, asked)
 
 
 def _prompt(concept, kind, seed, colour=None, place=None, background=None) -> Prompt:

@@ -52,13 +52,13 @@ class Bench:
             disable_pbar=True, seed=0)
         return self.vae.decode(drawn).clamp(0, 1)
 
-    def draw_from(self, asked: Sequence[Prompt], latent: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, guidance: float):
+    def draw_from(self, asked: Sequence[Prompt], latent: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor):
         """As `draw`, from `latent` [N, C, 8, 8] under noise at the first of `sigmas`."""
         import comfy.sample
         import comfy.samplers
         positive, negative = self._condition([p.text for p in asked]), self._condition([""] * len(asked))
         drawn = comfy.sample.sample_custom(
-            self.model, noise, guidance, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent, disable_pbar=True, seed=0)
+            self.model, noise, GUIDANCE, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent, disable_pbar=True, seed=0)
         return self.vae.decode(drawn).clamp(0, 1)
 
     def through(self, pictures: torch.Tensor) -> torch.Tensor:
