@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from tlora_core.adapters import METHODS
 from tlora_core.orthogonal import DEFAULT_START, STARTS
 from tlora_core.tiny import world
@@ -15,11 +17,22 @@ RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sw
 SWEPT = {False: (7e-4, 1.5e-3, 3e-3), True: (1.5e-3, 3e-3, 6e-3)}  # by Method.is_orthogonal: what starts orthogonal moves less per step
 RANKS = (2, 4, 8, 16, 32)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
 RANK = 32
-INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
-R_MIN = (0.0, 0.25, 0.5, 1.0)
+INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 0.2), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
+R_MIN = (0.0, 0.25, 0.5)  # and 1, which is Ortho-LoRA
+FINER = 16  # SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the sigma
+SIGMAS = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)  # of t = 0 to 999, SDXL's and the tiny base's
+
+
+def moved(level: float) -> float:
+    """t / T at which SDXL's coarse structure is as noisy as the tiny base's is at t / T = level; 1 where there is none."""
+    return float(np.interp(FINER * np.interp(1000 * level, np.arange(1000), SIGMAS), SIGMAS, np.arange(1000) / 1000, right=1.0))
+
+
+_FINE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t / T, share)
     "late drop": ((0.0, 1.0), (0.6, 1.0), (1.0, 0.5)), "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
-    "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)), "rising": ((0.0, 0.5), (1.0, 1.0))}
+    "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)), "rising": ((0.0, 0.5), (1.0, 1.0)),
+    "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE))}  # the paper's, where `moved` puts it
 ALPHAS = (0.5, 2.0)
 
 
@@ -141,7 +154,7 @@ def figure5(scale, chosen):
 
 
 def figure6(scale, chosen):
-    return _cells(scale, chosen, [{"method": "tlora", "min_share": share} for share in R_MIN])
+    return _cells(scale, chosen, [{"method": "tlora", "min_share": share} for share in R_MIN] + [{"method": "ortho_lora"}])
 
 
 def figures10_12(scale, chosen):
