@@ -41,12 +41,7 @@ class Frozen:
             return _FrozenLayer.apply(x, self)
         return _Rerun.apply(x, self.run)
 
-    def output(self, x: Tensor) -> Tensor:
-        """A new tensor with what the layer makes of x, apart from autograd."""
-        kept = self.kept(x)
-        return self.run(x) if kept is None else kept.output.clone()
-
-    def kept(self, x: Tensor) -> "Kept | None":
+    def kept(self, x: Tensor) -> Kept | None:
         """What is kept of this input; None where nothing is."""
         if not self.keeps_output or x.requires_grad:
             return None
@@ -183,14 +178,16 @@ class Trained:
 class _AddAdapters(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, base: Tensor | None, token: Tensor, layer: Trained) -> Tensor:
-        output = layer.frozen.output(x) if base is None else base.clone()
-        tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
         kept = layer.frozen and layer.frozen.kept(x)
-        saved = []
-        for part in layer.parts:
-            group, i = layer.evaluation.place(part.adapter, x.dtype)
-            saved.append(group.add(i, part.rows_of(rows), tokens, kept, part.mask))
-        ctx.layer = layer
+        if kept:
+            output = kept.output.clone()
+        else:
+            output = layer.frozen.run(x) if base is None else base.clone()
+        tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
+        places = [layer.evaluation.place(part.adapter, x.dtype) for part in layer.parts]
+        saved = [group.add(i, group.rows_of(rows, part.row), tokens, kept, part.mask)
+                 for part, (group, i) in zip(layer.parts, places)]
+        ctx.layer, ctx.places = layer, places
         ctx.save_for_backward(x, *saved)
         return output
 
@@ -201,8 +198,7 @@ class _AddAdapters(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
-        for part, hidden in zip(layer.parts, saved):
-            group, i = layer.evaluation.place(part.adapter, x.dtype)
-            group.back(i, part.rows_of(rows), tokens, hidden, part.mask, of_input)
+        for part, (group, i), hidden in zip(layer.parts, ctx.places, saved):
+            group.back(i, group.rows_of(rows, part.row), tokens, hidden, part.mask, of_input)
         of_input = None if of_input is None else of_input.view(x.shape)
         return of_input, gradient if ctx.needs_input_grad[1] else None, _NOTHING, None

@@ -49,11 +49,6 @@ class Part(NamedTuple):
             hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
         return hidden
 
-    def rows_of(self, output: Tensor) -> Tensor:
-        """The adapter's own part of a layer's output [tokens, out]."""
-        out = self.adapter.B.shape[0]
-        return output if output.shape[1] == out else output[:, self.row:self.row + out]
-
 
 Mask = Callable[[Tensor], Tensor]  # Part.mask
 
@@ -66,12 +61,17 @@ class Group:
 
     def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
         self.adapters, self.columns, self.dtype = adapters, columns, dtype
+        self.out = adapters[0].B.shape[0]
         self.of_B = self.of_A = None  # gradients, once there are any
         self.done: set[int] = set()
 
     def stacked(self, name: str) -> Tensor:
         """The parameters or buffers of that name, of all adapters and components [count, ...], in full precision."""
         return stack([getattr(adapter, name) for adapter in self.adapters])
+
+    def rows_of(self, output: Tensor, row: int) -> Tensor:
+        """An adapter's own part of a layer's output [tokens, at least out], from `row` on."""
+        return output if output.shape[1] == self.out else output[:, row:row + self.out]
 
     @cached_property
     def down(self) -> Sequence[Tensor]:
@@ -102,9 +102,10 @@ class Group:
         """Notes the gradients of B and A, given the products' inputs and the gradients of their outputs."""
         if self.of_B is None:
             self.of_B, self.of_A = (torch.empty_like(self.stacked(name), dtype=self.dtype) for name in ("B", "A"))
+            self._active = list(zip(self.of_B[..., :self.columns].unbind(), self.of_A[:, :self.columns].unbind()))
+        of_B, of_A = self._active[i]
         fresh = 0 if i not in self.done else 1  # a layer may be called more than once
         self.done.add(i)
-        of_B, of_A = self.of_B[i, :, :self.columns], self.of_A[i, :self.columns]
         torch.addmm(of_B, gradient.t(), hidden, beta=fresh, out=of_B)
         torch.addmm(of_A, of_hidden.t(), x, beta=fresh, out=of_A)
 
@@ -126,10 +127,6 @@ class OrthogonalGroup(Group):
     """B S M A x - B0 S0 M A0 x as it stands there: full precision has the digits for a difference of products, and nothing but the
     parameters themselves has to be read or kept."""
 
-    def __init__(self, adapters: Sequence[Adapter], columns: int, dtype: torch.dtype):
-        super().__init__(adapters, columns, dtype)
-        self.of_S = torch.zeros_like(self.stacked("S"))
-
     @cached_property
     def factors(self) -> Sequence[tuple[Tensor, ...]]:
         """A, S, B, A0, S0, B0 of each adapter's active components."""
@@ -140,25 +137,26 @@ class OrthogonalGroup(Group):
 
     def add(self, i: int, output: Tensor, x: Tensor, kept: Kept | None, mask: Mask) -> Tensor:
         A, S, B, A0, S0, B0 = self.factors[i]
-        hidden = x @ A.t()
+        hidden = mask(x @ A.t())
         start = x @ A0.t() if kept is None else kept.start(self.adapters[i])[:, :self.columns]
-        output.addmm_(mask(hidden * S), B.t()).addmm_(mask(start * S0), B0.t(), alpha=-1)
+        output.addmm_(hidden * S, B.t()).addmm_(mask(start * S0), B0.t(), alpha=-1)
         return hidden
 
     def back(self, i: int, gradient: Tensor, x: Tensor, hidden: Tensor, mask: Mask, of_input: Tensor | None) -> None:
         A, S, B, A0, S0, B0 = self.factors[i]
-        of_scaled = mask(gradient @ B)
-        self.of_S[i, :self.columns] += (of_scaled * hidden).sum(0)
-        of_hidden = of_scaled * S
+        of_hidden = mask(gradient @ B).mul_(S)
         if of_input is not None:
-            of_input.addmm_(of_hidden, A).addmm_(mask(gradient @ B0) * S0, A0, alpha=-1)
-        self._note(i, gradient, mask(hidden * S), of_hidden, x)
+            of_input.addmm_(of_hidden, A).addmm_(mask(gradient @ B0).mul_(S0), A0, alpha=-1)
+        self._note(i, gradient, hidden, of_hidden, x)
 
     def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
-        return of_A, self.of_S, of_B
+        # So far of_B is that of B S.
+        of_S = torch.linalg.vecdot(of_B, self.stacked("B"), dim=1)
+        of_B *= self.stacked("S")[:, None]
+        return of_A, of_S, of_B
 
 
-class DifferenceGroup(Group):
+class DifferenceGroup(OrthogonalGroup):
     """The same for half precision, which would lose all digits in that difference: products of small differences instead, as in
     OrthoAdapter.factors. Of up and down, the first columns of all components come first, then the second ones."""
 
@@ -198,11 +196,6 @@ class DifferenceGroup(Group):
             of_input.addmm_(of_hidden, self.down[i])
         self._note(i, gradient, hidden, of_hidden[:, :self.columns] + of_hidden[:, self.columns:], x)
 
-    def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
-        of_S = torch.linalg.vecdot(of_B, self.stacked("B"), dim=1)
-        of_B *= self.stacked("S")[:, None]
-        return of_A, of_S, of_B
-
 
 def group_of(adapters: Sequence[Adapter], columns: int, dtype: torch.dtype) -> Group:
     """The group that serves these adapters, all of one kind and shape."""
@@ -217,8 +210,8 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     """torch.stack, without copying where the tensors lie one after the other in memory, as `adapters.make_adapters` lays them."""
     first = tensors[0]
     size, start, storage = first.numel(), first.data_ptr(), first.untyped_storage()
-    end = (first.storage_offset() + len(tensors) * size) * first.element_size()
-    if first.is_contiguous() and end <= storage.nbytes() and all(
-            t.data_ptr() == start + i * size * first.element_size() for i, t in enumerate(tensors)):
+    end, step = (first.storage_offset() + len(tensors) * size) * first.element_size(), size * first.element_size()
+    in_a_row = range(start, start + len(tensors) * step, step)
+    if first.is_contiguous() and end <= storage.nbytes() and [t.data_ptr() for t in tensors] == list(in_a_row):
         return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
     return torch.stack(tensors)
