@@ -32,7 +32,9 @@ _FINE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t / T, share)
     "late drop": ((0.0, 1.0), (0.6, 1.0), (1.0, 0.5)), "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
     "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)), "rising": ((0.0, 0.5), (1.0, 1.0)),
-    "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE))}  # the paper's, where `moved` puts it
+    # The paper's with r_min 50%, and with 0%, where `moved` puts it.
+    "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE)),
+    "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE))}
 ALPHAS = (0.5, 2.0)
 
 
