@@ -6,6 +6,7 @@ from good files of each kind and are changed in a few places, since noise alone 
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -213,6 +214,28 @@ def test_any_tensors_under_known_names(tmp_path_factory, described):
     path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
     save_file(tensors, path)
     refuse_or_read(path)
+
+
+SIDES = st.lists(st.integers(0, 3), min_size=1, max_size=3)
+
+
+@settings(FEW, max_examples=400)
+@given(SIDES, SIDES)
+def test_halves_of_any_shapes(tmp_path_factory, up, down):
+    path = tmp_path_factory.mktemp("halves") / "a.safetensors"
+    path.write_bytes(pair(torch.ones(up), torch.ones(down))(path.parent))
+    fits = len(up) == len(down) == 2 and up[1] == down[0] and 0 not in (*up, *down)
+    assert (refuse_or_read(path) is None) == fits
+
+
+@settings(FEW, max_examples=400)
+@given(SIDES, SIDES, SIDES)
+def test_reference_parts_of_any_shapes(tmp_path_factory, q, p, scale):
+    path = tmp_path_factory.mktemp("parts") / "a.safetensors"
+    path.write_bytes(reference_parts(
+        q_layer=q, p_layer=p, lambda_layer=scale, base_q=q, base_p=p, base_lambda=scale)(path.parent))
+    fits = len(q) == len(p) == 2 and p[1] == q[0] == math.prod(scale) and 0 not in (*q, *p)
+    assert (refuse_or_read(path) is None) == fits
 
 
 # --- by hand ---
