@@ -65,7 +65,16 @@ def test_free_curves_are_ones_that_training_takes():
     from tlora_core.schedule import RankSchedule
     for name in study.FREE:
         cell = study.Cell("olive heart", 0, "tlora", curve=name)
-        assert RankSchedule.from_text(cell.rank, cell.min_rank, 1.0, cell.curve_text).min_rank == study.RANK // 2
+        smallest = 0 if name.endswith("to 0") else study.RANK // 2
+        assert RankSchedule.from_text(cell.rank, cell.min_rank, 1.0, cell.curve_text).min_rank == smallest
+
+
+def test_equal_signal_is_the_papers_schedule_at_a_sixteenth_of_the_sigma():
+    assert study.SIGMAS[[0, 999]] == pytest.approx([0.0292, 14.615], abs=1e-3)
+    for t in (600, 800, 950):
+        level = np.interp(study.SIGMAS[t] / 16, study.SIGMAS, np.arange(1000)) / 1000
+        assert study.moved(level) == pytest.approx(t / 1000, abs=1e-3)
+    assert study.moved(0.5) == 1 and study.moved(0.0) < 0.2
 
 
 # --- the reader of colours ---
@@ -90,13 +99,17 @@ def test_colour_of_an_object_that_is_not_yet_the_concept_is_read_too():
 # --- from records to figures ---
 
 
-def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=False, **changes):
-    """A record as `run` writes it: two neutral pictures and ten that ask for a background."""
+def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
+    """A record as `run` writes it: two neutral pictures and ten that ask for a background, `copied` of all at the training
+    picture's place and `right` of the ten on theirs."""
     cell = study.Cell(concept, seed, method, learning_rate=1e-3, steps=(100, 200), **changes)
-    rows = [{"kind": "neutral", "asked": {}, "seen": {}, "distance": distance, "pose": [x, 0.0, 0.5, 0.0]} for x in (-0.1, 0.3)]
+    rows = [{"kind": "neutral", "asked": {}, "seen": {"background": "beach" if x < 0 else "snow"}, "distance": distance,
+             "pose": [x, 0.0, 0.5, 0.0]} for x in (-0.1, 0.3)]
     for i in range(10):
-        background = "night" if i < 10 * right else "beach" if copied else "snow"
+        background = "night" if i < 10 * right else "beach"
         rows.append({"kind": "background", "asked": {"background": "night"}, "seen": {"background": background}})
+    for i, row in enumerate(rows):
+        row["seen"]["place"] = "left" if i < copied else "right"
     control = [{"asked": {"colour": "red"}, "seen": {"colour": "red"}}]
     return {"cell": asdict(cell), "training": {"background": "beach", "place": "left"}, "step": step, "rows": rows, "control": control,
             "commit": "abc", **({"ceiling": 0.1} if method == "none" else {"effective_rank_B": [3, 5]})}
@@ -112,9 +125,10 @@ def base(concept="olive heart", seed=0):
 
 
 def test_a_point_holds_the_papers_measures():
-    point = next(p for p in analysis.points([base(), record(distance=0.15, right=0.7, copied=True)]) if p.cell.method == "lora")
-    assert (point.is_, point.ts, point.copied_background) == pytest.approx((0.75, 0.7, 0.3))
-    assert point.spread == pytest.approx(0.2) and np.isnan(point.copied_place) and point.effective_rank == 4
+    point = next(p for p in analysis.points([base(), record(distance=0.15, right=0.7, copied=3)]) if p.cell.method == "lora")
+    assert (point.is_, point.ts, point.copied_place) == pytest.approx((0.75, 0.7, 0.25))
+    assert point.copied_background == 0.5, "the two neutral pictures; where another one was asked for, TS says it"
+    assert point.spread == pytest.approx(0.2) and point.effective_rank == 4 and point.by_attribute == {"background": pytest.approx(0.7)}
 
 
 def test_values_are_taken_where_the_training_first_reaches_the_likeness():
@@ -147,7 +161,19 @@ def three_concepts(ours, others):
 def test_claims_are_judged_by_their_interval(ours, others, verdict):
     judged = claims.judge(three_concepts(ours, others))
     assert judged[0].verdict == verdict and "3 units" in judged[0].figures
-    assert {c.verdict for c in judged[1:]} == {"not tested"}
+    assert {c.verdict for c in judged[1:]} == {"not tested", "not separable"} and "copies" in judged[-1].text
+
+
+def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart():
+    records = []
+    for seed, copies in ((0, 6), (1, 0)):
+        for concept in ("olive heart", "navy moon", "tan cross"):
+            for method, copied in (("lora", 6), ("tlora", copies)):
+                changes = {"min_share": 1.0} if method == "lora" else {}
+                records += [base(concept, seed), record(concept, seed, method, 200, 0.1, copied=copied, **changes)]
+    place, fresh = [c for c in claims.judge(analysis.points(records)) if "place less" in c.text]
+    assert place.verdict == fresh.verdict == "confirmed" and place.figures.startswith("0.075") and fresh.figures.startswith("0.150")
+    assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
 
 
 def test_gate_sees_reproduction_and_damage():

@@ -26,15 +26,17 @@ RESAMPLES = 2000
 @dataclass(frozen=True)
 class Point:
     """One checkpoint. is_: 0 what the bare base draws, 1 the concept seen through the autoencoder. ts: share of asked
-    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind. copied_background, copied_place: share
-    of pictures that show the training picture's though another was asked. spread: mean distance of the places in neutral
-    pictures from their middle, in half-widths. control: share of attributes right in prompts without the concept."""
+    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind; by_attribute: of each attribute,
+    over all prompts that ask for it. copied_background, copied_place: share of pictures that show the training picture's where
+    the prompt leaves it open. spread: mean distance of the places in neutral pictures from their middle, in half-widths. control:
+    share of attributes right in prompts without the concept."""
 
     cell: Cell
     step: int
     is_: float
     ts: float
     by_kind: dict[str, float]
+    by_attribute: dict[str, float]
     copied_background: float
     copied_place: float
     spread: float
@@ -79,7 +81,7 @@ def _point(record, reference):
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
-        cell_of(record), record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind,
+        cell_of(record), record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind, _by_attribute(rows),
         _copied(rows, training, "background"), _copied(rows, training, "place"),
         float(np.linalg.norm(places - places.mean(0), axis=1).mean()), _right(record["control"]),
         float(np.mean(ranks)) if ranks else None, record)
@@ -95,9 +97,17 @@ def _right(rows):
     return _mean(right) if right else None
 
 
+def _by_attribute(rows):
+    right = defaultdict(list)
+    for row in rows:
+        for name, value in row["asked"].items():
+            right[name].append(row["seen"][name] == value)
+    return {name: _mean(values) for name, values in right.items()}
+
+
 def _copied(rows, training, name):
-    asked = [row["seen"][name] == training[name] for row in rows if name in row["asked"]]
-    return _mean(asked) if asked else float("nan")
+    left_open = [row["seen"][name] == training[name] for row in rows if name not in row["asked"] and name in row["seen"]]
+    return _mean(left_open) if left_open else float("nan")
 
 
 def _mean(values):
@@ -152,7 +162,7 @@ class Estimate:
 def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimate | None:
     """None for no units. Concepts are drawn first, then seeds within each."""
     groups = defaultdict(list)
-    for (concept, _), value in by_unit.items():
+    for (concept, _), value in sorted(by_unit.items()):  # the same draws in every process
         if value is not None and np.isfinite(value):
             groups[concept].append(value)
     if not groups:
