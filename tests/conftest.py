@@ -118,6 +118,33 @@ def tlora(unet):
 
 
 @pytest.fixture(scope="module")
+def base(comfy):
+    """The tiny base as (MODEL, CLIP, VAE)."""
+    import torch
+
+    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import world
+
+    weights = Path(world.__file__).parent / "weights" / "tiny_base.safetensors"
+    with torch.inference_mode():
+        return tiny_base.load(str(weights))
+
+
+@pytest.fixture
+def output(comfy, tmp_path):
+    """The host's output and loras folders, empty."""
+    import folder_paths
+
+    before = folder_paths.get_output_directory(), folder_paths.folder_names_and_paths["loras"]
+    (tmp_path / "loras").mkdir()
+    folder_paths.set_output_directory(str(tmp_path))
+    folder_paths.folder_names_and_paths["loras"] = ([str(tmp_path / "loras")], before[1][1])
+    yield tmp_path
+    folder_paths.set_output_directory(before[0])
+    folder_paths.folder_names_and_paths["loras"] = before[1]
+
+
+@pytest.fixture(scope="module")
 def one_thread():
     """For tests of products so small that they only lose time to a second thread."""
     import torch

@@ -1,6 +1,7 @@
-"""What a training step is said to keep, against what it keeps."""
+"""What a training step is said to keep, against what it keeps; and what is done when memory is short or runs out."""
 import pytest
 import torch
+from training_runs import images, request, run
 
 
 def denoiser_for(model, channels, side):
@@ -56,3 +57,46 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
         for free, wanted in ((2 * need, False), (need, True)):
             monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
             assert should_checkpoint(denoiser, 1) is wanted
+
+
+def out_of_memory_once(monkeypatch, base, step):
+    """The model has no memory left in a backward pass of that step, the first time."""
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(denoiser)
+        for loss in losses(denoiser, rows, generator):
+            if len(calls) == step:
+                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+            yield loss
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
+@pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
+def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
+    from tlora_core import TLoRAError
+
+    whole = run(base, file_name="run/whole", memory="low")
+    out_of_memory_once(monkeypatch, base, step)
+    if memory == "fast":
+        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
+            run(base, rerun="restart", memory=memory)
+    else:
+        done = run(base, rerun="restart", memory=memory)
+        assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("free, expected", [(1 << 20, True), (1 << 50, False)])
+def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output, monkeypatch, free, expected):
+    import comfy.model_management
+
+    from tlora_core.comfy_host.personalize import Personalization
+
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: free)
+    with torch.inference_mode():
+        p = Personalization(*base, images(), request(2))
+        p.train(2)
+    assert p.checkpointing is expected and len(p.trainer.losses) == 2

@@ -9,69 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_runs import folders, images, record, request, run, same
 
 PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
-
-
-@pytest.fixture(scope="module")
-def base(comfy):
-    from tlora_core.comfy_host import tiny_base
-    from tlora_core.tiny import world
-
-    weights = Path(world.__file__).parent / "weights" / "tiny_base.safetensors"
-    with torch.inference_mode():
-        return tiny_base.load(str(weights))
-
-
-@pytest.fixture
-def output(comfy, tmp_path):
-    """The host's output and loras folders, empty."""
-    import folder_paths
-
-    before = folder_paths.get_output_directory(), folder_paths.folder_names_and_paths["loras"]
-    (tmp_path / "loras").mkdir()
-    folder_paths.set_output_directory(str(tmp_path))
-    folder_paths.folder_names_and_paths["loras"] = ([str(tmp_path / "loras")], before[1][1])
-    yield tmp_path
-    folder_paths.set_output_directory(before[0])
-    folder_paths.folder_names_and_paths["loras"] = before[1]
-
-
-def images(count=1, size=64):
-    from tlora_core.dataset import training_images
-
-    generator = torch.Generator().manual_seed(5)
-    return training_images(torch.rand(count, size, size, 3, generator=generator))
-
-
-def request(steps=6, rate=0.01, **changes):
-    from tlora_core.comfy_host.personalize import TrainRequest
-    from tlora_core.config import TrainConfig
-
-    config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
-    return TrainRequest("sks", "heart", **{"rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
-
-
-def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
-    """As the host runs a node: in inference mode."""
-    from tlora_core.comfy_host.training_run import Keeping, train_or_find
-
-    with torch.inference_mode():
-        return train_or_find(*base, pictures or images(), asked or request(), Keeping(**keeping), file_name, None, prior)
-
-
-def folders(output):
-    """Those of the runs, in the order of their beginning."""
-    return sorted((output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"])
-
-
-def record(output, index=-1):
-    return json.loads((folders(output)[index] / "run.json").read_text())
-
-
-def same(one, two):
-    return one.layers.keys() == two.layers.keys() and all(
-        torch.equal(one.layers[k].up, two.layers[k].up) and torch.equal(one.layers[k].down, two.layers[k].down) for k in one.layers)
 
 
 class Wish:
@@ -291,36 +231,11 @@ def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(host, t
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-def test_prior_is_drawn_by_the_model_or_given(base, output):
-    alone = run(base, request(2, config={"prior_weight": 1.0, "prior_count": 2}))
-    given = run(base, request(2, config={"prior_weight": 1.0}), prior=images(2))
-    without = run(base, request(2), file_name="run/without")
-    assert len({tuple(x.losses) for x in (alone, given, without)}) == 3
-    assert alone.losses[0] > without.losses[0] and given.losses[0] > without.losses[0]
-
-
-def test_pictures_of_several_shapes_masks_and_captions_train_together(base, output):
-    from tlora_core.dataset import training_images
-
-    generator = torch.Generator().manual_seed(1)
-    wide, tall = torch.rand(2, 48, 96, 3, generator=generator), torch.rand(1, 90, 40, 3, generator=generator)
-    mask = torch.zeros(48, 96)
-    mask[10:30, 30:60] = 1
-    pictures = [*training_images(wide, "{token} left\n{token} right", mask), *training_images(tall)]
-    done = run(base, request(6, framing="keep aspect ratio", flip=True, config={"batch_size": 2}), pictures=pictures)
-    assert len(done.losses) == 6 and done.tlora.training["images"] == 3
-
-
 def test_record_says_what_was_trained_with(base, output):
     run(base)
     told = record(output)
     assert told["settings"]["config"]["learning_rate"] == 0.01 and told["settings"]["rank"] == 4 and told["versions"]["torch"]
     assert told["step"] == told["steps"] == 6 and str(output) not in json.dumps(told)
-
-
-def test_curve_is_trained_with_and_told_by_the_file(base, output):
-    done = run(base, request(2, curve="0:4, 0.5:4, 1:1"))
-    assert done.tlora.schedule.points == ((0.0, 4), (0.5, 4), (1.0, 1)) and done.tlora.schedule.min_rank == 1
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -332,57 +247,6 @@ def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
 
     with pytest.raises(TLoRAError, match=message):
         Keeping(**changes)
-
-
-@pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
-def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
-    from tlora_core.comfy_host.draw import draw
-    from tlora_core.comfy_host.personalize import Personalization
-    from tlora_core.comfy_host.sampling import apply_tlora
-
-    asked = request(6, method=method, rank=rank, min_rank=rank)
-    with torch.inference_mode():
-        p = Personalization(*base, images(), asked)
-        p.train(6)
-        drawn = p.draw(["a photo of sks heart"])
-        tlora = p.tlora()
-        tlora.save(output / "loras" / "baseline.safetensors")
-        from tlora_core import TLoRAFile
-        stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
-        again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
-        bare = draw(*base, ["a photo of sks heart"], 64, 0)
-    assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
-    assert (drawn - again).abs().max() < 1e-3
-
-
-def out_of_memory_once(monkeypatch, base, step):
-    """The model has no memory left in a backward pass of that step, the first time."""
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-
-    losses, calls = HostDenoiser.losses, []
-
-    def failing(denoiser, rows, generator):
-        calls.append(denoiser)
-        for loss in losses(denoiser, rows, generator):
-            if len(calls) == step:
-                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
-            yield loss
-
-    monkeypatch.setattr(HostDenoiser, "losses", failing)
-
-
-@pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
-def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
-    from tlora_core import TLoRAError
-
-    whole = run(base, file_name="run/whole", memory="low")
-    out_of_memory_once(monkeypatch, base, step)
-    if memory == "fast":
-        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
-            run(base, rerun="restart", memory=memory)
-    else:
-        done = run(base, rerun="restart", memory=memory)
-        assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
 
 
 def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
@@ -407,16 +271,3 @@ def test_weights_and_biases_gets_the_loss_and_the_drawings_when_asked(base, outp
     monkeypatch.setenv("WANDB_MODE", "offline")
     run(base, request(4), wandb=True, validation_prompts=PROMPTS[:1], validate_every=2)
     assert wandb.run is None and list(folders(output)[-1].rglob("*.wandb"))
-
-
-@pytest.mark.parametrize("free, expected", [(1 << 20, True), (1 << 50, False)])
-def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output, monkeypatch, free, expected):
-    import comfy.model_management
-
-    from tlora_core.comfy_host.personalize import Personalization
-
-    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: free)
-    with torch.inference_mode():
-        p = Personalization(*base, images(), request(2))
-        p.train(2)
-    assert p.checkpointing is expected and len(p.trainer.losses) == 2
