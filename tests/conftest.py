@@ -144,6 +144,24 @@ def output(comfy, tmp_path):
     folder_paths.folder_names_and_paths["loras"] = before[1]
 
 
+@pytest.fixture(scope="module", params=["sdxl", "flux"])
+def twins(comfy, request):
+    """Of one random model, in the host and in diffusers: kind, MODEL, pipe, denoiser, and tlora(...), a random T-LoRA of rank 8
+    and min_rank 2 on it."""
+    from types import SimpleNamespace
+
+    import diffusers_twins
+    import random_models
+
+    model, pipe = getattr(diffusers_twins, f"{request.param}_twins")()
+
+    def tlora(min_rank=2, size=1.0, seed=0, **options):
+        return random_models.random_tlora(model, 8, min_rank, size, seed, **options)
+
+    denoiser = pipe.unet if request.param == "sdxl" else pipe.transformer
+    return SimpleNamespace(kind=request.param, model=model, pipe=pipe, denoiser=denoiser, tlora=tlora)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For tests of products so small that they only lose time to a second thread."""

@@ -3,13 +3,22 @@
 Text encoders and VAE are left out: pipelines take embeddings and give latents without them.
 """
 
-import random_models
+from dataclasses import replace
+
 import torch
+from foreign_files import generator
+
+# A layer of each model: diffusers' name, ComfyUI's layer and its module, the layer's first row in that.
+LAYERS = {
+    "sdxl": ("down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k", "input_blocks.8.1.transformer_blocks.1.attn2.to_k", 0),
+    "flux": ("single_transformer_blocks.1.attn.to_v", "single_blocks.1.linear1", 512),
+}
 
 
 def sdxl_twins(seed: int = 0):
     """(MODEL, StableDiffusionXLPipeline) of one small random U-Net."""
     import comfy.utils
+    import random_models
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     model = random_models.sdxl(32, (0, 1, 2), 64, seed=seed)
@@ -40,6 +49,7 @@ def sdxl_twins(seed: int = 0):
 def flux_twins(seed: int = 0):
     """(MODEL, FluxPipeline) of one small random transformer."""
     import comfy.utils
+    import random_models
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     model = random_models.flux(256, (2, 2), 64, 32, seed=seed)
@@ -74,6 +84,7 @@ def picture_in_comfyui(model, pipe, guidance=4.0):
     """Latents [1, C, 8, 8], on the host's scale, of a sampling with Euler on the pipeline's sigmas."""
     import comfy.sample
     import comfy.samplers
+    import random_models
 
     sigmas = pipe.scheduler.sigmas.clone()
     positive, negative = (random_models.conditioning(model, seed=seed) for seed in (1, 2))
@@ -97,6 +108,8 @@ def picture_in_comfyui(model, pipe, guidance=4.0):
 
 def picture_in_diffusers(model, pipe, guidance=4.0):
     """The same by the pipeline."""
+    import random_models
+
     positive, negative = (random_models.conditioning(model, seed=seed)[0] for seed in (1, 2))
     is_flux = hasattr(pipe, "transformer")
     options = dict(height=8 * SIZE, width=8 * SIZE, num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent")
@@ -117,3 +130,30 @@ def picture_in_diffusers(model, pipe, guidance=4.0):
 
 def start(is_flux):
     return torch.randn(1, 16 if is_flux else 4, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def evaluate(twins, timesteps):
+    """One evaluation of the denoiser, on a batch with these timesteps or one for all of a batch of two."""
+    g, size, dtype = generator(), len(timesteps) if isinstance(timesteps, list) else 2, next(twins.denoiser.parameters()).dtype
+    timestep = torch.tensor(timesteps)
+
+    def random(*shape):
+        return torch.randn(size, *shape, generator=g).to(dtype)
+
+    with torch.no_grad():
+        if twins.kind == "sdxl":
+            added = {"text_embeds": random(1280), "time_ids": torch.full((size, 6), 64.0)}
+            return twins.denoiser(random(4, 8, 8), timestep, random(7, 64), added_cond_kwargs=added).sample
+        return twins.denoiser(
+            hidden_states=random(16, 64),
+            encoder_hidden_states=random(7, 64),
+            pooled_projections=random(32),
+            timestep=timestep.expand(size),
+            guidance=torch.full((size,), 3.5),
+            img_ids=torch.zeros(16, 3),
+            txt_ids=torch.zeros(7, 3),
+        ).sample
+
+
+def with_layers(tlora, layers):
+    return replace(tlora, layers=layers)
