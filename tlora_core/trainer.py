@@ -61,7 +61,8 @@ class Trainer:
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.step = 0
         self.losses: list[float] = []
-        self._good_step, self._good = 0, [p.detach().to("cpu", copy=True) for p in self.parameters]
+        self._good = [torch.empty_like(p, device="cpu", requires_grad=False) for p in self.parameters]
+        self._keep_as_good()
 
     def run(self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
         """Train up to step `until`; False when `on_step` ended it before.
