@@ -33,7 +33,8 @@ class Checkpointed:
         if not call.evaluations and not any(t.requires_grad for t in tensors):
             return self.run(*args, **kwargs)
         outputs = _Checkpoint.apply(call, torch.cat([torch.zeros(0), *(e.token for e in call.evaluations)]), *tensors)
-        return _replaced(call.output, outputs)
+        output, call.output = call.output, None  # else the backward pass, which holds the call, would hold its own output
+        return _replaced(output, outputs)
 
 
 class _Call:
