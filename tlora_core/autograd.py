@@ -45,10 +45,10 @@ class Frozen:
         """What is kept of this input; None where nothing is."""
         if not self.keeps_output or x.requires_grad:
             return None
-        known = next((kept for kept in self._kept if kept.input is x and kept.version == x._version), None)
+        known = next((kept for kept in self._kept if kept.is_of(x)), None)
         if known is None:
-            known = Kept(x, x._version, self.run(x))
-            self._kept = [known, *self._kept[:_INPUTS_KEPT - 1]]
+            known = Kept(x, self.run(x))
+            self._kept = [known, *(kept for kept in self._kept[:_INPUTS_KEPT - 1] if kept.is_alive)]
         return known
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:

@@ -3,6 +3,7 @@
 There are hundreds of adapters, each with a few small products. Those of one kind, shape and rank make a group: what can be done
 before the first product or after the last one is done for all of them at once.
 """
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -10,23 +11,46 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import LongTensor, Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .adapters import Adapter, OrthoAdapter
 
 
 class Kept:
-    """An input that comes back, as it was in `version`, and what a layer and the starts of its adapters make of it."""
+    """What a layer and the starts of its adapters made of an input that comes back as it is, for as long as that lives."""
 
-    def __init__(self, x: Tensor, version: int, output: Tensor):
-        self.input, self.version, self.output = x, version, output
-        self.tokens = x.flatten(0, -2).float() if x.dtype in (torch.float16, torch.bfloat16) else x.flatten(0, -2)
+    def __init__(self, x: Tensor, output: Tensor):
+        self._input, self._version, self.output = weakref.ref(x), x._version, output
         self._starts: WeakKeyDictionary[Adapter, Tensor] = WeakKeyDictionary()
+
+    def is_of(self, x: Tensor) -> bool:
+        return self._input() is x and self._version == x._version
+
+    @property
+    def is_alive(self) -> bool:
+        return self._input() is not None
+
+    @property
+    def tokens(self) -> Tensor:
+        """The input [tokens, in] in full precision."""
+        return _in_full_precision(self._input())
 
     def start(self, adapter: OrthoAdapter) -> Tensor:
         """A0 x [tokens, r]."""
         if adapter not in self._starts:
             self._starts[adapter] = self.tokens @ adapter.A0.t()
         return self._starts[adapter]
+
+
+_FULL = WeakTensorKeyDictionary()  # input in half precision: (its version, the same in full), for all layers that it goes to
+
+
+def _in_full_precision(x: Tensor) -> Tensor:
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return x.flatten(0, -2)
+    if x not in _FULL or _FULL[x][0] != x._version:
+        _FULL[x] = x._version, x.flatten(0, -2).float()
+    return _FULL[x][1]
 
 
 class Part(NamedTuple):
@@ -108,16 +132,25 @@ class Group:
         self.done.add(i)
         torch.addmm(of_B, gradient.t(), hidden, beta=fresh, out=of_B)
         torch.addmm(of_A, of_hidden.t(), x, beta=fresh, out=of_A)
+        if len(self.done) == len(self.adapters):
+            self._forget_factors()  # most likely done with; else they are made anew
 
     def gradients(self) -> dict[Adapter, tuple[Tensor, ...]]:
-        """Of the parameters, in the adapters' order of them."""
+        """Of the parameters, in the adapters' order of them. Ends the group: it gives up its memory as the gradients take theirs."""
         if not self.done:
             return {}
         self.of_B[..., self.columns:] = self.of_A[:, self.columns:] = 0
         for i in set(range(len(self.adapters))) - self.done:
             self.of_B[i] = self.of_A[i] = 0
-        of_B, of_A = self.of_B.to(self.adapters[0].B.dtype), self.of_A.to(self.adapters[0].A.dtype)
+        self._forget_factors()
+        self._active = None
+        of_A = self.of_A = self.of_A.to(self.adapters[0].A.dtype)
+        of_B = self.of_B = self.of_B.to(self.adapters[0].B.dtype)
         return dict(zip(self.adapters, zip(*(each.unbind() for each in self._of_parameters(of_A, of_B)))))
+
+    def _forget_factors(self) -> None:
+        for name in ("down", "up", "rows", "factors"):
+            self.__dict__.pop(name, None)
 
     def _of_parameters(self, of_A: Tensor, of_B: Tensor) -> Sequence[Tensor]:
         return of_A, of_B
