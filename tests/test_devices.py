@@ -3,58 +3,46 @@
 An operation on tensors of two devices fails on it as on a GPU, and so does whatever has to wait for a number. Kernels are not run.
 """
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-META = torch.device("meta")
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import memory  # noqa: E402
+from memory import META  # noqa: E402
 
 
 @pytest.fixture
-def unreadable(comfy, monkeypatch):
+def unreadable(comfy):
     """Lets the host and the trainer work on META: nothing is loaded, kept to fall back on, or read at the end of a step."""
-    import comfy.model_management
-
-    from tlora_core.trainer import Reading, Trainer
-
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *args, **kwargs: None)
-    monkeypatch.setattr(comfy.model_management, "get_free_memory",
-                        lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40)
-    monkeypatch.setattr(Trainer, "_keep_as_good", lambda trainer: None)
-    monkeypatch.setattr(Reading, "value", lambda reading: 0.1)
+    with memory.host_on_meta():
+        yield
 
 
-def small_model(kind):
+def small_model(kind, **options):
     import random_models
 
-    return {"sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64, dtype=torch.bfloat16),
-            "flux": lambda: random_models.flux(256, (2, 3), 64, 32, dtype=torch.bfloat16),
-            "sd3": lambda: random_models.small("sd3")}[kind]()
-
-
-def move(model):
-    """All of a MODEL to META, but for its table of noise levels, which the denoiser copies to the CPU beforehand."""
-    levels, model.model.model_sampling = model.model.model_sampling, torch.nn.Identity()
-    model.model.to(META)
-    model.model.model_sampling, model.model.device, model.load_device = levels, META, META
+    options = {"dtype": torch.bfloat16, "device": META, **options}
+    return {"sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64, **options),
+            "flux": lambda: random_models.flux(256, (2, 3), 64, 32, **options),
+            "sd3": lambda: random_models.small("sd3", **options)}[kind]()
 
 
 def train(model, batch, checkpointing, prior, method=None, **config):
     import random_models
 
-    from tlora_core import RankSchedule, make_adapters
+    from tlora_core import RankSchedule
     from tlora_core.comfy_host.denoiser import HostDenoiser
     from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import defaults_for, target_layers
+    from tlora_core.comfy_host.families import defaults_for
     from tlora_core.comfy_host.training import training_session
     from tlora_core.config import TrainConfig
     from tlora_core.trainer import Trainer
 
-    move(model)
-    shapes = {name: layer.shape for name, layer in target_layers(model).items()}
-    adapters = make_adapters(method or defaults_for(model).method, "last_random", shapes, 8, 0)
-    for adapter in adapters.values():
-        adapter.to(META)
+    memory.move(model)
+    adapters = memory.adapters_on_meta(model, method or defaults_for(model).method, 8)
     channels = model.model.latent_format.latent_channels
     mean, weights = torch.zeros(channels, 16, 16), torch.ones(16, 16)
     samples = [Sample(mean, mean + 1, weights, random_models.conditioning(model, 7, seed=i)) for i in range(batch)]
@@ -93,7 +81,7 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
     from tlora_core.comfy_host import sampling
 
     model = small_model(kind)
-    move(model)
+    memory.move(model)
     patched = sampling.apply_tlora(model, random_models.random_tlora(model, 8, 4), fold=fold)
     levels = iter((0.9, 0.5, 0.1))
     monkeypatch.setattr(sampling, "noise_level", lambda *args: (torch.full((2,), next(levels)), 1.0))
@@ -111,3 +99,27 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
             out = base.apply_model(x, torch.ones(2, device=META), transformer_options={"wrappers": patched.wrappers}, **inputs)
             assert out.device == META
     assert bool(sampling.Folds.of(base).layers) is fold and len(compared) == (2 if fold and kind == "sdxl" else 0)
+
+
+@pytest.mark.parametrize("storage", [None, torch.float8_e4m3fn], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("kind", ["sdxl", "flux"])
+def test_a_step_leaves_nothing_behind_but_gradients_and_the_optimizers_state(unreadable, kind, storage):
+    """What a step holds on to is there at the next one too, beside all that this one needs."""
+    counted = {checkpointing: memory.step(small_model(kind, storage=storage), 7, 32, 8, checkpointing) for checkpointing in (False, True)}
+    for each in counted.values():
+        assert each["own"] <= each["after"] < each["own"] + 60_000
+        assert each["weights"] < each["own"] < each["peak"]
+    plain, checkpointed = (counted[key]["peak"] - counted[key]["own"] for key in (False, True))
+    assert checkpointed < plain / 2 and counted[True]["kernels"] > counted[False]["kernels"]
+
+
+def test_memory_is_counted_while_it_lives():
+    before = torch.empty(100, device=META)
+    with memory.Counter([before]) as counter:
+        a = torch.empty(1000, device=META)
+        assert (counter.live, counter.kernels) == (4400, 0)
+        b = a.view(10, 100).t() * 2
+        del b
+        assert (counter.live, counter.peak, counter.kernels) == (4400, 8400, 1)
+        torch.empty(5000)
+    assert counter.live == 4400, "the CPU's memory is another's"

@@ -182,14 +182,14 @@ def make_adapters(
     for name, (out_features, in_features) in shapes.items():
         _require_rank(f'the layer "{name}"', out_features, in_features, rank)
     if not METHODS[method].is_orthogonal:
-        return _in_stacks(_plain_adapters(shapes, rank, seed, device))
+        return in_stacks(_plain_adapters(shapes, rank, seed, device))
     if start in STARTS and STARTS[start].source == "weight":
-        return _in_stacks(_weight_adapters(layers, rank, start, device))
+        return in_stacks(_weight_adapters(layers, rank, start, device))
     starts = orthogonal_starts(start, list(shapes.values()), rank, seed, names=shapes, device=device)
-    return _in_stacks({name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)})
+    return in_stacks({name: OrthoAdapter(*triple) for name, triple in zip(shapes, starts)})
 
 
-def _in_stacks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+def in_stacks(adapters: dict[str, Adapter]) -> dict[str, Adapter]:
     """Lays the tensors of adapters of one shape one after the other in memory, so that training can work on all at once."""
     of_shapes = defaultdict(list)
     for adapter in adapters.values():

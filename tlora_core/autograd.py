@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .adapters import Adapter
 from .products import Group, Kept, Part, group_of
 
-_NOTHING = torch.zeros(0)
 _INPUTS_KEPT = 4  # captions whose turn comes again and again
 
 
@@ -150,7 +149,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, evaluation: Evaluation, *parameters: Tensor) -> Tensor:
         ctx.evaluation = evaluation
-        return _NOTHING.clone()
+        return torch.zeros(0)
 
     @staticmethod
     def backward(ctx, _):
@@ -201,4 +200,4 @@ class _AddAdapters(torch.autograd.Function):
         for part, (group, i), hidden in zip(layer.parts, ctx.places, saved):
             group.back(i, group.rows_of(rows, part.row), tokens, hidden, part.mask, of_input)
         of_input = None if of_input is None else of_input.view(x.shape)
-        return of_input, gradient if ctx.needs_input_grad[1] else None, _NOTHING, None
+        return of_input, gradient if ctx.needs_input_grad[1] else None, None, None

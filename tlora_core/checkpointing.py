@@ -80,7 +80,7 @@ class _Checkpoint(torch.autograd.Function):
                 outputs = _tensors(ctx.call(tensors))
             pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
             torch.autograd.backward(*zip(*pairs))
-        return None, torch.zeros(0), *(t.grad if needs else None for t, needs in zip(tensors, wanted))
+        return None, None, *(t.grad if needs else None for t, needs in zip(tensors, wanted))
 
 
 def _tensors(value) -> list[Tensor]:

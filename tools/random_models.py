@@ -91,7 +91,8 @@ def small(family: str, **options):
 
 
 def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
-    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1.
+    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1; on the device
+    "meta" without any numbers.
 
     dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict with
     layers quantised as the host's files have them, to be used instead of random weights.
@@ -104,9 +105,11 @@ def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=No
     if quantised:
         base.diffusion_model.load_state_dict(quantised, assign=True)
         return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+    base.diffusion_model.requires_grad_(False)
+    if device.type == "meta":
+        return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=device)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in base.diffusion_model.named_parameters():
-        parameter.requires_grad_(False)
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
         is_gain = parameter.ndim == 1 and name.endswith(("weight", "scale"))
         parameter.data.copy_(is_gain + torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)

@@ -1,0 +1,183 @@
+"""What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
+
+    python3 tools/host.py bench memory [--model sdxl|flux] [--size 128] [--rank 64] [--json]
+
+A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as long as it
+lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest sum, weights of the
+diffusion model included; "kernels" the operations that a GPU would be given for a step's forward and backward pass. Not counted: CUDA's own
+memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which the host moves off.
+Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
+"""
+import argparse
+import json
+import sys
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+META = torch.device("meta")
+MODELS = {"sdxl": 77, "flux": 512}  # their texts' tokens
+_NO_KERNELS = {
+    "view", "t", "transpose", "permute", "expand", "as_strided", "unbind", "split", "slice", "select", "detach", "alias", "_unsafe_view",
+    "unsqueeze", "squeeze", "split_with_sizes", "narrow", "empty", "empty_like", "new_empty", "_reshape_alias", "reshape"}
+
+
+class Counter(TorchDispatchMode):
+    """Within the block, counts the bytes of tensors on META while they live, and operations. `known`: tensors counted from before."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.live = self.peak = self.kernels = 0
+        self._storages = set()
+        for tensor in known:
+            self._note(tensor)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        on_meta = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_meta]
+        for tensor in on_meta:
+            self._note(tensor)
+        self.kernels += bool(on_meta) and function._schema.name.split("::")[1] not in _NO_KERNELS
+        return result
+
+    def _note(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages.add(storage._cdata)
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, storage, size):
+        self._storages.discard(storage)
+        self.live -= size
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what a GPU's attention keeps: its inputs, its output and a number for each row."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        output = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, output, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def host_on_meta():
+    """Within the block the host and the trainer take META for a device with memory enough: nothing is loaded, read at the end of a
+    step, or kept to fall back on."""
+    import comfy.model_management as management
+
+    from tlora_core.trainer import Reading, Trainer
+    stand_ins = [
+        (management, "load_models_gpu", lambda *args, **kwargs: None),
+        (management, "get_free_memory", lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40),
+        (Trainer, "_keep_as_good", lambda trainer: None), (Reading, "value", lambda reading: 0.1),
+        (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v))]
+    before = [(place, name, getattr(place, name)) for place, name, _ in stand_ins]
+    try:
+        for place, name, stand_in in stand_ins:
+            setattr(place, name, stand_in)
+        yield
+    finally:
+        for place, name, value in before:
+            setattr(place, name, value)
+
+
+def move(model):
+    """All of a MODEL to META, but for its table of noise levels, which has to be read beforehand."""
+    levels, model.model.model_sampling = model.model.model_sampling, torch.nn.Identity()
+    model.model.to(META)
+    model.model.model_sampling, model.model.device, model.load_device = levels, META, META
+
+
+def adapters_on_meta(model, method, rank):
+    from tlora_core.adapters import LoRAAdapter, OrthoAdapter, in_stacks
+    from tlora_core.comfy_host.families import target_layers
+    made = {}
+    for name, layer in target_layers(model).items():
+        rows, columns = layer.shape
+        with META:
+            made[name] = (OrthoAdapter(torch.empty(rows, rank), torch.empty(rank), torch.empty(rank, columns)) if method == "tlora"
+                          else LoRAAdapter(rows, columns, rank).to(META))
+    return in_stacks(made)
+
+
+def step(model, tokens, size, rank, checkpointing):
+    """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to the run (own):
+    weights, adapters, starts, gradients, optimizer. Then the kernels."""
+    import random_models
+
+    from tlora_core import RankSchedule
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.comfy_host.encode import Sample
+    from tlora_core.comfy_host.families import defaults_for
+    from tlora_core.comfy_host.training import training_session
+    from tlora_core.config import TrainConfig
+    from tlora_core.trainer import Trainer
+    move(model)
+    base = model.model
+    adapters = adapters_on_meta(model, defaults_for(model).method, rank)
+    weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
+    trainer = Trainer(adapters, TrainConfig(steps=9))
+    trainer.step = 1  # the first loss of all is read
+    tensors = [*trainer.parameters, *(b for adapter in adapters.values() for b in adapter.buffers())]
+    sample = Sample(torch.zeros(base.latent_format.latent_channels, size, size), None, None, random_models.conditioning(model, tokens))
+    update, kernels = trainer._update, []
+    trainer._update = lambda: (kernels.append(counter.kernels), update())
+    with training_session(model, checkpointing), Counter([*weights, *tensors]) as counter:
+        denoiser = HostDenoiser(model, adapters, RankSchedule(rank, rank), [sample], trainer.config)
+        base.model_sampling.to(META)
+        trainer.run(denoiser, 2)
+        counter.peak, counter.kernels = counter.live, 0
+        trainer.run(denoiser, 3)
+    state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor) and v.is_meta]
+    own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*weights, *tensors, *state, *(p.grad for p in trainer.parameters))}
+    return {"peak": counter.peak, "after": counter.live, "own": sum(own.values()), "kernels": kernels[-1],
+            "weights": sum(w.untyped_storage().nbytes() for w in weights)}
+
+
+def measure(args):
+    import random_models
+    rows = []
+    for storage in (None, torch.float8_e4m3fn):
+        for checkpointing in (False, True):
+            model = getattr(random_models, args.model)(dtype=torch.bfloat16, storage=storage, device=META)
+            counted = step(model, MODELS[args.model], args.size, args.rank, checkpointing)
+            rows.append({"weights": "bf16" if storage is None else "fp8", "checkpointing": checkpointing,
+                         **{f"{name}_mb": round(counted[name] / 2**20) for name in ("weights", "own", "after", "peak")},
+                         "kernels": counted["kernels"]})
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="sdxl")
+    parser.add_argument("--size", type=int, default=128, help="of the latents; 128 is a picture of 1024 pixels")
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1] + ["--cpu"]
+    import comfy.options
+    comfy.options.enable_args_parsing()
+    with host_on_meta():
+        rows = measure(args)
+    for row in rows:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    if args.json:
+        print(json.dumps({"model": args.model, "size": args.size, "rank": args.rank, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
