@@ -22,7 +22,8 @@ def rank_inputs(rank: int = 64, min_rank: int = 32):
         io.Int.Input(
             "min_rank", default=min_rank, min=0, max=4096,
             tooltip="Components that stay on at pure noise, where pose and layout are decided. Half the rank is the paper's "
-                    "choice; fewer follow the prompt more freely but may lose the subject; as many as rank switches the mask off."),
+                    "choice; on the tiny base a quarter did as well, and none at all obeyed prompts less and may lose the subject. As many "
+                    "as rank switches the mask off."),
     ]
 
 

@@ -171,7 +171,7 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart():
             for method, copied in (("lora", 6), ("tlora", copies)):
                 changes = {"min_share": 1.0} if method == "lora" else {}
                 records += [base(concept, seed), record(concept, seed, method, 200, 0.1, copied=copied, **changes)]
-    place, fresh = [c for c in claims.judge(analysis.points(records)) if "place less" in c.text]
+    place, fresh = [c for c in claims.judge(analysis.points(records)) if "T-LoRA copies" in c.text and "place less" in c.text]
     assert place.verdict == fresh.verdict == "confirmed" and place.figures.startswith("0.075") and fresh.figures.startswith("0.150")
     assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
 

@@ -25,12 +25,13 @@ def verdict(found: Estimate | None) -> str:
 def judge(given: Sequence[Point]) -> list[Claim]:
     made = [_claim(text, gain(given, ours, others)) for text, ours, others in _comparisons()]
     made.append(_gain_grows(given))
-    # That of place was thought of after the pictures of seed 0: the other seeds judge it anew.
+    # Copying was thought of after the pictures of seed 0: the other seeds judge it anew.
     fresh = [point for point in given if point.cell.seed != 0]
     for text, value in _COPYING:
-        for where, found in (("", given), (", seeds 1 and 2 alone", fresh)):
-            made.append(_claim(f"Section 1: T-LoRA copies {text} less often than LoRA where the prompt leaves it open{where}",
-                               gain(found, {"method": "tlora"}, {"method": "lora"}, value)))
+        copies = f"copies {text} less often than LoRA where the prompt leaves it open"
+        for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "the mask alone (Vanilla)"), ("ortho_lora", "the start alone (Ortho-LoRA)")):
+            for where, points in (("", given), (", seeds 1 and 2 alone", fresh)):
+                made.append(_claim(f"Section 1: {who} {copies}{where}", gain(points, {"method": method}, {"method": "lora"}, value)))
     return made
 
 
@@ -75,6 +76,8 @@ def _comparisons():
     yield ("Figure 5: last of R obeys better than principal of W (PiSSA)",
            {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_weight"})
     yield "Figure 6: r_min 25% obeys better than 50%", {**tlora, "min_share": 0.25}, tlora
+    for curve in ("equal signal", "equal signal, to 0"):
+        yield f"Beyond the paper: r(t) moved to where this world decides ({curve}) obeys better than r(t)", {**tlora, "curve": curve}, tlora
     yield "Figure 6: r_min 50% obeys better than 100%, which is Ortho-LoRA", tlora, {"method": "ortho_lora"}
 
 
