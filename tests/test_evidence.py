@@ -221,6 +221,22 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     assert "Table 1" not in text.split("claims")[0], "a table of one rank says nothing of ranks"
 
 
+def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):
+    from PIL import Image
+    assert report._samples(tmp_path, tmp_path) == ""
+    scale, rates = study.SCALES["full"], study.chosen_rates()
+    for method, colour_ in (("lora", "red"), ("tlora", "blue")):
+        cell = next(c for c in study.main_methods(scale, rates) if c.method == method)
+        path = run.sheet_path(tmp_path / "sheets", study.meaningful(cell))
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (32, 20), colour_).save(path)
+    assert "*a photo of a sks flower*" in report._samples(tmp_path, tmp_path)
+    whole = Image.open(tmp_path / "samples.webp")
+    assert whole.size == (32, 56)
+    (red, _, _), (_, _, blue) = whole.getpixel((5, 5)), whole.getpixel((5, 50))
+    assert red > 200 < blue
+
+
 # --- the run itself ---
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from tlora_core.adapters import METHODS
 from tlora_core.packages import required
@@ -25,8 +26,9 @@ from .analysis import (
     mean_over_levels,
     points,
 )
-from .run import read
-from .study import RANK, SCALES, SWEPT, Cell, meaningful
+from .prompts import prompts, settings
+from .run import concept_named, read, sheet_path
+from .study import RANK, RATES, SCALES, SWEPT, Cell, meaningful
 
 SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
 COMMAND = "python3 tools/host.py bench personalization"
@@ -105,7 +107,7 @@ def write(results: Path, docs: Path) -> None:
     for table in TABLES:
         if table.says_something(given):
             parts.append(_section(table, curves(given, table.variant), pictures))
-    parts += [_effective_rank(given), _claims(given), _decided(results), _limits()]
+    parts += [_samples(results, pictures), _effective_rank(given), _claims(given), _decided(results), _limits()]
     (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -203,6 +205,32 @@ def _means(lines, against, others):
             cells.append(_text(estimate(difference(ours, mean_over_levels(others, value))) if others and name != against else None))
         rows.append([name, *cells])
     return _markdown(["", *(text for name in _MEANS for text in (name, "difference"))], rows)
+
+
+def _samples(results, pictures):
+    """Two trainings' sheets side by side, from the folder where `run` leaves them; those of an earlier report where it is not there."""
+    methods, file = ("lora", "tlora"), pictures / "samples.webp"
+    scale = SCALES["full"]
+    if not RATES.exists():
+        return ""
+    rates = json.loads(RATES.read_text())
+    cells = [meaningful(Cell(scale.concepts[0], 0, m, learning_rate=rates[m], steps=scale.steps, draws=scale.draws)) for m in methods]
+    sheets = [sheet_path(results / "sheets", cell) for cell in cells]
+    if all(sheet.exists() for sheet in sheets):
+        made = [Image.open(sheet).convert("RGB") for sheet in sheets]
+        whole = Image.new("RGB", (max(p.width for p in made), sum(p.height for p in made) + 16), "white")
+        for i, picture in enumerate(made):
+            whole.paste(picture, (0, i * (made[0].height + 16)))
+        whole.save(file, quality=80)
+    if not file.exists():
+        return ""
+    concept = concept_named(cells[0].concept)
+    asked = prompts(concept, 0, scale.draws, settings(concept, 0)[0])
+    texts = "; ".join(f"*{p.text}*" for p in asked)
+    return (f"## By eye\n\nThe {concept.name}, learnt by {methods[0]} (above) and {methods[1]} (below): the training picture first, a row for "
+            f"each of the steps {', '.join(map(str, scale.steps))}; the prompts from left to right: {texts}; the last {scale.draws.control} are "
+            "of other things. Every training leaves such a sheet in `benchmarks/results/sheets`.\n\n"
+            f"![Sheets of two trainings](evidence/{file.name})")
 
 
 def _effective_rank(given):
