@@ -158,13 +158,16 @@ def three_concepts(ours, others):
 @pytest.mark.parametrize("ours, others, verdict", [
     ((0.9, 0.9, 0.8), (0.5, 0.6, 0.5), "confirmed"), ((0.5, 0.6, 0.5), (0.9, 0.9, 0.8), "contradicted"),
     ((0.9, 0.5, 0.7), (0.5, 0.9, 0.6), "not separable")])
-def test_claims_are_judged_by_their_interval(ours, others, verdict):
+def test_claims_are_judged_by_their_interval(monkeypatch, ours, others, verdict):
+    assert claims.judge(three_concepts(ours, others))[0].verdict == "not tested (3 concepts)"
+    monkeypatch.setattr(claims, "FEWEST", 3)
     judged = claims.judge(three_concepts(ours, others))
     assert judged[0].verdict == verdict and "3 units" in judged[0].figures
     assert {c.verdict for c in judged[1:]} == {"not tested", "not separable"} and "copies" in judged[-1].text
 
 
-def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart():
+def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypatch):
+    monkeypatch.setattr(claims, "FEWEST", 3)
     records = []
     for seed, copies in ((0, 6), (1, 0)):
         for concept in ("olive heart", "navy moon", "tan cross"):
@@ -216,7 +219,7 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     (tmp_path / "results" / "pilot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report.write(tmp_path / "results", tmp_path)
     text = (tmp_path / "EVIDENCE.md").read_text()
-    assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "not tested (one concept)" in text
+    assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "not tested (1 concept)" in text
     assert (tmp_path / "evidence" / "methods.png").stat().st_size > 5000
     assert "Table 1" not in text.split("claims")[0], "a table of one rank says nothing of ranks"
 

@@ -6,6 +6,9 @@ from .analysis import Estimate, Point, curves, difference, estimate, mean_over_l
 from .study import RANK, RANKS, Cell, meaningful
 
 
+FEWEST = 5  # concepts that a verdict needs
+
+
 @dataclass(frozen=True)
 class Claim:
     text: str
@@ -14,11 +17,11 @@ class Claim:
 
 
 def verdict(found: Estimate | None) -> str:
-    """Of a difference that the paper says is above zero. Intervals over one concept say nothing."""
+    """Of a difference that the paper says is above zero. Intervals over a few concepts say little."""
     if found is None:
         return "not tested"
-    if found.low is None:
-        return "not tested (one concept)"
+    if found.concepts < FEWEST:
+        return f"not tested ({found.concepts} concept{'s' * (found.concepts > 1)})"
     return "confirmed" if found.low > 0 else "contradicted" if found.high < 0 else "not separable"
 
 
