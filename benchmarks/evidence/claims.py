@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels
 from .study import RANK, RANKS, Cell, meaningful
 
-
 FEWEST = 5  # concepts that a verdict needs
 
 
