@@ -9,13 +9,13 @@ memory (about half a gigabyte), workspaces of convolutions, what the allocator l
 Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
 """
 import argparse
-import json
 import sys
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from _printing import show
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -173,10 +173,7 @@ def main():
     comfy.options.enable_args_parsing()
     with host_on_meta():
         rows = measure(args)
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
-    if args.json:
-        print(json.dumps({"model": args.model, "size": args.size, "rank": args.rank, "rows": rows}))
+    show(rows, args.json, model=args.model, size=args.size, rank=args.rank)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ chooses; tlora_product, nothing folded.
 import argparse
 import ctypes
 import gc
-import json
 import statistics
 import sys
 import threading
 import time
 from pathlib import Path
+
+from _printing import show
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
@@ -201,10 +202,7 @@ def main():
     import comfy.options
     comfy.options.enable_args_parsing()
     rows = measure(args.model, args.ranks, args.tloras, args.rounds, args.steps)
-    for row in rows:
-        print("  ".join(f"{k} {v}" for k, v in row.items()))
-    if args.json:
-        print(json.dumps({"model": args.model, "device": args.device, "rounds": args.rounds, "rows": rows}))
+    show(rows, args.json, model=args.model, device=args.device, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import sys
 import time
 from pathlib import Path
 
+from _printing import show
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 
@@ -263,10 +265,7 @@ def main():
         print(json.dumps(memory(args.only_memory, Setting(args.model, args.weights, args.rank), args.steps)))
         return
     rows = measure(args)
-    for row in rows:
-        print("  ".join(f"{k} {v}" for k, v in row.items()))
-    if args.json:
-        print(json.dumps({"model": args.model, "device": args.device, "weights": args.weights, "rounds": args.rounds, "rows": rows}))
+    show(rows, args.json, model=args.model, device=args.device, weights=args.weights, rounds=args.rounds)
 
 
 if __name__ == "__main__":

@@ -245,7 +245,8 @@ def _effective_rank(given):
 
 def _claims(given):
     rows = [[claim.text, claim.verdict, claim.figures] for claim in claims.judge(given)]
-    return "## The paper's claims\n\n" + _markdown(["claim", "here", "figures"], rows)
+    return ("## The paper's claims\n\nCopying was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it "
+            "apart.\n\n") + _markdown(["claim", "here", "figures"], rows)
 
 
 def _decided(results):

@@ -160,7 +160,7 @@ def _is_plain(layer: torch.nn.Module, device, dtype) -> bool:
 
 def _own_copy(text, device, dtype):
     """The text as the model's layers get it, in a tensor that counts changes in place, which `folding.Inputs` goes by."""
-    if not isinstance(text, torch.Tensor) or not (text.is_inference() or text.dtype != dtype or text.device != device):
+    if not isinstance(text, torch.Tensor) or (not text.is_inference() and text.dtype == dtype and text.device == device):
         return text
     with torch.inference_mode(False):
         return text.to(device, dtype, copy=True)
