@@ -17,6 +17,7 @@ RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sw
 SWEPT = {False: (7e-4, 1.5e-3, 3e-3), True: (1.5e-3, 3e-3, 6e-3)}  # by Method.is_orthogonal: what starts orthogonal moves less per step
 RANKS = (2, 4, 8, 16, 32)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
 RANK = 32
+BLOCKS = {"oft": 4, "gsoft": 8}  # of the paper's OFT-32 and GSOFT-64, likewise an eighth; blocks 24 and 12 wide at the least
 INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 0.2), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
 R_MIN = (0.0, 0.25, 0.5)  # and 1, which is Ortho-LoRA
 FINER = 16  # SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the sigma
@@ -186,10 +187,12 @@ def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> li
 
 
 def meaningful(cell: Cell) -> Cell:
-    """Without what a method ignores, so that two studies share a training."""
+    """Without what a method ignores, so that two studies share a training; the rank of rotations is their number of blocks."""
     if cell.method not in METHODS:
         return cell
     kind = METHODS[cell.method]
+    if cell.method in BLOCKS:
+        cell = replace(cell, rank=BLOCKS[cell.method])
     if not kind.is_masked:
         cell = replace(cell, min_share=1.0, alpha=1.0, curve="")
     if not kind.is_orthogonal:
