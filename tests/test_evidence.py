@@ -51,7 +51,7 @@ def test_control_prompts_do_not_name_the_concept():
 
 
 def test_every_study_has_the_full_size_and_shares_trainings():
-    rates = dict.fromkeys(study.METHODS, 1e-3)
+    rates = study.usual_rates()
     units = len(FULL.concepts) * len(FULL.seeds)
     assert len(FULL.concepts) >= 10 and len(FULL.seeds) >= 3
     cells = study.cells_of(["table1", "figures10-12", "methods"], FULL, rates)
@@ -120,8 +120,8 @@ def run_of(method, ts, concept="olive heart", seed=0, **changes):
     return [record(concept, seed, method, 100, 0.2, ts[0], **changes), record(concept, seed, method, 200, 0.1, ts[1], **changes)]
 
 
-def base(concept="olive heart", seed=0):
-    return record(concept, seed, "none", 0, 0.3, 1.0)
+def base(concept="olive heart", seed=0, distance=0.3, **changes):
+    return record(concept, seed, "none", 0, distance, 1.0, **changes)
 
 
 def test_a_point_holds_the_papers_measures():
@@ -129,6 +129,27 @@ def test_a_point_holds_the_papers_measures():
     assert (point.is_, point.ts, point.copied_place) == pytest.approx((0.75, 0.7, 0.25))
     assert point.copied_background == 0.5, "the two neutral pictures; where another one was asked for, TS says it"
     assert point.spread == pytest.approx(0.2) and point.effective_rank == 4 and point.by_attribute == {"background": pytest.approx(0.7)}
+
+
+def test_flow_trainings_are_measured_from_the_flow_base_and_stand_in_no_other_table():
+    made = analysis.points([base(), base(base="flow", distance=0.2), record(distance=0.15, min_share=1.0),
+                            record(distance=0.15, min_share=1.0, base="flow")])
+    of_noise, of_flow = (p for p in made if p.cell.method == "lora")
+    assert of_noise.is_ == pytest.approx(0.75) and of_flow.is_ == pytest.approx(0.5)
+    for table in report.TABLES:
+        lines = analysis.curves(made, table.variant)
+        found = [point for units in lines.values() for line in units.values() for point in line]
+        assert all((point.cell.base == "flow") == (table.name == "table5") for point in found), table.name
+    assert analysis.curves(made, report._flow).keys() == {"lora"}
+    with pytest.raises(SystemExit, match="bare base \\(flow\\)"):
+        analysis.points([base(), record(base="flow")])
+
+
+def test_records_from_before_a_field_of_cells_was_thought_of_count_as_done():
+    old = record(method="tlora")
+    del old["cell"]["base"]
+    old["cell"]["steps"] = [100]
+    assert run.steps_done([old]) == {study.Cell("olive heart", 0, "tlora", learning_rate=1e-3, steps=(100,)).key: {100}}
 
 
 def test_values_are_taken_where_the_training_first_reaches_the_likeness():
@@ -294,6 +315,21 @@ def test_scorers_read_the_matchers_concept_and_the_scene(bench):
     rows = metrics.measure(pictures, asked, bench.matcher("olive heart"), bench.reader("olive heart"), bench.scorer)
     assert rows[0]["distance"] < 0.1 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
     assert "distance" not in rows[1] and rows[1]["seen"]["background"] == "night" and rows[1]["seen"]["place"] == "left"
+
+
+def test_flow_base_draws_what_prompts_say_and_is_trained_as_a_flow(bench):
+    import comfy.model_sampling
+    cell = replace(study.Cell("olive heart", 0, "vanilla_tlora"), rank=4, min_share=0.25, base="flow", steps=(1,))
+    asked = prompts.control_prompts(HEART, 0, 8)
+    with torch.inference_mode():
+        drawn = metrics.seen(bench.draw(asked, bench.bare("flow")), bench.scorer)
+        made = run.personalization(bench, cell)
+        made.train(1)
+        trained = made.tlora()
+    right = [shown[name] == value for shown, p in zip(drawn, asked) for name, value in p.asked.items()]
+    assert np.mean(right) >= 0.85
+    assert isinstance(made.sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) and made.sampling.shift == 1
+    assert (trained.noise_domain, trained.num_timesteps) == ("flow", 1)
 
 
 def test_training_of_a_cell_is_what_the_cell_says(bench):

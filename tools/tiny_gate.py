@@ -22,6 +22,7 @@ from tlora_core.tiny.autoencoder import LATENT_CHANNELS
 from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
 
 WEIGHTS = Path(world.__file__).parent / "weights"
+FLOW_WEIGHTS = Path(__file__).resolve().parents[1] / "benchmarks" / "weights" / "flow_unet.safetensors"
 GATE = {"background": 0.95, "colour": 0.90, "shape": 0.80}
 CONCEPTS_GATE = 0.80  # share of the held-out concepts that a LoRA reproduces
 SCORER_GATE = 0.95
@@ -40,6 +41,22 @@ def load_scorer(folder: Path = WEIGHTS) -> AttributeScorer:
     scorer.load_state_dict({k: v.float() if v.is_floating_point() else v
                             for k, v in load_file(folder / "scorer.safetensors").items()})
     return scorer.eval()
+
+
+def load_flow(folder: Path = WEIGHTS, unet: Path = FLOW_WEIGHTS):
+    """(MODEL, CLIP, VAE) of the tiny base with the U-Net that was trained on to predict the velocity, told so as the host's node
+    ModelSamplingSD3 does with a shift of 1, which is none."""
+    from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
+
+    from tlora_core.comfy_host import tiny_base
+
+    class Flow(ModelSamplingDiscreteFlow, CONST):
+        pass
+
+    model, clip, vae = tiny_base.load(str(folder / "tiny_base.safetensors"))
+    model.model.diffusion_model.load_state_dict({k: v.float() for k, v in load_file(unet).items()})
+    model.add_object_patch("model_sampling", Flow(model.model.model_config))
+    return model, clip, vae
 
 
 def attributes(scenes: world.Scenes, rows=slice(None)) -> dict[str, torch.Tensor]:
@@ -139,6 +156,7 @@ def passed(report: dict) -> bool:
 
 def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
     from PIL import Image
+    columns = min(columns, len(pictures))
     rows = [torch.cat(list(pictures[i:i + columns]), dim=1) for i in range(0, len(pictures) // columns * columns, columns)]
     sheet = Image.fromarray((torch.cat(rows).clamp(0, 1) * 255).round().byte().numpy())
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS).save(path)

@@ -3,19 +3,18 @@
 A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared within
 units, and intervals come from drawing concepts, then seeds within them, with replacement.
 """
-import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from tlora_core.adapters import METHODS
 
-from .prompts import COMBINED, KINDS, NEUTRAL, Draws
+from .prompts import COMBINED, KINDS, NEUTRAL
 from .run import read
-from .study import Cell
+from .study import Cell, cell_of, rate_name
 
 REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
 CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
@@ -49,39 +48,34 @@ def load_sweep(folder: Path) -> list[dict]:
     return read(*sorted(folder.glob("sweep*.jsonl")))
 
 
-def cell_of(record: dict) -> Cell:
-    known = {f.name for f in fields(Cell)}
-    values = {name: value for name, value in record["cell"].items() if name in known}
-    return Cell(**{**values, "steps": tuple(values["steps"]), "draws": Draws(**values["draws"])})
-
-
 def points(records: Sequence[dict]) -> list[Point]:
     """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and the
     references themselves as step 0. Raises SystemExit when a reference is missing."""
-    references = {_unit(record): record for record in records if record["cell"]["method"] == "none"}
+    cells = [cell_of(record) for record in records]
+    references = {_reference(cell): record for cell, record in zip(cells, records) if cell.method == "none"}
     made = []
-    for record in records:
+    for cell, record in zip(cells, records):
         if "diverged" in record:
             continue
-        if _unit(record) not in references:
-            raise SystemExit(f"There is no record of the bare base for {record['cell']['concept']}, seed {record['cell']['seed']}.")
-        made.append(_point(record, references[_unit(record)]))
+        if _reference(cell) not in references:
+            raise SystemExit(f"There is no record of the bare base ({cell.base}) for {cell.concept}, seed {cell.seed}.")
+        made.append(_point(cell, record, references[_reference(cell)]))
     return made
 
 
-def _unit(record):
-    cell = record["cell"]
-    return cell["concept"], cell["seed"], json.dumps(cell["draws"], sort_keys=True)
+def _reference(cell):
+    """What a cell shares with the bare base that it is measured against."""
+    return cell.concept, cell.seed, cell.draws, cell.base
 
 
-def _point(record, reference):
+def _point(cell, record, reference):
     base, top = _distance(reference), reference["ceiling"]
     rows, training = record["rows"], record["training"]
     by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
-        cell_of(record), record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind, _by_attribute(rows),
+        cell, record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind, _by_attribute(rows),
         _copied(rows, training, "background"), _copied(rows, training, "place"),
         float(np.linalg.norm(places - places.mean(0), axis=1).mean()), _right(record["control"]),
         float(np.mean(ranks)) if ranks else None, record)
@@ -121,14 +115,14 @@ Variant = Callable[[Cell], str | None]  # the name of a cell's row in a table, N
 
 def curves(given: Sequence[Point], variant: Variant) -> dict[str, dict[tuple[str, int], list[Point]]]:
     """variant -> unit -> its points in the order of steps, those of the bare base first."""
-    bare = {(p.cell.concept, p.cell.seed, p.cell.draws): p for p in given if p.cell.method == "none"}
+    bare = {_reference(p.cell): p for p in given if p.cell.method == "none"}
     found: dict = defaultdict(lambda: defaultdict(list))
     for point in sorted(given, key=lambda p: p.step):
         name = variant(point.cell) if point.cell.method != "none" else None
         if name is not None:
             unit = found[name][point.cell.concept, point.cell.seed]
             if not unit:
-                unit.append(bare[point.cell.concept, point.cell.seed, point.cell.draws])
+                unit.append(bare[_reference(point.cell)])
             unit.append(point)
     return found
 
@@ -210,21 +204,21 @@ def gate(lines: Mapping[tuple[str, int], Sequence[Point]]) -> dict[str, float]:
 
 
 def choose_rates(records: Sequence[dict]) -> dict[str, float]:
-    """Each method's rate from the sweep: the one that reproduces the concept in most units (undamaged), then the highest TS there.
+    """Each method's rate from the sweep, by `rate_name`: the one that reproduces the concept in most units (undamaged), then the highest TS there.
 
     TS is at IS REPRODUCED, so that a rate is not preferred for learning less. Methods that were not swept are left out; raises
     SystemExit when none was.
     """
     given, chosen = points(records), {}
-    for method in METHODS:
-        by_rate = curves(given, lambda cell, method=method: f"{cell.learning_rate}" if cell.method == method else None)
+    for name in (rate_name(method, base) for base in ("noise", "flow") for method in METHODS):
+        by_rate = curves(given, lambda cell, name=name: f"{cell.learning_rate}" if rate_name(cell.method, cell.base) == name else None)
         if not by_rate:
             continue
 
         def merit(rate, by_rate=by_rate):
             passed, there = gate(by_rate[rate]), at_level(by_rate[rate], REPRODUCED, lambda p: p.ts)
             return passed["reproduced"] * np.nan_to_num(passed["undamaged"]), _mean(there.values()) if there else 0.0
-        chosen[method] = float(max(by_rate, key=merit))
+        chosen[name] = float(max(by_rate, key=merit))
     if not chosen:
         raise SystemExit("There is no sweep of any method; run the study `rates` first.")
     return chosen

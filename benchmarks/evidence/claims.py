@@ -34,6 +34,9 @@ def judge(given: Sequence[Point]) -> list[Claim]:
         for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "the mask alone (Vanilla)"), ("ortho_lora", "the start alone (Ortho-LoRA)")):
             for where, points in (("", given), (", seeds 1 and 2 alone", fresh)):
                 made.append(_claim(f"Section 1: {who} {copies}{where}", gain(points, {"method": method}, {"method": "lora"}, value)))
+        for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "Vanilla T-LoRA")):
+            ours, others = {"method": method, "base": "flow"}, {"method": "lora", "base": "flow"}
+            made.append(_claim(f"On the flow-matching base {who} {copies}", gain(given, ours, others, value)))
     return made
 
 
@@ -60,7 +63,7 @@ def _differences(given, ours, others, value):
 
 def _is(cell, changes):
     usual = Cell(cell.concept, cell.seed, **changes)
-    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to")
+    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to", "base")
     return all(getattr(cell, name) == getattr(meaningful(usual), name) for name in same)
 
 
@@ -73,6 +76,9 @@ def _comparisons():
     for other in ("oft", "gsoft"):
         yield f"Table 2: T-LoRA obeys better than {other.upper()}", tlora, {"method": other}
     yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", tlora, {**lora, "images": 3}
+    flow = {"base": "flow"}
+    yield "Table 5: T-LoRA obeys better than LoRA on a flow-matching base", {**tlora, **flow}, {**lora, **flow}
+    yield "Table 5: so does Vanilla T-LoRA, the paper's choice there", {"method": "vanilla_tlora", **flow}, {**lora, **flow}
     yield ("Figure 2: LoRA trained without the noisiest timesteps (t >= 800) obeys better than with all", {**lora, "noise_to": 0.8}, lora)
     yield "Figure 5: last of R obeys better than principal of R", {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_random"}
     yield ("Figure 5: last of R obeys better than principal of W (PiSSA)",

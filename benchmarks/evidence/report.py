@@ -28,7 +28,7 @@ from .analysis import (
 )
 from .prompts import prompts, settings
 from .run import concept_named, read, sheet_path
-from .study import RANK, RATES, SCALES, SWEPT, Cell, meaningful
+from .study import BLOCKS, RANK, RATES, SCALES, Cell, meaningful, rate_name
 
 SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
 COMMAND = "python3 tools/host.py bench personalization"
@@ -61,11 +61,15 @@ def _method(cell):
 
 
 def _ranks(cell):
-    return f"{cell.method}, rank {cell.rank}" if free(cell, "rank") else None
+    return f"{cell.method}, rank {cell.rank}" if cell.method in METHODS and not METHODS[cell.method].of_weight and free(cell, "rank") else None
 
 
 def _images(cell):
     return f"{cell.method}, images {cell.images}" if free(cell, "images") and cell.method in ("lora", "tlora") else None
+
+
+def _flow(cell):
+    return cell.method if cell.base == "flow" and free(cell, "base") else None
 
 
 def _interval(cell):
@@ -92,6 +96,7 @@ TABLES = (
     Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method, "lora", ("method",)),
     Table("table1", "Table 1: ranks", _ranks, f"lora, rank {RANK}", ("rank",)),
     Table("table4", "Table 4: one, two and three training pictures", _images, "lora, images 1", ("images",)),
+    Table("table5", "Table 5: a flow-matching base, in the place of FLUX", _flow, "lora", ("method",)),
     Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, "t/T 0 to 1", ("noise_from", "noise_to")),
     Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, f"last_random, rank {RANK}", ("start",)),
     Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, "r_min 50%", ("min_share",)),
@@ -167,13 +172,12 @@ def _sweep(results):
     if not records:
         return ""
     given, rows = points(records), []
-    for method in METHODS:
-        for rate, lines in curves(given, lambda c, m=method: f"{c.learning_rate:g}" if c.method == m else None).items():
+    for name in (rate_name(method, base) for base in ("noise", "flow") for method in METHODS):
+        for rate, lines in curves(given, lambda c, n=name: f"{c.learning_rate:g}" if rate_name(c.method, c.base) == n else None).items():
             passed = gate(lines)
-            rows.append([method, rate, str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
+            rows.append([name, rate, str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
                          _text(estimate(at_level(lines, REPRODUCED, lambda p: p.ts)))])
-    return (f"## Learning rates\n\nSwept per method at rank {RANK} ({', '.join(f'{v:g}' for v in SWEPT[False])}; for orthogonal starts "
-            f"{', '.join(f'{v:g}' for v in SWEPT[True])}). Reproduced: IS {REPRODUCED} at any checkpoint. Undamaged: prompts without the concept "
+    return (f"## Learning rates\n\nSwept per method at rank {RANK} (OFT, GSOFT: {BLOCKS['oft']} and {BLOCKS['gsoft']} blocks). Reproduced: IS {REPRODUCED} at any checkpoint. Undamaged: prompts without the concept "
             f"lose at most {CONTROL_LOSS:.0%} of their attributes at the first such checkpoint.\n\n"
             + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
 

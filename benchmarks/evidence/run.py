@@ -25,22 +25,27 @@ from tlora_core.trainer import TrainingDiverged
 from .colour import ColourReader
 from .metrics import measure, seen
 from .prompts import KINDS, TOKEN, TRAINING, Prompt, control_prompts, prompts, settings
-from .study import Cell
+from .study import Cell, cell_of
 
 SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
 
 
 class Bench:
-    """The tiny base in the host, and the scorers."""
+    """The tiny base in the host, its flow-matching sibling when it is asked for, and the scorers."""
 
     def __init__(self, weights: Path):
         import tiny_gate
 
         from tlora_core.comfy_host import tiny_base
         self.model, self.clip, self.vae = tiny_base.load(str(weights / "tiny_base.safetensors"))
+        self.flow = functools.cache(lambda: tiny_gate.load_flow(weights)[0])
         self.scorer = tiny_gate.load_scorer(weights)
         self.reader = functools.lru_cache(2)(lambda name: ColourReader(concept_named(name), self.through))
         self.matcher = functools.lru_cache(2)(lambda name: ConceptMatcher(concept_named(name)))
+
+    def bare(self, base: str):
+        """The MODEL of Cell.base."""
+        return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
         """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch; noise depends on the prompt's kind and seed only."""
@@ -106,7 +111,7 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
                 "cpu_seconds_drawing": round(time.process_time() - began, 1)}, pictures
 
     if cell.method == "none":
-        yield drawn(bench.model, step=0, ceiling=ceiling(bench, concept))
+        yield drawn(bench.bare(cell.base), step=0, ceiling=ceiling(bench, concept))
         return
     from tlora_core.comfy_host.sampling import apply_tlora
     trained = personalization(bench, cell)
@@ -121,7 +126,7 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
         if step in done:
             continue
         tlora = trained.tlora()
-        yield drawn(apply_tlora(bench.model, tlora), step=step, loss=fmean(trained.trainer.losses[-20:]),
+        yield drawn(apply_tlora(bench.bare(cell.base), tlora), step=step, loss=fmean(trained.trainer.losses[-20:]),
                     effective_rank_B=list(tlora.training.get(B_KEY, {}).values()), cpu_seconds_training=seconds)
 
 
@@ -132,7 +137,7 @@ def personalization(bench: Bench, cell: Cell):
     request = TrainRequest(
         TOKEN, concept_named(cell.concept).shape, method=cell.method, rank=cell.rank, start=cell.start, alpha=cell.alpha,
         min_rank=cell.min_rank if METHODS[cell.method].is_masked else cell.rank, curve=cell.curve_text, resolution=64, config=config)
-    return Personalization(bench.model, bench.clip, bench.vae, training_images(training_pictures(cell), TRAINING), request)
+    return Personalization(bench.bare(cell.base), bench.clip, bench.vae, training_images(training_pictures(cell), TRAINING), request)
 
 
 def read(*files: Path) -> list[dict]:
@@ -153,8 +158,8 @@ def steps_done(records: list[dict]) -> dict[str, set[int]]:
     """By cell key. A training that diverged is done at all its steps."""
     done: dict[str, set[int]] = {}
     for record in records:
-        steps = record["cell"]["steps"] if "diverged" in record else [record["step"]]
-        done.setdefault(json.dumps(record["cell"], sort_keys=True), set()).update(steps)
+        cell = cell_of(record)
+        done.setdefault(cell.key, set()).update(cell.steps if "diverged" in record else [record["step"]])
     return done
 
 

@@ -1,7 +1,7 @@
 """The cells of the study: which trainings answer which table or figure of the paper."""
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,15 @@ from .prompts import Draws
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sweep
-SWEPT = {False: (7e-4, 1.5e-3, 3e-3), True: (1.5e-3, 3e-3, 6e-3)}  # by Method.is_orthogonal: what starts orthogonal moves less per step
+_PLAIN, _ORTHOGONAL = (7e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 6e-3)  # what starts orthogonal moves less per step
+SWEPT = {method: _ORTHOGONAL if kind.is_orthogonal else _PLAIN for method, kind in METHODS.items()} | {  # best ones not at an end
+    "oft": (3e-4, *_PLAIN), "gsoft": (3e-4, *_PLAIN), "svdiff": (*_PLAIN, 1e-2, 3e-2)}
 RANKS = (2, 4, 8, 16, 32)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
 RANK = 32
 BLOCKS = {"oft": 4, "gsoft": 8}  # of the paper's OFT-32 and GSOFT-64, likewise an eighth; blocks 24 and 12 wide at the least
 INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 0.2), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
 R_MIN = (0.0, 0.25, 0.5)  # and 1, which is Ortho-LoRA
+FLOW_METHODS = ("lora", "vanilla_tlora", "tlora")
 FINER = 16  # SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the sigma
 SIGMAS = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)  # of t = 0 to 999, SDXL's and the tiny base's
 
@@ -43,7 +46,8 @@ ALPHAS = (0.5, 2.0)
 class Cell:
     """One training and what is drawn at its checkpoints: all that its result depends on, and hence its key.
 
-    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "".
+    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise", the tiny base,
+    or "flow", the same trained on to predict the velocity.
     """
 
     concept: str
@@ -61,6 +65,7 @@ class Cell:
     noise_from: float = 0.0
     noise_to: float = 1.0
     draws: Draws = Draws(1, 1, 0, 0, 0, 0)
+    base: str = "noise"
 
     @property
     def key(self) -> str:
@@ -74,6 +79,13 @@ class Cell:
     def curve_text(self) -> str:
         """As TrainRequest.curve takes it."""
         return ", ".join(f"{level:g}:{round(share * self.rank)}" for level, share in FREE[self.curve]) if self.curve else ""
+
+
+def cell_of(record: dict) -> Cell:
+    """Of a record, also of one made when Cell had fewer fields: what it lacks was then as it is by default."""
+    known = {f.name for f in fields(Cell)}
+    values = {name: value for name, value in record["cell"].items() if name in known}
+    return Cell(**{**values, "steps": tuple(values["steps"]), "draws": Draws(**values["draws"])})
 
 
 @dataclass(frozen=True)
@@ -99,8 +111,13 @@ SCALES = {
 }
 
 
+def rate_name(method: str, base: str = "noise") -> str:
+    """Under which a method's learning rate stands in RATES."""
+    return method if base == "noise" else f"{method} on {base}"
+
+
 def chosen_rates(path: Path = RATES) -> dict[str, float]:
-    """The learning rate of each method. Raises SystemExit when the sweep has not been run."""
+    """The learning rate by `rate_name`. Raises SystemExit when the sweep has not been run."""
     if not path.exists():
         raise SystemExit(f"{path} is missing; run the study `rates` first, then `choose-rates`.")
     return json.loads(path.read_text())
@@ -108,27 +125,28 @@ def chosen_rates(path: Path = RATES) -> dict[str, float]:
 
 def usual_rates() -> dict[str, float]:
     """Rates known to work on the tiny base (its gate's, the quickstart's) but not swept: for a quick look only."""
-    return {method: 1.5e-3 if kind.is_orthogonal else 3e-3 for method, kind in METHODS.items()}
+    return {rate_name(method, base): 1.5e-3 if kind.is_orthogonal else 3e-3 for base in ("noise", "flow") for method, kind in METHODS.items()}
 
 
 def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> list[Cell]:
     """Raises SystemExit when a method's rate is not chosen."""
-    variants = list(variants)
-    if missing := {variant["method"] for variant in variants} - rates.keys():
+    named = [(rate_name(variant["method"], variant.get("base", "noise")), variant) for variant in variants]
+    if missing := {name for name, _ in named} - rates.keys():
         raise SystemExit(f"No learning rate is chosen for {', '.join(sorted(missing))}; run the study `rates`, then `choose-rates`.")
-    return [Cell(concept=concept, seed=seed, learning_rate=rates[variant["method"]], steps=scale.steps, draws=scale.draws,
+    return [Cell(concept=concept, seed=seed, learning_rate=rates[name], steps=scale.steps, draws=scale.draws,
                  batch_size=scale.batch_size, **variant)
-            for seed in scale.seeds for concept in scale.concepts for variant in variants]
+            for seed in scale.seeds for concept in scale.concepts for name, variant in named]
 
 
-def references(scale: Scale) -> list[Cell]:
+def references(scale: Scale, base: str) -> list[Cell]:
     """The bare base on the same prompts: what IS and the gates are measured from."""
-    return [Cell(concept=concept, seed=seed, method="none", draws=scale.draws) for seed in scale.seeds for concept in scale.concepts]
+    return [Cell(concept=concept, seed=seed, method="none", draws=scale.draws, base=base) for seed in scale.seeds for concept in scale.concepts]
 
 
 def rates(scale: Scale, chosen: dict[str, float]) -> list[Cell]:
-    return [cell for method, kind in METHODS.items() for rate in SWEPT[kind.is_orthogonal]
-            for cell in _cells(scale, {method: rate}, [{"method": method}])]
+    variants = [{"method": method} for method in METHODS] + [{"method": method, "base": "flow"} for method in FLOW_METHODS]
+    return [cell for variant in variants for rate in SWEPT[variant["method"]]
+            for cell in _cells(scale, {rate_name(**variant): rate}, [variant])]
 
 
 def table1(scale, chosen):
@@ -141,6 +159,11 @@ def table2(scale, chosen):
 
 def table4(scale, chosen):
     return _cells(scale, chosen, [{"method": m, "images": n} for m in ("lora", "tlora") for n in (1, 2, 3)])
+
+
+def table5(scale, chosen):
+    """The flow-matching base in the place of FLUX, for which the paper uses Vanilla T-LoRA."""
+    return _cells(scale, chosen, [{"method": m, "base": "flow"} for m in FLOW_METHODS])
 
 
 def figure2(scale, chosen):
@@ -174,16 +197,15 @@ def main_methods(scale, chosen):
 
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
-    "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "figure2": figure2,
+    "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
     "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
-    """References first, then the cells of all studies, each once."""
-    cells = references(scale)
-    for name in names:
-        cells += STUDIES[name](scale, chosen)
-    return list(dict.fromkeys(meaningful(cell) for cell in cells))
+    """For each base its references, then the cells of all studies, each once."""
+    cells = [cell for name in names for cell in STUDIES[name](scale, chosen)]
+    of_base = {base: references(scale, base) + [c for c in cells if c.base == base] for base in dict.fromkeys(c.base for c in cells)}
+    return list(dict.fromkeys(meaningful(cell) for cells in of_base.values() for cell in cells))
 
 
 def meaningful(cell: Cell) -> Cell:

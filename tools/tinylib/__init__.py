@@ -1,0 +1,1 @@
+"""How the tiny base model and its flow-matching sibling are trained."""
