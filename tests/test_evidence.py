@@ -10,12 +10,13 @@ import torch
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, colour, decided, metrics, prompts, report, run, study  # noqa: E402
+from evidence import analysis, claims, colour, decided, metrics, prompts, report, run, study, validation  # noqa: E402
 
 from tlora_core.tiny import world  # noqa: E402
 
 HEART = next(c for c in world.CONCEPTS if c.name == "olive heart")
 FULL = study.SCALES["full"]
+SCORERS = study.RESULTS / "scorers.json"
 
 
 # --- what is asked ---
@@ -80,13 +81,13 @@ def test_equal_signal_is_the_papers_schedule_at_a_sixteenth_of_the_sigma():
 # --- the reader of colours ---
 
 
-def test_colour_is_read_on_every_concept_in_any_pose():
-    right = {}
-    for i, concept in enumerate(world.CONCEPTS):
-        pictures, shown = colour.concept_pictures(concept, 12, np.random.default_rng((5, i)))
-        found = colour.ColourReader(concept).read(pictures, shown["place"])
-        right[concept.name] = np.mean([a == b for a, b in zip(found, shown["colour"])])
-    assert min(right.values()) > 0.9 and np.mean(list(right.values())) >= 0.95, right
+def test_scorers_are_measured_on_every_concept(monkeypatch):
+    import tiny_gate
+    monkeypatch.setattr(validation, "separation", lambda concepts: {})  # minutes; its matcher has tests of its own
+    found = validation.validate(tiny_gate.load_scorer(), lambda pictures: pictures, 12)["attributes"]
+    assert {name: len(by) for name, by in found.items()} == {"background": 12, "place": 12, "colour": 12}
+    assert min(found["background"].values()) == min(found["place"].values()) == 1
+    assert min(found["colour"].values()) > 0.9 and np.mean(list(found["colour"].values())) >= 0.95, found["colour"]
 
 
 def test_colour_of_an_object_that_is_not_yet_the_concept_is_read_too():
@@ -129,6 +130,20 @@ def test_a_point_holds_the_papers_measures():
     assert (point.is_, point.ts, point.copied_place) == pytest.approx((0.75, 0.7, 0.25))
     assert point.copied_background == 0.5, "the two neutral pictures; where another one was asked for, TS says it"
     assert point.spread == pytest.approx(0.2) and point.effective_rank == 4 and point.by_attribute == {"background": pytest.approx(0.7)}
+
+
+def test_what_a_scorer_reads_badly_on_a_concept_is_counted_for_no_figure_of_it(tmp_path):
+    with pytest.raises(SystemExit, match="check-scorers"):
+        analysis.left_out(tmp_path)
+    (tmp_path / "scorers.json").write_text(json.dumps({"attributes": {"background": {"olive heart": 0.94, "tan cross": 0.95}}}))
+    assert analysis.left_out(tmp_path) == {("olive heart", "background")}
+    records = [made for concept in ("olive heart", "tan cross") for made in (base(concept), record(concept, right=0.7, copied=3))]
+    for made in records:
+        made["rows"].append({"kind": "place", "asked": {"place": "top"}, "seen": {"place": "top", "background": "snow"}})
+    for kind, by_kind, copied in (("olive heart", {"place": 1.0}, 3 / 12), ("tan cross", {"place": 1.0, "background": 0.7}, 3 / 12)):
+        point = next(p for p in analysis.points(records, analysis.left_out(tmp_path)) if p.cell.method == "lora" and p.cell.concept == kind)
+        assert point.by_kind == pytest.approx(by_kind) and point.copied_place == pytest.approx(copied)
+        assert point.ts == pytest.approx(np.mean(list(by_kind.values())))
 
 
 def test_flow_trainings_are_measured_from_the_flow_base_and_stand_in_no_other_table():
@@ -234,6 +249,7 @@ def test_records_of_a_killed_run_are_read_and_its_half_line_dropped(tmp_path):
 
 def test_report_says_what_was_run_and_what_was_not(tmp_path):
     (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "scorers.json").write_text(SCORERS.read_text())
     report.write(tmp_path / "results", tmp_path)
     assert "Not run yet" in (tmp_path / "EVIDENCE.md").read_text()
     lines = [base(), *run_of("lora", (0.8, 0.4), min_share=1.0), *run_of("tlora", (0.9, 0.7))]

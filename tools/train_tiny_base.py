@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny_gate import FLOW_WEIGHTS, WEIGHTS, measure, parse_host_arguments, save_grid
-from tinylib.diffusion import stage_base, stage_flow
+from tinylib.diffusion import PREFIXES, stage_base, stage_flow
 from tinylib.pictures import load_autoencoder, stage_autoencoder, stage_data, stage_latents
 from tinylib.readers import stage_scorer, stage_text
 
@@ -28,8 +28,7 @@ def stage_export(work: Path, args):
     tensors = {}
     for name, value in average.items():
         kind, rest = name.split(".", 1)
-        prefix = {"unet": "model.diffusion_model.", "text": "conditioner.embedders.0.transformer."}[kind]
-        tensors[prefix + rest] = value.half().contiguous()
+        tensors[PREFIXES[kind] + rest] = value.half().contiguous()
     for name, value in load_autoencoder(work, "cpu").state_dict().items():
         tensors["first_stage_model." + name] = value.half()
     save_file(tensors, args.output / "tiny_base.safetensors", metadata={"modelspec.architecture": "tlora-tiny-sdxl"})
@@ -67,7 +66,7 @@ def main():
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--base-steps", type=int, default=9000)
     parser.add_argument("--base-rate", type=float, default=1.2e-3)
-    parser.add_argument("--flow-steps", type=int, default=3600)
+    parser.add_argument("--flow-steps", type=int, default=1500)
     parser.add_argument("--flow-rate", type=float, default=5e-4)
     parser.add_argument("--flow-output", type=Path, default=FLOW_WEIGHTS, help="file of the flow-matching U-Net")
     parser.add_argument("--processes", type=int, default=1, help="on a CPU as many as it has cores")

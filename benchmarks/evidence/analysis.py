@@ -3,8 +3,9 @@
 A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared within
 units, and intervals come from drawing concepts, then seeds within them, with replacement.
 """
+import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itse
 CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
 LEVELS = (0.2, 0.3, 0.4)  # IS at which methods are compared: what nearly every training of the sweep reached
 RESAMPLES = 2000
+TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer counts there
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,19 @@ def load_sweep(folder: Path) -> list[dict]:
     return read(*sorted(folder.glob("sweep*.jsonl")))
 
 
-def points(records: Sequence[dict]) -> list[Point]:
+def left_out(folder: Path) -> set[tuple[str, str]]:
+    """(concept, attribute) that no figure counts, as the scorer is not accurate enough there. Raises SystemExit when that has not been
+    measured."""
+    file = folder / "scorers.json"
+    if not file.exists():
+        raise SystemExit(f"{file} is missing; run check-scorers first.")
+    accuracy = json.loads(file.read_text())["attributes"]
+    return {(concept, name) for name, by_concept in accuracy.items() for concept, share in by_concept.items() if share < TRUSTED}
+
+
+def points(records: Sequence[dict], without: Collection[tuple[str, str]] = ()) -> list[Point]:
     """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and the
-    references themselves as step 0. Raises SystemExit when a reference is missing."""
+    references themselves as step 0. without: as `left_out` gives it. Raises SystemExit when a reference is missing."""
     cells = [cell_of(record) for record in records]
     references = {_reference(cell): record for cell, record in zip(cells, records) if cell.method == "none"}
     made = []
@@ -59,7 +71,7 @@ def points(records: Sequence[dict]) -> list[Point]:
             continue
         if _reference(cell) not in references:
             raise SystemExit(f"There is no record of the bare base ({cell.base}) for {cell.concept}, seed {cell.seed}.")
-        made.append(_point(cell, record, references[_reference(cell)]))
+        made.append(_point(cell, record, references[_reference(cell)], without))
     return made
 
 
@@ -68,15 +80,17 @@ def _reference(cell):
     return cell.concept, cell.seed, cell.draws, cell.base
 
 
-def _point(cell, record, reference):
+def _point(cell, record, reference, without):
     base, top = _distance(reference), reference["ceiling"]
-    rows, training = record["rows"], record["training"]
+    training = record["training"]
+    rows = [{**row, "asked": {name: value for name, value in row["asked"].items() if (cell.concept, name) not in without}}
+            for row in record["rows"]]
     by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
         cell, record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind, _by_attribute(rows),
-        _copied(rows, training, "background"), _copied(rows, training, "place"),
+        _copied(record["rows"], training, "background"), _copied(record["rows"], training, "place"),
         float(np.linalg.norm(places - places.mean(0), axis=1).mean()), _right(record["control"]),
         float(np.mean(ranks)) if ranks else None, record)
 

@@ -16,12 +16,14 @@ from .analysis import (
     LEVELS,
     REPRODUCED,
     RESAMPLES,
+    TRUSTED,
     Point,
     at_level,
     curves,
     difference,
     estimate,
     gate,
+    left_out,
     load_sweep,
     mean_over_levels,
     points,
@@ -108,11 +110,11 @@ def write(results: Path, docs: Path) -> None:
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     scale, given = largest(results)
-    parts = [_head(scale, given), _scorers(results), _sweep(results)]
+    parts = [_head(scale, given), _claims(given), _scorers(results), _sweep(results)]
     for table in TABLES:
         if table.says_something(given):
             parts.append(_section(table, curves(given, table.variant), pictures))
-    parts += [_samples(results, pictures), _effective_rank(given), _claims(given), _decided(results), _limits()]
+    parts += [_samples(results, pictures), _effective_rank(given), _decided(results), _limits()]
     (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -120,7 +122,7 @@ def largest(results: Path) -> tuple[str, list[Point]]:
     """Name and points of the largest scale with records; ("", []) when there are none."""
     for name in ("full", "pilot", "quick"):
         if records := read(*sorted(results.glob(f"{name}*.jsonl"))):
-            return name, points(records)
+            return name, points(records, left_out(results))
     return "", []
 
 
@@ -157,11 +159,13 @@ def _scorers(results):
     if not file.exists():
         return ""
     found = json.loads(file.read_text())
-    rows = [[name, f"{worst:.1%}", f"{mean:.1%}"] for name, (worst, mean) in found["attributes"].items()]
+    rows = [[name, f"{min(by.values()):.1%}", f"{np.mean(list(by.values())):.1%}"] for name, by in found["attributes"].items()]
+    unsure = ", ".join(f"{name} of {concept}" for concept, name in sorted(left_out(results))) or "nothing"
     matcher = found["matcher"]
     return ("## The scorers\n\nOn rendered pictures of the twelve concepts, which no scorer was trained on, in their own and in named colours, "
             f"seen through the autoencoder ({found['pictures']} of each concept):\n\n" + _markdown(["attribute", "worst concept", "mean"], rows)
-            + f"\n\nIS: {matcher['pictures']} rendered pictures lie {matcher['own']:.3f} from their concept and "
+            + f"\n\nWhere a scorer is right in less than {TRUSTED:.0%} of a concept's pictures, no figure counts it: {unsure}.\n\n"
+            f"IS: {matcher['pictures']} rendered pictures lie {matcher['own']:.3f} from their concept and "
             f"{matcher['nearest_other']:.3f} from the nearest other concept on average; {matcher['right']:.0%} are nearest to their own. "
             f"The same pictures under strong noise lie {matcher['noise']:.3f} from their concept, blurred {matcher['blur']:.3f}, "
             f"without colour {matcher['grey']:.3f}, and those of the class in the world's own colours {matcher['class']:.3f}.")
@@ -177,9 +181,9 @@ def _sweep(results):
             passed = gate(lines)
             rows.append([name, rate, str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
                          _text(estimate(at_level(lines, REPRODUCED, lambda p: p.ts)))])
-    return (f"## Learning rates\n\nSwept per method at rank {RANK} (OFT, GSOFT: {BLOCKS['oft']} and {BLOCKS['gsoft']} blocks). Reproduced: IS {REPRODUCED} at any checkpoint. Undamaged: prompts without the concept "
-            f"lose at most {CONTROL_LOSS:.0%} of their attributes at the first such checkpoint.\n\n"
-            + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
+    return (f"## Learning rates\n\nSwept per method at rank {RANK} (OFT, GSOFT: {BLOCKS['oft']} and {BLOCKS['gsoft']} blocks). Reproduced: IS "
+            f"{REPRODUCED} at any checkpoint. Undamaged: prompts without the concept lose at most {CONTROL_LOSS:.0%} of their attributes "
+            "at the first such checkpoint.\n\n" + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
 
 
 def _section(table, lines, pictures):

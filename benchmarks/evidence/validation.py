@@ -17,19 +17,18 @@ ATTRIBUTES = ("background", "place", "colour")
 def validate(scorer: AttributeScorer, through: Callable[[torch.Tensor], torch.Tensor], count: int = 100, concepts: int = len(world.CONCEPTS)) -> dict:
     """through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3], as every drawn picture comes from it.
 
-    attributes: name -> [accuracy on the worst concept, mean accuracy], of `count` pictures a concept. matcher: mean distances of
+    attributes: name -> concept -> accuracy, of `count` pictures a concept. matcher: mean distances of
     one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many matchers."""
-    rows = []
+    accuracy = {name: {} for name in ATTRIBUTES}
     for i, concept in enumerate(world.CONCEPTS):
         pictures, shown = concept_pictures(concept, count, np.random.default_rng((7, i)))
         pictures = through(pictures)
         found = seen(pictures, scorer)
         for row, colour in zip(found, ColourReader(concept, through).read(pictures, [row["place"] for row in found])):
             row["colour"] = colour
-        rows.append([np.mean([shown[name][k] == found[k][name] for k in range(count)]) for name in ATTRIBUTES])
-    rows = np.array(rows)
-    return {"pictures": count, "attributes": {name: [float(rows[:, k].min()), float(rows[:, k].mean())] for k, name in enumerate(ATTRIBUTES)},
-            "matcher": separation(world.CONCEPTS[:concepts])}
+        for name in ATTRIBUTES:
+            accuracy[name][concept.name] = float(np.mean([shown[name][k] == found[k][name] for k in range(count)]))
+    return {"pictures": count, "attributes": accuracy, "matcher": separation(world.CONCEPTS[:concepts])}
 
 
 def separation(concepts) -> dict[str, float]:

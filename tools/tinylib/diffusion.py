@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -18,6 +18,7 @@ from .readers import clone_before_norms
 
 BATCH = 32  # of each process
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights
+PREFIXES = {"unet": "model.diffusion_model.", "text": "conditioner.embedders.0.transformer."}  # in SDXL's checkpoints
 
 
 def on_object(error: Tensor, mask: Tensor) -> Tensor:
@@ -157,14 +158,18 @@ class NoiseTraining(DiffusionTraining):
 
 class FlowTraining(DiffusionTraining):
     """The finished base's U-Net, trained on to predict the velocity, noise minus clean, anywhere on the straight line between them.
-    The text encoder stays as it is."""
+    The text encoder stays as it is.
+
+    The weight over times is that of NoiseTraining, turned from the noise's error to the velocity's, but nowhere below a half.
+    """
 
     name, stream = "flow", 6
 
     def networks(self, work):
-        finished = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["average"]
-        for name, module in (("unet.", self.base.diffusion_model), ("text.", self.text)):
-            module.load_state_dict({k.removeprefix(name): v for k, v in finished.items() if k.startswith(name)})
+        finished = load_file(self.args.output / "tiny_base.safetensors")
+        for name, module in (("unet", self.base.diffusion_model), ("text", self.text)):
+            own = {k.removeprefix(PREFIXES[name]): v.float() for k, v in finished.items() if k.startswith(PREFIXES[name])}
+            module.load_state_dict(own)
         self.text.requires_grad_(False)
         return {"unet": self.base.diffusion_model}
 
@@ -172,7 +177,8 @@ class FlowTraining(DiffusionTraining):
         time = batch.place.float()
         noisy = torch.lerp(batch.clean, batch.noise, time.reshape(-1, 1, 1, 1))
         error = self.predict(noisy, 1000 * time, batch) - (batch.noise - batch.clean)
-        return on_object(error, batch.mask).mean()
+        weight = torch.minimum((1 - time).square() + (time / 0.5).square(), 50 * (1 - time).square()).clamp(min=0.5)
+        return (on_object(error, batch.mask) * weight).mean()
 
 
 def average_gradients(nets):
