@@ -68,5 +68,7 @@ def test_gradient_in_training_is_that_of_the_formula(method):
 def test_blocks_that_do_not_divide_the_width_are_refused():
     with pytest.raises(TLoRAError, match="rank is 5.*12 wide.*divides"):
         make_adapters("oft", "last_random", {"x": torch.randn(OUT, IN)}, 5, 0)
+    with pytest.raises(TLoRAError, match="rank is 12.*12 wide"):  # blocks of one channel cannot turn
+        make_adapters("gsoft", "last_random", {"x": torch.randn(OUT, IN)}, 12, 0)
     with pytest.raises(TLoRAError, match='"oft" needs the weight'):
         make_adapters("oft", "last_random", {"x": (OUT, IN)}, 3, 0)

@@ -17,6 +17,7 @@ def vae(comfy):
         made = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": DDCONFIG, "embed_dim": 4}})
         for parameter in made.first_stage_model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    made.downscale_ratio = 2  # the host takes 8, as SD's own VAE has
     return made
 
 
@@ -32,6 +33,43 @@ def test_posterior_is_the_vaes_mean_and_deviation(vae):
     torch.testing.assert_close(mean, wanted_mean)
     torch.testing.assert_close(deviation, torch.exp(log_variance / 2))
     assert not vae.first_stage_model.regularization._forward_hooks
+
+
+def test_no_deviation_where_the_host_encodes_in_tiles(vae, monkeypatch):
+    import comfy.model_management
+
+    from tlora_core.comfy_host.encode import posterior
+
+    encode, calls = vae.first_stage_model.encode, []
+
+    def short_of_memory(pixels):
+        calls.append(pixels)
+        if len(calls) == 1:
+            raise comfy.model_management.OOM_EXCEPTION("Allocation on device")
+        return encode(pixels)
+
+    monkeypatch.setattr(vae.first_stage_model, "encode", short_of_memory)
+    with torch.inference_mode():
+        mean, deviation = posterior(vae, torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1)))
+    assert len(calls) > 2 and mean.isfinite().all() and deviation is None
+
+
+def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
+    """By the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
+    from tlora_core.comfy_host.encode import Encoder
+    from tlora_core.dataset import Framed
+
+    class Clip:
+        tokenize = staticmethod(lambda text: text)
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return [[torch.zeros(1, 1, 4), {"pooled_output": tokens}]]
+
+    picture = Framed(torch.zeros(64, 96, 3), None, original=(1200, 700), crop=(40, 8))
+    ((text, told),) = Encoder(Clip(), vae).conditioning(picture, "a photo of a sks dog")
+    assert text.shape == (1, 1, 4) and told == {
+        "pooled_output": "a photo of a sks dog", "guidance": 1.0, "width": 1200, "height": 700, "crop_w": 40, "crop_h": 8,
+        "target_width": 96, "target_height": 64}
 
 
 def sample(mean, **changes):
