@@ -1,6 +1,6 @@
 """Measure the tiny base model as ComfyUI runs it: does it draw what its prompts say, and can a LoRA teach it a concept?
 
-    python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png]
+    python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png] [--flow]
 
 Prints a JSON report; exit status 1 when the gate is not passed. The gate: background right in 95% of the pictures, colour
 in 90%, shape in 80%, by a scorer that is right on at least 95% of rendered pictures; and a plain LoRA trained on one
@@ -135,12 +135,12 @@ def reproduces(distances: dict[str, float]) -> bool:
     return distances["lora"] < (distances["ceiling"] + distances["base"]) / 2
 
 
-def measure(pictures: int, concepts: int, folder: Path = WEIGHTS) -> tuple[dict, torch.Tensor]:
-    """The report and the base's pictures. Needs the host importable."""
+def measure(pictures: int, concepts: int, folder: Path = WEIGHTS, flow: bool = False) -> tuple[dict, torch.Tensor]:
+    """The report and the base's pictures; of the flow-matching sibling where `flow`. Needs the host importable."""
     from tlora_core.comfy_host import tiny_base
     with torch.inference_mode():
         scorer = load_scorer(folder)
-        host = HostSampler(*tiny_base.load(str(folder / "tiny_base.safetensors")))
+        host = HostSampler(*(load_flow(folder) if flow else tiny_base.load(str(folder / "tiny_base.safetensors"))))
         base, drawn = base_accuracy(host, scorer, pictures)
         report = {"scorer": scorer_accuracy(scorer), "base": base, "pictures": pictures,
                   "concepts": {c.name: lora_likeness(host, c) for c in world.CONCEPTS[:concepts]}}
@@ -167,10 +167,11 @@ def main():
     parser.add_argument("--pictures", type=int, default=200, help="how many prompts to draw (200)")
     parser.add_argument("--concepts", type=int, default=len(world.CONCEPTS), help="how many held-out concepts to teach (all)")
     parser.add_argument("--grid", type=Path, help="save the first 48 pictures as a sheet")
+    parser.add_argument("--flow", action="store_true", help="measure the flow-matching sibling")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the model and its scorer")
     args = parser.parse_args()
     parse_host_arguments()
-    report, drawn = measure(args.pictures, args.concepts, args.weights)
+    report, drawn = measure(args.pictures, args.concepts, args.weights, args.flow)
     print(json.dumps(report, indent=2))
     if args.grid:
         save_grid(drawn[:48], args.grid)
