@@ -208,6 +208,8 @@ def stage_base(work: Path, args):
 def stage_flow(work: Path, args):
     """Trains it and writes its U-Net, in half precision; the rest of the model is the base's."""
     train(FlowTraining, work, args, args.flow_steps, args.flow_rate)
+    if "RANK" in os.environ:
+        return  # the process that started this one writes the file
     average = torch.load(work / "flow.pt", weights_only=True, map_location="cpu")["average"]
     args.flow_output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name.removeprefix("unet."): value.half().contiguous() for name, value in average.items()}, args.flow_output)
