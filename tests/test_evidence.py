@@ -215,6 +215,22 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
     assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
 
 
+def test_gain_is_compared_with_that_at_the_lowest_rank_that_enough_concepts_reach(monkeypatch):
+    monkeypatch.setattr(claims, "FEWEST", 2)
+    gains, records = {2: 0.1, 8: 0.0, 32: 0.3}, []
+    for concept in ("olive heart", "tan cross"):
+        records.append(base(concept))
+        for rank, gain in gains.items():
+            if rank == 2 and concept == "tan cross":
+                continue
+            records += run_of("lora", (0.5, 0.5), concept, rank=rank, min_share=1.0) + run_of("tlora", (0.5 + gain, 0.5 + gain), concept, rank=rank)
+    found = claims._gain_grows(analysis.points(records))
+    assert "(8 to 32)" in found.text and found.verdict == "confirmed" and "2 units" in found.figures
+    monkeypatch.setattr(claims, "FEWEST", 3)
+    found = claims._gain_grows(analysis.points(records))
+    assert "(2 to 32)" in found.text and found.verdict == "not tested (1 concept)"
+
+
 def test_gate_sees_reproduction_and_damage():
     good, broken = run_of("lora", (1, 1)), run_of("lora", (1, 1), concept="tan cross")
     for r in broken:
