@@ -10,7 +10,7 @@ from PIL import Image
 REPO = Path(__file__).resolve().parents[1]
 TEMPLATES = {path.stem: path for path in sorted((REPO / "workflows").glob("*.json"))}
 NEED_FILES = {"train_sdxl_on_one_image", "train_sdxl_on_several_images", "train_flux_on_one_image", "generate_with_a_file",
-              "use_a_file_from_elsewhere"}
+              "use_a_file_from_elsewhere", "which_checkpoint_to_keep"}
 # What only a person can fill in: files that do not come with the pack.
 TO_CHOOSE = ("ckpt_name", "file")
 UNREGISTERED = "() => window.app.graph.nodes.map(node => node.type).filter(type => !(type in window.LiteGraph.registered_node_types))"

@@ -17,7 +17,8 @@ WIDTH, HEIGHT = 856, 640  # at most
 TITLES = {
     "train_sdxl_on_one_image": "SDXL: train on one picture", "train_sdxl_on_several_images": "SDXL: pictures with masks",
     "train_flux_on_one_image": "FLUX: train on one picture",
-    "generate_with_a_file": "Generate with a T-LoRA file", "use_a_file_from_elsewhere": "A LoRA or T-LoRA from elsewhere"}
+    "generate_with_a_file": "Generate with a T-LoRA file", "use_a_file_from_elsewhere": "A LoRA or T-LoRA from elsewhere",
+    "which_checkpoint_to_keep": "Which checkpoint to keep?"}
 
 
 def card(title: str) -> Image.Image:

@@ -279,6 +279,42 @@ you do not need.""")
     _real_pictures(template, adapted["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1540, 1024, steps=30, cfg=5.0)
 
 
+def which_checkpoint_to_keep(template):
+    template.note((0, 0), (320, 380), """# Which checkpoint to keep?
+
+For a training that kept its checkpoints (`checkpoint_every`, `checkpoint_files`): the same prompts with three of them, and *T-LoRA \
+Evaluate* says which obeys best among those that are about as alike as the most alike one.
+
+Choose the checkpoint that they were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model in each \
+*T-LoRA Evaluate* (its help says which, and where to put it). Set `neutral_prompt` to the first prompt. For the paper's own prompts \
+set `prompt_set` to live or object.""")
+    loaded = template.add("CheckpointLoaderSimple", (0, 490), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
+    image = template.add("LoadImage", (0, 650), (320, 330), "The training picture", image="example.png")
+    template.group("1  A model and the picture", (-20, 410, 360, 600), BLUE)
+    prompts = template.add("TLoRAPrompts", (380, 80), (320, 220), subject="sks dog", prompts="a photo of {}\na photo of {} on the beach\n"
+                           "a photo of {} in the snow\na painting of {} in a library")
+    positive = template.add("CLIPTextEncode", (380, 360), (320, 120), "Prompts", clip=loaded["CLIP"], text=prompts["prompts"])
+    negative = template.add("CLIPTextEncode", (380, 540), (320, 120), "Negative prompt", clip=loaded["CLIP"])
+    latent = template.add("EmptyLatentImage", (380, 720), (320, 110), width=1024, height=1024, batch_size=2)
+    template.group("2  Prompts", (360, 0, 360, 1050), PURPLE)
+    before = {}
+    for i, step in enumerate((400, 600, 800)):
+        x = 760 + 380 * i
+        adapted = template.add("TLoRALoad", (x, 80), (320, 420), f"Step {step}", model=loaded["MODEL"], file="")
+        sampled = template.add("KSampler", (x, 560), (320, 270), model=adapted["MODEL"], positive=positive["CONDITIONING"],
+                               negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=30, cfg=5.0)
+        decoded = template.add("VAEDecode", (x, 890), (320, 50), samples=sampled["LATENT"], vae=loaded["VAE"])
+        scored = template.add("TLoRAEvaluate", (x, 1010), (320, 370), images=decoded["IMAGE"], prompts=prompts["prompts"],
+                              concept=image["IMAGE"], clip_model="none", label=f"step {step}", token="sks",
+                              neutral_prompt="a photo of sks dog", **before)
+        before = {"before": scored["scores"]}
+    template.group("3  Three checkpoints", (740, 0, 1120, 1420), GREEN)
+    template.add("PreviewAny", (1900, 80), (420, 300), "Scores", source=scored["report"])
+    template.add("PreviewAny", (1900, 450), (420, 140), "Keep this one", source=scored["best"])
+    template.group("4  The best", (1880, 0, 460, 640), RED)
+
+
 TEMPLATES = {fill.__name__: fill for fill in (
     compare_lora_with_tlora, min_rank_sweep, xy_sheet, several_images_with_masks, stop_and_go_on, train_sdxl_on_one_image,
-    train_sdxl_on_several_images, train_flux_on_one_image, generate_with_a_file, use_a_file_from_elsewhere)}
+    train_sdxl_on_several_images, train_flux_on_one_image, generate_with_a_file, use_a_file_from_elsewhere,
+    which_checkpoint_to_keep)}
