@@ -281,13 +281,18 @@ def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):
     from PIL import Image
     assert report._samples(tmp_path, tmp_path) == ""
     scale, rates = study.SCALES["full"], study.chosen_rates()
-    for method, colour_ in (("lora", "red"), ("tlora", "blue")):
-        cell = next(c for c in study.main_methods(scale, rates) if c.method == method)
-        path = run.sheet_path(tmp_path / "sheets", study.meaningful(cell))
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (32, 20), colour_).save(path)
-    assert "*a photo of a sks flower*" in report._samples(tmp_path, tmp_path)
-    whole = Image.open(tmp_path / "samples.webp")
+    cells = study.main_methods(scale, rates)
+    for concept in ("teal flower", "navy moon"):
+        for method, colour_ in (("lora", "red"), ("tlora", "blue")):
+            path = run.sheet_path(tmp_path / "sheets", study.meaningful(next(c for c in cells if (c.concept, c.method) == (concept, method))))
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (32, 20), colour_).save(path)
+    text = report._samples(tmp_path, tmp_path)
+    assert "*a photo of a sks flower*" in text and "The same of [navy moon](evidence/navy_moon.webp)." in text
+    for path in (tmp_path / "sheets").iterdir():
+        path.unlink()
+    assert report._samples(tmp_path, tmp_path) == text, "an earlier report's sheets stay"
+    whole = Image.open(tmp_path / "teal_flower.webp")
     assert whole.size == (32, 56)
     (red, _, _), (_, _, blue) = whole.getpixel((5, 5)), whole.getpixel((5, 50))
     assert red > 200 < blue

@@ -216,29 +216,38 @@ def _means(lines, against, others):
 
 
 def _samples(results, pictures):
-    """Two trainings' sheets side by side, from the folder where `run` leaves them; those of an earlier report where it is not there."""
-    methods, file = ("lora", "tlora"), pictures / "samples.webp"
-    scale = SCALES["full"]
+    """Two trainings of each concept, their sheets one above the other."""
     if not RATES.exists():
         return ""
-    rates = json.loads(RATES.read_text())
-    cells = [meaningful(Cell(scale.concepts[0], 0, m, learning_rate=rates[m], steps=scale.steps, draws=scale.draws)) for m in methods]
-    sheets = [sheet_path(results / "sheets", cell) for cell in cells]
-    if all(sheet.exists() for sheet in sheets):
-        made = [Image.open(sheet).convert("RGB") for sheet in sheets]
-        whole = Image.new("RGB", (max(p.width for p in made), sum(p.height for p in made) + 16), "white")
-        for i, picture in enumerate(made):
-            whole.paste(picture, (0, i * (made[0].height + 16)))
-        whole.save(file, quality=80)
-    if not file.exists():
+    methods, scale, rates = ("lora", "tlora"), SCALES["full"], json.loads(RATES.read_text())
+    shown = {}
+    for name in scale.concepts:
+        cells = [meaningful(Cell(name, 0, m, learning_rate=rates[m], steps=scale.steps, draws=scale.draws)) for m in methods]
+        if file := _sheets([sheet_path(results / "sheets", cell) for cell in cells], pictures / f"{name.replace(' ', '_')}.webp"):
+            shown[name] = file.name
+    if not shown:
         return ""
-    concept = concept_named(cells[0].concept)
-    asked = prompts(concept, 0, scale.draws, settings(concept, 0)[0])
-    texts = "; ".join(f"*{p.text}*" for p in asked)
-    return (f"## By eye\n\nThe {concept.name}, learnt by {methods[0]} (above) and {methods[1]} (below): the training picture first, a row for "
+    first = next(iter(shown))
+    concept = concept_named(first)
+    texts = "; ".join(f"*{p.text}*" for p in prompts(concept, 0, scale.draws, settings(concept, 0)[0]))
+    others = ", ".join(f"[{name}](evidence/{file})" for name, file in shown.items() if name != first)
+    return (f"## By eye\n\nThe {first}, learnt by {methods[0]} (above) and {methods[1]} (below): the training picture first, a row for "
             f"each of the steps {', '.join(map(str, scale.steps))}; the prompts from left to right: {texts}; the last {scale.draws.control} are "
-            "of other things. Every training leaves such a sheet in `benchmarks/results/sheets`.\n\n"
-            f"![Sheets of two trainings](evidence/{file.name})")
+            "of other things. Every training leaves such a sheet in `benchmarks/results/sheets`."
+            + (f" The same of {others}." if others else "") + f"\n\n![Sheets of two trainings](evidence/{shown[first]})")
+
+
+def _sheets(files, whole):
+    """The pictures `files` below one another, saved as `whole`; where they are not all there, the one of an earlier report, or None."""
+    if all(file.exists() for file in files):
+        parts = [Image.open(file).convert("RGB") for file in files]
+        sheet = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts) + 16 * (len(parts) - 1)), "white")
+        top = 0
+        for part in parts:
+            sheet.paste(part, (0, top))
+            top += part.height + 16
+        sheet.save(whole, quality=80)
+    return whole if whole.exists() else None
 
 
 def _effective_rank(given):
