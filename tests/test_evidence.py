@@ -202,6 +202,15 @@ def test_claims_are_judged_by_their_interval(monkeypatch, ours, others, verdict)
     assert {c.verdict for c in judged[1:]} == {"not tested", "not separable"} and "copies" in judged[-1].text
 
 
+def test_what_is_damaged_at_a_compared_level_is_not_compared(monkeypatch):
+    monkeypatch.setattr(claims, "FEWEST", 2)
+    made = three_concepts((0.9, 0.9, 0.1), (0.5, 0.6, 0.5))
+    broken = [replace(point, control=0.7) if (point.cell.concept, point.cell.method) == ("tan cross", "tlora") else point for point in made]
+    (whole, *_), (judged, *_) = claims.judge(made), claims.judge(broken)
+    assert whole.verdict == "not separable" and "3 units" in whole.figures == whole.ungated
+    assert judged.verdict == "confirmed" and "2 units" in judged.figures and judged.ungated == whole.ungated
+
+
 def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypatch):
     monkeypatch.setattr(claims, "FEWEST", 3)
     records = []

@@ -125,10 +125,11 @@ def _mean(values):
 # --- methods against each other ---
 
 Variant = Callable[[Cell], str | None]  # the name of a cell's row in a table, None where it has none
+Lines = Mapping[tuple[str, int], Sequence[Point]]  # unit -> its points in the order of steps, those of the bare base first
 
 
-def curves(given: Sequence[Point], variant: Variant) -> dict[str, dict[tuple[str, int], list[Point]]]:
-    """variant -> unit -> its points in the order of steps, those of the bare base first."""
+def curves(given: Sequence[Point], variant: Variant) -> dict[str, Lines]:
+    """variant -> Lines."""
     bare = {_reference(p.cell): p for p in given if p.cell.method == "none"}
     found: dict = defaultdict(lambda: defaultdict(list))
     for point in sorted(given, key=lambda p: p.step):
@@ -184,7 +185,7 @@ def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimat
     return Estimate(float(everything.mean()), low, high, len(everything), len(arrays))
 
 
-def at_level(lines: Mapping[tuple[str, int], Sequence[Point]], level: float, value: Callable[[Point], float]) -> dict:
+def at_level(lines: Lines, level: float, value: Callable[[Point], float]) -> dict:
     """unit -> `value` at that IS, of the units that reach it."""
     found = {unit: value_at(line, level, value) for unit, line in lines.items()}
     return {unit: v for unit, v in found.items() if v is not None}
@@ -209,7 +210,14 @@ def is_damaged(point: Point, base: Point) -> bool:
     return point.control is not None and base.control is not None and base.control - point.control > CONTROL_LOSS
 
 
-def gate(lines: Mapping[tuple[str, int], Sequence[Point]]) -> dict[str, float]:
+def sound(lines: Lines) -> Lines:
+    """The units that reach every level of LEVELS and are damaged at none: those that are compared."""
+    control = [at_level(lines, level, lambda point: point.control) for level in LEVELS]
+    return {unit: line for unit, line in lines.items()
+            if all(unit in at and line[0].control - at[unit] <= CONTROL_LOSS for at in control)}
+
+
+def gate(lines: Lines) -> dict[str, float]:
     """Share of units that reproduce the concept at any step, and of those the share not damaged at the first such step."""
     first = {unit: next((p for p in line[1:] if p.is_ >= REPRODUCED), None) for unit, line in lines.items()}
     reached = {unit: p for unit, p in first.items() if p is not None}

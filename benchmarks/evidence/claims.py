@@ -2,7 +2,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels
+from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels, sound
 from .study import RANK, RANKS, Cell, meaningful
 
 FEWEST = 5  # concepts that a verdict needs
@@ -10,9 +10,12 @@ FEWEST = 5  # concepts that a verdict needs
 
 @dataclass(frozen=True)
 class Claim:
+    """figures: over the units that pass the gate, which the verdict goes by; ungated: over all units that reach the levels."""
+
     text: str
     verdict: str
     figures: str
+    ungated: str
 
 
 def verdict(found: Estimate | None) -> str:
@@ -44,21 +47,25 @@ _COPYING = (("the training picture's place", lambda point: -point.copied_place),
             ("its background", lambda point: -point.copied_background))
 
 
-def _claim(text: str, found: Estimate | None) -> Claim:
-    return Claim(text, verdict(found), "" if found is None else f"{found}, {found.units} units")
+def _claim(text: str, by_unit: Callable[[bool], dict]) -> Claim:
+    """by_unit: differences by unit; of those that pass the gate, or of all."""
+    found, ungated = estimate(by_unit(True)), estimate(by_unit(False))
+    return Claim(text, verdict(found), _figures(found), _figures(ungated))
 
 
-def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Estimate | None:
-    """`value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS, over the units that
-    reach every level."""
-    return estimate(_differences(given, ours, others, value))
+def _figures(found):
+    return "" if found is None else f"{found}, {found.units} units"
 
 
-def _differences(given, ours, others, value):
+def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Callable[[bool], dict]:
+    """By unit: `value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS."""
     lines = curves(given, lambda cell: "ours" if _is(cell, ours) else "others" if _is(cell, others) else None)
     if len(lines) < 2:
-        return {}
-    return difference(mean_over_levels(lines["ours"], value), mean_over_levels(lines["others"], value))
+        return lambda gated: {}
+
+    def by_unit(gated):
+        return difference(*(mean_over_levels(sound(lines[name]) if gated else lines[name], value) for name in ("ours", "others")))
+    return by_unit
 
 
 def _is(cell, changes):
@@ -90,10 +97,12 @@ def _comparisons():
 
 
 def _gain_grows(given):
-    """The gain over LoRA at the highest rank minus that at the lowest at which enough concepts reach the likeness, within units."""
-    def gain_at(rank):
-        return _differences(given, {"method": "tlora", "rank": rank}, {"method": "lora", "rank": rank}, lambda point: point.ts)
+    """The gain over LoRA at the highest rank minus that at the lowest at which enough concepts can be compared, within units."""
+    gains = {rank: gain(given, {"method": "tlora", "rank": rank}, {"method": "lora", "rank": rank}) for rank in RANKS}
 
-    lower = {rank: estimate(difference(gain_at(RANKS[-1]), gain_at(rank))) for rank in RANKS[:-1]}
-    lowest = next((rank for rank, found in lower.items() if found and found.concepts >= FEWEST), RANKS[0])
-    return _claim(f"Table 1: the gain over LoRA grows with the rank ({lowest} to {RANKS[-1]})", lower[lowest])
+    def growth(rank):
+        return lambda gated: difference(gains[RANKS[-1]](gated), gains[rank](gated))
+
+    enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank)(True))) and found.concepts >= FEWEST)
+    lowest = next(enough, RANKS[0])
+    return _claim(f"Table 1: the gain over LoRA grows with the rank ({lowest} to {RANKS[-1]})", growth(lowest))

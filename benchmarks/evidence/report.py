@@ -27,6 +27,7 @@ from .analysis import (
     load_sweep,
     mean_over_levels,
     points,
+    sound,
 )
 from .prompts import prompts, settings
 from .run import concept_named, read, sheet_path
@@ -188,14 +189,13 @@ def _sweep(results):
 
 def _section(table, lines, pictures):
     plot(lines, table.title, pictures / f"{table.name}.png")
-    rows, others = [], lines.get(table.against, {})
+    rows, compared = [], {name: sound(units) for name, units in lines.items()}
     for name, units in lines.items():
-        passed = gate(units)
-        rows.append([name, str(len(units)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
+        rows.append([name, str(len(units)), f"{gate(units)['reproduced']:.0%}", str(len(compared[name])),
                      *(_text(estimate(at_level(units, level, _ts))) for level in LEVELS)])
-    head = ["", "units", "reproduced", "undamaged", *(f"TS at IS {v:g}" for v in LEVELS)]
-    return (f"## {table.title}\n\n{_markdown(head, rows)}\n\nMeans over the three levels of IS, each followed by its difference to "
-            f"{table.against} within units:\n\n{_means(lines, table.against, others)}\n\n"
+    head = ["", "units", "reproduced", "pass the gate", *(f"TS at IS {v:g}" for v in LEVELS)]
+    return (f"## {table.title}\n\n{_markdown(head, rows)}\n\nMeans over the three levels of IS of the units that pass the gate, each followed "
+            f"by its difference to {table.against} within units:\n\n{_means(compared, table.against, compared.get(table.against, {}))}\n\n"
             f"![IS and TS over the steps](evidence/{table.name}.png)")
 
 
@@ -261,9 +261,11 @@ def _effective_rank(given):
 
 
 def _claims(given):
-    rows = [[claim.text, claim.verdict, claim.figures] for claim in claims.judge(given)]
-    return ("## The paper's claims\n\nCopying was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it "
-            "apart.\n\n") + _markdown(["claim", "here", "figures"], rows)
+    rows = [[claim.text, claim.verdict, claim.figures, claim.ungated] for claim in claims.judge(given)]
+    return ("## The paper's claims\n\nDifferences at equal IS, within units. The verdict goes by the units that pass the gate: at none of the levels "
+            f"of IS compared have prompts without the concept lost more than {CONTROL_LOSS:.0%} of their attributes, as a damaged model "
+            "obeys nothing. Copying was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it "
+            "apart.\n\n") + _markdown(["claim", "here", "difference", "with the damaged ones"], rows)
 
 
 def _decided(results):
