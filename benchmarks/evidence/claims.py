@@ -37,8 +37,10 @@ def judge(given: Sequence[Point]) -> list[Claim]:
         for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "the mask alone (Vanilla)"), ("ortho_lora", "the start alone (Ortho-LoRA)")):
             for where, points in (("", given), (", seeds 1 and 2 alone", fresh)):
                 made.append(_claim(f"Section 1: {who} {copies}{where}", gain(points, {"method": method}, {"method": "lora"}, value)))
-        for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "Vanilla T-LoRA")):
-            ours, others = {"method": method, "base": "flow"}, {"method": "lora", "base": "flow"}
+        for changes, who in (({"method": "tlora"}, "T-LoRA"), ({"method": "vanilla_tlora"}, "Vanilla T-LoRA"),
+                             ({"method": "tlora", "min_share": 0.0}, "T-LoRA with r_min 0"),
+                             ({"method": "lora", "noise_to": 0.5}, "LoRA trained on t up to 0.5 alone")):
+            ours, others = {**changes, "base": "flow"}, {"method": "lora", "base": "flow"}
             made.append(_claim(f"On the flow-matching base {who} {copies}", gain(given, ours, others, value)))
     return made
 
@@ -86,6 +88,8 @@ def _comparisons():
     flow = {"base": "flow"}
     yield "Table 5: T-LoRA obeys better than LoRA on a flow-matching base", {**tlora, **flow}, {**lora, **flow}
     yield "Table 5: so does Vanilla T-LoRA, the paper's choice there", {"method": "vanilla_tlora", **flow}, {**lora, **flow}
+    yield "Table 5, figure 6: r_min 0% obeys better than LoRA there", {**tlora, **flow, "min_share": 0.0}, {**lora, **flow}
+    yield "Table 5, figure 2: LoRA trained on t up to 0.5 alone obeys better than LoRA there", {**lora, **flow, "noise_to": 0.5}, {**lora, **flow}
     yield ("Figure 2: LoRA trained without the noisiest timesteps (t >= 800) obeys better than with all", {**lora, "noise_to": 0.8}, lora)
     yield "Figure 5: last of R obeys better than principal of R", {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_random"}
     yield ("Figure 5: last of R obeys better than principal of W (PiSSA)",

@@ -72,7 +72,10 @@ def _images(cell):
 
 
 def _flow(cell):
-    return cell.method if cell.base == "flow" and free(cell, "base") else None
+    if cell.base != "flow" or not free(cell, "base", "min_share", "noise_to"):
+        return None
+    part = f", t up to {cell.noise_to:g}" if cell.noise_to < 1 else ""
+    return f"{cell.method}{part}" + (f", r_min {cell.min_share:.0%}" if METHODS[cell.method].is_masked else "")
 
 
 def _interval(cell):
@@ -99,7 +102,7 @@ TABLES = (
     Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method, "lora", ("method",)),
     Table("table1", "Table 1: ranks", _ranks, f"lora, rank {RANK}", ("rank",)),
     Table("table4", "Table 4: one, two and three training pictures", _images, "lora, images 1", ("images",)),
-    Table("table5", "Table 5: a flow-matching base, in the place of FLUX", _flow, "lora", ("method",)),
+    Table("table5", "Table 5: a flow-matching base, in the place of FLUX", _flow, "lora", ("method", "min_share", "noise_to")),
     Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, "t/T 0 to 1", ("noise_from", "noise_to")),
     Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, f"last_random, rank {RANK}", ("start",)),
     Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, "r_min 50%", ("min_share",)),
