@@ -155,7 +155,7 @@ def test_flow_trainings_are_measured_from_the_flow_base_and_stand_in_no_other_ta
         lines = analysis.curves(made, table.variant)
         found = [point for units in lines.values() for line in units.values() for point in line]
         assert all((point.cell.base == "flow") == (table.name == "table5") for point in found), table.name
-    assert analysis.curves(made, report._flow).keys() == {"lora"}
+    assert analysis.curves(made, report._flow).keys() == {"lora, rank 32"}
     with pytest.raises(SystemExit, match="bare base \\(flow\\)"):
         analysis.points([base(), record(base="flow")])
 
@@ -195,18 +195,38 @@ def three_concepts(ours, others):
     ((0.9, 0.9, 0.8), (0.5, 0.6, 0.5), "confirmed"), ((0.5, 0.6, 0.5), (0.9, 0.9, 0.8), "contradicted"),
     ((0.9, 0.5, 0.7), (0.5, 0.9, 0.6), "not separable")])
 def test_claims_are_judged_by_their_interval(monkeypatch, ours, others, verdict):
-    assert claims.judge(three_concepts(ours, others))[0].verdict == "not tested (3 concepts)"
+    made = three_concepts(ours, others)
+    assert claims.of_paper(made)[0].verdict == "no verdict (3 of 3 concepts can be compared)"
     monkeypatch.setattr(claims, "FEWEST", 3)
-    judged = claims.judge(three_concepts(ours, others))
+    judged = claims.of_paper(made)
     assert judged[0].verdict == verdict and "3 units" in judged[0].figures
-    assert {c.verdict for c in judged[1:]} == {"not tested", "not separable"} and "copies" in judged[-1].text
+    assert {c.verdict for c in judged[1:]} == {"not tested"} and {c.verdict for c in claims.of_copying(made)} == {"not tested", "not separable"}
+
+
+def test_concepts_that_never_reach_the_likeness_are_told_from_those_not_trained(monkeypatch):
+    monkeypatch.setattr(claims, "FEWEST", 3)
+    made = [p for p in three_concepts((0.9, 0.9, 0.8), (0.5, 0.6, 0.5))
+            if (p.cell.concept, p.cell.method, p.step) not in {("tan cross", "lora", step) for step in (100, 200)}]
+    assert claims.of_paper(made)[0].verdict == "no verdict (2 of 2 concepts can be compared)"
+    made += [replace(p, is_=0.1) for p in three_concepts((1, 1, 1), (1, 1, 1)) if (p.cell.concept, p.cell.method) == ("tan cross", "lora")]
+    assert claims.of_paper(made)[0].verdict == "no verdict (2 of 3 concepts can be compared)"
+
+
+def test_likeness_in_the_end_is_compared_after_the_last_step_of_both(monkeypatch):
+    monkeypatch.setattr(claims, "FEWEST", 2)
+    records = []
+    for concept in ("olive heart", "tan cross"):
+        records += [base(concept), *run_of("lora", (1, 1), concept, min_share=1.0),
+                    record(concept, step=100, distance=0.25, min_share=1.0, noise_to=0.5)]
+    less, = [c for c in claims.of_paper(analysis.points(records)) if "t < 500" in c.text and "in the end" in c.text]
+    assert less.verdict == "confirmed" and less.figures.startswith("0.250") and "2 units" in less.figures
 
 
 def test_what_is_damaged_at_a_compared_level_is_not_compared(monkeypatch):
     monkeypatch.setattr(claims, "FEWEST", 2)
     made = three_concepts((0.9, 0.9, 0.1), (0.5, 0.6, 0.5))
     broken = [replace(point, control=0.7) if (point.cell.concept, point.cell.method) == ("tan cross", "tlora") else point for point in made]
-    (whole, *_), (judged, *_) = claims.judge(made), claims.judge(broken)
+    (whole, *_), (judged, *_) = claims.of_paper(made), claims.of_paper(broken)
     assert whole.verdict == "not separable" and "3 units" in whole.figures == whole.ungated
     assert judged.verdict == "confirmed" and "2 units" in judged.figures and judged.ungated == whole.ungated
 
@@ -219,7 +239,7 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
             for method, copied in (("lora", 6), ("tlora", copies)):
                 changes = {"min_share": 1.0} if method == "lora" else {}
                 records += [base(concept, seed), record(concept, seed, method, 200, 0.1, copied=copied, **changes)]
-    place, fresh = [c for c in claims.judge(analysis.points(records)) if c.text.startswith("Section 1: T-LoRA copies") and "place less" in c.text]
+    place, fresh = [c for c in claims.of_copying(analysis.points(records)) if c.text.startswith("place: T-LoRA below LoRA")][:2]
     assert place.verdict == fresh.verdict == "confirmed" and place.figures.startswith("0.075") and fresh.figures.startswith("0.150")
     assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
 
@@ -237,7 +257,23 @@ def test_gain_is_compared_with_that_at_the_lowest_rank_that_enough_concepts_reac
     assert "(8 to 32)" in found.text and found.verdict == "confirmed" and "2 units" in found.figures
     monkeypatch.setattr(claims, "FEWEST", 3)
     found = claims._gain_grows(analysis.points(records))
-    assert "(2 to 32)" in found.text and found.verdict == "not tested (1 concept)"
+    assert "(2 to 32)" in found.text and found.verdict == "no verdict (1 of 1 concept can be compared)"
+
+
+def test_each_row_is_compared_with_the_one_that_differs_only_in_what_the_table_is_about():
+    cells = {cell for name in study.STUDIES if name != "rates" for cell in study.cells_of([name], study.SCALES["miniature"], study.usual_rates())}
+    made = [analysis.Point(cell, 1, 0.5, 1, {}, {}, 0, 0, 0, 1, None, {}) for cell in cells]
+    wanted = {"methods": {"svdiff": "lora", "tlora": "lora"}, "table1": {"tlora, rank 8": "lora, rank 8"},
+              "table4": {"tlora, images 3": "lora, images 1"}, "figure2": {"t/T 0.5 to 0.8": "t/T 0 to 1"},
+              "table5": {"lora, rank 32, t up to 0.5": "lora, rank 32", "vanilla_tlora, rank 4, r_min 50%": "lora, rank 4"},
+              "figure5": {"middle_weight, rank 4": "last_random, rank 4"}, "figure6": {"r_min 100%": "r_min 50%", "r_min 0%": "r_min 50%"},
+              "curves": {"rising": "alpha 1", "alpha 0.5": "alpha 1"}}
+    for table in report.TABLES:
+        lines = analysis.curves(made, table.variant)
+        others = {name: table.other(units) for name, units in lines.items()}
+        assert others.items() >= wanted[table.name].items() and set(others.values()) <= set(lines), table.name
+        assert report._in_order(lines).keys() == lines.keys()
+    assert len(report.TABLES) == len(wanted)
 
 
 def test_gate_sees_reproduction_and_damage():
@@ -281,7 +317,7 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     (tmp_path / "results" / "pilot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report.write(tmp_path / "results", tmp_path)
     text = (tmp_path / "EVIDENCE.md").read_text()
-    assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "not tested (1 concept)" in text
+    assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "(1 of 1 concept can be compared)" in text
     assert (tmp_path / "evidence" / "methods.png").stat().st_size > 5000
     assert "Table 1" not in text.split("claims")[0], "a table of one rank says nothing of ranks"
 

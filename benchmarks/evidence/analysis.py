@@ -176,13 +176,19 @@ def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimat
             groups[concept].append(value)
     if not groups:
         return None
-    arrays, rng = [np.array(v) for v in groups.values()], np.random.default_rng(seed)
-    everything, low, high = np.concatenate(arrays), None, None
-    if len(arrays) > 1:
-        means = [np.mean(np.concatenate([rng.choice(arrays[i], len(arrays[i])) for i in rng.integers(len(arrays), size=len(arrays))]))
-                 for _ in range(RESAMPLES)]
-        low, high = (float(v) for v in np.percentile(means, (2.5, 97.5)))
-    return Estimate(float(everything.mean()), low, high, len(everything), len(arrays))
+    sizes = np.array([len(values) for values in groups.values()])
+    padded = np.array([values + [0.0] * (sizes.max() - len(values)) for values in groups.values()])  # [concepts, most seeds]
+    low, high = _interval(padded, sizes, np.random.default_rng(seed)) if len(groups) > 1 else (None, None)
+    return Estimate(float(padded.sum() / sizes.sum()), low, high, int(sizes.sum()), len(groups))
+
+
+def _interval(padded, sizes, rng):
+    drawn = rng.integers(len(sizes), size=(RESAMPLES, len(sizes)))
+    of_each = sizes[drawn][..., None]  # [resamples, concepts, 1]
+    seeds = (rng.random((*drawn.shape, padded.shape[1])) * of_each).astype(int)
+    counted = np.arange(padded.shape[1]) < of_each
+    sums = (padded[drawn[..., None], seeds] * counted).sum((1, 2))
+    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), (2.5, 97.5)))
 
 
 def at_level(lines: Lines, level: float, value: Callable[[Point], float]) -> dict:

@@ -2,10 +2,26 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels, sound
-from .study import RANK, RANKS, Cell, meaningful
+from tlora_core.orthogonal import DEFAULT_START, STARTS
 
+from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels, sound
+from .study import ALPHAS, FREE, RANK, RANKS, SMALL, Cell, meaningful
+
+Unit = tuple[str, int]
 FEWEST = 5  # concepts that a verdict needs
+_LORA, _TLORA, _VANILLA, _ORTHO = ({"method": name} for name in ("lora", "tlora", "vanilla_tlora", "ortho_lora"))
+SEVERAL_SEEDS = (_TLORA, _VANILLA, _ORTHO)
+_FLOW = {"base": "flow"}
+
+
+@dataclass(frozen=True)
+class Differences:
+    """By unit (concept and seed), ours - others. sound: of the units that pass the gate; every: of all that reach the levels of IS.
+    trained: the units trained both ways."""
+
+    sound: dict[Unit, float]
+    every: dict[Unit, float]
+    trained: set[Unit]
 
 
 @dataclass(frozen=True)
@@ -18,56 +34,62 @@ class Claim:
     ungated: str
 
 
-def verdict(found: Estimate | None) -> str:
-    """Of a difference that the paper says is above zero. Intervals over a few concepts say little."""
-    if found is None:
+def verdict(found: Estimate | None, trained: int) -> str:
+    """Of a difference that the paper says is above zero, with `trained` concepts trained both ways. Intervals over a few say little."""
+    if not trained:
         return "not tested"
-    if found.concepts < FEWEST:
-        return f"not tested ({found.concepts} concept{'s' * (found.concepts > 1)})"
+    if found is None or found.concepts < FEWEST:
+        return f"no verdict ({found.concepts if found else 0} of {trained} concept{'s' * (trained > 1)} can be compared)"
     return "confirmed" if found.low > 0 else "contradicted" if found.high < 0 else "not separable"
 
 
-def judge(given: Sequence[Point]) -> list[Claim]:
+def of_paper(given: Sequence[Point]) -> list[Claim]:
     made = [_claim(text, gain(given, ours, others)) for text, ours, others in _comparisons()]
-    made.append(_gain_grows(given))
-    # Copying was thought of after the pictures of seed 0: the other seeds judge it anew.
-    fresh = [point for point in given if point.cell.seed != 0]
-    for text, value in _COPYING:
-        copies = f"copies {text} less often than LoRA where the prompt leaves it open"
-        for method, who in (("tlora", "T-LoRA"), ("vanilla_tlora", "the mask alone (Vanilla)"), ("ortho_lora", "the start alone (Ortho-LoRA)")):
-            for where, points in (("", given), (", seeds 1 and 2 alone", fresh)):
-                made.append(_claim(f"Section 1: {who} {copies}{where}", gain(points, {"method": method}, {"method": "lora"}, value)))
-        for changes, who in (({"method": "tlora"}, "T-LoRA"), ({"method": "vanilla_tlora"}, "Vanilla T-LoRA"),
-                             ({"method": "tlora", "min_share": 0.0}, "T-LoRA with r_min 0"),
-                             ({"method": "lora", "noise_to": 0.5}, "LoRA trained on t up to 0.5 alone")):
-            ours, others = {**changes, "base": "flow"}, {"method": "lora", "base": "flow"}
-            made.append(_claim(f"On the flow-matching base {who} {copies}", gain(given, ours, others, value)))
+    made += [_claim(text, at_the_end(given, ours, others, value)) for text, ours, others, value in _comparisons_at_the_end()]
+    return [*made, _gain_grows(given)]
+
+
+def of_copying(given: Sequence[Point]) -> list[Claim]:
+    fresh = [point for point in given if point.cell.seed != 0]  # it was thought of after the pictures of seed 0
+    made = []
+    for what, value in (("place", lambda point: -point.copied_place), ("background", lambda point: -point.copied_background)):
+        for who, ours, others in _copying():
+            made.append(_claim(f"{what}: {who}", gain(given, ours, others, value)))
+            if ours in SEVERAL_SEEDS and others == _LORA:
+                made.append(_claim(f"{what}: {who}; seeds 1 and 2 alone", gain(fresh, ours, others, value)))
     return made
 
 
-_COPYING = (("the training picture's place", lambda point: -point.copied_place),
-            ("its background", lambda point: -point.copied_background))
-
-
-def _claim(text: str, by_unit: Callable[[bool], dict]) -> Claim:
-    """by_unit: differences by unit; of those that pass the gate, or of all."""
-    found, ungated = estimate(by_unit(True)), estimate(by_unit(False))
-    return Claim(text, verdict(found), _figures(found), _figures(ungated))
+def _claim(text: str, differences: Differences) -> Claim:
+    found, ungated = estimate(differences.sound), estimate(differences.every)
+    return Claim(text, verdict(found, len({concept for concept, _ in differences.trained})), _figures(found), _figures(ungated))
 
 
 def _figures(found):
     return "" if found is None else f"{found}, {found.units} units"
 
 
-def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Callable[[bool], dict]:
-    """By unit: `value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS."""
-    lines = curves(given, lambda cell: "ours" if _is(cell, ours) else "others" if _is(cell, others) else None)
-    if len(lines) < 2:
-        return lambda gated: {}
+def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Differences:
+    """`value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS."""
+    a, b = _lines(given, ours, others)
+    return Differences(difference(mean_over_levels(sound(a), value), mean_over_levels(sound(b), value)),
+                       difference(mean_over_levels(a, value), mean_over_levels(b, value)), a.keys() & b.keys())
 
-    def by_unit(gated):
-        return difference(*(mean_over_levels(sound(lines[name]) if gated else lines[name], value) for name in ("ours", "others")))
-    return by_unit
+
+def at_the_end(given, ours: dict, others: dict, value: Callable[[Point], float]) -> Differences:
+    """As `gain`, after the last step that both have; the gate, which is about equal IS, plays no part."""
+    a, b = _lines(given, ours, others)
+    found = {}
+    for unit in a.keys() & b.keys():
+        of_a, of_b = ({point.step: value(point) for point in line[1:]} for line in (a[unit], b[unit]))
+        if both := of_a.keys() & of_b.keys():
+            found[unit] = of_a[max(both)] - of_b[max(both)]
+    return Differences(found, found, a.keys() & b.keys())
+
+
+def _lines(given, ours, others):
+    found = curves(given, lambda cell: "ours" if _is(cell, ours) else "others" if _is(cell, others) else None)
+    return found.get("ours", {}), found.get("others", {})
 
 
 def _is(cell, changes):
@@ -77,36 +99,73 @@ def _is(cell, changes):
 
 
 def _comparisons():
-    tlora, lora = {"method": "tlora"}, {"method": "lora"}
-    yield f"Table 1, 2: T-LoRA obeys better than LoRA at equal likeness (rank {RANK})", tlora, lora
-    yield "Table 1: so does Vanilla T-LoRA (mask without start)", {"method": "vanilla_tlora"}, lora
-    yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", tlora, {"method": "vanilla_tlora"}
-    yield "Table 3: T-LoRA obeys better than Ortho-LoRA (start without mask)", tlora, {"method": "ortho_lora"}
-    for other in ("oft", "gsoft"):
-        yield f"Table 2: T-LoRA obeys better than {other.upper()}", tlora, {"method": other}
-    yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", tlora, {**lora, "images": 3}
-    flow = {"base": "flow"}
-    yield "Table 5: T-LoRA obeys better than LoRA on a flow-matching base", {**tlora, **flow}, {**lora, **flow}
-    yield "Table 5: so does Vanilla T-LoRA, the paper's choice there", {"method": "vanilla_tlora", **flow}, {**lora, **flow}
-    yield "Table 5, figure 6: r_min 0% obeys better than LoRA there", {**tlora, **flow, "min_share": 0.0}, {**lora, **flow}
-    yield "Table 5, figure 2: LoRA trained on t up to 0.5 alone obeys better than LoRA there", {**lora, **flow, "noise_to": 0.5}, {**lora, **flow}
-    yield ("Figure 2: LoRA trained without the noisiest timesteps (t >= 800) obeys better than with all", {**lora, "noise_to": 0.8}, lora)
-    yield "Figure 5: last of R obeys better than principal of R", {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_random"}
-    yield ("Figure 5: last of R obeys better than principal of W (PiSSA)",
-           {"method": "ortho_lora"}, {"method": "ortho_lora", "start": "principal_weight"})
-    yield "Figure 6: r_min 25% obeys better than 50%", {**tlora, "min_share": 0.25}, tlora
-    for curve in ("equal signal", "equal signal, to 0"):
-        yield f"Beyond the paper: r(t) moved to where this world decides ({curve}) obeys better than r(t)", {**tlora, "curve": curve}, tlora
-    yield "Figure 6: r_min 50% obeys better than 100%, which is Ortho-LoRA", tlora, {"method": "ortho_lora"}
+    """(text, ours, others): ours obeys better at equal IS."""
+    yield f"Tables 1, 2: T-LoRA obeys better than LoRA (rank {RANK})", _TLORA, _LORA
+    for rank in RANKS[-2::-1]:
+        yield f"Table 1: so at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
+    yield "Table 1: so does Vanilla T-LoRA (mask without start)", _VANILLA, _LORA
+    yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", _TLORA, _VANILLA
+    yield "Table 3, figure 6: T-LoRA obeys better than Ortho-LoRA (start without mask; r_min 100%)", _TLORA, _ORTHO
+    for other in ("oft", "gsoft", "svdiff"):
+        yield f"Table 2: T-LoRA obeys better than {other.upper()}", _TLORA, {"method": other}
+    yield "Table 4: T-LoRA with one picture obeys better than LoRA with two", _TLORA, {**_LORA, "images": 2}
+    yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", _TLORA, {**_LORA, "images": 3}
+    for rank in (RANK, *SMALL):
+        lora = {**_LORA, **_FLOW, "rank": rank}
+        yield f"Table 5: T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})", {**_TLORA, **_FLOW, "rank": rank}, lora
+        yield f"Table 5: so does Vanilla T-LoRA, the paper's choice there (rank {rank})", {**_VANILLA, **_FLOW, "rank": rank}, lora
+    yield "Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA there", {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW}
+    yield "Figure 2: LoRA trained on t < 500 alone obeys better than on all", {**_LORA, "noise_to": 0.5}, _LORA
+    yield "Figure 2: so does LoRA trained on t < 800", {**_LORA, "noise_to": 0.8}, _LORA
+    yield "Figure 2: LoRA trained on t >= 800 alone obeys worse than on all", _LORA, {**_LORA, "noise_from": 0.8}
+    yield ("Figure 2: LoRA trained on t < 500 alone obeys better than on all, on the flow-matching base",
+           {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW})
+    for start in STARTS:
+        if start != DEFAULT_START:
+            yield f"Figure 5: {DEFAULT_START} obeys better than {start}", _ORTHO, {**_ORTHO, "start": start}
+    yield "Figure 6: r_min 50% obeys better than 0%", _TLORA, {**_TLORA, "min_share": 0.0}
+    yield "Figure 6: r_min 50% obeys better than 25%", _TLORA, {**_TLORA, "min_share": 0.25}
+    for alpha in ALPHAS:
+        yield f"Beyond the paper: r(t) with alpha {alpha:g} obeys better than with 1", {**_TLORA, "alpha": alpha}, _TLORA
+    for curve in FREE:
+        yield f"Beyond the paper: r(t) as {curve} obeys better than the paper's", {**_TLORA, "curve": curve}, _TLORA
+
+
+def _comparisons_at_the_end():
+    """(text, ours, others, value): value is higher for ours after the last step."""
+    for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
+        yield (f"Figure 2: LoRA trained on {part} alone is less like the concept in the end (IS) than on all", _LORA, {**_LORA, **changes},
+               lambda point: point.is_)
+    for rank in (RANK, 8):
+        yield (f"Figure 4: B has a higher effective rank in Ortho-LoRA than in LoRA (rank {rank})", {**_ORTHO, "rank": rank}, {**_LORA, "rank": rank},
+               lambda point: point.effective_rank)
+
+
+def _copying():
+    """(text, ours, others): ours copies less often."""
+    for who, ours in (("T-LoRA", _TLORA), ("the mask alone (Vanilla)", _VANILLA), ("the start alone (Ortho-LoRA)", _ORTHO)):
+        yield f"{who} below LoRA", ours, _LORA
+    for rank in RANKS[-2::-1]:
+        yield f"T-LoRA below LoRA at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
+    for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
+        yield f"LoRA trained on {part} alone below LoRA on all", {**_LORA, **changes}, _LORA
+    yield "LoRA on all below LoRA trained on t >= 800 alone", _LORA, {**_LORA, "noise_from": 0.8}
+    for rank in (RANK, *SMALL):
+        for who, ours in (("T-LoRA", _TLORA), ("Vanilla T-LoRA", _VANILLA)):
+            yield f"on the flow-matching base, {who} below LoRA at rank {rank}", {**ours, **_FLOW, "rank": rank}, {**_LORA, **_FLOW, "rank": rank}
+    yield "on the flow-matching base, T-LoRA with r_min 0% below LoRA", {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW}
+    yield "on the flow-matching base, LoRA trained on t < 500 alone below LoRA on all", {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW}
 
 
 def _gain_grows(given):
     """The gain over LoRA at the highest rank minus that at the lowest at which enough concepts can be compared, within units."""
-    gains = {rank: gain(given, {"method": "tlora", "rank": rank}, {"method": "lora", "rank": rank}) for rank in RANKS}
+    gains = {rank: gain(given, {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}) for rank in RANKS}
+    highest = gains[RANKS[-1]]
 
     def growth(rank):
-        return lambda gated: difference(gains[RANKS[-1]](gated), gains[rank](gated))
+        other = gains[rank]
+        return Differences(difference(highest.sound, other.sound), difference(highest.every, other.every), highest.trained & other.trained)
 
-    enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank)(True))) and found.concepts >= FEWEST)
+    enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank).sound)) and found.concepts >= FEWEST)
     lowest = next(enough, RANKS[0])
     return _claim(f"Table 1: the gain over LoRA grows with the rank ({lowest} to {RANKS[-1]})", growth(lowest))
