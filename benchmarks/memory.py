@@ -84,6 +84,8 @@ def host_on_meta():
         (management, "load_models_gpu", lambda *args, **kwargs: None),
         (management, "get_free_memory", lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40),
         (Trainer, "_keep_as_good", lambda trainer: None), (Reading, "value", lambda reading: 0.1),
+        # Prodigy asks whether a parameter is all zero, of which it would keep no copy: it is taken not to be.
+        (torch.Tensor, "any", lambda tensor: True), (torch.Tensor, "item", lambda tensor: 1.0),
         (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v))]
     before = [(place, name, getattr(place, name)) for place, name, _ in stand_ins]
     try:
@@ -116,7 +118,7 @@ def adapters_on_meta(model, method, rank):
 
 def step(model, tokens, size, rank, checkpointing):
     """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to the run (own):
-    weights, adapters, starts, gradients, optimizer. Then the kernels."""
+    weights, adapters, starts, gradients, the optimizer that the model's training has by default. Then the kernels."""
     import random_models
 
     from tlora_core import RankSchedule
@@ -128,9 +130,10 @@ def step(model, tokens, size, rank, checkpointing):
     from tlora_core.trainer import Trainer
     move(model)
     base = model.model
-    adapters = adapters_on_meta(model, defaults_for(model).method, rank)
+    usual = defaults_for(model)
+    adapters = adapters_on_meta(model, usual.method, rank)
     weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
-    trainer = Trainer(adapters, TrainConfig(steps=9))
+    trainer = Trainer(adapters, TrainConfig(steps=9, optimizer=usual.optimizer))
     trainer.step = 1  # the first loss of all is read
     tensors = [*trainer.parameters, *(b for adapter in adapters.values() for b in adapter.buffers())]
     sample = Sample(torch.zeros(base.latent_format.latent_channels, size, size), None, None, random_models.conditioning(model, tokens))

@@ -21,9 +21,8 @@ def rank_inputs(rank: int = 64, min_rank: int = 32):
             tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file."),
         io.Int.Input(
             "min_rank", default=min_rank, min=0, max=4096,
-            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half the rank is the paper's "
-                    "choice; on the tiny base a quarter did as well, and none at all obeyed prompts less and may lose the subject. As many "
-                    "as rank switches the mask off."),
+            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half of rank is the paper's choice. Fewer: "
+                    "freer scenes, but the subject may be lost. As many as rank: the mask is off."),
     ]
 
 
@@ -56,5 +55,5 @@ def mask_input():
 def captions_input():
     return io.String.Input(
         "captions", default="", multiline=True, optional=True, advanced=True,
-        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs. "
+        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs, {} for both. "
                 'Empty: "a photo of {token} {class_word}".')

@@ -6,7 +6,7 @@ from ..tlora_core.comfy_host.files import lora_path
 from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, train_or_find
+from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, stopped_runs, train_or_find
 from ..tlora_core.dataset import FRAMINGS, training_images
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
@@ -25,12 +25,17 @@ class TrainTLoRAFromImage(io.ComfyNode):
             # Saved workflows keep values by the order of inputs: a new one comes last.
             inputs=[*_models_and_subject(), *_training(), *_data(), *_run()],
             outputs=[
-                TLORA.Output(display_name="T-LoRA", tooltip="For Apply and Save."),
+                TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
                 io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler."),
                 io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list."),
                 io.Image.Output(display_name="loss", tooltip="The loss curve."),
             ],
             hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def fingerprint_inputs(cls, rerun=RERUNS[0], **others):
+        """To the host a graph that has not changed need not be run again; a training that was stopped is to go on all the same."""
+        return stopped_runs() if rerun == "continue" else 0
 
     @classmethod
     def execute(cls, model, clip, vae, image, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
@@ -58,7 +63,7 @@ def _models_and_subject():
                                         "its own weights stay as they are."),
         io.Clip.Input("clip", tooltip="The model's text encoder; it is not trained."),
         io.Vae.Input("vae", tooltip="The model's VAE; it is not trained."),
-        io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. The centre square is used."),
+        io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. Its centre square is used; see framing."),
         io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
         io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
     ]
@@ -68,16 +73,16 @@ def _training():
     """How it is trained: what every training needs."""
     return [
         io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
-                       tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora for FLUX, SD3 and their like. "
-                               "tlora: the paper's. vanilla_tlora: plain start with the mask. ortho_lora: orthogonal start "
-                               "without the mask. lora: neither. oft, gsoft (rank is their number of blocks) and svdiff (no rank) are "
-                               "there to compare with; their files are as large as the layers."),
+                       tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora (plain start with the mask) for FLUX, SD3 and "
+                               "their like. ortho_lora: orthogonal start without the mask. lora: neither. oft, gsoft (rank: their "
+                               "blocks), svdiff (no rank): to compare with; large files."),
         *rank_inputs(),
         io.Int.Input("steps", default=0, min=0, max=100000,
-                     tooltip="Training steps. 0: what suits model and method; the paper uses 800 for tlora and ortho_lora, 500 for the "
-                             "others. Too few do not learn the subject, too many copy the image."),
+                     tooltip="Training steps. 0: the paper's, 800 on U-Nets (lora, vanilla_tlora 500), 500 on FLUX and the like (lora 400). "
+                             "Too few do not learn the subject, too many copy the image."),
         io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
-                       tooltip="Size of the steps; 0: what suits the model (1e-4 for U-Nets). Higher learns faster and breaks sooner."),
+                       tooltip="Size of the steps; 0: 1e-4 on U-Nets, found by Prodigy on FLUX and the like, where a value of your own means AdamW. "
+                               "Higher learns faster and breaks sooner."),
         io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
                      tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
         io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
@@ -116,7 +121,7 @@ def _run():
     """Optional: what is seen and kept on the way."""
     return [
         io.String.Input("validation_prompts", default="", multiline=True, optional=True,
-                        tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs."),
+                        tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs, {} for both."),
         io.Int.Input("validate_every", default=0, min=0, max=100000, optional=True,
                      tooltip="Steps between such drawings. More often shows more and takes longer. 0: never."),
         io.Int.Input("checkpoint_every", default=100, min=0, max=100000, optional=True, advanced=True,
@@ -127,7 +132,7 @@ def _run():
                          tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does."),
         io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
                        tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
-                               "continue: go on also if it was stopped. restart: train anew."),
+                               "continue: go on also if it was stopped. restart: train anew, once for each change of the graph."),
         io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                          tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
         io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,

@@ -39,7 +39,7 @@ class TLoRATrainingOptions(io.ComfyNode):
             description="Settings of the training that most people never need to change. As they stand they are the paper's.",
             inputs=[
                 io.Combo.Input("optimizer", options=["auto", *OPTIMIZERS], default="auto",
-                               tooltip="auto: what suits the model. prodigy finds its own learning rate (set learning_rate to 1). "
+                               tooltip="auto: what suits the model. prodigy finds its own learning rate (leave learning_rate at 0). "
                                        "adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule."),
                 io.Combo.Input("lr_schedule", options=list(LR_SCHEDULES), default=d.lr_schedule,
                                tooltip="How the learning rate goes on after the warm-up. constant is the paper's; cosine ends gently."),
@@ -50,7 +50,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                 io.Int.Input("gradient_accumulation", default=d.gradient_accumulation, min=1, max=1024,
                              tooltip="Batches in one step. As a larger batch_size: steadier and slower, but without more memory."),
                 io.Float.Input("max_grad_norm", default=d.max_grad_norm, min=0.0, max=1000.0, step=0.1,
-                               tooltip="Limit of the gradients' norm, against single wild steps: 1 is usual. 0: no limit."),
+                               tooltip="Limit of the gradients' norm, against single wild steps: 1 is usual. 0: none; with optimizer auto, 1 "
+                                       "on FLUX, SD3 and their like."),
                 io.Float.Input("ema_decay", default=d.ema_decay, min=0.0, max=0.9999, step=0.001, round=False,
                                tooltip="Keeps a moving average of the weights as the result: 0.99 averages over about 100 steps. 0: off."),
                 io.Float.Input("orthogonality", default=d.orthogonality, min=0.0, max=100.0, step=0.001, round=False,

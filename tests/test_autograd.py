@@ -148,3 +148,29 @@ def test_what_a_layer_makes_of_the_text_is_computed_once_while_the_text_stays(la
         layer(text.clone().requires_grad_())
     assert len(calls) == 4
     torch.testing.assert_close(new, add_low_rank(own(text), text, *a.factors(), 2, 2))
+
+
+def test_gradients_of_layers_whose_inputs_differ_in_dtype_are_each_its_own():
+    layers = [nn.Linear(IN, OUT).to(dtype).requires_grad_(False) for dtype in (torch.float32, torch.bfloat16)]
+    adapters = [adapter("lora", i).float() for i in range(2)]
+    leaves = [p for a in adapters for p in a.parameters()]
+    inputs = [torch.randn(4, IN, generator=torch.Generator().manual_seed(3)).to(layer.weight.dtype) for layer in layers]
+    with attached(Attachment(layer, a, RANK, 0) for layer, a in zip(layers, adapters)):
+        ours = torch.autograd.grad(sum(layer(x).float().square().sum() for layer, x in zip(layers, inputs)), leaves)
+    plain = sum(add_low_rank(layer.forward(x), x, *(f.to(x.dtype) for f in a.factors()), RANK, a.group, 0).float().square().sum()
+                for layer, a, x in zip(layers, adapters, inputs))
+    for one, other in zip(ours, torch.autograd.grad(plain, leaves)):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+def test_frozen_layer_called_with_more_than_a_tensor_is_the_layer_itself(comfy):
+    import comfy.ops
+
+    from tlora_core.comfy_host.training import _weight
+
+    layer = comfy.ops.manual_cast.Embedding(5, 3)
+    nn.init.normal_(layer.weight)
+    tokens = torch.tensor([[1, 4]])
+    wanted = layer(tokens, out_dtype=torch.float16)
+    shown = Frozen(layer, _weight)(tokens, out_dtype=torch.float16)
+    assert shown.dtype == torch.float16 and torch.equal(shown, wanted)

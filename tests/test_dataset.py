@@ -24,6 +24,7 @@ def test_captions_are_one_for_all_or_one_for_each():
         training_images(batch, "a\nb\nc")
     assert caption_of("a {token}  {class_word}, {token}", "sks", "dog") == "a sks dog, sks"
     assert caption_of(PROMPT, "", "dog") == "a photo of dog"
+    assert caption_of("{} in the snow", "sks", "dog") == "sks dog in the snow" and caption_of("{}", "", "dog") == "dog"
 
 
 def test_masks_are_one_for_all_or_one_for_each():

@@ -1,6 +1,5 @@
 """T-LoRAs in the layouts of other programs, read back the same."""
 
-
 import pytest
 import torch
 from foreign_files import (
@@ -18,7 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.export import LAYOUTS, export
+from tlora_core.adapters import LowRank
+from tlora_core.export import LAYOUTS, export, fused
 from tlora_core.foreign import load_any
 
 
@@ -123,3 +123,18 @@ def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(
         with pytest.raises(TLoRAError, match='"blocks.0" is not known; choose the layout kohya'):
             export(tlora, tmp_path / "out.safetensors", layout)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("base_model, path, parts, height", [
+    ("flux", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 42), ("flux2", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 54),
+    ("lumina2", "layers.0.attention.qkv", {0: 6, 6: 2, 8: 2}, 10), ("flux", "double_blocks.0.img_attn.qkv", {6: 6}, 18)])
+def test_a_fused_module_has_the_height_that_it_has_in_the_model(base_model, path, parts, height):
+    layers = {f"{path}@{row}": LowRank(torch.ones(rows, 2), torch.ones(2, 6), 1) for row, rows in parts.items()}
+    (whole,) = fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", base_model)).values()
+    assert whole.up.shape == (height, 2 * len(parts))
+
+
+def test_a_fused_module_whose_height_cannot_be_told_is_refused():
+    layers = {"layers.0.attention.qkv@6": LowRank(torch.ones(2, 2), torch.ones(2, 6), 1)}
+    with pytest.raises(TLoRAError, match="size of the module .*layers.0.attention.qkv"):
+        fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2"))

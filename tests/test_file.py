@@ -242,6 +242,12 @@ def test_fields_that_do_not_fit_are_refused(changes, named):
         replace(file, **changes)
 
 
+def test_an_update_of_a_whole_layer_beside_one_of_its_rows_is_refused():
+    layer = LowRank(torch.ones(2, 8), torch.ones(8, 2), 2)
+    with pytest.raises(TLoRAError, match="all of the layer.*rows from 0 on"):
+        make(layers={"a.b": layer, "a.b@0": layer})
+
+
 def test_layers_that_would_share_a_key_are_refused():
     layer = LowRank(torch.ones(2, 8), torch.ones(8, 2), 2)
     with pytest.raises(TLoRAError, match='"a.b_c" and "a_b.c"'):
@@ -263,6 +269,7 @@ UP, DOWN, ALPHA = FIRST + ".lora_up.weight", FIRST + ".lora_down.weight", FIRST 
 DAMAGE = {
     "newer format": (dict(format=3), "format version 3 .* update the node pack"),
     "points that are none": (dict(points=[[0, 4], "x"]), 'no valid "points"'),
+    "points beyond any number": (dict(points=[[10**400, 4], [1, 2]]), "curve"),
     "points out of order": (dict(points=[[1, 4], [0, 2]]), "curve"),
     "points against min_rank": (dict(points=[[0, 4], [1, 1]]), "do not go with"),
     "format zero": (dict(format=0), "format version is 0"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphs import TinyGraph, bake, bare_and_adapted, difference, error_of, files_below, pixels
+from graphs import TinyGraph, bake, bare_and_adapted, cached_nodes, difference, error_of, files_below, pixels
 from hostlib.server import PACK_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -263,3 +263,33 @@ def test_a_second_bake_into_parts_overwrites_nothing(server, loras, trained):
     result = server.run(graph)
     names = [line.partition(": ")[0] for node in bakes for line in result.outputs[node.id]["text"][0].splitlines()]
     assert len(set(names)) == 6 and set(names) == files_below(loras) - before
+
+
+class StopAt:
+    """Presses Stop and keep when a training reports this step."""
+
+    def __init__(self, server, step: int):
+        self.server, self.step_to_stop, self.last_step, self.asked = server, step, 0, False
+
+    def step(self, _node, _title, value, _total):
+        self.last_step = value
+        if value >= self.step_to_stop and not self.asked:
+            run = next(run for run in self.server.client.get_json("/tlora/runs") if run["state"] == "running")
+            self.server.client.request(f"/tlora/runs/{run['id']}/stop", {})
+            self.asked = True
+
+    def node_started(self, *_): ...
+
+    def finish(self): ...
+
+
+@pytest.mark.parametrize("rerun, goes_on", [("continue", True), ("auto", False)])
+def test_running_a_stopped_graph_again_goes_on_where_it_is_asked_to_and_then_no_more(server, rerun, goes_on):
+    graph = TinyGraph()
+    training = graph.train(steps=60, learning_rate=1e-3, seed=40 + goes_on, file_name=f"tests/stopped_{rerun}", rerun=rerun)
+    stop, again = StopAt(server, 5), StopAt(server, 999)
+    server.run(graph, listener=stop)
+    result = server.run(graph, listener=again)
+    assert 5 <= stop.last_step < 60
+    assert (again.last_step == 60) == goes_on == (training.id not in cached_nodes(server, result))
+    assert training.id in cached_nodes(server, server.run(graph))

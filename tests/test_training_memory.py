@@ -100,3 +100,22 @@ def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output,
         p = Personalization(*base, images(), request(2))
         p.train(2)
     assert p.checkpointing is expected and len(p.trainer.losses) == 2
+
+
+def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
+    """An inpainting model gets the masked picture beside the latents."""
+    import random_models
+
+    from tlora_core.comfy_host.memory import training_memory
+    from tlora_core.comfy_host.training import training_session
+
+    name, size = random_models.SMALL["sd15"]
+    monkeypatch.setitem(random_models.SMALL, "sd15", (name, {**size, "in_channels": 9}))
+    model = random_models.small("sd15")
+    with training_session(model):
+        denoiser = denoiser_for(model, 4, 40)
+        assert training_memory(denoiser, 1).plain > 0
+        sample, sigmas = denoiser.samples[0], torch.ones(2)
+        for count in (1, 2):
+            latents = torch.zeros(count, *sample.shape)
+            assert denoiser.output_error([sample] * count, latents, latents, sigmas[:count]).shape == latents.shape

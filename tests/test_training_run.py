@@ -85,6 +85,42 @@ def test_what_the_result_depends_on_changes_the_key(base, output):
     assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
 
 
+@pytest.mark.parametrize("size", [64, 512, 1024])
+def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.dataset import TrainingImage
+
+    white, masked = torch.ones(size, size, 3), torch.zeros(size, size)
+    other, repainted = white.clone(), masked.clone()
+    other[size // 2, size // 2 + 1, 2] = 0.9
+    repainted[3, size - 2] = 1
+    made = [TrainingImage(white), TrainingImage(other), TrainingImage(white, mask=masked), TrainingImage(white, mask=repainted),
+            TrainingImage(white, "a dog")]
+    assert len({fingerprint([image]) for image in made}) == len(made) and fingerprint(made) == fingerprint(list(made))
+
+
+def test_run_on_another_picture_on_the_same_ground_is_another_run(base, output):
+    from tlora_core.dataset import training_images
+
+    first, second = torch.ones(2, 1, 512, 512, 3)
+    first[:, 200:300, 200:300], second[:, 150:350, 250:350] = 0, 0.5
+    asked = request(2, rate=1e-3)
+    done = [run(base, asked, pictures=training_images(pixels)) for pixels in (first, second, first)]
+    assert not same(done[0].tlora, done[1].tlora) and same(done[0].tlora, done[2].tlora) and len(folders(output)) == 2
+
+
+def test_what_only_tells_the_page_is_no_other_model(base):
+    from comfy.patcher_extension import WrappersMP
+
+    from tlora_core import RankSchedule
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.comfy_host.live_rank import _Teller
+
+    told = base[0].clone()
+    told.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-live-x", _Teller(RankSchedule(4, 2), "7", None))
+    assert fingerprint(told) == fingerprint(told.clone())
+
+
 def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypatch):
     whole = run(base, file_name="run/whole", rerun="restart")
     with monkeypatch.context() as patch:
@@ -111,6 +147,65 @@ def test_cancel_leaves_the_last_checkpoint_or_saves_when_asked(base, output, mon
     done = run(base, checkpoint_every=2)
     assert done.losses == whole.losses and same(done.tlora, whole.tlora)
     assert not (cancelled / "checkpoint.pt").exists() and not list(output.rglob("*.tmp"))
+
+
+def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base, output, monkeypatch):
+    import comfy.model_management
+
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.comfy_host.training_run import TrainingRun
+
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    monkeypatch.setattr(TrainingRun, "_save", full)
+    with monkeypatch.context() as patch:
+        Wish(patch, 2, cancel)
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(base, rerun="restart", save_on_cancel=True)
+    assert (record(output)["state"], LiveRun.states()[-1]["state"]) == ("cancelled", "cancelled")
+    assert "not saved: the disk is full." in record(output)["message"]
+    with pytest.raises(TLoRAError, match="lower learning_rate.*the disk is full"):
+        run(base, request(60, rate=1e30))
+    assert (record(output)["state"], LiveRun.states()[-1]["state"]) == ("failed", "failed")
+
+
+def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monkeypatch):
+    resource = pytest.importorskip("resource")
+    from PIL import Image
+
+    from tlora_core import runs
+
+    monkeypatch.setattr(runs, "FLUSH_EVERY", -1.0)
+    recorder = runs.Recorder(runs.RunFolder.create(tmp_path, "run", "0" * 32, 999, {}), 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # of any file, in bytes
+    try:
+        for step in range(1, 200):
+            recorder.loss(step, 0.5)
+        recorder.picture(200, Image.new("RGB", (64, 64)))
+        recorder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len([r for r in caplog.records if "record of this run" in r.message]) == 1
+
+
+def test_record_goes_on_where_the_run_was_taken_up(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from tlora_core.runs import Recorder, RunFolder
+
+    folder = RunFolder.create(tmp_path, "run", "0" * 32, 9, {})
+    for first, steps, loss in ((0, (1, 2, 3, 4), 0.5), (2, (3, 4, 5), 0.25)):
+        recorder = Recorder(folder, first)
+        for step in steps:
+            recorder.loss(step, loss)
+        recorder.close()
+        for file in folder.path.glob("events*"):
+            file.rename(file.with_name(f"{file.name}.{first}"))  # the second begins within the same second
+    shown = EventAccumulator(str(folder.path)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in shown] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25), (5, 0.25)]
 
 
 def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):

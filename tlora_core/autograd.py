@@ -20,7 +20,8 @@ _INPUTS_KEPT = 4  # captions whose turn comes again and again
 
 
 class Frozen:
-    """Stands in for the forward of a layer that is not trained and is called with one tensor.
+    """Stands in for the forward of a layer that is not trained and is called with one tensor; a call with more, as of an embedding
+    in another dtype, is the layer's own.
 
     fetch: gives the layer's weight in the dtype and on the device of a tensor, for the length of a block; None for a layer
         whose weight may be kept from the forward pass to the backward pass, as autograd does.
@@ -33,9 +34,9 @@ class Frozen:
         self.run = layer.forward
         self._kept: list[Kept] = []
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
-            return self.run(x)
+    def __call__(self, x: Tensor, **options) -> Tensor:
+        if options or self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
+            return self.run(x, **options)
         if isinstance(self.layer, nn.Linear) or _is_simple_convolution(self.layer):
             return _FrozenLayer.apply(x, self)
         return _Rerun.apply(x, self.run)
@@ -154,8 +155,10 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _):
         of_adapters: dict[Adapter, tuple[Tensor, ...]] = {}
-        for group in ctx.evaluation.groups():
-            of_adapters |= group.gradients()
+        for group in ctx.evaluation.groups():  # an adapter is in one for each dtype of its layers' inputs
+            for adapter, found in group.gradients().items():
+                before = of_adapters.get(adapter)
+                of_adapters[adapter] = found if before is None else tuple(a + b for a, b in zip(before, found))
         ctx.evaluation.forget()
         return None, *(g for part in ctx.evaluation.parts
                        for g in of_adapters.get(part.adapter) or [None] * len(list(part.adapter.parameters())))

@@ -67,8 +67,8 @@ def _masks(images: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def caption_of(caption: str, token: str, class_word: str) -> str:
-    """The caption with token and class word in their places."""
-    return " ".join(caption.replace("{token}", token).replace("{class_word}", class_word).split())
+    """The caption with token and class word in their places; {} stands for both, as in Prompts (T-LoRA)."""
+    return " ".join(caption.replace("{}", "{token} {class_word}").replace("{token}", token).replace("{class_word}", class_word).split())
 
 
 def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Framed:

@@ -186,16 +186,28 @@ def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
 
 
 def _joined(tlora: TLoRAFile, path: str, names: list[str]) -> LowRank:
-    widths = _FUSED.get(path.rpartition(".")[2])
-    if widths is None:
-        raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
     layers = [(split_name(name)[1], tlora.layers[name]) for name in names]
-    up = torch.zeros(sum(widths) * layers[0][1].down.shape[1], sum(layer.up.shape[1] for _, layer in layers))
+    height = _height(tlora.base_model, path.rpartition(".")[2], layers)
+    if height is None:
+        raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
+    up = torch.zeros(height, sum(layer.up.shape[1] for _, layer in layers))
     column = 0
     for row, layer in layers:
         up[row : row + layer.up.shape[0], column : column + layer.up.shape[1]] = layer.up
         column += layer.up.shape[1]
     return LowRank(up, torch.cat([layer.down.float() for _, layer in layers]))
+
+
+def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> int | None:
+    """Rows of a fused module, of which `layers` holds (first row, update) of parts; None where that cannot be told."""
+    width = layers[0][1].down.shape[1]
+    if kind == "linear1":
+        return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
+    if kind == "qkv" and len(layers) == 3:
+        return max(row + layer.up.shape[0] for row, layer in layers)  # keys and values may have fewer heads than queries
+    if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
+        return 3 * width
+    return None
 
 
 def _split(tlora: TLoRAFile) -> dict[str, LowRank]:

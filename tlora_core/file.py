@@ -181,6 +181,9 @@ def _check_layers(file: TLoRAFile) -> None:
             raise TLoRAError(f'The layers "{twin}" and "{name}" share one name in the file; rename one of them.')
         if layer.group != group:
             raise TLoRAError(f'"{name}" has {layer.group} columns per component; "{file.method}" has {group}.')
+    for path, row in map(split_name, file.layers):
+        if path in file.layers and f"{path}@{row}" in file.layers:
+            raise TLoRAError(f'There is an update of all of the layer "{path}" and one of its rows from {row} on; keep one of them.')
     largest = max(layer.rank for layer in file.layers.values())
     if largest != file.schedule.rank:
         raise TLoRAError(f"The largest layer has rank {largest}, but the schedule is for rank {file.schedule.rank}.")
@@ -309,7 +312,8 @@ def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
     number = (int, float)
     if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points):
         raise TLoRAError('its T-LoRA metadata has no valid "points"; get the file again.')
-    return tuple((float(level), active) for level, active in points)
+    # Python reads whole numbers of any length, which no float can hold.
+    return tuple((float(max(min(level, 2), -1)), active) for level, active in points)
 
 
 def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, str]:

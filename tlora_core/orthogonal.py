@@ -149,6 +149,12 @@ def _all_frames(
     return result
 
 
+def exact_device(device: str | torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _haar_frames(
     width: int, rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
 ) -> Tensor:
@@ -159,18 +165,18 @@ def _haar_frames(
     G = torch.empty(len(generators), rank, width)
     for row, generator in zip(G, generators):
         row.normal_(generator=generator)
-    G = G.to(device)
+    G = G.to(exact_device(device))
     if width < 4 * rank:
         # Nearly square Gaussians are too ill-conditioned for the Gram matrix below.
         Q, R = torch.linalg.qr(G.mT.double())
         Q = (Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]).float()
-        return (Q.mT if rows else Q).contiguous()
+        return (Q.mT if rows else Q).contiguous().to(device)
     # G = L Q with L the Cholesky factor of G G^T, whose diagonal is positive. With width >= 4 r the condition
     # number of G is about 3, and one float32 pass leaves Q orthonormal to 1e-6. 100 times faster than QR.
     L = torch.linalg.cholesky((G @ G.mT).double())
     eye = torch.eye(rank, dtype=L.dtype, device=L.device).expand_as(L)
     inverse = torch.linalg.solve_triangular(L, eye, upper=False).float()
-    return inverse @ G if rows else G.mT @ inverse.mT
+    return (inverse @ G if rows else G.mT @ inverse.mT).to(device)
 
 
 def _kept(part: str, k: int, rank: int) -> slice:

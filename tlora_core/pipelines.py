@@ -23,7 +23,7 @@ from .errors import TLoRAError
 from .file import TLoRAFile, split_name
 from .foreign import Target, load_any
 from .foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
-from .foreign.target import exact_device
+from .orthogonal import exact_device
 from .schedule import RankSchedule
 
 _PRECISE = (torch.float32, torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ import platform
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .packages import required
 from .version import __version__
 
 RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
+FLUSH_EVERY = 20.0  # seconds
 KEY_SHOWN = 16  # digits of the key in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
 
@@ -108,33 +110,69 @@ class RunFolder:
 
 
 class Recorder:
-    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for.
+    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for. A disk that is full, or a service that
+    fails, ends that record with a warning, and not the training.
 
     Raises TLoRAError when a package is missing.
     """
 
     def __init__(self, run: RunFolder, first_step: int, wandb: bool = False):
-        writer = required("tensorboardX", "The record of a run")
-        self.events = writer.SummaryWriter(str(run.path), purge_step=first_step + 1 if first_step else None)
-        self.wandb = None
-        if wandb:
-            self.wandb = required("wandb", "log_to with wandb").init(
+        self.board = required("tensorboardX", "The record of a run")
+        service = required("wandb", "The input wandb") if wandb else None
+        self.flushed = time.monotonic()
+        self.events = self.wandb = None
+        with self._or_without("events"):
+            # The package's own writer has a thread, whose end on a full disk would leave the training waiting for it for ever.
+            self.events = self.board.event_file_writer.EventsWriter(str(run.path / "events"))
+            if first_step:  # what an earlier part of the run wrote beyond this step is void
+                log = self.board.proto.event_pb2.SessionLog(status=self.board.proto.event_pb2.SessionLog.START)
+                self._write(first_step + 1, session_log=log)
+        if service is not None:
+            self.wandb = service.init(
                 project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True)
 
     def loss(self, step: int, loss: float) -> None:
-        self.events.add_scalar("loss", loss, step)
-        if self.wandb is not None:
-            self.wandb.log({"loss": loss}, step=step)
+        with self._or_without("events"):
+            self._write(step, summary=self.board.summary.scalar("loss", loss))
+            if time.monotonic() - self.flushed > FLUSH_EVERY:
+                self._flush()
+        with self._or_without("wandb"):
+            if self.wandb is not None:
+                self.wandb.log({"loss": loss}, step=step)
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        self.events.add_image("validation", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
-        if self.wandb is not None:
-            self.wandb.log({"validation": required("wandb", "log_to").Image(picture)}, step=step)
+        with self._or_without("events"):
+            pixels = np.asarray(picture.convert("RGB"))
+            self._write(step, summary=self.board.summary.image("validation", pixels, dataformats="HWC"))
+            self._flush()
+        with self._or_without("wandb"):
+            if self.wandb is not None:
+                self.wandb.log({"validation": required("wandb", "The input wandb").Image(picture)}, step=step)
 
     def close(self) -> None:
-        self.events.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        with self._or_without("events"):
+            if self.events is not None:
+                self.events.close()
+        with self._or_without("wandb"):
+            if self.wandb is not None:
+                self.wandb.finish()
+
+    def _write(self, step: int, **content) -> None:
+        if self.events is not None:
+            self.events.write_event(self.board.proto.event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def _flush(self) -> None:
+        self.flushed = time.monotonic()
+        if self.events is not None:
+            self.events.flush()
+
+    @contextmanager
+    def _or_without(self, name: str):
+        try:
+            yield
+        except Exception as error:
+            setattr(self, name, None)
+            logging.warning("[T-LoRA] The record of this run (%s) ends here: %s", name, error)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

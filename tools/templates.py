@@ -1,7 +1,7 @@
 """What the pack's templates hold; `make_workflows.py` writes them. Positions are in the graph's pixels."""
 
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
-# As in the quickstart: what teaches the tiny base an object in about a minute.
+# What teaches the tiny base an object.
 TINY = {"token": "sks", "class_word": "heart", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
         "batch_size": 2, "method": "tlora"}
 TRAIN_SIZE = (340, 1310)  # with room for validation pictures and a message
@@ -178,7 +178,7 @@ def _train_on_one_image(template, checkpoint, note, subject, **settings):
     image = template.add("LoadImage", (0, 600), (320, 330), "Your one picture", image="example.png")
     template.group("1  A model and one picture", (-20, 360, 360, 600), BLUE)
     trained = template.add("TLoRATrainFromImage", (380, 80), TRAIN_SIZE, model=loaded["MODEL"], clip=loaded["CLIP"], vae=loaded["VAE"],
-                           image=image["IMAGE"], token="sks", class_word=subject, file_name=f"tlora/{subject}",
+                           image=image["IMAGE"], token="sks", class_word=subject, file_name="tlora/my_subject",
                            validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100, **settings)
     template.group("2  Train", (360, 0, 380, 1420), GREEN)
     prompts = template.add("TLoRAPrompts", (780, 80), (300, 220), tlora=trained["T-LoRA"],
@@ -194,7 +194,8 @@ def train_sdxl_on_one_image(template):
 2. Set `class_word` to what it is: dog, mug, person.
 3. Press **Run**. The panel at the foot of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
-Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `min_rank` 32 are the paper's.""", "dog")
+Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `min_rank` 32 are the paper's. If memory runs out, set \
+`memory` to low or `resolution` to 768. It works for SD1.5 and SD2 as well: then set *Empty Latent Image* to 512 or 768.""", "dog")
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, steps=30, cfg=5.0)
 
 
@@ -218,7 +219,7 @@ want no mask, unconnect it.
     template.group("2  Pictures with masks and captions", (360, 0, 720, 1240), PURPLE)
     trained = template.add("TLoRATrainFromImage", (1120, 80), TRAIN_SIZE, model=loaded["MODEL"], clip=loaded["CLIP"], vae=loaded["VAE"],
                            **picture[1], more_images=more["images"], framing="keep aspect ratio", token="sks", class_word="dog",
-                           file_name="tlora/dog", validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100)
+                           file_name="tlora/my_subject", validation_prompts="a photo of {token} {class_word} on the beach", validate_every=100)
     template.group("3  Train", (1100, 0, 380, 1420), GREEN)
     prompts = template.add("TLoRAPrompts", (1520, 80), (300, 220), tlora=trained["T-LoRA"],
                            prompts="a photo of {} on the beach\na photo of {} in the snow\na painting of {} in a library")
@@ -261,7 +262,7 @@ def use_a_file_from_elsewhere(template):
 *Load T-LoRA* reads the authors' checkpoints, LyCORIS and SimpleTuner files, and plain LoRAs; the report tells what matched and \
 what was assumed. Where a file says no schedule, set `min_rank`: on a plain LoRA it puts a T-LoRA's schedule.
 
-Below, the same T-LoRA is saved as our own file, for another program, and as plain files as at its noise levels. Delete what \
+Below, the same T-LoRA is saved as our own file, for another program, and as one plain LoRA, its mean over all noise levels. Delete what \
 you do not need.""")
     loaded = template.add("CheckpointLoaderSimple", (0, 420), (320, 110), models=[SDXL], ckpt_name=SDXL["name"])
     adapted = template.add("TLoRALoad", (0, 580), (320, 420), model=loaded["MODEL"], file="")

@@ -6,7 +6,7 @@ import { ask, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
 
 const WIDTH = 1000, HEIGHT = 300; // of the chart's own coordinates, stretched to the element
-const HEIGHT_IDLE = 210, HEIGHT_STRIP = 96, HEIGHT_MESSAGE = 22;
+const HEIGHT_IDLE = 210, HEIGHT_STRIP = 96, HEIGHT_MESSAGE = 38;
 
 export function duration(seconds) {
   const whole = Math.round(seconds);
@@ -140,10 +140,11 @@ class Strip {
 export class TrainingPanel {
   constructor(node) {
     this.node = node;
-    this.state = html("span", { class: "tlora-state" });
+    this.state = html("span", { class: "tlora-state", role: "status" });
     this.step = html("span", { class: "tlora-strong" });
     this.pace = html("div", { class: "tlora-numbers" });
-    this.bar = html("div", { class: "tlora-bar" }, (this.filled = html("div")));
+    this.bar = html("div", { class: "tlora-bar", role: "progressbar", "aria-label": t("training"), "aria-valuemin": 0 },
+                    (this.filled = html("div")));
     this.chart = new LossChart();
     this.strip = new Strip();
     this.message = html("div", { class: "tlora-message", role: "status" });
@@ -158,7 +159,11 @@ export class TrainingPanel {
   }
 
   button(wish) {
-    return html("button", { class: "tlora-button", title: t(`${wish}_tip`), onclick: () => this.run && ask(this.run, wish) });
+    return html("button", { class: "tlora-button", title: t(`${wish}_tip`), onclick: () => this.ask(wish) });
+  }
+
+  async ask(wish) {
+    if (this.run && !(await ask(this.run, wish))) setText(this.state, t("not_reached"));
   }
 
   update() {
@@ -170,11 +175,14 @@ export class TrainingPanel {
     setText(this.state, t(`state_${state}`));
     setText(this.step, run ? `${run.step} / ${run.steps}` : "");
     this.pace.replaceChildren(...(run ? numbers(run) : []).map((text) => html("span", {}, text)));
+    this.bar.setAttribute("aria-valuemax", run?.steps ?? 0);
+    this.bar.setAttribute("aria-valuenow", run?.step ?? 0);
     this.filled.style.width = run ? `${(100 * run.step) / run.steps}%` : "0";
     this.chart.show(run);
     this.strip.show(run);
     const said = [run?.message, run?.file && t("saved_as", { file: run.file })].filter(Boolean).join(" ");
     setText(this.message, said);
+    this.message.title = said;
     this.message.hidden = !said;
     for (const [button, wish] of [[this.stop, "stop"], [this.checkpoint, "checkpoint"]]) {
       const asked = runs && wishes.includes(wish);

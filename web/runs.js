@@ -54,5 +54,6 @@ export function follow(ended) {
 
 export const picturePath = (run, picture) => api.apiURL(`/tlora/runs/${run.id}/validation/${picture.index}`);
 
-/** Asks the server for "stop" or "checkpoint". */
-export const ask = (run, wish) => api.fetchApi(`/tlora/runs/${run.id}/${wish}`, { method: "POST" });
+/** Asks the server for "stop" or "checkpoint"; whether it has heard. */
+export const ask = (run, wish) =>
+  api.fetchApi(`/tlora/runs/${run.id}/${wish}`, { method: "POST" }).then((answer) => answer.ok, () => false);

@@ -73,8 +73,9 @@ class HostDenoiser:
             # The host may have chosen an attention kernel without a backward.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
-        self._conditions: dict[int, dict] = {}
-        self._alone: dict[int, dict] = {}
+        # By sample and size of the latent, which some models' inputs have too, such as those for inpainting.
+        self._conditions: dict[tuple, dict] = {}
+        self._alone: dict[tuple, dict] = {}
         self._texts: list[Tensor] = []
 
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
@@ -126,7 +127,7 @@ class HostDenoiser:
         in every sample it belongs to: what U-Nets make of it is then computed once (`autograd.Frozen`)."""
         if len(samples) > 1:
             return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
-        key = id(samples[0])
+        key = id(samples[0]), like.shape
         if key not in self._alone:
             inputs = comfy.samplers.cond_cat([self._condition(samples[0], like)])
             if "c_crossattn" in inputs:
@@ -142,11 +143,12 @@ class HostDenoiser:
 
     def _condition(self, sample: Sample, like: Tensor) -> dict:
         """The model's own inputs for a sample's CONDITIONING, as the host's sampler would make them; made once."""
-        if id(sample) not in self._conditions:
+        key = id(sample), like.shape
+        if key not in self._conditions:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
             noise = torch.zeros_like(like)
             encoded = comfy.samplers.encode_model_conds(
                 self.base.extra_conds, converted, noise, self.device, "positive", latent_image=noise, denoise_mask=None, seed=0)
-            self._conditions[id(sample)] = {
+            self._conditions[key] = {
                 name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()}
-        return self._conditions[id(sample)]
+        return self._conditions[key]

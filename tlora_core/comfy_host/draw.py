@@ -1,7 +1,6 @@
 """Pictures drawn by the host's own sampler: for validation, and of the class for prior preservation."""
 from collections.abc import Sequence
 
-import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
 import torch
@@ -11,6 +10,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ..images import to_picture
+from .families import is_flux
+from .noise import domain
 
 STEPS, GUIDANCE, FLUX_GUIDANCE = 20, 5.0, 3.5
 
@@ -18,23 +19,23 @@ STEPS, GUIDANCE, FLUX_GUIDANCE = 20, 5.0, 3.5
 def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], resolution: int, seed: int) -> Tensor:
     """One picture [len(prompts), resolution, resolution, 3] in 0..1 for each prompt, all from the same seed: Euler, 20 steps,
     guidance 5, or 3.5 of FLUX's own kind."""
-    is_flux = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.ModelSamplingFlux)
+    scale, told = (1.0, {"guidance": FLUX_GUIDANCE}) if is_flux(model) else (GUIDANCE, {})
+    scheduler = "simple" if domain(model.get_model_object("model_sampling")) == "flow" else "normal"
     latent = _empty_latent(model, vae, resolution)
     pictures = []
     for prompt in prompts:
-        positive, negative = (_conditioning(clip, text) for text in (prompt, ""))
+        positive, negative = (_conditioning(clip, text, told) for text in (prompt, ""))
         noise = comfy.sample.prepare_noise(latent, seed)
         drawn = comfy.sample.sample(
-            model, noise, STEPS, 1.0 if is_flux else GUIDANCE, "euler", "simple" if is_flux else "normal", positive, negative,
-            latent, disable_pbar=True, seed=seed)
+            model, noise, STEPS, scale, "euler", scheduler, positive, negative, latent, disable_pbar=True, seed=seed)
         decoded = vae.decode(drawn)
         pictures.append(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu())
     return torch.cat(pictures)
 
 
-def _conditioning(clip: CLIP, text: str) -> list:
+def _conditioning(clip: CLIP, text: str, told: dict) -> list:
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
-    return [[tensor, {**options, "guidance": FLUX_GUIDANCE}] for tensor, options in encoded]
+    return [[tensor, {**options, **told}] for tensor, options in encoded]
 
 
 def _empty_latent(model: ModelPatcher, vae: VAE, resolution: int) -> Tensor:

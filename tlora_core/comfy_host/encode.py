@@ -1,5 +1,5 @@
 """Training pictures and captions as the model takes them, made by the host's own VAE and CLIP."""
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,10 @@ class Sample:
 
 
 class Encoder:
-    """`outside` is the loss's weight outside a mask; see TrainConfig."""
+    """outside: the loss's weight outside a mask; see TrainConfig. told: what the model is told besides, such as FLUX's guidance."""
 
-    def __init__(self, clip: CLIP, vae: VAE, outside: float = 0.0):
-        self.clip, self.vae, self.outside = clip, vae, outside
+    def __init__(self, clip: CLIP, vae: VAE, outside: float = 0.0, told: Mapping[str, float] | None = None):
+        self.clip, self.vae, self.outside, self.told = clip, vae, outside, dict(told or {})
         self.unit = int(vae.spacial_compression_encode())
         self._texts: dict[str, list] = {}
 
@@ -48,8 +48,7 @@ class Encoder:
         if caption not in self._texts:
             self._texts[caption] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
         (width, height), (left, top), (now_wide, now_high) = picture.original, picture.crop, picture.size
-        # FLUX is told a guidance of 1, as the reference trains it; other models ignore it.
-        sizes = {"guidance": 1.0, "width": width, "height": height, "crop_w": left, "crop_h": top,
+        sizes = {**self.told, "width": width, "height": height, "crop_w": left, "crop_h": top,
                  "target_width": now_wide, "target_height": now_high}
         return [[tensor, {**options, **sizes}] for tensor, options in self._texts[caption]]
 

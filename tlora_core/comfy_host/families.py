@@ -1,7 +1,7 @@
 """Which layers of a model a T-LoRA is trained on, and how: by the names that model families give their layers."""
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 from .layers import diffusion_modules, is_linear
+from .tiny_base import TinySDXL
 
 # The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
 # stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out there).
@@ -59,8 +60,8 @@ class TargetLayer:
 class Defaults:
     """How to train a kind of model: the paper's settings for SDXL and FLUX, and for other models those of the nearer one.
 
-    guidance: what the model is told while training, None where it does not ask; max_gradient: where the gradient's norm is
-    clipped, None for not at all.
+    steps_of: of the methods that learn, and copy, sooner than others because they start at zero. learning_rate: AdamW's; Prodigy finds
+    its own. max_gradient: where the gradient's norm is clipped, 0 for not at all.
     """
 
     method: str
@@ -68,8 +69,8 @@ class Defaults:
     learning_rate: float
     optimizer: str
     resolution: int
-    guidance: float | None = None
-    max_gradient: float | None = None
+    max_gradient: float = 0.0
+    steps_of: Mapping[str, int] = field(default_factory=dict)
 
 
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, TargetLayer]:
@@ -98,13 +99,19 @@ def defaults_for(model: ModelPatcher) -> Defaults:
     """The settings to start from with this kind of model."""
     network = model.model.diffusion_model
     network = getattr(network, "_orig_mod", network)
-    config = model.model.model_config.unet_config
+    config = model.model.model_config
+    if isinstance(config, TinySDXL):
+        return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
     if isinstance(network, UNetModel):
         # Text as wide as 768 is SD1's, 1024 SD2's; what is wider was trained on pictures of 1024.
-        resolution = {768: 512, 1024: 768}.get(config.get("context_dim"), 1024)
-        return Defaults("tlora", 800, 1e-4, "adamw", resolution)
-    guidance = 1.0 if config.get("guidance_embed") else None
-    return Defaults("vanilla_tlora", 500, 1.0, "prodigy", 1024, guidance, max_gradient=1.0)
+        resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
+        return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
+    return Defaults("vanilla_tlora", 500, 1e-4, "prodigy", 1024, max_gradient=1.0, steps_of={"lora": 400})
+
+
+def is_flux(model: ModelPatcher) -> bool:
+    """Whether guidance is distilled into the model: it is told how much, if it asks, and sampled without a negative prompt."""
+    return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
 
 
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:

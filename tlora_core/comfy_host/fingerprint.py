@@ -1,7 +1,7 @@
 """What a training run depends on, as one hash, so that a finished run is found again and never made twice.
 
-Weights are told apart by their names, shapes, dtypes and a few values of each, which takes a moment where hashing gigabytes
-would take as long as training some steps. Something in a graph that cannot be told apart makes the hash one of a kind.
+Pictures and their masks are hashed whole. Weights are told apart by their names, shapes, dtypes and a few values of each, which takes a
+moment where hashing gigabytes would take as long as training some steps. Something in a graph that cannot be told apart makes the hash one of a kind.
 """
 import hashlib
 import uuid
@@ -12,9 +12,10 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
+from ..dataset import TrainingImage
 from .sampling import SamplingPatch
 
-WHOLE = 1 << 16  # elements up to which a tensor is hashed whole
+WHOLE = 1 << 16  # elements up to which a weight is hashed whole
 TAKEN = 64  # elements taken of a larger one
 _PLAIN = (str, int, float, bool, type(None))
 
@@ -42,6 +43,10 @@ def _add(digest, value) -> None:
         # The constants of a noise schedule are partly plain attributes.
         plain = {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN)}
         _add(digest, (type(value).__mro__[1].__name__, plain, value.state_dict()))
+    elif isinstance(value, TrainingImage):
+        _add_tensor(digest, value.pixels, whole=True)
+        _add(digest, value.caption)
+        _add_tensor(digest, torch.empty(0) if value.mask is None else value.mask, whole=True)
     elif is_dataclass(value):
         _add(digest, {field.name: getattr(value, field.name) for field in fields(value)})
     elif isinstance(value, Mapping):
@@ -59,11 +64,11 @@ def _add(digest, value) -> None:
         digest.update(uuid.uuid4().bytes)
 
 
-def _add_tensor(digest, tensor: Tensor) -> None:
+def _add_tensor(digest, tensor: Tensor, whole: bool = False) -> None:
     digest.update(f"{list(tensor.shape)} {tensor.dtype};".encode())
     flat = tensor.detach().reshape(-1)
-    if len(flat) > WHOLE:
-        flat = flat[::len(flat) // TAKEN]
+    if len(flat) > WHOLE and not whole:
+        flat = flat[::len(flat) // TAKEN | 1]  # odd, not to go down a single column
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -77,5 +82,5 @@ def _add_model(digest, model: ModelPatcher) -> None:
     options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
     transformer = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if v and k != "wrappers"}
     _add(digest, (options, transformer, model.object_patches))
-    _add(digest, [[w for ws in keyed.values() for w in ws] for keyed in model.wrappers.values() if keyed])
+    _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in model.wrappers.values() if keyed])
     _add(digest, [key for key, injections in model.injections.items() if injections])

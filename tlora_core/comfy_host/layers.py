@@ -1,6 +1,6 @@
 """The linear layers of a model that the host has loaded, by module path."""
 from collections.abc import Mapping
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from comfy.model_patcher import ModelPatcher
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from ..errors import TLoRAError
 from ..file import TLoRAFile, split_name
 
-_modules: WeakKeyDictionary = WeakKeyDictionary()
+_modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too: the model is one of them
 _COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
 
 
@@ -17,7 +17,7 @@ def diffusion_modules(diffusion_model: nn.Module) -> Mapping[str, nn.Module]:
     its blocks."""
     model = getattr(diffusion_model, _COMPILED, diffusion_model)
     if model not in _modules:
-        _modules[model] = {path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()}
+        _modules[model] = WeakValueDictionary({path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()})
     return _modules[model]
 
 

@@ -26,6 +26,8 @@ def show_active_rank(model: ModelPatcher, schedule: RankSchedule, node_id: str |
 class _Teller:
     """An APPLY_MODEL wrapper that changes nothing."""
 
+    changes_result = False  # for the fingerprint
+
     def __init__(self, schedule: RankSchedule, node_id: str, workflow: str | None):
         self.schedule, self.node_id, self.workflow = schedule, node_id, workflow
         self._told_at = 0.0

@@ -22,7 +22,7 @@ from ..trainer import Trainer, TrainingDiverged
 from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
-from .families import ATTENTION, TargetLayer, defaults_for, target_layers
+from .families import ATTENTION, TargetLayer, defaults_for, is_flux, target_layers
 from .memory import should_checkpoint
 from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
@@ -64,7 +64,7 @@ class TrainRequest:
             raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
         if self.framing not in FRAMINGS:
             raise TLoRAError(f'framing is "{self.framing}"; choose one of {", ".join(FRAMINGS)}.')
-        RankSchedule.from_text(self.rank, self.min_rank, self.alpha, self.curve)
+        _ = self.schedule  # which refuses ranks that cannot be
 
     @property
     def schedule(self) -> RankSchedule:
@@ -90,12 +90,10 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
     if config.get("optimizer", "auto") == "auto":
         # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
         config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
-        config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient or 0.0
-    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else 1e-4)
+        config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient
+    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else usual.learning_rate)
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
-    # What starts at zero learns, and copies, sooner than what starts orthogonal: the paper's steps.
-    soon = {"lora": 500, "vanilla_tlora": 500}.get(fields["method"], usual.steps)
-    config["steps"] = config.get("steps") or min(usual.steps, soon)
+    config["steps"] = config.get("steps") or usual.steps_of.get(fields["method"], usual.steps)
     fields["resolution"] = fields["resolution"] or usual.resolution
     return TrainRequest(config=TrainConfig(**config), **fields)
 
@@ -118,7 +116,7 @@ class Personalization:
         self.sampling = model.get_model_object("model_sampling")
         _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
         self._check_config()
-        encoder = Encoder(clip, vae, request.config.outside_mask)
+        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)  # as the reference trains it
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
             prior = self._draw_prior()

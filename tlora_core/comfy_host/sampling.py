@@ -35,13 +35,10 @@ from .noise import noise_level
 class TimestepAwarePatch:
     """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling.
 
-    `adapters(device, dtype)` gives the adapter of each module path; `schedule` that of the file. `on_evaluation`, where
-    given, is told (timesteps [B], active rank or ranks) at each evaluation.
-    """
+    `adapters(device, dtype)` gives the adapter of each module path; `schedule` that of the file."""
 
-    def __init__(self, adapters: Callable[[torch.device, torch.dtype], Mapping[str, Factors]], schedule: RankSchedule,
-                 on_evaluation: Callable | None = None):
-        self.adapters, self.schedule, self.on_evaluation = adapters, schedule, on_evaluation
+    def __init__(self, adapters: Callable[[torch.device, torch.dtype], Mapping[str, Factors]], schedule: RankSchedule):
+        self.adapters, self.schedule = adapters, schedule
 
     def __call__(self, executor, x, sigma, *args, **kwargs):
         base = executor.class_obj
@@ -49,8 +46,6 @@ class TimestepAwarePatch:
         modules = diffusion_modules(base.diffusion_model)
         adapters = self.adapters(x.device, base.get_dtype_inference())
         active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
-        if self.on_evaluation is not None:
-            self.on_evaluation(timesteps, self._active(self.schedule.rank, timesteps, T))
         foldable = self.foldable(base, modules, adapters, x) if all(isinstance(a, int) for a in active.values()) else {}
         beside, within = [], []
         for name, adapter in adapters.items():
@@ -72,9 +67,6 @@ class TimestepAwarePatch:
 
     def active(self, base, rank, timesteps, T) -> int | torch.LongTensor:
         """How many components of a layer of `rank` are on in this evaluation: see masking.add_low_rank."""
-        return self._active(rank, timesteps, T)
-
-    def _active(self, rank, timesteps, T):
         ranks = self.schedule.for_rank(rank).active_ranks(timesteps, T)
         first = int(ranks[0])
         return first if bool((ranks == first).all()) else ranks

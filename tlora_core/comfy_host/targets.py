@@ -6,8 +6,9 @@ from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
 from ..file import split_name
-from ..foreign.target import Target, exact_device
+from ..foreign.target import Target
 from ..names import plain_name
+from ..orthogonal import exact_device
 from .layers import diffusion_modules, is_linear
 from .noise import domain, noise_level
 

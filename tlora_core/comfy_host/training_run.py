@@ -97,6 +97,11 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     return TrainingRun(personalization, found, keeping, file_name, node_id).go()
 
 
+def stopped_runs() -> int:
+    """How many runs have been stopped before their last step since the host started: a number that changes when one is."""
+    return TrainingRun.stopped
+
+
 def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
     live = LiveRun.begin(node_id, request.config.steps, len(outcome.losses), str(request))
     for step, loss in enumerate(outcome.losses, 1):
@@ -134,6 +139,8 @@ def _hash(name: str) -> str:
 class TrainingRun:
     """One run from where it stands to its end."""
 
+    stopped = 0  # runs of this process
+
     def __init__(self, personalization: Personalization, folder: RunFolder, keeping: Keeping, file_name: str,
                  node_id: str | None):
         self.personalization, self.trainer = personalization, personalization.trainer
@@ -160,11 +167,9 @@ class TrainingRun:
             self._cancelled()
             raise
         except TrainingDiverged as error:
-            outcome = self._end("failed", str(error))
-            raise TLoRAError(f"{error} It is saved as {outcome.file}.") from error
+            raise TLoRAError(f"{error} {self._saved_all_the_same(str(error))}") from error
         except Exception as error:
-            self.folder.update(state="failed", message=str(error), step=self.trainer.step)
-            self.live.finish("failed", str(error))
+            self._ended_badly("failed", str(error), step=self.trainer.step)
             raise
         finally:
             self.recorder.close()
@@ -220,6 +225,7 @@ class TrainingRun:
 
     def _end(self, state: str, message: str = "") -> Outcome:
         if state == "stopped":
+            TrainingRun.stopped += 1
             self.folder.save_checkpoint(self.trainer.state_dict())  # for those who change their mind
         name = name_of(self._save())
         self.folder.update(state=state, message=message)
@@ -229,11 +235,29 @@ class TrainingRun:
         # What the file gives, not what it was made from: the next run of the graph finds the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
+    def _saved_all_the_same(self, message: str) -> str:
+        """The last good state of a training that has failed, in a file where the disk takes it; says which."""
+        try:
+            return f"It is saved as {self._end('failed', message).file}."
+        except TLoRAError as error:
+            self._ended_badly("failed", f"{message} {error}")
+            return str(error)
+
     def _cancelled(self) -> None:
         message, file = "", ""
         if self.keeping.save_on_cancel and self.trainer.step:
-            self.folder.save_checkpoint(self.trainer.state_dict())
-            file = name_of(self._save())
-            message = f"cancelled at step {self.trainer.step} and saved as {file}"
-        self.folder.update(state="cancelled", message=message)
-        self.live.finish("cancelled", message, file)
+            try:
+                self.folder.save_checkpoint(self.trainer.state_dict())
+                file = name_of(self._save())
+                message = f"cancelled at step {self.trainer.step} and saved as {file}"
+            except TLoRAError as error:
+                message = f"cancelled at step {self.trainer.step} and not saved: {error}"
+        self._ended_badly("cancelled", message, file)
+
+    def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
+        """The page first, as the disk may be what has failed."""
+        self.live.finish(state, message, file)
+        try:
+            self.folder.update(state=state, message=message, **more)
+        except TLoRAError as error:
+            logging.warning("[T-LoRA] %s", error)

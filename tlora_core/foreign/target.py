@@ -37,11 +37,6 @@ class Target:
     device: torch.device | str = "cpu"
 
 
-def exact_device(device: torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 @dataclass
 class Matches:
     """Which of a file's layers were found, and why the rest was not."""
