@@ -33,7 +33,7 @@ class LoadTLoRA(io.ComfyNode):
                     tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing."),
             ],
             outputs=[io.Model.Output(tooltip="The model with the T-LoRA."),
-                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save and Schedule Preview."),
+                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
                      io.String.Output(display_name="report", tooltip="What was matched, what not, and what was assumed.")],
             hidden=[io.Hidden.unique_id])
 
@@ -63,7 +63,7 @@ class ApplyTLoRA(io.ComfyNode):
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 strength_input(),
             ],
-            outputs=[io.Model.Output()],
+            outputs=[io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
@@ -72,7 +72,7 @@ class ApplyTLoRA(io.ComfyNode):
 
 
 def _applied(model, tlora, strength, node_id):
-    return show_active_rank(apply_tlora(model, tlora, strength), tlora.schedule, node_id)
+    return show_active_rank(apply_tlora(model, tlora, strength), tlora.schedule, node_id if strength else None)
 
 
 class SaveTLoRA(io.ComfyNode):

@@ -23,8 +23,8 @@ class TLoRAEvaluate(io.ComfyNode):
                 io.String.Input("prompts", force_input=True, tooltip="The prompt of each batch, from Prompts (T-LoRA)."),
                 io.Image.Input("concept", tooltip="The pictures that it was trained on."),
                 io.Combo.Input("clip_model", options=[*encoder_names(CLIP_TYPES), _NONE],
-                               tooltip=f"A CLIP model's folder in models/{FOLDER}: config.json, model.safetensors, "
-                                       "preprocessor_config.json and its tokenizer. The paper uses ViT-B/32."),
+                               tooltip=f"A CLIP model's folder in models/{FOLDER}: config.json, model.safetensors or "
+                                       "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32."),
                 io.Combo.Input("dino_model", options=[_NONE, *encoder_names(DINO_TYPES)],
                                tooltip="A DINO model's folder in the same place, for a second measure of likeness that looks more at "
                                        "details; none leaves it out."),

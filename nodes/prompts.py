@@ -23,7 +23,7 @@ class TLoRAPrompts(io.ComfyNode):
                                tooltip="own: the text above. live, object: the paper's 31 prompts for animals or for things, and "
                                        "its neutral one."),
             ],
-            outputs=[io.String.Output(display_name="prompts", is_output_list=True)])
+            outputs=[io.String.Output(display_name="prompts", is_output_list=True, tooltip="One after the other, for CLIP Text Encode.")])
 
     @classmethod
     def execute(cls, prompts, subject, tlora=None, prompt_set=_OWN):

@@ -22,7 +22,7 @@ class TLoRASchedulePreview(io.ComfyNode):
                 io.Sigmas.Input("sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."),
                 curve_input(),
             ],
-            outputs=[io.Image.Output()])
+            outputs=[io.Image.Output(tooltip="The curve, for Preview Image.")])
 
     @classmethod
     def execute(cls, rank, min_rank, alpha, tlora=None, model=None, sigmas=None, curve=""):

@@ -20,7 +20,7 @@ class TinyBaseModel(io.ComfyNode):
             node_id="TLoRATinyBaseModel", display_name="Tiny Base Model (T-LoRA)", category=CATEGORY,
             description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA without "
                         "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
-            outputs=[io.Model.Output(), io.Clip.Output(), io.Vae.Output()])
+            outputs=[io.Model.Output(tooltip="The diffusion model."), io.Clip.Output(tooltip="Its text encoder."), io.Vae.Output(tooltip="Its VAE.")])
 
     @classmethod
     def execute(cls):
@@ -41,7 +41,8 @@ class TinySampleConcept(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
                              tooltip="Another seed gives other poses."),
             ],
-            outputs=[io.Image.Output(), io.String.Output(display_name="class_word", tooltip="What kind of thing it is.")])
+            outputs=[io.Image.Output(tooltip="The pictures, 64 x 64."),
+                     io.String.Output(display_name="class_word", tooltip="What kind of thing it is.")])
 
     @classmethod
     def execute(cls, concept, background, place, count, seed):

@@ -1,5 +1,6 @@
 """T-LoRA Evaluate: its measures on tiny CLIP and DINO models, which models it takes, and the node on the server."""
 import json
+import os
 
 import pytest
 import torch
@@ -134,13 +135,35 @@ def test_best_obeys_most_among_those_about_as_alike():
     assert marked[0].startswith("400")
 
 
-def test_folder_of_another_kind_or_with_a_pickle_is_refused(folders, tmp_path):
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(folders, tmp_path):
     with pytest.raises(TLoRAError, match="type vit"):
         ImageEncoder(folders / "dino", CLIP_TYPES)
-    (tmp_path / "config.json").write_text((folders / "dino" / "config.json").read_text())
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(TLoRAError, match="model.safetensors"):
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((folders / "dino" / name).read_text())
+    torch.save({"x": torch.zeros(1), "y": Payload(tmp_path / "made")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(TLoRAError, match="cannot be loaded.*pytorch_model.bin"):
         ImageEncoder(tmp_path, DINO_TYPES)
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_in_openais_own_layout_are_read_the_same(folders, tmp_path):
+    from safetensors.torch import load_file
+
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((folders / "dino" / name).read_text())
+    torch.save(load_file(folders / "dino" / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    shown = pictures(2, 3)
+    assert torch.equal(ImageEncoder(tmp_path, DINO_TYPES).images(shown), ImageEncoder(folders / "dino", DINO_TYPES).images(shown))
 
 
 def test_papers_prompt_sets_have_its_numbers_and_a_place_for_the_subject():

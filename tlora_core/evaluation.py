@@ -1,12 +1,13 @@
 """Image similarity, text similarity and diversity of generated pictures, as the T-LoRA paper measures them (section 4).
 
-CLIP and DINO come from transformers folders on disk; nothing is downloaded, and weights are read from safetensors only.
+CLIP and DINO come from transformers folders on disk; nothing is downloaded, and no code in them runs.
 """
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -49,14 +50,14 @@ class ImageEncoder:
         if model_type(folder) not in types:
             raise TLoRAError(f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.')
         try:
-            # Texts are read with the pack's own words for what is missing; pickles are never opened.
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+            # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
+            self.model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True, dtype=torch.float32)
             preparation = json.loads((folder / "preprocessor_config.json").read_text())
             self.mean, self.std = (torch.tensor(preparation[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise TLoRAError(
-                f'"{folder.name}" cannot be loaded ({one_line(error)}); its folder needs config.json, model.safetensors and '
-                "preprocessor_config.json as published for transformers.") from error
+                f'"{folder.name}" cannot be loaded ({one_line(error)}); its folder needs config.json, model.safetensors (or '
+                "pytorch_model.bin) and preprocessor_config.json as published for transformers.") from error
         self.model.eval().to(device)
         self.side = getattr(self.model.config, "vision_config", self.model.config).image_size
 

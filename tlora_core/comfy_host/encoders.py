@@ -22,7 +22,7 @@ def load_encoder(name: str, types: Sequence[str]) -> ImageEncoder:
     if found is None:
         raise TLoRAError(f'"{name}" is not in the folder models/{FOLDER} any more; press R to refresh the list and choose another.')
     device = comfy.model_management.get_torch_device()
-    size = sum(file.stat().st_size for file in found.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in (*found.glob("*.safetensors"), *found.glob("*.bin")))
     comfy.model_management.free_memory(size, device)
     return ImageEncoder(found, types, device)
 
