@@ -1,5 +1,7 @@
 """T-LoRAs in the layouts of other programs, read back the same."""
 
+import sys
+
 import pytest
 import torch
 from foreign_files import (
@@ -138,3 +140,19 @@ def test_a_fused_module_whose_height_cannot_be_told_is_refused():
     layers = {"layers.0.attention.qkv@6": LowRank(torch.ones(2, 2), torch.ones(2, 6), 1)}
     with pytest.raises(TLoRAError, match="size of the module .*layers.0.attention.qkv"):
         fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2"))
+
+
+def test_a_reference_export_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    tlora = load_of("orthogonal", tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(TLoRAError, match="disk is full"):
+        patch.setattr(sys.modules["tlora_core.export"], "write_tensors", full)
+        export(tlora, tmp_path / "out", "reference")
+    assert sorted(tmp_path.iterdir()) == before
+    weights = export(tlora, tmp_path / "out", "reference")
+    assert weights.exists() and (tmp_path / "out" / "logs" / "hparams.yml").exists()
+    with pytest.raises(TLoRAError, match='"out" could not be made'):
+        export(tlora, tmp_path / "out", "reference")

@@ -45,6 +45,14 @@ def test_tensor_and_scalar_agree_exactly(schedule, times, num_timesteps):
         assert ranks.tolist() == [schedule.active_rank(v, num_timesteps) for v in t.tolist()]
 
 
+@given(schedules, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
+def test_a_layers_ranks_are_one_number_where_all_agree(schedule, times, data):
+    layer_rank = data.draw(st.integers(1, schedule.rank))
+    wanted = [schedule.for_rank(layer_rank).active_rank(t, 1) for t in torch.tensor(times).tolist()]
+    found = schedule.active_of_layer(layer_rank, torch.tensor(times), 1, torch.device("cpu"))
+    assert found == wanted[0] and isinstance(found, int) if len(set(wanted)) == 1 else found.tolist() == wanted
+
+
 @given(schedules, st.floats(0, 1), st.floats(0, 1))
 def test_rank_falls_with_noise_between_its_ends(schedule, a, b):
     low, high = sorted((a, b))

@@ -4,6 +4,8 @@
 is not what a T-LoRA was trained for. "reference" is the layout of the paper's own code, which applies the mask again.
 """
 
+import shutil
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -125,23 +127,29 @@ def _norm_or_one(rows: Tensor) -> Tensor:
 
 def _write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
     steps = tlora.training.get("steps")
-    checkpoint = folder / f"checkpoint-{steps if type(steps) is int and steps > 0 else 1}"
     is_flux = all(family_of(name) == "flux" for name in tlora.layers)
+    inside = Path(f"checkpoint-{steps if type(steps) is int and steps > 0 else 1}",
+                  "lora.pt" if is_flux else "pytorch_lora_weights.safetensors")
     settings = _hparams(tlora)
+    temporary = folder.with_name(f".tlora-{uuid.uuid4().hex}.tmp")  # there as a whole, or not at all
     try:
-        checkpoint.mkdir(parents=True)
-        (folder / "logs").mkdir()
+        (temporary / inside).parent.mkdir(parents=True)
+        (temporary / "logs").mkdir()
+        write_whole(temporary / "logs" / "hparams.yml", lambda path: path.write_text(settings, encoding="utf-8"))
+        if is_flux:
+            write_whole(temporary / inside, lambda path: torch.save(tensors, path))
+        else:
+            write_tensors(temporary / inside, tensors, {"format": "pt"})
+        if folder.exists():
+            raise FileExistsError("it is there already")
+        temporary.rename(folder)
     except OSError as error:
         raise TLoRAError(
             f'The folder "{folder.name}" could not be made ({error}); choose a name that is not there yet.'
         ) from error
-    write_whole(folder / "logs" / "hparams.yml", lambda path: path.write_text(settings, encoding="utf-8"))
-    weights = checkpoint / ("lora.pt" if is_flux else "pytorch_lora_weights.safetensors")
-    if is_flux:
-        write_whole(weights, lambda path: torch.save(tensors, path))
-    else:
-        write_tensors(weights, tensors, {"format": "pt"})
-    return weights
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / inside
 
 
 def _hparams(tlora: TLoRAFile) -> str:

@@ -149,6 +149,12 @@ def split_name(name: str) -> tuple[str, int]:
     return path, int(row or 0)
 
 
+def fits(name: str, update: tuple[int, int], module: tuple[int, int]) -> bool:
+    """Whether an update of shape (out, in), by the name of its layer, goes onto a module of that shape."""
+    path, row = split_name(name)
+    return update[1] == module[1] and (update[0] == module[0] if name == path else row + update[0] <= module[0])
+
+
 def _check_fields(file: TLoRAFile) -> None:
     if not isinstance(file.method, str) or file.method not in METHODS:
         raise TLoRAError(f"method is {file.method!r}; this version knows {', '.join(METHODS)}.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .adapters import LowRank
 from .attach import Attachment, attached
 from .errors import TLoRAError
-from .file import TLoRAFile, split_name
+from .file import TLoRAFile, fits, split_name
 from .foreign import Target, load_any
 from .foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
 from .orthogonal import exact_device
@@ -96,13 +96,9 @@ class _Applied:
         """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or [B]."""
         t, T = _noise_level(self.pipe, kind, torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1))
         t = t.expand(len(sample)) if len(t) == 1 else t
-        active = {rank: self._active(rank, t, T, sample.device) for rank in {update.rank for _, update, _ in self.updates}}
+        active = {rank: self.schedule.active_of_layer(rank, t, T, sample.device) for rank in {update.rank for _, update, _ in self.updates}}
         copies = self._on(sample.device, sample.dtype)
         return [Attachment(layer, update, active[update.rank], row) for layer, update, row in copies]
-
-    def _active(self, rank: int, t: Tensor, T: float, device: torch.device) -> int | Tensor:
-        ranks = self.schedule.for_rank(rank).active_ranks(t, T)
-        return int(ranks[0]) if bool((ranks == ranks[0]).all()) else ranks.to(device)
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> list[_Update]:
         if self._copies_for != (device, dtype):
@@ -256,7 +252,7 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
     rows, updates = rows_by_path(_shapes(linears)), []
     for name, layer in tlora.layers.items():
         path, row = split_name(name)
-        out_features, in_features = layer.up.shape[0], layer.down.shape[1]
+        have = layer.up.shape[0], layer.down.shape[1]
         there = rows.get(path)
         if there is None:
             raise TLoRAError(
@@ -264,13 +260,12 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
                 "pipeline of the kind of model it was trained on."
             )
         whole = (there[-1].stop, linears[there[0].module].in_features)
-        fits = row + out_features <= whole[0] if "@" in name else out_features == whole[0]
-        if not fits or in_features != whole[1]:
+        if not fits(name, have, whole):
             raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is {out_features}x{in_features} "
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is {have[0]}x{have[1]} "
                 f"and pipe's {whole[0]}x{whole[1]}; use a pipeline of the kind of model it was trained on."
             )
-        for part, wanted, first in overlap(there, row, row + out_features):
+        for part, wanted, first in overlap(there, row, row + have[0]):
             update = LowRank(layer.up[wanted] * strength, layer.down, layer.group)
             updates.append(_Update(linears[part.module], update, first))
     return updates

@@ -121,6 +121,12 @@ class RankSchedule:
         ranks = [self.active_rank(t, num_timesteps) for t in timesteps.tolist()]
         return torch.tensor(ranks, dtype=torch.long, device=timesteps.device)
 
+    def active_of_layer(self, layer_rank: int, timesteps: Tensor, num_timesteps: float, device: torch.device) -> int | LongTensor:
+        """How many components of a layer of that rank are on at timesteps [B], as masking.add_low_rank takes it: one number where all
+        agree, else int64 [B] on `device`."""
+        ranks = self.for_rank(layer_rank).active_ranks(timesteps.cpu(), num_timesteps)  # from a GPU once, not for each number
+        return int(ranks[0]) if bool((ranks == ranks[0]).all()) else ranks.to(device)
+
     def for_rank(self, layer_rank: int) -> "RankSchedule":
         """The schedule of a layer whose own rank is layer_rank <= rank.
 

@@ -31,6 +31,17 @@ LOOK_AT = """async ([title, scale]) => {
     await new Promise(resolve => setTimeout(resolve, 700));
     return [node.size[0] * scale, node.size[1] * scale];
 }"""
+# Moves the canvas until a panel is where nothing of the interface covers it.
+BRING = """async selector => {
+    const {canvas} = window.app, frame = () => new Promise(requestAnimationFrame);
+    for (let i = 0; i < 10; i++) {
+        const {left, top} = document.querySelector(selector).getBoundingClientRect();
+        canvas.ds.offset = [canvas.ds.offset[0] + (500 - left) / canvas.ds.scale, canvas.ds.offset[1] + (300 - top) / canvas.ds.scale];
+        canvas.setDirty(true, true);
+        await frame();
+        await frame();
+    }
+}"""
 SET = """([type, values]) => window.app.graph.nodes.filter(node => node.type === type).forEach(node => {
     for (const widget of node.widgets) if (widget.name in values) widget.value = values[widget.name];
 })"""
@@ -51,7 +62,7 @@ def shoot(page, name: str, title: str, scale: float = 1.0, above: float = 30) ->
 
 
 def element(page, path: Path, selector: str) -> None:
-    """One of the pack's panels, by a selector."""
+    """One of the pack's panels, by a CSS selector."""
     page.locator(selector).first.screenshot(path=path)
     print(path.relative_to(REPO))
 
@@ -61,7 +72,7 @@ def run(page) -> None:
 
 
 def panel(page) -> None:
-    """The Train node in the middle of the quickstart's training, dark and light."""
+    """The Train node in the middle of the quickstart's training."""
     load_workflow(page, workflow("quickstart"))
     page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}])
     set_setting(page, "Comfy.VueNodes.Enabled", True)
@@ -70,10 +81,7 @@ def panel(page) -> None:
                            "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
                            timeout=3 * RUN_MS)
     shoot(page, "train_node", "Train T-LoRA from Image")
-    for palette, folder in (("light", SCREENSHOTS), ("dark", HELP)):
-        set_setting(page, "Comfy.ColorPalette", palette)
-        page.wait_for_timeout(500)
-        element(page, folder / f"panel_{palette}.png", ".tlora-panel[data-state]")
+    element(page, HELP / "panel_dark.png", ".tlora-panel[data-state]")
     set_setting(page, "Comfy.VueNodes.Enabled", False)
 
 
@@ -87,7 +95,8 @@ def schedule(page) -> None:
     element(page, HELP / "schedule_sampling.png", ".tlora-panel:has(.tlora-live)")
     page.evaluate(SET, ["TLoRATrainFromImage", {"curve": "0:32, 0.35:28, 0.6:12, 1:6"}])
     page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'TLoRATrainFromImage').widgets[0].callback?.()")
-    page.evaluate(LOOK_AT, ["Train T-LoRA from Image", 1.0])
+    page.evaluate(BRING, ".tlora-panel:has(.tlora-handle)")
+    page.wait_for_timeout(300)
     element(page, HELP / "schedule_curve.png", ".tlora-panel:has(.tlora-handle)")
 
 

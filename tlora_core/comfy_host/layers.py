@@ -6,7 +6,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import nn
 
 from ..errors import TLoRAError
-from ..file import TLoRAFile, split_name
+from ..file import TLoRAFile, fits, split_name
 
 _modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too: the model is one of them
 _COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
@@ -50,10 +50,9 @@ def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
             f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
             f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on.")
     for name, layer in tlora.layers.items():
-        path, row = split_name(name)
-        have, want = (layer.up.shape[0], layer.down.shape[1]), (modules[path].out_features, modules[path].in_features)
-        fits = row + have[0] <= want[0] if "@" in name else have[0] == want[0]
-        if not fits or have[1] != want[1]:
+        module = modules[split_name(name)[0]]
+        have, want = (layer.up.shape[0], layer.down.shape[1]), (module.out_features, module.in_features)
+        if not fits(name, have, want):
             raise TLoRAError(
                 f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is "
                 f"{have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; connect the kind of model it was trained on.")

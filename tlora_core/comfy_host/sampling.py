@@ -67,9 +67,7 @@ class TimestepAwarePatch:
 
     def active(self, base, rank, timesteps, T) -> int | torch.LongTensor:
         """How many components of a layer of `rank` are on in this evaluation: see masking.add_low_rank."""
-        ranks = self.schedule.for_rank(rank).active_ranks(timesteps, T)
-        first = int(ranks[0])
-        return first if bool((ranks == first).all()) else ranks
+        return self.schedule.active_of_layer(rank, timesteps, T, timesteps.device)
 
     def to(self, target):
         """The host moves everything that has `.to` to the sampling device, then casts it to the model's dtype, which

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..adapters import LowRank
 from ..errors import TLoRAError
-from ..file import split_name
+from ..file import fits, split_name
 from ..names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
@@ -118,9 +118,7 @@ def _path_itself(module: str) -> Place | None:
 
 
 def _check_shape(name: str, have: tuple[int, int], want: tuple[int, int]) -> None:
-    row = split_name(name)[1]
-    fits = row + have[0] <= want[0] if "@" in name else have[0] == want[0]
-    if not fits or have[1] != want[1]:
+    if not fits(name, have, want):
         raise TLoRAError(
             f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; "
             "connect the kind of model it was trained on."
