@@ -223,3 +223,17 @@ def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", counted)
         assert len(in_node(work)) == 2
+
+
+def test_copies_of_a_tlora_that_was_trained_on_top_of_leave_the_device(base):
+    import random_models
+
+    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.comfy_host.training import training_session
+
+    model = apply_tlora(base[0], random_models.random_tlora(base[0], 4))
+    (patch,) = (w for keyed in model.wrappers.values() for each in keyed.values() for w in each)
+    with training_session(model):
+        patch.adapters(torch.device("meta"), torch.float32)
+        assert patch.adapters._copies
+    assert not patch.adapters._copies

@@ -40,7 +40,15 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
                 yield
         finally:
             comfy.model_management.in_training = was_training
+            _move_off(model)
             comfy.model_management.soft_empty_cache()
+
+
+def _move_off(model: ModelPatcher) -> None:
+    """What wrappers on the model, such as a T-LoRA that was trained on top of, have put on the device; the host does it after a sampling."""
+    for wrapper in (w for keyed in model.wrappers.values() for each in keyed.values() for w in each):
+        if hasattr(wrapper, "to"):
+            wrapper.to(torch.device("cpu"))
 
 
 @contextmanager
