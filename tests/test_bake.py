@@ -2,6 +2,7 @@
 import errno
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -294,3 +295,18 @@ def test_a_file_that_was_to_be_replaced_stays_when_saving_fails(tmp_path):
     with pytest.raises(TLoRAError, match="NaN"):
         save_all([(good, new), (bad, old)], torch.float32)
     assert old.read_bytes() == b"kept" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("points", [((0.0, 2), (0.5, 8), (1.0, 4)), ((0.0, 6), (0.3, 6), (0.6, 1), (1.0, 8)), ((0.1, 5), (0.9, 3))])
+@pytest.mark.parametrize("ends", [(0, 1), (0.2, 0.7), (0, 0), (0.5, 0.5)])
+def test_baked_over_an_interval_is_the_mean_of_any_curve(points, ends):
+    tlora = make(8, 0)
+    schedule = RankSchedule(8, min(active for _, active in points), 1.0, points)
+    tlora = replace(tlora, schedule=schedule)
+    first, last = (level * 1000 for level in ends)
+    times = np.linspace(first, last, 4001)
+    share = np.mean([[schedule.active_rank(t, 1000) > i for i in range(8)] for t in times], axis=0)
+    (name,) = [name for name in tlora.layers if tlora.layers[name].rank == 8][:1]
+    layer = tlora.layers[name]
+    wanted = sum(share[i] * layer.up[:, layer.group * i:layer.group * (i + 1)] @ layer.down[layer.group * i:layer.group * (i + 1)] for i in range(8))
+    torch.testing.assert_close(update(bake_interval(tlora, first, last), name), wanted.double(), rtol=0.02, atol=0.02)

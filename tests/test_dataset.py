@@ -1,7 +1,7 @@
 """Training pictures: captions, masks, framing."""
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tlora_core import TLoRAError
@@ -57,6 +57,16 @@ def test_aspect_framing_keeps_shape_and_says_what_it_cut():
     tall = frame(TrainingImage(pictures(1, 1000, 610)[0]), ASPECT, 1024, 8)
     assert tall.size == (768, 1280) and tall.crop[0] + tall.crop[1] > 0
     assert frame(TrainingImage(pictures(1, 64, 64)[0]), ASPECT, 64, 8).pixels.shape == (64, 64, 3)
+
+
+@given(st.integers(20, 4000), st.integers(20, 4000), st.sampled_from([64, 512, 1024]))
+@example(2191, 3934, 1024)
+@example(1600, 425, 512)
+@settings(max_examples=40)
+def test_aspect_framing_never_asks_for_more_than_the_picture(width, height, resolution):
+    picture = torch.zeros(1, 1, 1).expand(height, width, 3)
+    framed = frame(TrainingImage(picture), ASPECT, resolution, 8)
+    assert framed.size == bucket(width, height, resolution, 8) and min(framed.crop) >= 0
 
 
 @given(st.integers(16, 5000), st.integers(16, 5000), st.sampled_from([(64, 8), (512, 8), (1024, 8), (1024, 16)]))

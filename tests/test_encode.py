@@ -158,3 +158,15 @@ def test_timesteps_follow_interval_and_density(comfy):
         draw_sigmas(discrete, 1, generator, "mode")
     with pytest.raises(TLoRAError, match="min_snr_gamma"):
         min_snr_weight(flow, torch.ones(1), 5.0)
+
+
+def test_pictures_meet_in_a_batch_only_where_their_texts_are_as_long():
+    from tlora_core.comfy_host.encode import buckets
+
+    def text(tokens):
+        return [[torch.zeros(1, tokens, 8), {}]]
+
+    square, wide = torch.zeros(4, 8, 8), torch.zeros(4, 8, 12)
+    made = [sample(square, conditioning=text(23)), sample(square, conditioning=text(27)), sample(wide, conditioning=text(23)),
+            sample(square, conditioning=text(23))]
+    assert buckets(made) == [[0, 3], [1], [2]]

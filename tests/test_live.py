@@ -148,14 +148,14 @@ def test_validation_pictures_span_the_training_when_there_are_too_many(live):
 
 def test_page_gets_runs_and_pictures_and_404_for_what_is_not_there(live):
     run = live.LiveRun.begin("7", steps=10)
-    run.validation(1, Image.new("RGB", (4096, 1024)), [])
+    run.validation(1, Image.new("RGB", (4096, 1024)), ["a", "b", "c", "d"])
     run.validation(2, Image.new("RGBA", (64, 64), (1, 2, 3, 255)), [])
     listed, large, small, no_picture, no_number, no_run = ask(
         ("GET", "/tlora/runs", {}), *[("GET", f"/tlora/runs/{path}", {}) for path in (
             f"{run.id}/validation/0", f"{run.id}/validation/1", f"{run.id}/validation/2", f"{run.id}/validation/..%2f1",
             "../../etc/validation/0")])
     assert [state["id"] for state in json.loads(listed[1])] == [run.id]
-    assert Image.open(io.BytesIO(large[1])).size == (1024, 256)
+    assert Image.open(io.BytesIO(large[1])).size == (3072, 768)
     assert Image.open(io.BytesIO(small[1])).getpixel((5, 5)) == (1, 2, 3)
     assert [answer[0] for answer in (no_picture, no_number, no_run)] == [404, 404, 404]
 

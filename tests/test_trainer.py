@@ -93,6 +93,22 @@ def test_every_optimizer_learns(optimizer):
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
+def test_adafactor_moves_factors_as_far_as_adamw_at_the_same_rate():
+    moved = {name: (run(TrainConfig(steps=50, learning_rate=1e-3, optimizer=name))[1].B).norm() for name in ("adamw", "adafactor")}
+    assert 0.3 < moved["adafactor"] / moved["adamw"] < 3
+
+
+def test_schedules_of_other_names_are_others():
+    rates = {}
+    for name in LR_SCHEDULES:
+        adapter = new_adapter()
+        trainer, rates[name] = Trainer({"layer": adapter}, TrainConfig(steps=40, lr_schedule=name)), []
+        trainer.run(Toy(adapter), 40, lambda *_, t=trainer, r=rates[name]: r.append(t.optimizer.param_groups[0]["lr"]))
+    assert len({tuple(each) for each in rates.values()}) == len(LR_SCHEDULES)
+    with pytest.raises(TLoRAError, match="above 1e-07"):
+        Trainer({"layer": new_adapter()}, TrainConfig(learning_rate=1e-8, lr_schedule="polynomial"))
+
+
 @pytest.mark.parametrize("name", LR_SCHEDULES)
 def test_learning_rate_follows_its_schedule(name):
     adapter = new_adapter()
@@ -228,6 +244,25 @@ def test_loss_that_diverges_stops_at_the_last_good_state(factor, bad_step):
     assert raised.value.kept_step == trainer.step == len(trainer.losses) == SNAPSHOT_EVERY
     assert bad_step <= raised.value.step < bad_step + 8
     assert torch.equal(adapter.B, denoiser.states[SNAPSHOT_EVERY]) and not torch.equal(adapter.B, denoiser.states[-1])
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e4])
+@pytest.mark.parametrize("config", [{"optimizer": "schedule_free"}, {"ema_decay": 0.9}], ids=str)
+def test_result_of_a_run_that_diverged_is_that_of_the_last_good_state(config, factor):
+    config = TrainConfig(steps=100, learning_rate=0.01, **config)
+    results = []
+    for bad_step, steps in ((1000, SNAPSHOT_EVERY), (SNAPSHOT_EVERY + 3, 100)):
+        adapter = new_adapter()
+        trainer = Trainer({"layer": adapter}, config)
+        try:
+            trainer.run(Breaking(adapter, bad_step, factor), steps)
+        except TrainingDiverged as error:
+            assert error.kept_step == SNAPSHOT_EVERY
+        with trainer.result():
+            results.append(adapter.B.detach().clone())
+    good, kept = results
+    # Of schedule_free what it goes on from is kept, and not its average, which lies near.
+    assert kept.isfinite().all() and (kept - good).abs().max() < (0.15 if "schedule_free" in str(config) else 1e-6) * good.abs().max()
 
 
 def test_run_that_was_taken_up_and_diverges_is_back_where_it_was_taken_up():

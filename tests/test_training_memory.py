@@ -119,3 +119,28 @@ def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
         for count in (1, 2):
             latents = torch.zeros(count, *sample.shape)
             assert denoiser.output_error([sample] * count, latents, latents, sigmas[:count]).shape == latents.shape
+
+
+def test_each_prior_picture_has_the_same_chance_whatever_its_shape(comfy, monkeypatch):
+    import random_models
+
+    from tlora_core import RankSchedule, make_adapters
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.comfy_host.encode import Sample
+    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.comfy_host.training import training_session
+    from tlora_core.config import TrainConfig
+
+    model = random_models.flux(256, (1, 1), 64, 32)
+    texts = random_models.conditioning(model, 8)
+    prior = [Sample(torch.zeros(16, 8, 8 if i else 12), None, None, texts) for i in range(4)]
+    adapters = make_adapters("lora", "last_random", {name: layer.shape for name, layer in target_layers(model).items()}, 2, 0)
+    with training_session(model):
+        denoiser = HostDenoiser(model, adapters, RankSchedule(2, 2), prior[:1], TrainConfig(prior_weight=1.0), prior)
+        seen = []
+        monkeypatch.setattr(denoiser, "_loss", lambda samples, generator: seen.append(samples) or torch.zeros(()))
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(400):
+            list(denoiser.losses([0], generator))
+    share = sum(samples[0].shape[-1] == 12 for samples in seen[1::2]) / 400
+    assert 0.18 < share < 0.32

@@ -208,19 +208,49 @@ def test_record_goes_on_where_the_run_was_taken_up(tmp_path):
     assert [(e.step, e.value) for e in shown] == [(1, 0.5), (2, 0.5), (3, 0.25), (4, 0.25), (5, 0.25)]
 
 
-def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
+def test_last_validation_pictures_put_no_finished_training_at_risk(base, output, monkeypatch):
+    import comfy.model_management
+
+    from tlora_core.comfy_host.personalize import Personalization
+
+    def cancelled(*args):
+        raise comfy.model_management.InterruptProcessingException
+
+    for draw, name in ((cancelled, "run/cancelled"), (lambda *args: 1 / 0, "run/failed")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Personalization, "draw", draw)
+            try:
+                run(base, file_name=name, rerun="restart", validation_prompts=PROMPTS, validate_every=6)
+            except comfy.model_management.InterruptProcessingException:
+                assert draw is cancelled
+        assert record(output)["state"] == "done" and record(output)["step"] == 6 and list((output / "loras").glob(f"{name}*"))
+        assert not list(output.rglob("checkpoint.pt"))
+
+
+def test_validation_pictures_that_fail_end_no_training(base, output, monkeypatch, caplog):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host import training_run
+    from tlora_core.runs import RunFolder
 
     def full(*args):
         raise TLoRAError("the disk is full.")
 
+    monkeypatch.setattr(RunFolder, "save_picture", full)
+    assert len(run(base, validation_prompts=PROMPTS, validate_every=2).losses) == 6
+    assert sum("No validation pictures" in r.message for r in caplog.records) == 3
+
+
+def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
+    from tlora_core import TLoRAError
+
+    def full(*args):
+        raise TLoRAError("the device is gone.")
+
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "strip", full)
-        with pytest.raises(TLoRAError, match="disk is full"):
-            run(base, validation_prompts=PROMPTS, validate_every=3, checkpoint_every=2)
-    assert record(output)["state"] == "failed" and record(output)["message"] == "the disk is full."
-    assert len(run(base, validation_prompts=PROMPTS, validate_every=3, checkpoint_every=2).losses) == 6
+        Wish(patch, 3, full)
+        with pytest.raises(TLoRAError, match="device is gone"):
+            run(base, checkpoint_every=2)
+    assert record(output)["state"] == "failed" and record(output)["message"] == "the device is gone."
+    assert len(run(base, checkpoint_every=2).losses) == 6
     assert len(folders(output)) == 1
 
 

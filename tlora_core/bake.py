@@ -46,11 +46,12 @@ def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
     low, high = sorted((first, last))
 
     def weights(schedule: RankSchedule) -> list[float]:
-        times = switch_times(schedule, T)
         if low == high:
-            return [float(t >= low) for t in times]
+            active = schedule.active_rank(low, T)
+            return [1.0] * active + [0.0] * (schedule.rank - active)
         # Rounded, since the time of a component that is on only at one end of the interval is exact only to the last bits.
-        return [round(max(min(t, high) - low, 0.0) / (high - low), 12) for t in times]
+        return [round(sum(max(min(end, high) - max(start, low), 0.0) for start, end in spans) / (high - low), 12)
+                for spans in spans_on(schedule, T)]
 
     return _baked(tlora, weights, {"mode": "interval", "first": first, "last": last})
 
@@ -76,22 +77,36 @@ def split_steps(tlora: TLoRAFile, parts: int) -> list[tuple[TLoRAFile, float]]:
     return [_part(tlora, part, parts, always) for part in range(parts)]
 
 
-@lru_cache
-def switch_times(schedule: RankSchedule, num_timesteps: float) -> tuple[float, ...]:
-    """For each component the largest t in [0, T] at which it is on, T = num_timesteps; it is on at every t below, too.
+Span = tuple[float, float]
 
-    Found by bisection of r(t), which stays the only copy of its formula.
+
+@lru_cache
+def spans_on(schedule: RankSchedule, num_timesteps: float) -> tuple[tuple[Span, ...], ...]:
+    """For each component the spans of t in [0, T] in which it is on, T = num_timesteps.
+
+    Found by bisection of r(t), which stays the only copy of its formula, between the points of a curve, where it rises or falls only.
     """
-    times = []
-    for component in range(schedule.rank):
-        on, off = 0.0, float(num_timesteps)
-        if component < schedule.min_rank:
-            on = off
-        for _ in range(64):  # as many halvings as make the distance vanish beside T
-            middle = (on + off) / 2
-            on, off = (middle, off) if schedule.active_rank(middle, num_timesteps) > component else (on, middle)
-        times.append(on)
-    return tuple(times)
+    T = float(num_timesteps)
+    bends = sorted({0.0, T, *(level * T for level, _ in schedule.points)})
+    return tuple(tuple(span for ends in zip(bends, bends[1:]) if (span := _span_on(schedule, component, ends, T)))
+                 for component in range(schedule.rank))
+
+
+def _span_on(schedule: RankSchedule, component: int, ends: Span, T: float) -> Span | None:
+    """The part of a span without a bend in which the component is on."""
+    is_on = [schedule.active_rank(t, T) > component for t in ends]
+    if is_on[0] == is_on[1]:
+        return ends if is_on[0] else None
+    on, off = ends if is_on[0] else reversed(ends)
+    for _ in range(64):  # as many halvings as make the distance vanish beside T
+        middle = (on + off) / 2
+        on, off = (middle, off) if schedule.active_rank(middle, T) > component else (on, middle)
+    return (ends[0], on) if is_on[0] else (on, ends[1])
+
+
+def switch_times(schedule: RankSchedule, num_timesteps: float) -> tuple[float, ...]:
+    """For each component of a falling schedule the largest t at which it is on; it is on at every t below, too."""
+    return tuple(max((end for _, end in spans), default=0.0) for spans in spans_on(schedule, num_timesteps))
 
 
 def when_on(tlora: TLoRAFile, timestep: float) -> str:

@@ -84,7 +84,7 @@ def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Fra
     else:
         target = bucket(width, height, resolution, unit)
         scale = max(target[0] / width, target[1] / height)
-        cut = (target[0] / scale, target[1] / scale)
+        cut = (min(target[0] / scale, width), min(target[1] / scale, height))  # rounding may go a hair beyond the picture
         box = ((width - cut[0]) / 2, (height - cut[1]) / 2, *cut)
         original, crop = (width, height), (round(box[0] * scale), round(box[1] * scale))
     mask = None if image.mask is None else resized(image.mask, box, target, Image.Resampling.BOX)

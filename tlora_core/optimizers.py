@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
+_RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # with one restart and power 1 they would be cosine and linear again
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
@@ -30,7 +31,8 @@ def make_optimizer(parameters: list[Tensor], config: "TrainConfig") -> torch.opt
         return required("prodigyopt", "optimizer prodigy").Prodigy(
             parameters, rate, betas, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True)
     if config.optimizer == "adafactor":
-        return torch.optim.Adafactor(parameters, rate, weight_decay=decay)
+        # As large a step as AdamW's at the same rate: by default it is a share of the parameter, and factors that start at zero stay there.
+        return torch.optim.Adafactor(parameters, rate, eps=(None, 1.0), weight_decay=decay)
     if config.optimizer == "schedule_free":
         optimizer = required("schedulefree", "optimizer schedule_free").AdamWScheduleFree(
             parameters, rate, betas, weight_decay=decay, warmup_steps=config.warmup_steps)
@@ -49,8 +51,11 @@ def make_lr_schedule(optimizer: torch.optim.Optimizer, config: "TrainConfig") ->
     if config.lr_schedule == "constant" and not config.warmup_steps:
         return None
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
+    if name == "polynomial" and config.learning_rate <= _POLYNOMIAL_END:
+        raise TLoRAError(f"learning_rate is {config.learning_rate:g}; set it above {_POLYNOMIAL_END:g}, to which lr_schedule polynomial falls.")
     get_scheduler = required("diffusers.optimization", f"lr_schedule {name}").get_scheduler
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps, num_cycles=_RESTARTS,
+                         power=_POWER)
 
 
 def flow_density(name: str, count: int, generator: torch.Generator) -> Tensor:

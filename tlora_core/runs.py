@@ -127,9 +127,10 @@ class Recorder:
             if first_step:  # what an earlier part of the run wrote beyond this step is void
                 log = self.board.proto.event_pb2.SessionLog(status=self.board.proto.event_pb2.SessionLog.START)
                 self._write(first_step + 1, session_log=log)
-        if service is not None:
-            self.wandb = service.init(
-                project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True)
+        with self._or_without("wandb"):
+            if service is not None:
+                self.wandb = service.init(
+                    project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True)
 
     def loss(self, step: int, loss: float) -> None:
         with self._or_without("events"):

@@ -62,6 +62,7 @@ class Trainer:
         self.step = 0
         self.losses: list[float] = []
         self._good = [torch.empty_like(p, device="cpu", requires_grad=False) for p in self.parameters]
+        self._good_average = [torch.empty_like(p) for p in self._good] if config.ema_decay else []
         self._keep_as_good()
 
     def run(self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
@@ -126,10 +127,7 @@ class Trainer:
         step = len(self.losses)
         what = divergence(self.losses, loss)
         if what is not None:
-            _write(self.parameters, self._good)
-            if self.average is not None:
-                _write(self.average, self._good)
-            self.step = self._good_step
+            self._back_to_good()
             del self.losses[self.step:]
             raise TrainingDiverged(step, self.step, what)
         self.losses.append(loss)
@@ -182,7 +180,16 @@ class Trainer:
 
     def _keep_as_good(self) -> None:
         _write(self._good, self.parameters)
+        _write(self._good_average, self.average or ())
         self._good_step = self.step
+
+    def _back_to_good(self) -> None:
+        _write(self.parameters, self._good)
+        _write(self.average or (), self._good_average)
+        for parameter, good in zip(self.parameters, self._good):
+            if "z" in (state := self.optimizer.state[parameter]):  # of schedule_free, whose result lies between it and the parameter
+                _write([state["z"]], [good])
+        self.step = self._good_step
 
 
 def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConfig,

@@ -81,7 +81,8 @@ class HostDenoiser:
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
         yield self._loss([self.samples[row] for row in rows], generator)
         if self.prior:
-            bucket = self.prior_buckets[int(torch.randint(len(self.prior_buckets), (1,), generator=generator))]
+            row = int(torch.randint(len(self.prior), (1,), generator=generator))  # so that each picture has the same chance
+            bucket = next(bucket for bucket in self.prior_buckets if row in bucket)
             chosen = torch.randint(len(bucket), (len(rows),), generator=generator).tolist()
             yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
 

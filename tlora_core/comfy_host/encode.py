@@ -72,8 +72,8 @@ def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
-    """Rows of the samples of each shape."""
-    rows: dict[torch.Size, list[int]] = {}
+    """Rows of the samples that fit into a batch: of one shape, with texts of one length, as not every model pads them."""
+    rows: dict[tuple, list[int]] = {}
     for row, sample in enumerate(samples):
-        rows.setdefault(sample.shape, []).append(row)
+        rows.setdefault((sample.shape, sample.conditioning[0][0].shape), []).append(row)
     return list(rows.values())

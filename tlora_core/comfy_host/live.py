@@ -26,7 +26,7 @@ EVENT_EVERY = 0.25  # seconds
 RATE_OVER = 10.0  # seconds of steps that make the steps per second
 RUNS_KEPT = 6
 PICTURES_KEPT = 50
-PICTURE_SIDE = 1024  # pixels; larger validation pictures are shrunk
+PICTURE_SIDE = 768  # pixels of one validation picture; larger ones are shrunk
 CURVE_POINTS = 1000
 
 State = Literal["running", "done", "found", "stopped", "cancelled", "failed"]
@@ -114,7 +114,7 @@ class LiveRun:
     def validation(self, step: int, picture: Image.Image, captions: Sequence[str]) -> None:
         """A picture sampled with the state of `step`; it may show several prompts side by side, a caption for each."""
         shrunk = picture.convert("RGB")
-        shrunk.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        shrunk.thumbnail((PICTURE_SIDE * max(len(captions), 1), PICTURE_SIDE))
         kind = "PNG" if max(shrunk.size) <= 256 else "JPEG"
         content = io.BytesIO()
         shrunk.save(content, kind, quality=90)

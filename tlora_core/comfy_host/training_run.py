@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy.utils import ProgressBar
 
+from ..container import one_line
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
 from ..file import TLoRAFile, write_whole
@@ -153,7 +154,7 @@ class TrainingRun:
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
-        self.asked_checkpoint = False
+        self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
         if first:
             self.live.note(f"going on from step {first} of an earlier run")
 
@@ -164,7 +165,8 @@ class TrainingRun:
                 self._pause()
             return self._end("done" if self.trainer.step == self.steps else "stopped")
         except InterruptProcessingException:
-            self._cancelled()
+            if not self.is_kept:
+                self._cancelled()
             raise
         except TrainingDiverged as error:
             raise TLoRAError(f"{error} {self._saved_all_the_same(str(error))}") from error
@@ -190,7 +192,7 @@ class TrainingRun:
         if self.asked_checkpoint or (keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps):
             self._checkpoint(file=self.asked_checkpoint or keeping.checkpoint_files)
             self.asked_checkpoint = False
-        if keeping.validate_every and (step % keeping.validate_every == 0 or step == self.steps):
+        if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
             self._validate()
 
     def _checkpoint(self, file: bool) -> None:
@@ -208,12 +210,19 @@ class TrainingRun:
         self.live.note(message)
 
     def _validate(self) -> None:
+        """Pictures that cannot be drawn or saved end no training either."""
         step = self.trainer.step
-        drawn = self.personalization.draw(self.prompts)
-        picture = strip(drawn, self.prompts)
-        self.folder.save_picture(step, picture)
-        self.recorder.picture(step, picture)
-        self.live.validation(step, strip(drawn), self.prompts)
+        try:
+            drawn = self.personalization.draw(self.prompts)
+            self.live.validation(step, strip(drawn), self.prompts)
+            picture = strip(drawn, self.prompts)
+            self.recorder.picture(step, picture)
+            self.folder.save_picture(step, picture)
+        except InterruptProcessingException:
+            raise
+        except Exception as error:
+            logging.warning("[T-LoRA] No validation pictures at step %s: %s", step, error)
+            self.live.note(f"no validation pictures at step {step}: {one_line(error)}")
 
     def _save(self) -> Path:
         path = new_lora_path(self.file_name)
@@ -229,9 +238,14 @@ class TrainingRun:
             self.folder.save_checkpoint(self.trainer.state_dict())  # for those who change their mind
         name = name_of(self._save())
         self.folder.update(state=state, message=message)
-        if state == "done":
-            self.folder.forget_checkpoint()
-        self.live.finish(state, message, name)
+        self.is_kept = True
+        try:
+            if state == "done":
+                self.folder.forget_checkpoint()
+                if self.keeping.validate_every:  # only now, as whoever cancels the last pictures is to keep the training
+                    self._validate()
+        finally:
+            self.live.finish(state, message, name)
         # What the file gives, not what it was made from: the next run of the graph finds the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
@@ -239,7 +253,7 @@ class TrainingRun:
         """The last good state of a training that has failed, in a file where the disk takes it; says which."""
         try:
             return f"It is saved as {self._end('failed', message).file}."
-        except TLoRAError as error:
+        except Exception as error:
             self._ended_badly("failed", f"{message} {error}")
             return str(error)
 
