@@ -160,7 +160,7 @@ def test_timesteps_follow_interval_and_density(comfy):
         min_snr_weight(flow, torch.ones(1), 5.0)
 
 
-def test_pictures_meet_in_a_batch_only_where_their_texts_are_as_long():
+def test_pictures_meet_in_a_batch_only_where_their_texts_are_as_long(comfy):
     from tlora_core.comfy_host.encode import buckets
 
     def text(tokens):
