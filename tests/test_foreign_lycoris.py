@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
 from tlora_core.foreign import load_any, orthogonal
 from tlora_core.foreign.orthogonal import singular_vectors
-from tlora_core.foreign.target import exact_device
 from tlora_core.names import plain_name
+from tlora_core.orthogonal import exact_device
 
 TINY_BASE = Path(__file__).resolve().parents[1] / "tlora_core" / "tiny" / "weights" / "tiny_base.safetensors"
 
