@@ -13,7 +13,6 @@ from scipy import stats
 
 from tlora_core import STARTS, TLoRAError, orthogonal_start, orthogonal_starts
 from tlora_core.bidiagonal import chi_squares, count_below, singular_values
-from tlora_core.orthogonal import exact_device
 
 SAMPLES = 4000
 OUT, IN, RANK = 12, 9, 2
@@ -214,7 +213,3 @@ def test_bad_choices_and_weights_are_one_sentence_each():
         orthogonal_start("last_weight", 8, 8, 2, weight=torch.full((8, 8), float("nan")))
     with pytest.raises(TLoRAError, match="one at a time"):
         orthogonal_starts("last_weight", [(8, 8)], 2, seed=0)
-
-
-def test_a_device_without_float64_leaves_the_exact_part_to_the_cpu():
-    assert [exact_device(name).type for name in ("mps", "cpu", "cuda")] == ["cpu", "cpu", "cuda"]
