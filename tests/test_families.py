@@ -141,3 +141,20 @@ def test_looking_at_a_models_layers_does_not_keep_it_in_memory(make):
     del model, layers
     gc.collect()
     assert network() is None
+
+
+def test_layers_are_those_that_the_model_has_now(make):
+    """A node may put another module in a layer's place, and back again."""
+    import random_models
+
+    from tlora_core.comfy_host.layers import check_layers
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    model = make["flux"]()
+    tlora, block = random_models.random_tlora(model, 4), model.model.diffusion_model.double_blocks[0].img_attn
+    own = block.proj
+    block.proj = torch.nn.Linear(own.in_features, own.out_features)
+    apply_tlora(model, tlora)
+    block.proj = own
+    gc.collect()
+    check_layers(model, tlora)

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..errors import TLoRAError
-from .layers import diffusion_modules, is_linear
+from .layers import is_linear, modules_by_path
 from .tiny_base import TinySDXL
 
 # The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
@@ -83,7 +83,7 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, Targ
 
     Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
     """
-    linear = {path: module for path, module in diffusion_modules(model.model.diffusion_model).items()
+    linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items()
               if is_linear(module)}
     attention, feed_forward = _attention(linear), _feed_forward(linear)
     if which not in (ATTENTION, WITH_FEED_FORWARD):

@@ -8,21 +8,26 @@ from torch import nn
 from ..errors import TLoRAError
 from ..file import TLoRAFile, fits, split_name
 
-_modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too: the model is one of them
+_modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
 _COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
 
 
+def modules_by_path(diffusion_model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules as they are now. Sees through torch.compile's wrappers, of the whole model or of its blocks."""
+    model = getattr(diffusion_model, _COMPILED, diffusion_model)
+    return {path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()}
+
+
 def diffusion_modules(diffusion_model: nn.Module) -> Mapping[str, nn.Module]:
-    """The model's modules by path, looked up once a sampling. Sees through torch.compile's wrappers, of the whole model or of
-    its blocks."""
+    """`modules_by_path`, looked up once a sampling or training: not at every evaluation."""
     model = getattr(diffusion_model, _COMPILED, diffusion_model)
     if model not in _modules:
-        _modules[model] = WeakValueDictionary({path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()})
+        _modules[model] = WeakValueDictionary(modules_by_path(model))
     return _modules[model]
 
 
 def forget_modules(patcher: ModelPatcher) -> None:
-    """To be called wherever nodes may have put other modules into the model since they were looked up."""
+    """To be called before and after each sampling and training, as nodes may put other modules into the model in between."""
     model = patcher.model.diffusion_model
     _modules.pop(getattr(model, _COMPILED, model), None)
 
@@ -43,7 +48,7 @@ def is_linear(module: nn.Module | None) -> bool:
 
 def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
     """Raises TLoRAError when one of the T-LoRA's layers is missing in the model or has another shape there."""
-    modules = diffusion_modules(model.model.diffusion_model)
+    modules = modules_by_path(model.model.diffusion_model)
     missing = [name for name in tlora.layers if not is_linear(modules.get(split_name(name)[0]))]
     if missing:
         raise TLoRAError(

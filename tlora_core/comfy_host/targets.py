@@ -1,5 +1,7 @@
 """A loaded model as the readers of foreign files need it: the host's own table of names, shapes, and original weights."""
 
+from collections.abc import Mapping
+
 import comfy.lora
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -9,7 +11,7 @@ from ..file import split_name
 from ..foreign.target import Target
 from ..names import plain_name
 from ..orthogonal import exact_device
-from .layers import diffusion_modules, is_linear
+from .layers import is_linear, modules_by_path
 from .noise import domain, noise_level
 
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
@@ -18,14 +20,13 @@ _PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 def target_of(model: ModelPatcher) -> Target:
     """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
-    modules = diffusion_modules(model.model.diffusion_model)
-    linear = {path: module for path, module in modules.items() if is_linear(module)}
+    linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)}
     sampling = model.get_model_object("model_sampling")
     _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
     return Target(
         names=_names(model),
         shapes={path: (module.out_features, module.in_features) for path, module in linear.items()},
-        weight=lambda name, rows: _original_weight(model, name, rows),
+        weight=lambda name, rows: _original_weight(model, linear, name, rows),
         base_model=type(model.model.model_config).__name__.lower(),
         num_timesteps=num_timesteps,
         noise_domain=domain(sampling),
@@ -47,12 +48,12 @@ def _names(model: ModelPatcher) -> dict[str, str]:
     return names
 
 
-def _original_weight(model: ModelPatcher, name: str, rows: int) -> torch.Tensor:
+def _original_weight(model: ModelPatcher, linear: Mapping[str, torch.nn.Module], name: str, rows: int) -> torch.Tensor:
     """The layer's weight as loaded, float32 [rows, in] on the CPU, without the patches that lie on it now."""
     path, row = split_name(name)
     key = f"{_PREFIX}{path}{_WEIGHT}"
     patched = model.backup.get(key)
-    weight = patched.weight if patched is not None else diffusion_modules(model.model.diffusion_model)[path].weight
+    weight = patched.weight if patched is not None else linear[path].weight
     weight = weight.detach()
     if type(weight.data) is not torch.Tensor or weight.dtype not in _PRECISE or weight.is_meta:
         raise TLoRAError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..attach import replaced_forward
 from ..autograd import Frozen
 from ..checkpointing import Checkpointed
+from .layers import forget_modules
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
     with torch.inference_mode(False), torch.enable_grad():
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         network = model.model.diffusion_model
+        forget_modules(model)
         for module in network.modules():
             _leave_inference_mode(module)
         try:
@@ -41,6 +43,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
         finally:
             comfy.model_management.in_training = was_training
             _move_off(model)
+            forget_modules(model)
             comfy.model_management.soft_empty_cache()
 
 
