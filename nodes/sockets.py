@@ -29,7 +29,8 @@ def rank_inputs(rank: int = 64, min_rank: int = 32):
 def alpha_input():
     return io.Float.Input(
         "alpha", default=1.0, min=0.05, max=10.0, step=0.05, advanced=True,
-        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer ranks are on at middle noise, below 1 more.")
+        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer ranks are on at middle noise, below 1 more. "
+                "On the tiny base 0.5 and 2 made no difference that could be told.")
 
 
 def curve_input():
