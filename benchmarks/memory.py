@@ -84,9 +84,19 @@ def host_on_meta():
         (management, "load_models_gpu", lambda *args, **kwargs: None),
         (management, "get_free_memory", lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40),
         (Trainer, "_keep_as_good", lambda trainer: None), (Reading, "value", lambda reading: 0.1),
-        # Prodigy asks whether a parameter is all zero, of which it would keep no copy: it is taken not to be.
-        (torch.Tensor, "any", lambda tensor: True), (torch.Tensor, "item", lambda tensor: 1.0),
         (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v))]
+    with _replaced(stand_ins):
+        yield
+
+
+def _prodigy_reads():
+    """For an optimizer's step alone: Prodigy reads sums, and asks whether a parameter is all zero, of which it would keep no copy; it is
+    taken not to be. Nothing else of a step may read a number."""
+    return _replaced([(torch.Tensor, "any", lambda tensor: True), (torch.Tensor, "item", lambda tensor: 1.0)])
+
+
+@contextmanager
+def _replaced(stand_ins):
     before = [(place, name, getattr(place, name)) for place, name, _ in stand_ins]
     try:
         for place, name, stand_in in stand_ins:
@@ -138,7 +148,13 @@ def step(model, tokens, size, rank, checkpointing):
     tensors = [*trainer.parameters, *(b for adapter in adapters.values() for b in adapter.buffers())]
     sample = Sample(torch.zeros(base.latent_format.latent_channels, size, size), None, None, random_models.conditioning(model, tokens))
     update, kernels = trainer._update, []
-    trainer._update = lambda: (kernels.append(counter.kernels), update())
+
+    def counted_update():
+        kernels.append(counter.kernels)
+        with _prodigy_reads():
+            update()
+
+    trainer._update = counted_update
     with training_session(model, checkpointing), Counter([*weights, *tensors]) as counter:
         denoiser = HostDenoiser(model, adapters, RankSchedule(rank, rank), [sample], trainer.config)
         base.model_sampling.to(META)
