@@ -33,6 +33,12 @@ ONLY_TRAINING = """([steps, seed]) => {
 }"""
 
 
+# A run as the server tells of it.
+RUN = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "title": "Train", "state": "running", "step": 3, "steps": 9,
+       "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]], "rate": 0.5, "left": 12, "memory": 2048, "memory_kind": "device peak",
+       "pictures": [], "wishes": [], "message": "", "file": ""}
+
+
 @pytest.fixture(scope="module")
 def browser(chromium):
     with opened_browser(chromium) as browser:
@@ -59,6 +65,12 @@ def begin(page, steps: int, seed: int) -> None:
     load_workflow(page, QUICKSTART)
     page.evaluate(ONLY_TRAINING, [steps, seed])
     page.get_by_test_id("queue-button").click()
+
+
+def tell(page, run: dict) -> None:
+    """As an event of the server does."""
+    page.evaluate("""run => import("/scripts/api.js").then(({api}) =>
+        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run})))""", run)
 
 
 def press(page, text: str) -> None:
@@ -148,17 +160,35 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     assert ours(page.complaints) == []
 
 
+def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_heard(page):
+    load_workflow(page, QUICKSTART)
+    tell(page, RUN)
+    wait_for(page, "panel.state === 'running'")
+    bar = page.get_by_role("progressbar", name="Training")
+    assert [bar.get_attribute(name) for name in ("aria-valuemin", "aria-valuenow", "aria-valuemax")] == ["0", "3", "9"]
+    state = page.locator(".tlora-state")
+    assert state.get_attribute("role") == "status"
+
+    said = state.text_content()
+    page.route("**/runs/x/stop", lambda route: route.fulfill(status=409, json={"error": "The run has ended."}))
+    page.route("**/runs/x/checkpoint", lambda route: route.abort())
+    with page.expect_response("**/runs/x/stop"):
+        press(page, "Stop and keep")
+    assert state.text_content() == said  # that it has ended comes by itself
+    press(page, "Checkpoint now")
+    page.get_by_text("The server did not answer").wait_for()
+    tell(page, RUN | {"sequence": 2, "step": 4})
+    wait_for(page, "panel.step === 4")
+    assert state.text_content() == said
+
+
 def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_enlarged(page, server):
     """On a record as the server sends it, since a training makes no such texts."""
     load_workflow(page, QUICKSTART)
     hostile = "<img src=x onerror=window.hacked=1>"
-    run = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "title": hostile, "state": "failed", "step": 3, "steps": 9,
-           "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]], "rate": 0.5, "left": 12, "memory": 2048, "memory_kind": "device peak",
-           "pictures": [{"index": i, "step": 10 * i, "captions": [hostile, f"prompt {i}"]} for i in range(3)],
-           "wishes": [], "message": hostile, "file": ""}
     page.route("**/validation/*", lambda route: route.fulfill(content_type="image/svg+xml", body="<svg xmlns='http://www.w3.org/2000/svg'/>"))
-    page.evaluate("""run => import("/scripts/api.js").then(({api}) =>
-        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run})))""", run)
+    tell(page, RUN | {"state": "failed", "title": hostile, "message": hostile,
+                      "pictures": [{"index": i, "step": 10 * i, "captions": [hostile, f"prompt {i}"]} for i in range(3)]})
     shown = wait_for(page, "panel.state === 'failed'")
     assert shown["message"] == hostile and shown["numbers"] == "2.0 s/step2.0 GB GPU peak"
     assert page.evaluate("() => [window.hacked, document.querySelectorAll('.tlora img[src=x]').length]") == [None, 0]

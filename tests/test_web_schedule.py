@@ -175,7 +175,8 @@ def test_curve_is_bent_with_mouse_and_keys(graph):
     handles = graph.locator(".tlora-handle")
     handles.nth(2).wait_for()
     assert curve() == "0:20, 0.5:4, 1:10"
-    graph.mouse.move(*at(0.5, 4))
+    x, y = at(0.5, 4)
+    graph.mouse.move(x + 10, y)  # a point is taken hold of from beside it, too
     graph.mouse.down()
     graph.mouse.move(*at(0.25, 16), steps=4)
     graph.mouse.up()

@@ -54,6 +54,6 @@ export function follow(ended) {
 
 export const picturePath = (run, picture) => api.apiURL(`/tlora/runs/${run.id}/validation/${picture.index}`);
 
-/** Asks the server for "stop" or "checkpoint"; whether it has heard. */
+/** Asks the server for "stop" or "checkpoint"; whether it has heard. A run that has just ended (409) needs neither. */
 export const ask = (run, wish) =>
-  api.fetchApi(`/tlora/runs/${run.id}/${wish}`, { method: "POST" }).then((answer) => answer.ok, () => false);
+  api.fetchApi(`/tlora/runs/${run.id}/${wish}`, { method: "POST" }).then((answer) => answer.ok || answer.status === 409, () => false);
