@@ -32,12 +32,12 @@ def test_four_scenes_are_drawn_with_and_without_and_the_tlora_changes_each(resul
 
 
 def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_the_prompts(result):
-    """Measured when it was made: 0.16 to 0.24 from the concept with, 0.24 to 0.30 without."""
-    concept = next(c for c in world.CONCEPTS if c.name == "olive heart")
+    """Measured when it was made: 0.13 to 0.18 from the concept with, 0.22 to 0.27 without."""
+    concept = next(c for c in world.CONCEPTS if c.name == "lime circle")
     with_tlora, without = (torch.from_numpy(np.stack(pictures(result, name)) / 255.0).float() for name in ("with", "without"))
     distance = ConceptMatcher(concept).distance
-    assert distance(with_tlora).mean() < distance(without).mean() - 0.04
-    assert distance(with_tlora).min() < 0.19
+    assert distance(with_tlora).mean() < distance(without).mean() - 0.06
+    assert distance(with_tlora).min() < 0.16
     shown = tiny_gate.load_scorer().predict(with_tlora)["background"].tolist()
     wanted = [list(world.BACKGROUNDS).index(name) for name in ("meadow", "snow", "yellowwall", "greywall")]
     assert sum(a == b for a, b in zip(shown, wanted)) >= 3 and list(world.BACKGROUNDS).index("beach") not in shown
@@ -45,6 +45,6 @@ def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_
 
 def test_file_is_a_tlora_that_knows_how_it_was_trained(result):
     tlora = TLoRAFile.load(result.tlora_files[0])
-    assert (tlora.method, tlora.token, tlora.class_word) == ("tlora", "sks", "heart")
+    assert (tlora.method, tlora.token, tlora.class_word) == ("tlora", "sks", "circle")
     assert tlora.schedule.min_rank * 2 == tlora.schedule.rank
     assert tlora.training["steps_done"] == tlora.training["steps"] == 350

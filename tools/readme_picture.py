@@ -13,7 +13,7 @@ from tlora_core.tiny import world
 
 SIDE, GAP, LABEL = 160, 8, 26
 SCENES = ("in a meadow", "in the snow", "yellow background", "grey background")
-CONCEPT = "olive heart"
+CONCEPT = "lime circle"
 
 
 def training_picture() -> Image.Image:

@@ -2,7 +2,7 @@
 
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
 # What teaches the tiny base an object.
-TINY = {"token": "sks", "class_word": "heart", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
+TINY = {"token": "sks", "class_word": "circle", "rank": 32, "min_rank": 16, "steps": 350, "learning_rate": 0.0015, "resolution": 64,
         "batch_size": 2, "method": "tlora"}
 TRAIN_SIZE = (340, 1310)  # with room for validation pictures and a message
 BLUE, GREEN, PURPLE, RED = "#3f789e", "#8A8", "#88A", "#A88"
@@ -16,7 +16,7 @@ FLUX = {"name": "flux1-dev-fp8.safetensors", "directory": "checkpoints",
 def _tiny_subject(template):
     """The tiny base and one picture for it, in the first column."""
     base = template.add("TLoRATinyBaseModel", (0, 400), (320, 90))
-    concept = template.add("TLoRATinySampleConcept", (0, 540), (320, 180), concept="olive heart", background="beach")
+    concept = template.add("TLoRATinySampleConcept", (0, 540), (320, 180), concept="lime circle", background="beach")
     template.add("PreviewImage", (0, 770), (320, 260), "The one training picture", images=concept["IMAGE"])
     template.group("1  One picture and a model", (-20, 320, 360, 730), BLUE)
     return base, concept
@@ -24,7 +24,7 @@ def _tiny_subject(template):
 
 def _compared(template, base, settings, x, title, file_name):
     """Prompts, then a sampler and a decoder for each (label, MODEL), and the sheet of all, from `x` on."""
-    prompts = template.add("TLoRAPrompts", (x, 80), (280, 200), "Scenes", prompts=SCENES, subject="sks heart")
+    prompts = template.add("TLoRAPrompts", (x, 80), (280, 200), "Scenes", prompts=SCENES, subject="sks circle")
     positive = template.add("CLIPTextEncode", (x, 340), (280, 90), "Prompts", clip=base["CLIP"], text=prompts["prompts"])
     negative = template.add("CLIPTextEncode", (x, 490), (280, 90), "Negative prompt (empty)", clip=base["CLIP"])
     latent = template.add("EmptyLatentImage", (x, 640), (280, 110), width=64, height=64)
@@ -93,7 +93,7 @@ to compare checkpoints.""")
     sweep = template.add("TLoRASweep", (780, 80), (300, 340), model=base["MODEL"], tlora=trained["T-LoRA"], x="strength",
                          x_values="0.5, 0.75, 1, 1.25", y="min_rank", y_values="4, 8, 16, 32")
     positive = template.add("CLIPTextEncode", (780, 490), (300, 110), "Prompt", clip=base["CLIP"],
-                            text="a photo of sks heart in a meadow")
+                            text="a photo of sks circle in a meadow")
     negative = template.add("CLIPTextEncode", (780, 660), (300, 90), "Negative prompt (empty)", clip=base["CLIP"])
     latent = template.add("EmptyLatentImage", (780, 810), (300, 110), width=64, height=64)
     template.group("3  What to vary", (760, 0, 340, 1420), PURPLE)
@@ -122,12 +122,12 @@ paint over the subject, and connect its MASK output.""")
     template.group("1  A model and a mask", (-20, 320, 360, 730), BLUE)
     images, y = None, 80
     for background, words in (("beach", "on the beach"), ("brick", "before a brick wall")):
-        concept = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background=background, count=2)
+        concept = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="lime circle", background=background, count=2)
         more = {"before": images["images"]} if images else {}
         images = template.add("TLoRAImages", (380, y + 230), (320, 200), image=concept["IMAGE"], mask=mask["MASK"],
                               captions="a photo of {token} {class_word} " + words, **more)
         y += 480
-    first = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="olive heart", background="meadow")
+    first = template.add("TLoRATinySampleConcept", (380, y), (320, 180), concept="lime circle", background="meadow")
     template.group("2  Pictures with captions", (360, 0, 360, 1420), PURPLE)
     trained = template.add("TLoRATrainFromImage", (760, 80), TRAIN_SIZE, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
                            image=first["IMAGE"], mask=mask["MASK"], more_images=images["images"],
