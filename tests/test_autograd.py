@@ -102,7 +102,7 @@ def test_a_frozen_layer_that_fetches_its_weight_keeps_none(make, shape):
     @contextmanager
     def fetch(layer, like):
         fetched.append(like)
-        yield layer.weight.clone()
+        yield layer.weight.clone(), None
 
     layer.forward = Frozen(layer, fetch)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -166,11 +166,11 @@ def test_gradients_of_layers_whose_inputs_differ_in_dtype_are_each_its_own():
 def test_frozen_layer_called_with_more_than_a_tensor_is_the_layer_itself(comfy):
     import comfy.ops
 
-    from tlora_core.comfy_host.training import _weight
+    from tlora_core.comfy_host.layers import fetched
 
     layer = comfy.ops.manual_cast.Embedding(5, 3)
     nn.init.normal_(layer.weight)
     tokens = torch.tensor([[1, 4]])
     wanted = layer(tokens, out_dtype=torch.float16)
-    shown = Frozen(layer, _weight)(tokens, out_dtype=torch.float16)
+    shown = Frozen(layer, fetched)(tokens, out_dtype=torch.float16)
     assert shown.dtype == torch.float16 and torch.equal(shown, wanted)

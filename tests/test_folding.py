@@ -1,4 +1,6 @@
 """Updates folded into a copy of a weight, against the sum in float64."""
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,6 +94,26 @@ def test_a_term_that_is_gone_or_another_adapters_leaves_nothing_behind():
     for terms in ([term(4, 1)], [term(4, 2)], [term(2, 2)]):
         with folded("a", [(fold, terms[0])]):
             assert error(linear(x), reference(linear, terms, x)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fetched_weight_is_used_within_its_block_alone_and_only_when_the_rank_has_moved(dtype):
+    linear, x, one, fetched = layer(dtype), torch.randn(3, 8, dtype=dtype), term(0, dtype=dtype), []
+
+    @contextmanager
+    def fetch(of, like):
+        assert of is linear and like.dtype == dtype
+        fetched.append((linear.weight.detach().clone(), linear.bias.detach().clone()))
+        yield fetched[-1]
+        for tensor in fetched[-1]:
+            tensor.fill_(float("nan"))  # as the host uses its buffers again
+
+    fold = FoldedWeight(linear, fetch)
+    for columns, times in ((2, 1), (2, 1), (5, 2), (2, 3)):
+        with folded("a", [(fold, one._replace(columns=columns))]):
+            got = linear(x)
+        assert error(got, reference(linear, [one._replace(columns=columns)], x)) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert len(fetched) == (1 if dtype == torch.float32 else times)
 
 
 def test_a_new_weight_is_noticed():

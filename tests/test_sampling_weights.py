@@ -47,16 +47,17 @@ class TestCompiled:
         recorded.assert_merged((tlora, 1.0))
 
 
-class TestEightBits:
-    """The same model with weights of eight bits and with what those weights are worth in float32."""
+class TestStoredSmaller:
+    """The same model with weights of eight or sixteen bits and with what those weights are worth in float32."""
 
-    def test_stored_in_fp8(self, family, monkeypatch):
+    @pytest.mark.parametrize("storage, way", [(torch.float8_e4m3fn, "product"), (torch.float16, "weight")])
+    def test_and_cast_by_the_host(self, family, storage, way, monkeypatch):
         import random_models
 
-        stored, worth = random_models.small(family, storage=torch.float8_e4m3fn), random_models.small(family)
+        stored, worth = random_models.small(family, storage=storage), random_models.small(family)
         worth.model.diffusion_model.load_state_dict(
             {k: v.float() for k, v in stored.model.diffusion_model.state_dict().items()})
-        self.assert_same(stored, worth, monkeypatch)
+        self.assert_same(stored, worth, monkeypatch, way)
 
     def test_quantised_by_layer(self, family, monkeypatch):
         """Layers of a class of the host's own, with a scale each."""
@@ -80,14 +81,14 @@ class TestEightBits:
     def family(self, request, comfy):
         return request.param
 
-    def assert_same(self, stored, worth, monkeypatch):
+    def assert_same(self, stored, worth, monkeypatch, way="product"):
         import random_models
 
         tlora = random_models.random_tlora(worth, runs.RANK, runs.MIN_RANK, size=0.3)
         texts = [random_models.conditioning(worth, 6, seed) for seed in (1, 2)]
         ways, empty = runs.Ways(monkeypatch), random_models.latent(worth)
         got = runs.sample(runs.apply(stored, tlora), *texts, latent=empty)
-        assert ways.used == {"product"} | ({"output"} if "context_dim" in worth.model.model_config.unet_config else set())
+        assert ways.used == {way} | ({"output"} if "context_dim" in worth.model.model_config.unet_config else set())
         assert models.relative_error(got, runs.sample(runs.apply(worth, tlora), *texts, latent=empty)) < 1e-5
         assert models.relative_error(got, runs.sample(stored, *texts, latent=empty)) > 1e-3
 
@@ -116,6 +117,39 @@ class TestLittleMemory:
         got = runs.sample(streamed, *runs.texts())
         assert ways.used == ({"product"} if megabytes == 1000 else {"product", "weight", "output"})
         assert models.relative_error(got, wanted) < 1e-5
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_copies_are_made_where_there_is_room_for_all_of_the_model_beside_them(self, comfy, dtype, tmp_path, monkeypatch):
+        import comfy.model_management
+        import random_models
+
+        from tlora_core.comfy_host.layers import bytes_to_come
+
+        model = random_models.flux(256, (1, 1), 64, 32, dtype=dtype)
+        texts = [random_models.conditioning(model, 6, seed) for seed in (1, 2)]
+        tlora = random_models.random_tlora(model, runs.RANK, runs.MIN_RANK)
+        wanted = runs.sample(runs.apply(model, tlora), *texts)
+        copies = sum(weight.nbytes for name, weight in model.model.diffusion_model.named_parameters()
+                     if name.removesuffix(".weight") in random_models.attention_layers(model))
+        to_come = []
+
+        def unload(model):
+            model.partially_unload(torch.device("cpu"), 1e9)
+            to_come.append(bytes_to_come(model))
+
+        monkeypatch.setattr(model.model, "memory_required", lambda *args, **kwargs: 0)
+        for enough, way in ((1, "weight"), (0, "product")):
+            streamed, ways = runs.apply(model, tlora), runs.Ways(monkeypatch)
+            streamed.add_callback("on_pre_run", unload)
+
+            def free(device=None, torch_free_too=False, enough=enough):
+                number = copies + (to_come[-1] if to_come else 0) + enough
+                return (number, number) if torch_free_too else number
+
+            monkeypatch.setattr(comfy.model_management, "get_free_memory", free)
+            got = runs.sample(streamed, *texts)
+            assert ways.used == {way} and to_come[-1] > 2 * copies
+            assert models.relative_error(got, wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
 
     def test_in_the_middle_of_it(self, patched, tlora):
         """As when a node loads another model from within the sampling."""

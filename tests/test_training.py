@@ -54,6 +54,7 @@ def test_weights_end_bit_identical_and_are_never_copied(model):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[name] = torch.nn.Parameter(parameter.clone(), requires_grad=False)
+                    module._parameters[name]._model_dtype = torch.float16  # as the host notes where it streams weights
     before = {k: (v.clone(), v.data_ptr()) for k, v in model.model.diffusion_model.state_dict().items()}
     assert any(p.is_inference() for p in model.model.diffusion_model.parameters())
 
@@ -62,6 +63,7 @@ def test_weights_end_bit_identical_and_are_never_copied(model):
             adapters, denoiser = denoiser_for(model)
             start = {path: a.A.detach().clone() for path, a in adapters.items()}
             train(adapters, denoiser, TrainConfig(steps=3, learning_rate=1e-2))
+            assert all(p._model_dtype == torch.float16 for p in model.model.diffusion_model.parameters())
             return all(not torch.equal(a.A, start[path]) for path, a in adapters.items())
 
     assert in_node(work), "every adapter learns"

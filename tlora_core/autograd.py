@@ -23,12 +23,12 @@ class Frozen:
     """Stands in for the forward of a layer that is not trained and is called with one tensor; a call with more, as of an embedding
     in another dtype, is the layer's own.
 
-    fetch: gives the layer's weight in the dtype and on the device of a tensor, for the length of a block; None for a layer
-        whose weight may be kept from the forward pass to the backward pass, as autograd does.
+    fetch: gives the layer's weight and bias in the dtype and on the device of a tensor, for the length of a block; None for a
+        layer whose weight may be kept from the forward pass to the backward pass, as autograd does.
     keeps_output: the layer's input comes back at every step, as the text does: what the layer makes of it is kept.
     """
 
-    def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager[Tensor]] | None = None,
+    def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None,
                  keeps_output: bool = False):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
@@ -53,7 +53,7 @@ class Frozen:
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
-        with self.fetch(self.layer, gradient) if self.fetch is not None else nullcontext(self.layer.weight) as weight:
+        with self.fetch(self.layer, gradient) if self.fetch is not None else nullcontext((self.layer.weight, None)) as (weight, _):
             if isinstance(self.layer, nn.Linear):
                 return gradient @ weight
             back = _CONVOLUTIONS[weight.dim() - 2]

@@ -9,8 +9,8 @@ Applying up M_t down beside a layer takes two more products at every evaluation.
 
 The layer itself is never written to: whatever happens, its weight is the one that the host loaded.
 """
-from collections.abc import Hashable, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -78,45 +78,52 @@ class FoldedWeight(Folded):
 
     In float32 the copy follows `wanted` by the columns that changed; in half precision it is made from the layer's own
     weight each time, so that it is rounded once, as the host rounds a plain LoRA's.
+
+    fetch: gives weight and bias in the dtype and on the device of a tensor, for the length of a block; None where the layer's own
+        are there already.
     """
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: nn.Linear, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
         super().__init__(layer)
+        self.fetch = fetch
         self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self._folded: dict[Hashable, Term] = {}
         self._steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
         if self.wanted != self._folded:
-            self._update()
-        return F.linear(x, self.weight, self.layer.bias)
+            self._update(x)
+        return F.linear(x, self.weight, self.bias)
 
-    def _update(self) -> None:
+    def _update(self, x: Tensor) -> None:
         if self._can_step():
             for key in self._folded.keys() | self.wanted.keys():
                 old, new = self._folded.get(key), self.wanted.get(key)
                 (new or old).step(self.weight, old.columns if old else 0, new.columns if new else 0)
             self._steps += 1
         else:
-            self._rebuild()
+            with self.fetch(self.layer, x) if self.fetch else nullcontext((self.source, self.layer.bias)) as (weight, bias):
+                self._rebuild(weight)
+                self.bias = bias.clone() if self.fetch and bias is not None else bias
         self._folded = dict(self.wanted)
 
     def _can_step(self) -> bool:
         """Also when terms come or go, but not when one was replaced by another adapter's."""
-        if self.weight is None or self.source.dtype != torch.float32 or self._steps >= STEPS_UNTIL_REBUILD:
+        if self.weight is None or self.weight.dtype != torch.float32 or self._steps >= STEPS_UNTIL_REBUILD:
             return False
         return all(self._folded[key].is_same_but_for_columns(term) for key, term in self.wanted.items() if key in self._folded)
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, source: Tensor) -> None:
         self._steps = 0
         if self.weight is None:
-            self.weight = torch.empty_like(self.source)
+            self.weight = torch.empty_like(source)
         terms = list(self.wanted.values())
         if len(terms) == 1 and terms[0].up.shape[0] == self.weight.shape[0]:
-            terms[0].step(self.weight, 0, terms[0].columns, self.source)
+            terms[0].step(self.weight, 0, terms[0].columns, source)
             return
         # More than one: sum up in float32, as the host does, so that half precision is rounded once here too.
-        total = self.source.detach().to(torch.float32, copy=True)
+        total = source.detach().to(torch.float32, copy=True)
         for term in terms:
             term._replace(up=term.up.float(), down=term.down.float()).step(total, 0, term.columns)
         self.weight.copy_(total)

@@ -57,7 +57,7 @@ class HostDenoiser:
 
     def __init__(self, model: ModelPatcher, adapters: Mapping[str, Adapter], schedule: RankSchedule,
                  samples: Sequence[Sample], config: TrainConfig, prior: Sequence[Sample] = ()):
-        self.base, self.device, self.config = model.model, model.load_device, config
+        self.model, self.base, self.device, self.config = model, model.model, model.load_device, config
         self.sampling = self.base.model_sampling
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
         self.adapter_bytes = sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters())

@@ -1,9 +1,12 @@
 """The linear layers of a model that the host has loaded, by module path."""
 from collections.abc import Mapping
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
+import comfy.ops
 from comfy.model_patcher import ModelPatcher
-from torch import nn
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
 
 from ..errors import TLoRAError
 from ..file import TLoRAFile, fits, split_name
@@ -44,6 +47,29 @@ def is_compiled(base, patcher: ModelPatcher) -> bool:
 def is_linear(module: nn.Module | None) -> bool:
     """Also of the host's quantised layers, which are no torch.nn.Linear."""
     return isinstance(module, nn.Linear) or all(hasattr(module, name) for name in ("in_features", "out_features", "weight"))
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether the host makes the weight that is used from another each time, or moves it in just for that."""
+    marks = ("comfy_cast_weights", "weight_function", "bias_function")
+    return any(getattr(module, mark, False) for mark in marks) or hasattr(module, "_v") or isinstance(module.weight.data, QuantizedTensor)
+
+
+@contextmanager
+def fetched(layer: nn.Module, like: Tensor):
+    """The layer's weight and bias as the host uses them, in the dtype and on the device of `like`. They may be overwritten after the
+    block."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(
+        layer, dtype=like.dtype, device=like.device, bias_dtype=like.dtype, offloadable=True)
+    try:
+        yield weight.dequantize() if isinstance(weight, QuantizedTensor) else weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+
+
+def bytes_to_come(patcher: ModelPatcher) -> int:
+    """Of the model's weights that are not on its device yet: the host may move them in only as they are used."""
+    return max(0, patcher.model_size() - patcher.loaded_size())
 
 
 def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..attach import replaced_forward
 from .denoiser import HostDenoiser
+from .layers import bytes_to_come
 from .training import blocks
 
 _PROBES = (16, 32)  # sides of the latents that are measured, multiples of what any U-Net halves
@@ -45,10 +46,10 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
 
 
 def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
-    """Whether a step would not fit in the memory that is free now, once the adapters' gradients and the optimizer's state, twice
-    that, are there too."""
-    free = comfy.model_management.get_free_memory(denoiser.device)
-    return _MARGIN * training_memory(denoiser, batch).plain + 3 * denoiser.adapter_bytes > free
+    """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters' gradients and the
+    optimizer's state, twice that, are there too."""
+    need = _MARGIN * training_memory(denoiser, batch).plain + 3 * denoiser.adapter_bytes
+    return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
 
 
 class _Kept:

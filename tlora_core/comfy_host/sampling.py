@@ -9,9 +9,9 @@ An adapter is put on in one of three ways, chosen for each layer at each samplin
 Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next to nothing in time, and the weight's size in
 memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
 memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
-adapter's own. Copies are made where memory allows and the layer is a plain one; layers that the host streams, casts or
-quantises, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a compiled
-model gets its rank as a tensor, so that no step compiles it anew.
+adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or with another LoRA that the host adds as it
+fetches their weights, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a
+compiled model gets its rank as a tensor, so that no step compiles it anew.
 """
 import re
 import uuid
@@ -28,7 +28,7 @@ from ..attach import Attachment, Factors, attached
 from ..file import TLoRAFile, split_name
 from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
 from ..schedule import RankSchedule
-from .layers import check_layers, diffusion_modules, forget_modules, is_compiled
+from .layers import bytes_to_come, check_layers, diffusion_modules, fetched, forget_modules, is_cast, is_compiled
 from .noise import noise_level
 
 
@@ -120,14 +120,18 @@ class Folds:
         forget_modules(patcher)
 
     def add(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
-        """Decide on layers not met before: all that can be folded, if the memory for their copies is there."""
-        text = {path for path, layer in layers.items() if _TEXT.search(path) and _is_constant(layer)}
-        can = {path for path in layers.keys() - text if _is_plain(layers[path], x.device, dtype)}
-        needed = sum(layers[path].weight.nbytes for path in can)
-        fits = must or needed + base.memory_required(list(x.shape)) < comfy.model_management.get_free_memory(x.device)
+        """Decide on layers not met before: all that can be folded, if the memory for their copies is there; where the host moves or
+        casts weights as they are used, beside all of these."""
+        room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
+        plain, cast = [], []
         for path, layer in layers.items():
-            fold = FoldedOutput(layer, self.inputs) if path in text else FoldedWeight(layer) if fits and path in can else None
-            self.layers[path] = fold
+            self.layers[path] = FoldedOutput(layer, self.inputs) if _TEXT.search(path) and _is_constant(layer) else None
+            if self.layers[path] is None and _is_foldable(layer, x.device, dtype):
+                (cast if is_cast(layer) else plain).append(path)
+        for paths, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
+            room -= sum(layers[path].weight.numel() * dtype.itemsize for path in paths)
+            if must or others < room:
+                self.layers |= {path: FoldedWeight(layers[path], fetch) for path in paths}
 
 
 # Cross-attention's keys and values: their input is the text, the same at every step.
@@ -140,12 +144,15 @@ def _is_constant(layer: torch.nn.Module) -> bool:
     return "forward" not in layer.__dict__ and not any(functions)
 
 
-def _is_plain(layer: torch.nn.Module, device, dtype) -> bool:
-    """Whether the layer's own forward is just its weight, as it lies there, times the input."""
+_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
+    """Whether the layer's own forward is just its weight times the input, and a copy of that not many times what is stored of it."""
     weight = layer.weight
     return (isinstance(layer, torch.nn.Linear) and _is_constant(layer) and type(weight.data) is torch.Tensor
-            and weight.device == device and weight.dtype == dtype in (torch.float32, torch.bfloat16, torch.float16)
-            and not getattr(layer, "comfy_cast_weights", False))
+            and weight.dtype in _PRECISE and dtype in _PRECISE
+            and (is_cast(layer) or (weight.device == device and weight.dtype == dtype)))
 
 
 def _own_copy(text, device, dtype):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import comfy.model_management
-import comfy.ops
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ..attach import replaced_forward
 from ..autograd import Frozen
 from ..checkpointing import Checkpointed
-from .layers import forget_modules
+from .layers import fetched, forget_modules, is_cast
 
 
 @contextmanager
@@ -85,25 +84,9 @@ def _freeze(network: nn.Module, replace: Replace) -> None:
     for path, module in network.named_modules():
         if "forward" in module.__dict__ or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
             continue
-        if isinstance(module, nn.Linear) or _is_cast(module):
+        if isinstance(module, nn.Linear) or is_cast(module):
             keeps_output = bool(_TEXT.search(path)) and isinstance(network, UNetModel)
-            replace(module, Frozen(module, _weight if _is_cast(module) else None, keeps_output))
-
-
-def _is_cast(module: nn.Module) -> bool:
-    """Whether the host makes the weight that is used from another each time, or moves it in just for that."""
-    return bool(module.comfy_cast_weights or module.weight_function or module.bias_function or hasattr(module, "_v")
-                or isinstance(module.weight.data, QuantizedTensor))
-
-
-@contextmanager
-def _weight(layer: nn.Module, like: Tensor):
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        layer, dtype=like.dtype, device=like.device, bias_dtype=like.dtype, offloadable=True)
-    try:
-        yield weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
-    finally:
-        comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
+            replace(module, Frozen(module, fetched if is_cast(module) else None, keeps_output))
 
 
 def _protect_norms(network: nn.Module, replace: Replace) -> None:
@@ -132,7 +115,8 @@ def _checkpoint(network: nn.Module, replace: Replace) -> None:
 def _leave_inference_mode(module: nn.Module) -> None:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_inference():
-            module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
+            fresh = module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
+            vars(fresh).update(vars(parameter))  # what the host notes there, such as the dtype that it moves the weight in as
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_inference():
             module._buffers[name] = _same_storage(buffer)
