@@ -182,6 +182,30 @@ def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_hear
     assert state.text_content() == said
 
 
+def test_after_the_server_was_away_the_page_shows_what_it_has_now(page):
+    load_workflow(page, QUICKSTART)
+    tell(page, RUN)
+    wait_for(page, "panel.step === 3")
+    asked = []
+    page.route("**/tlora/runs", lambda route: asked.append(route))
+
+    def come_back():
+        """The page's request for the runs, which is not answered yet."""
+        page.evaluate("""() => import("/scripts/api.js").then(({api}) => api.dispatchEvent(new CustomEvent("reconnected")))""")
+        for _ in range(200):
+            if asked:
+                return asked.pop()
+            page.wait_for_timeout(100)
+
+    request = come_back()
+    tell(page, RUN | {"sequence": 3, "step": 5})  # while the answer is under way, and newer than that
+    request.fulfill(json=[RUN | {"sequence": 2, "step": 4}])
+    page.wait_for_timeout(500)
+    assert page.evaluate(PANEL, TRAIN)["step"] == 5
+    come_back().fulfill(json=[])  # a server that was started again knows of no run
+    wait_for(page, "panel.state === 'idle'")
+
+
 def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_enlarged(page, server):
     """On a record as the server sends it, since a training makes no such texts."""
     load_workflow(page, QUICKSTART)
