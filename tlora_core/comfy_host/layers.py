@@ -1,4 +1,5 @@
 """The linear layers of a model that the host has loaded, by module path."""
+import re
 from collections.abc import Mapping
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -12,6 +13,7 @@ from ..errors import TLoRAError
 from ..file import TLoRAFile, fits, split_name
 
 _modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
+TEXT_LAYER = re.compile(r"attn2\.to_[kv]$")  # cross-attention's keys and values in U-Nets: their input is the text, the same at every step
 _COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
 
 

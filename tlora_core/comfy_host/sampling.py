@@ -13,7 +13,6 @@ adapter's own. Copies are made where memory allows; layers in fp8 or quantised, 
 fetches their weights, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a
 compiled model gets its rank as a tensor, so that no step compiles it anew.
 """
-import re
 import uuid
 from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
@@ -28,7 +27,7 @@ from ..attach import Attachment, Factors, attached
 from ..file import TLoRAFile, split_name
 from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
 from ..schedule import RankSchedule
-from .layers import bytes_to_come, check_layers, diffusion_modules, fetched, forget_modules, is_cast, is_compiled
+from .layers import TEXT_LAYER, bytes_to_come, check_layers, diffusion_modules, fetched, forget_modules, is_cast, is_compiled
 from .noise import noise_level
 
 
@@ -125,17 +124,13 @@ class Folds:
         room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
         plain, cast = [], []
         for path, layer in layers.items():
-            self.layers[path] = FoldedOutput(layer, self.inputs) if _TEXT.search(path) and _is_constant(layer) else None
+            self.layers[path] = FoldedOutput(layer, self.inputs) if TEXT_LAYER.search(path) and _is_constant(layer) else None
             if self.layers[path] is None and _is_foldable(layer, x.device, dtype):
                 (cast if is_cast(layer) else plain).append(path)
         for paths, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
             room -= sum(layers[path].weight.numel() * dtype.itemsize for path in paths)
             if must or others < room:
                 self.layers |= {path: FoldedWeight(layers[path], fetch) for path in paths}
-
-
-# Cross-attention's keys and values: their input is the text, the same at every step.
-_TEXT = re.compile(r"attn2\.to_[kv]$")
 
 
 def _is_constant(layer: torch.nn.Module) -> bool:

@@ -1,5 +1,4 @@
 """The MODEL that the host has loaded, made fit for training without a second copy of its weights."""
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..attach import replaced_forward
 from ..autograd import Frozen
 from ..checkpointing import Checkpointed
-from .layers import fetched, forget_modules, is_cast
+from .layers import TEXT_LAYER, fetched, forget_modules, is_cast
 
 
 @contextmanager
@@ -76,8 +75,6 @@ def _elements_of_lists(module: nn.Module) -> Iterator[nn.Module]:
 
 
 Replace = Callable[[nn.Module, Callable], None]
-# Cross-attention's keys and values in U-Nets: their input is the text, the same at every step.
-_TEXT = re.compile(r"attn2\.to_[kv]$")
 
 
 def _freeze(network: nn.Module, replace: Replace) -> None:
@@ -85,7 +82,7 @@ def _freeze(network: nn.Module, replace: Replace) -> None:
         if "forward" in module.__dict__ or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
             continue
         if isinstance(module, nn.Linear) or is_cast(module):
-            keeps_output = bool(_TEXT.search(path)) and isinstance(network, UNetModel)
+            keeps_output = bool(TEXT_LAYER.search(path)) and isinstance(network, UNetModel)
             replace(module, Frozen(module, fetched if is_cast(module) else None, keeps_output))
 
 
