@@ -3,6 +3,7 @@
     python3 tools/host.py bench personalization rates                     # learning rates, swept per method
     python3 tools/host.py bench personalization choose-rates
     python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
+    python3 tools/host.py bench personalization earlier                   # what learns too fast for its first checkpoint, drawn before it
     python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
     python3 tools/host.py bench personalization when-decided              # down to which noise level prompts are followed
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
@@ -47,12 +48,19 @@ def when_decided(file):
     print(file.read_text())
 
 
+def earlier(results, name):
+    """Those trainings among the results that learn too fast for the first checkpoint, to be drawn before it."""
+    from evidence import analysis, report, study
+    scale = study.SCALES[name]
+    return [study.drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(results, name), scale)]
+
+
 def main():
     from evidence import analysis, report
     from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates, usual_rates
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; choose-rates; check-scorers; when-decided; report (methods)")
+                        help=f"{', '.join(STUDIES)}; all; earlier; choose-rates; check-scorers; when-decided; report (methods)")
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
@@ -74,14 +82,14 @@ def main():
     if args.what == ["when-decided"]:
         when_decided(args.results / "decided.json")
         return
-    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
+    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else [] if args.what == ["earlier"] else args.what
     if unknown := set(names) - STUDIES.keys():
         parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}")
     name = "quick" if args.quick else args.scale or ("sweep" if names == ["rates"] else "full")
     part, of = (int(number) for number in args.part.split("/"))
     rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
-    scale = SCALES[name]
-    cells = cells_of(names, replace(scale, seeds=scale.seeds[:args.seeds]), rates)[part - 1::of]
+    scale = replace(SCALES[name], seeds=SCALES[name].seeds[:args.seeds])
+    cells = earlier(args.results, name) if args.what == ["earlier"] else cells_of(names, scale, rates)
     import tiny_gate
     import torch
     tiny_gate.parse_host_arguments(args.device)
@@ -89,7 +97,7 @@ def main():
     file = args.results / (f"{name}.jsonl" if of == 1 else f"{name}-{part}of{of}.jsonl")
     others = [path for path in args.results.glob(f"{name}*.jsonl") if path != file]
     with torch.inference_mode():
-        run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True), others)
+        run(Bench(tiny_gate.WEIGHTS), cells[part - 1::of], file, lambda line: print(line, file=sys.stderr, flush=True), others)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,14 @@ def test_every_study_has_the_full_size_and_shares_trainings():
         assert len(study.cells_of([name], study.SCALES["miniature"], rates)) > 1
 
 
+def test_what_learns_slowly_goes_on_from_where_it_ended():
+    first, later = study.cells_of(["longer"], FULL, study.usual_rates())[len(FULL.concepts) * len(FULL.seeds):][:2]
+    assert (first.method, first.rank, later) == ("lora", 2, replace(first, steps=(390, 520)))
+    rank_2, others = (study.cells_of([name], FULL, study.usual_rates()) for name in ("table1", "table2"))
+    again = {cell for cell in study.cells_of(["longer"], FULL, study.usual_rates()) if cell.steps == FULL.steps}
+    assert again < {*rank_2, *others} and {cell.method for cell in again} == {"lora", "vanilla_tlora", "tlora", "gsoft", "svdiff"}
+
+
 def test_free_curves_are_ones_that_training_takes():
     from tlora_core.schedule import RankSchedule
     for name in study.FREE:
@@ -141,6 +149,14 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
     assert list(map(keep, again)) == list(map(keep, whole))
     points = analysis.points(again)
     assert points[0].is_ == 0 and all(0 <= p.ts <= 1 for p in points)
+
+
+def test_how_a_training_goes_does_not_depend_on_where_it_is_drawn(bench):
+    cell = study.cells_of(["methods"], study.SCALES["miniature"], study.usual_rates())[2]
+    with torch.inference_mode():
+        whole, alone = ([record for record, _ in run.run_cell(bench, replace(cell, steps=steps), set())] for steps in ((1, 2), (2,)))
+    assert cell.method == "tlora" and [r["step"] for r in whole] == [1, 2] and [r["step"] for r in alone] == [2]
+    assert whole[1]["rows"] == alone[0]["rows"] and whole[1]["loss"] == alone[0]["loss"]
 
 
 def test_scorers_read_the_matchers_concept_and_the_scene(bench):

@@ -86,6 +86,17 @@ def test_values_are_taken_where_the_training_first_reaches_the_likeness():
     assert [at[0.25], at[0.5], at[0.75]] == pytest.approx([0.9, 0.8, 0.6]) and at[1.01] is None
 
 
+def test_a_training_gone_on_with_is_one_line():
+    short, longer = run_of("lora", (0.8, 0.8)), run_of("lora", (0.4, 0.4))
+    for r in longer:
+        r["cell"]["steps"], r["step"] = [300, 400], r["step"] + 200
+    short[1]["rows"][0]["distance"] = short[1]["rows"][1]["distance"] = 0.2
+    lines = analysis.curves(analysis.points([*longer, base(), *short]), lambda cell: cell.method)["lora"]
+    line, = lines.values()
+    assert [p.step for p in line] == [0, 100, 200, 300, 400] and line[-1].is_ == pytest.approx(1)
+    assert analysis.value_at(line, 0.75, lambda p: p.ts) == pytest.approx(0.4), "reached in the second half only"
+
+
 def test_interval_is_over_concepts_and_needs_two_of_them():
     one = analysis.estimate({("a", 0): 0.1, ("a", 1): 0.3})
     assert one.mean == pytest.approx(0.2) and one.low is None and analysis.estimate({}) is None
@@ -229,6 +240,8 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     (tmp_path / "results" / "pilot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report.write(tmp_path / "results", tmp_path)
     text = (tmp_path / "EVIDENCE.md").read_text()
+    assert "2 trainings, 4 checkpoints" in text
+    assert "Drawn after 40, 80, 120, 180, 260 steps; what learns too fast or too slowly for these also after 100, 200" in text
     assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "(1 of 1 concept can be compared)" in text
     assert (tmp_path / "evidence" / "methods.png").stat().st_size > 5000
     assert "Table 1" not in text.split("claims")[0], "a table of one rank says nothing of ranks"

@@ -15,7 +15,7 @@ from tlora_core.adapters import METHODS
 
 from .prompts import COMBINED, KINDS, NEUTRAL
 from .run import read
-from .study import Cell, cell_of, rate_name
+from .study import Cell, Scale, cell_of, rate_name
 
 REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
 CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
@@ -150,6 +150,11 @@ def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float
             share = (level - before.is_) / (after.is_ - before.is_)
             return (1 - share) * value(before) + share * value(after)
     return None
+
+
+def past_at_first(given: Sequence[Point], scale: Scale) -> list[Cell]:
+    """The trainings of a scale that its first checkpoint already finds past the lowest level: where they reached it is not known."""
+    return [p.cell for p in given if p.cell.steps == scale.steps and p.step == min(scale.steps) and p.is_ > LEVELS[0]]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from .analysis import (
     sound,
 )
 from .prompts import prompts, settings
-from .run import concept_named, read, sheet_path
+from .run import concept_named, read, sheet_path, whole
 from .study import BLOCKS, RANK, RATES, SCALES, Cell, meaningful, rate_name
 
 SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
@@ -137,10 +137,13 @@ def write(results: Path, docs: Path) -> None:
 
 def largest(results: Path) -> tuple[str, list[Point]]:
     """Name and points of the largest scale with records; ("", []) when there are none."""
-    for name in ("full", "pilot", "quick"):
-        if records := read(*sorted(results.glob(f"{name}*.jsonl"))):
-            return name, points(records, left_out(results))
-    return "", []
+    return next(((name, given) for name in ("full", "pilot", "quick") if (given := measured(results, name))), ("", []))
+
+
+def measured(results: Path, scale: str) -> list[Point]:
+    """Of the trainings of a scale that were not broken off."""
+    records = read(*sorted(results.glob(f"{scale}*.jsonl")))
+    return points(whole(records), left_out(results)) if records else []
 
 
 def _head(scale, given):
@@ -149,16 +152,18 @@ def _head(scale, given):
             "nothing here is written by hand.\n\n")
     if not trained:
         return text + f"**Not run yet.** The sweep first (`{COMMAND} rates`, then `choose-rates`), then `{COMMAND} all`."
-    units, cells = {(p.cell.concept, p.cell.seed) for p in trained}, {p.cell.key for p in trained}
+    units, cells = {(p.cell.concept, p.cell.seed) for p in trained}, {replace(p.cell, steps=()) for p in trained}
     commits = sorted({p.record["commit"] for p in trained})
     pictures = sum(len(p.record["rows"]) + len(p.record["control"]) for p in trained)
     concepts = len({c for c, _ in units})
+    later = sorted({p.step for p in trained} - set(SCALES[scale].steps))
+    further = f"; what learns too fast or too slowly for these also after {', '.join(map(str, later))}" if later else ""
     warning = "" if scale == "full" else (
         f"**This is a run of scale `{scale}`, far below the {len(SCALES['full'].concepts)} concepts and {len(SCALES['full'].seeds)} seeds "
         "that the study is meant for: it shows that the measurement works and which way things lean, no more.**\n\n")
     return (text + warning + f"Scale `{scale}`: {concepts} concepts, {len(units)} units (concept and seed), {len(cells)} trainings, "
-            f"{len(trained)} checkpoints, {pictures} pictures; commit {', '.join(commits)}. One training picture a unit where nothing "
-            "else is said.\n\n"
+            f"{len(trained)} checkpoints, {pictures} pictures; commit {', '.join(commits)}. Drawn after "
+            f"{', '.join(map(str, SCALES[scale].steps))} steps{further}. One training picture a unit where nothing else is said.\n\n"
             "IS: 0 is what the bare base draws for the class word, 1 the concept itself seen through the autoencoder, background masked, "
             "under the training prompt. TS: share of what the prompts ask for (background, place, colour) that a scorer finds. "
             f"Methods are compared where each training first reaches the same IS ({', '.join(f'{v:g}' for v in LEVELS)}), within units; "

@@ -163,6 +163,12 @@ def steps_done(records: list[dict]) -> dict[str, set[int]]:
     return done
 
 
+def whole(records: list[dict]) -> list[dict]:
+    """Without those of trainings that were broken off before their last step."""
+    done = steps_done(records)
+    return [record for record in records if (cell := cell_of(record)).method == "none" or set(cell.steps) <= done[cell.key]]
+
+
 def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None], others: Sequence[Path] = ()) -> None:
     """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder `sheets`
     beside it."""

@@ -49,7 +49,7 @@ class Cell:
     """One training and what is drawn at its checkpoints: all that its result depends on, and hence its key.
 
     method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise", the tiny base,
-    or "flow", the same trained on to predict the velocity.
+    or "flow", the same trained on to predict the velocity. pace: learning_rate as a share of the one chosen for the method.
     """
 
     concept: str
@@ -68,6 +68,7 @@ class Cell:
     noise_to: float = 1.0
     draws: Draws = Draws(1, 1, 0, 0, 0, 0)
     base: str = "noise"
+    pace: float = 1.0
 
     @property
     def key(self) -> str:
@@ -135,7 +136,7 @@ def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> l
     named = [(rate_name(variant["method"], variant.get("base", "noise")), variant) for variant in variants]
     if missing := {name for name, _ in named} - rates.keys():
         raise SystemExit(f"No learning rate is chosen for {', '.join(sorted(missing))}; run the study `rates`, then `choose-rates`.")
-    return [Cell(concept=concept, seed=seed, learning_rate=rates[name], steps=scale.steps, draws=scale.draws,
+    return [Cell(concept=concept, seed=seed, learning_rate=rates[name] * variant.get("pace", 1), steps=scale.steps, draws=scale.draws,
                  batch_size=scale.batch_size, **variant)
             for seed in scale.seeds for concept in scale.concepts for name, variant in named]
 
@@ -196,6 +197,20 @@ def curves(scale, chosen):
     return _cells(scale, chosen, [{"method": "tlora", "curve": c} for c in FREE] + [{"method": "tlora", "alpha": a} for a in ALPHAS])
 
 
+def longer(scale, chosen):
+    """What learns slowly, drawn at one and a half times and twice the last step too: the same trainings, gone on with. As how a training goes
+    does not depend on where it is drawn, both halves are one line."""
+    slow = [{"method": m, "rank": RANKS[0]} for m in ("lora", "vanilla_tlora", "tlora")] + [{"method": m} for m in ("gsoft", "svdiff")]
+    last = max(scale.steps)
+    later = replace(scale, steps=(3 * last // 2, 2 * last))
+    return [cell for pair in zip(_cells(scale, chosen, slow), _cells(later, chosen, slow)) for cell in pair]
+
+
+def paces(scale, chosen):
+    """Whether a difference is the method's or comes of learning more slowly: LoRA at half its rate, T-LoRA at twice its own."""
+    return _cells(scale, chosen, [{"method": m, "pace": p} for m, p in (("lora", 1.0), ("lora", 0.5), ("tlora", 1.0), ("tlora", 2.0))])
+
+
 def main_methods(scale, chosen):
     """T-LoRA and LoRA with both controls, as T-LoRA bundles mask and start."""
     return _cells(scale, chosen, [{"method": m} for m in ("lora", "tlora", "vanilla_tlora", "ortho_lora")])
@@ -203,7 +218,8 @@ def main_methods(scale, chosen):
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
-    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves}
+    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "longer": longer,
+    "paces": paces}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
@@ -211,6 +227,12 @@ def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> li
     cells = [cell for name in names for cell in STUDIES[name](scale, chosen)]
     of_base = {base: references(scale, base) + [c for c in cells if c.base == base] for base in dict.fromkeys(c.base for c in cells)}
     return list(dict.fromkeys(meaningful(cell) for cells in of_base.values() for cell in cells))
+
+
+def drawn_earlier(cell: Cell) -> Cell:
+    """The same training, drawn at a quarter and half of its first step instead."""
+    first = min(cell.steps)
+    return replace(cell, steps=(first // 4, first // 2))
 
 
 def meaningful(cell: Cell) -> Cell:
