@@ -1,7 +1,8 @@
 """From raw records to figures: IS, TS, diversity and copying; comparison at equal IS; bootstrap intervals.
 
 A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared within
-units, and intervals come from drawing concepts, then seeds within them, with replacement.
+units, and intervals come from drawing concepts, then seeds within them, with replacement: bootstrap percentiles, moved outwards as
+few concepts need it (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 3.3).
 """
 import json
 from collections import defaultdict
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from tlora_core.adapters import METHODS
 
@@ -20,7 +22,8 @@ from .study import Cell, Scale, cell_of, rate_name
 REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
 CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
 LEVELS = (0.2, 0.3, 0.4)  # IS at which methods are compared: what nearly every training of the sweep reached
-RESAMPLES = 2000
+RESAMPLES = 10_000
+FEWEST = 6  # concepts that an interval needs: of five, all on one side come by chance once in sixteen
 TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer counts there
 
 
@@ -159,7 +162,7 @@ def past_at_first(given: Sequence[Point], scale: Scale) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over units with its 95% interval. units: how many; concepts: of how many concepts. An interval needs two concepts."""
+    """A mean over units with its 95% interval, None over fewer than FEWEST concepts. units: how many; concepts: of how many concepts."""
 
     mean: float
     low: float | None
@@ -183,7 +186,7 @@ def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimat
         return None
     sizes = np.array([len(values) for values in groups.values()])
     padded = np.array([values + [0.0] * (sizes.max() - len(values)) for values in groups.values()])  # [concepts, most seeds]
-    low, high = _interval(padded, sizes, np.random.default_rng(seed)) if len(groups) > 1 else (None, None)
+    low, high = _interval(padded, sizes, np.random.default_rng(seed)) if len(groups) >= FEWEST else (None, None)
     return Estimate(float(padded.sum() / sizes.sum()), low, high, int(sizes.sum()), len(groups))
 
 
@@ -193,7 +196,13 @@ def _interval(padded, sizes, rng):
     seeds = (rng.random((*drawn.shape, padded.shape[1])) * of_each).astype(int)
     counted = np.arange(padded.shape[1]) < of_each
     sums = (padded[drawn[..., None], seeds] * counted).sum((1, 2))
-    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), (2.5, 97.5)))
+    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), _percentiles(len(sizes))))
+
+
+def _percentiles(concepts):
+    """2.5 and 97.5 for many; plain percentiles of six concepts would hold the true mean in 85% of cases, these in 93%."""
+    tail = 100 * stats.norm.cdf(-np.sqrt(concepts / (concepts - 1)) * stats.t.ppf(0.975, concepts - 1))
+    return tail, 100 - tail
 
 
 def at_level(lines: Lines, level: float, value: Callable[[Point], float]) -> dict:

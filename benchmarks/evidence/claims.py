@@ -8,9 +8,9 @@ from .analysis import Estimate, Point, curves, difference, estimate, mean_over_l
 from .study import ALPHAS, FREE, RANK, RANKS, SMALL, Cell, meaningful
 
 Unit = tuple[str, int]
-FEWEST = 5  # concepts that a verdict needs
 _LORA, _TLORA, _VANILLA, _ORTHO = ({"method": name} for name in ("lora", "tlora", "vanilla_tlora", "ortho_lora"))
 SEVERAL_SEEDS = (_TLORA, _VANILLA, _ORTHO)
+_SLOW_LORA = {"method": "lora", "pace": 0.5}
 _FLOW = {"base": "flow"}
 
 
@@ -35,18 +35,20 @@ class Claim:
 
 
 def verdict(found: Estimate | None, trained: int) -> str:
-    """Of a difference that the paper says is above zero, with `trained` concepts trained both ways. Intervals over a few say little."""
+    """Of a difference that the paper says is above zero, with `trained` concepts trained both ways."""
     if not trained:
         return "not tested"
-    if found is None or found.concepts < FEWEST:
+    if found is None or found.low is None:
         return f"no verdict ({found.concepts if found else 0} of {trained} concept{'s' * (trained > 1)} can be compared)"
     return "confirmed" if found.low > 0 else "contradicted" if found.high < 0 else "not separable"
 
 
 def of_paper(given: Sequence[Point]) -> list[Claim]:
-    made = [_claim(text, gain(given, ours, others)) for text, ours, others in _comparisons()]
-    made += [_claim(text, at_the_end(given, ours, others, value)) for text, ours, others, value in _comparisons_at_the_end()]
-    return [*made, _gain_grows(given)]
+    return [*(_claim(text, gain(given, ours, others)) for text, ours, others in _comparisons()), _gain_grows(given)]
+
+
+def of_the_end(given: Sequence[Point]) -> list[Claim]:
+    return [_claim(text, at_the_end(given, ours, others, value)) for text, ours, others, value in _comparisons_at_the_end()]
 
 
 def of_copying(given: Sequence[Point]) -> list[Claim]:
@@ -66,7 +68,11 @@ def _claim(text: str, differences: Differences) -> Claim:
 
 
 def _figures(found):
-    return "" if found is None else f"{found}, {found.units} units"
+    """A difference, and what it stands on."""
+    if found is None:
+        return ""
+    number = f"{found.mean:.3f}" if found.low is None else str(found)
+    return f"{number}, {found.units} unit{'s' * (found.units > 1)} of {found.concepts} concept{'s' * (found.concepts > 1)}"
 
 
 def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Differences:
@@ -94,7 +100,7 @@ def _lines(given, ours, others):
 
 def _is(cell, changes):
     usual = Cell(cell.concept, cell.seed, **changes)
-    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to", "base")
+    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to", "base", "pace")
     return all(getattr(cell, name) == getattr(meaningful(usual), name) for name in same)
 
 
@@ -104,6 +110,8 @@ def _comparisons():
     for rank in RANKS[-2::-1]:
         yield f"Table 1: so at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
     yield "Table 1: so does Vanilla T-LoRA (mask without start)", _VANILLA, _LORA
+    yield "Tables 1, 2: T-LoRA obeys better than LoRA at half its learning rate", _TLORA, _SLOW_LORA
+    yield "Table 1: so does Vanilla T-LoRA, which has about that rate", _VANILLA, _SLOW_LORA
     yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", _TLORA, _VANILLA
     yield "Table 3, figure 6: T-LoRA obeys better than Ortho-LoRA (start without mask; r_min 100%)", _TLORA, _ORTHO
     for other in ("oft", "gsoft", "svdiff"):
@@ -145,6 +153,8 @@ def _copying():
     """(text, ours, others): ours copies less often."""
     for who, ours in (("T-LoRA", _TLORA), ("the mask alone (Vanilla)", _VANILLA), ("the start alone (Ortho-LoRA)", _ORTHO)):
         yield f"{who} below LoRA", ours, _LORA
+        yield f"{who} below LoRA at half its learning rate", ours, _SLOW_LORA
+    yield "LoRA at half its learning rate below LoRA", _SLOW_LORA, _LORA
     for rank in RANKS[-2::-1]:
         yield f"T-LoRA below LoRA at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
     for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
@@ -166,6 +176,6 @@ def _gain_grows(given):
         other = gains[rank]
         return Differences(difference(highest.sound, other.sound), difference(highest.every, other.every), highest.trained & other.trained)
 
-    enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank).sound)) and found.concepts >= FEWEST)
+    enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank).sound)) and found.low is not None)
     lowest = next(enough, RANKS[0])
     return _claim(f"Table 1: the gain over LoRA grows with the rank ({lowest} to {RANKS[-1]})", growth(lowest))

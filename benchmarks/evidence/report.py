@@ -14,6 +14,7 @@ from tlora_core.packages import required
 from . import claims
 from .analysis import (
     CONTROL_LOSS,
+    FEWEST,
     LEVELS,
     REPRODUCED,
     RESAMPLES,
@@ -21,6 +22,7 @@ from .analysis import (
     Lines,
     Point,
     at_level,
+    choose_rates,
     curves,
     difference,
     estimate,
@@ -107,10 +109,17 @@ def _curve(cell):
     return cell.curve or f"alpha {cell.alpha:g}"
 
 
+def _pace(cell):
+    if METHODS[cell.method].of_weight or not free(cell, "pace"):
+        return None
+    return cell.method if cell.pace == 1 else f"{cell.method}, {cell.pace:g} times its rate"
+
+
 _LORA = {"method": "lora"}
 TABLES = (
     Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method,
           {**_LORA, "rank": RANK}, "lora", ("method",)),
+    Table("paces", "Is it the method, or how fast it learns?", _pace, {**_LORA, "pace": 0.5}, "lora, 0.5 times its rate", ("pace",)),
     Table("table1", "Table 1: ranks", _ranks, _LORA, "lora of the same rank", ("rank",)),
     Table("table4", "Table 4: one, two and three training pictures", _images, {**_LORA, "images": 1}, "lora, images 1", ("images",)),
     Table("table5", "Table 5: a flow-matching base, in the place of FLUX", _flow, {**_LORA, "noise_to": 1.0}, "lora of the same rank",
@@ -167,9 +176,16 @@ def _head(scale, given):
             "IS: 0 is what the bare base draws for the class word, 1 the concept itself seen through the autoencoder, background masked, "
             "under the training prompt. TS: share of what the prompts ask for (background, place, colour) that a scorer finds. "
             f"Methods are compared where each training first reaches the same IS ({', '.join(f'{v:g}' for v in LEVELS)}), within units; "
-            f"intervals are 95%, from {RESAMPLES} draws of concepts and of seeds within them. Copied: share of pictures that show the training "
+            f"intervals are 95%, from {RESAMPLES} draws of concepts and of seeds within them, and given from {FEWEST} concepts on. "
+            f"{_unresolved(given)}Copied: share of pictures that show the training "
             f"picture's place or background where the prompt leaves it open; by chance {_bare(given, _MEANS['place copied'])} "
             f"and {_bare(given, _MEANS['background copied'])}, as the bare base does.")
+
+
+def _unresolved(given):
+    lines = [line for units in curves(given, lambda cell: replace(cell, concept="", seed=0, steps=()).key).values() for line in units.values()]
+    past = sum(line[1].is_ > LEVELS[0] for line in lines)
+    return f"{past} of {len(lines)} trainings are past the lowest level at their first checkpoint: theirs lies between that and the bare base. "
 
 
 def _bare(given, value):
@@ -197,15 +213,22 @@ def _sweep(results):
     records = load_sweep(results)
     if not records:
         return ""
-    given, rows = points(records), []
-    for name in (rate_name(method, base) for base in ("noise", "flow") for method in METHODS):
-        for rate, lines in curves(given, lambda c, n=name: f"{c.learning_rate:g}" if rate_name(c.method, c.base) == n else None).items():
-            passed = gate(lines)
-            rows.append([name, rate, str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
-                         _text(estimate(at_level(lines, REPRODUCED, lambda p: p.ts)))])
+    given, rows, at_an_end = points(records), [], []
+    for name, chosen in choose_rates(records).items():
+        by_rate = curves(given, lambda c, n=name: f"{c.learning_rate:g}" if rate_name(c.method, c.base) == n else None)
+        rows += [[name, f"**{rate}**" if float(rate) == chosen else rate, *_of_rate(lines)] for rate, lines in by_rate.items()]
+        at_an_end += [name] if chosen in (min(map(float, by_rate)), max(map(float, by_rate))) else []
     return (f"## Learning rates\n\nSwept per method at rank {RANK} (OFT, GSOFT: {BLOCKS['oft']} and {BLOCKS['gsoft']} blocks). Reproduced: IS "
             f"{REPRODUCED} at any checkpoint. Undamaged: prompts without the concept lose at most {CONTROL_LOSS:.0%} of their attributes "
-            "at the first such checkpoint.\n\n" + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
+            "at the first such checkpoint. Chosen, in bold: what reproduces most units undamaged, then obeys best. At the end of what was "
+            f"swept lie the rates chosen for {', '.join(at_an_end) or 'none'}.\n\n"
+            + _markdown(["method", "rate", "units", "reproduced", "undamaged", f"TS at IS {REPRODUCED}"], rows))
+
+
+def _of_rate(lines):
+    passed = gate(lines)
+    return (str(len(lines)), f"{passed['reproduced']:.0%}", _share_text(passed["undamaged"]),
+            _text(estimate(at_level(lines, REPRODUCED, lambda p: p.ts))))
 
 
 def _in_order(lines):
@@ -213,7 +236,7 @@ def _in_order(lines):
     def place(item):
         cell = next(iter(item[1].values()))[-1].cell
         return (list(METHODS).index(cell.method), cell.rank, cell.images, list(STARTS).index(cell.start), cell.curve, cell.alpha,
-                cell.noise_from, cell.noise_to, cell.min_share)
+                cell.noise_from, cell.noise_to, cell.min_share, cell.pace)
     return dict(sorted(lines.items(), key=place))
 
 
@@ -221,9 +244,10 @@ def _section(table, lines, pictures):
     plot(lines, table.title, pictures / f"{table.name}.png")
     rows, compared = [], {name: sound(units) for name, units in lines.items()}
     for name, units in lines.items():
+        steps = at_level(compared[name], LEVELS[1], lambda p: p.step).values()
         rows.append([name, str(len(units)), f"{gate(units)['reproduced']:.0%}", str(len(compared[name])),
-                     *(_text(estimate(at_level(units, level, _ts))) for level in LEVELS)])
-    head = ["", "units", "reproduced", "pass the gate", *(f"TS at IS {v:g}" for v in LEVELS)]
+                     f"{np.mean(list(steps)):.0f}" if steps else "-", *(_text(estimate(at_level(units, level, _ts))) for level in LEVELS)])
+    head = ["", "units", "reproduced", "pass the gate", f"steps to IS {LEVELS[1]:g}", *(f"TS at IS {v:g}" for v in LEVELS)]
     others = {name: table.other(units) for name, units in lines.items()}
     return (f"## {table.title}\n\n{_markdown(head, rows)}\n\nMeans over the three levels of IS of the units that pass the gate, each followed "
             f"by its difference to {table.against_text} within units:\n\n{_means(compared, others)}\n\n"
@@ -295,7 +319,9 @@ def _effective_rank(given):
 def _claims(given):
     return ("## The paper's claims\n\nDifferences at equal IS, within units. The verdict goes by the units that pass the gate: at none of the levels "
             f"of IS compared have prompts without the concept lost more than {CONTROL_LOSS:.0%} of their attributes, as a damaged model "
-            f"obeys nothing. It needs {claims.FEWEST} concepts. One interval in twenty misses by chance.\n\n" + _judged(claims.of_paper(given))
+            f"obeys nothing. It needs {FEWEST} concepts. Of the intervals on this page one in twenty, or a little more where there are few "
+            "concepts, misses by chance: no single one of them proves much.\n\n" + _judged(claims.of_paper(given))
+            + "\n\nAfter the last step that both have, whatever the likeness and without the gate:\n\n" + _judged(claims.of_the_end(given))
             + "\n\n## Copying\n\nOf the training picture's place and background where the prompt leaves them open, less than the other does. It "
             "was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it apart.\n\n"
             + _judged(claims.of_copying(given)))
@@ -326,6 +352,8 @@ def _limits():
             "and the other way round. Where a prompt leaves the background or the colour open, the base mixes several at some seeds "
             "(two of the four looked at), "
             "so neutral pictures of the bare base can be broken; the control prompts, which say everything, are not touched by that. "
+            "All pictures of one kind start from the same few noises, whatever the concept, the seed and the method, and a seed is one seed "
+            "of training in every concept: intervals do not cover other ones. Learning rates were swept at one rank and on two concepts. "
             "TS and IS are this world's own and cannot be compared with the paper's CLIP figures, only their order can. "
             "IS cannot tell a copied pose from a new one; the columns on copying and spread do. A level of IS that a training never "
             "reaches leaves its unit out of that column, so columns may stand on different units; differences always pair them.")
