@@ -23,7 +23,67 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "tools")]
 
 
-def check_scorers(file):
+def main():
+    args, parser = _arguments()
+    if len(args.what) == 1 and args.what[0] in ONCE:
+        ONCE[args.what[0]](args.results)
+        return
+    from evidence.study import STUDIES
+    if unknown := set(args.what) - {*STUDIES, "all", "earlier"}:
+        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, all, earlier")
+    _study(args)
+
+
+def _arguments():
+    from evidence.study import RESULTS, SCALES, STUDIES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
+                        help=f"{', '.join(STUDIES)}; all; earlier; or one of {', '.join(ONCE)} (methods)")
+    parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
+    parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
+    parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    return parser.parse_args(), parser
+
+
+def _study(args):
+    import tiny_gate
+    import torch
+    tiny_gate.parse_host_arguments(args.device)
+    from evidence.run import Bench, run
+    scale = "quick" if args.quick else args.scale or ("sweep" if args.what == ["rates"] else "full")
+    part, of = (int(number) for number in args.part.split("/"))
+    cells = _cells(args, scale)[part - 1::of]
+    file = args.results / (f"{scale}.jsonl" if of == 1 else f"{scale}-{part}of{of}.jsonl")
+    others = [path for path in args.results.glob(f"{scale}*.jsonl") if path != file]
+    with torch.inference_mode():
+        run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True), others)
+
+
+def _cells(args, name):
+    from evidence import analysis, report
+    from evidence.study import SCALES, STUDIES, cells_of, chosen_rates, drawn_earlier, usual_rates
+    if args.what == ["earlier"]:
+        return [drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(args.results, name), SCALES[name])]
+    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
+    rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
+    return cells_of(names, replace(SCALES[name], seeds=SCALES[name].seeds[:args.seeds]), rates)
+
+
+def _report(results):
+    from evidence import report
+    report.write(results, ROOT / "docs")
+
+
+def _choose_rates(results):
+    from evidence import analysis
+    from evidence.study import RATES
+    _write(RATES, analysis.choose_rates(analysis.load_sweep(results)))
+
+
+def _check_scorers(results):
     import tiny_gate
     import torch
     tiny_gate.parse_host_arguments()
@@ -33,72 +93,25 @@ def check_scorers(file):
     with torch.inference_mode():
         vae = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))[2]
         found = validation.validate(tiny_gate.load_scorer(), lambda pictures: vae.decode(vae.encode(pictures)))
-    file.write_text(json.dumps(found, indent=2) + "\n")
-    print(file.read_text())
+    _write(results / "scorers.json", found)
 
 
-def when_decided(file):
+def _when_decided(results):
     import tiny_gate
     import torch
     tiny_gate.parse_host_arguments()
     from evidence import decided
     from evidence.run import Bench
     with torch.inference_mode():
-        file.write_text(json.dumps(decided.measure(Bench(tiny_gate.WEIGHTS)), indent=2) + "\n")
+        _write(results / "decided.json", decided.measure(Bench(tiny_gate.WEIGHTS)))
+
+
+def _write(file, found):
+    file.write_text(json.dumps(found, indent=2) + "\n")
     print(file.read_text())
 
 
-def earlier(results, name):
-    """Those trainings among the results that learn too fast for the first checkpoint, to be drawn before it."""
-    from evidence import analysis, report, study
-    scale = study.SCALES[name]
-    return [study.drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(results, name), scale)]
-
-
-def main():
-    from evidence import analysis, report
-    from evidence.study import RATES, RESULTS, SCALES, STUDIES, cells_of, chosen_rates, usual_rates
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; earlier; choose-rates; check-scorers; when-decided; report (methods)")
-    parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
-    parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
-    parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    args = parser.parse_args()
-    if args.what == ["report"]:
-        report.write(args.results, ROOT / "docs")
-        return
-    if args.what == ["choose-rates"]:
-        chosen = analysis.choose_rates(analysis.load_sweep(args.results))
-        RATES.write_text(json.dumps(chosen, indent=2) + "\n")
-        print(RATES.read_text())
-        return
-    if args.what == ["check-scorers"]:
-        check_scorers(args.results / "scorers.json")
-        return
-    if args.what == ["when-decided"]:
-        when_decided(args.results / "decided.json")
-        return
-    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else [] if args.what == ["earlier"] else args.what
-    if unknown := set(names) - STUDIES.keys():
-        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}")
-    name = "quick" if args.quick else args.scale or ("sweep" if names == ["rates"] else "full")
-    part, of = (int(number) for number in args.part.split("/"))
-    rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
-    scale = replace(SCALES[name], seeds=SCALES[name].seeds[:args.seeds])
-    cells = earlier(args.results, name) if args.what == ["earlier"] else cells_of(names, scale, rates)
-    import tiny_gate
-    import torch
-    tiny_gate.parse_host_arguments(args.device)
-    from evidence.run import Bench, run
-    file = args.results / (f"{name}.jsonl" if of == 1 else f"{name}-{part}of{of}.jsonl")
-    others = [path for path in args.results.glob(f"{name}*.jsonl") if path != file]
-    with torch.inference_mode():
-        run(Bench(tiny_gate.WEIGHTS), cells[part - 1::of], file, lambda line: print(line, file=sys.stderr, flush=True), others)
-
+ONCE = {"choose-rates": _choose_rates, "check-scorers": _check_scorers, "when-decided": _when_decided, "report": _report}
 
 if __name__ == "__main__":
     main()

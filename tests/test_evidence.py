@@ -1,5 +1,7 @@
 """The evidence benchmark: prompts, cells, scorers, and a run in miniature on the real host."""
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +151,19 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
     assert list(map(keep, again)) == list(map(keep, whole))
     points = analysis.points(again)
     assert points[0].is_ == 0 and all(0 <= p.ts <= 1 for p in points)
+
+
+def test_one_command_runs_a_study_and_says_how_far_it_is(host, tmp_path):
+    def command(*arguments):
+        return subprocess.run([host.python, REPO / "benchmarks" / "personalization.py", *arguments, "--scale", "miniature", "--results", tmp_path],
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join((str(host.comfyui), str(REPO)))})
+    (tmp_path / "scorers.json").write_text('{"attributes": {}}')
+    for study_, said in (("methods", "0 of 5 cells are done; 5 to go, 8 steps."), ("earlier", "0 of 0 cells are done")):
+        done = command(study_)
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+    assert len(run.read(tmp_path / "miniature.jsonl")) == 9
+    refused = command("table9")
+    assert refused.returncode == 2 and "there is no study table9" in refused.stderr
 
 
 def test_how_a_training_goes_does_not_depend_on_where_it_is_drawn(bench):
