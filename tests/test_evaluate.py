@@ -166,6 +166,24 @@ def test_weights_in_openais_own_layout_are_read_the_same(folders, tmp_path):
     assert torch.equal(ImageEncoder(tmp_path, DINO_TYPES).images(shown), ImageEncoder(folders / "dino", DINO_TYPES).images(shown))
 
 
+@pytest.mark.parametrize("name, types", [("clip", CLIP_TYPES), ("dino", DINO_TYPES)])
+def test_half_precision_weights_are_computed_in_float32_by_releases_without_the_dtype_keyword(folders, tmp_path, monkeypatch, name, types):
+    from transformers import AutoModel
+
+    load = AutoModel.from_pretrained
+
+    def older(*arguments, **options):
+        if "dtype" in options:  # transformers before 4.56 passes it on to the model
+            raise TypeError("__init__() got an unexpected keyword argument 'dtype'")
+        return load(*arguments, **options)
+
+    load(folders / name).half().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPARATION))
+    monkeypatch.setattr(AutoModel, "from_pretrained", older)
+    model = ImageEncoder(tmp_path, types).model
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
 def test_papers_prompt_sets_have_its_numbers_and_a_place_for_the_subject():
     for name, prompts in prompt_sets.SETS.items():
         assert len(prompts) == len(set(prompts)) == 1 + 25 + 6, name

@@ -51,14 +51,15 @@ class ImageEncoder:
             raise TLoRAError(f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.')
         try:
             # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True, dtype=torch.float32)
+            self.model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True)
             preparation = json.loads((folder / "preprocessor_config.json").read_text())
             self.mean, self.std = (torch.tensor(preparation[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
         except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
             raise TLoRAError(
                 f'"{folder.name}" cannot be loaded ({one_line(error)}); its folder needs config.json, model.safetensors (or '
                 "pytorch_model.bin) and preprocessor_config.json as published for transformers.") from error
-        self.model.eval().to(device)
+        # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host admits.
+        self.model.eval().to(device, torch.float32)
         self.side = getattr(self.model.config, "vision_config", self.model.config).image_size
 
     @torch.inference_mode()
