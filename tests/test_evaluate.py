@@ -156,6 +156,33 @@ def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(folders, t
     assert not (tmp_path / "made").exists()
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 605157884\n"
+
+
+@pytest.mark.parametrize("file, content", [
+    ("model.safetensors", lambda whole: whole[:-100]), ("model.safetensors", lambda _: LFS_POINTER), ("model.safetensors", lambda _: b""),
+    ("config.json", lambda _: b'{"model_type": "vit", "hidden_size": "x"}'),
+    ("config.json", lambda _: b'{"model_type": "vit", "num_attention_heads": 0}'),
+    ("config.json", lambda whole: whole.replace(b'"image_size": 16', b'"image_size": [16, 16]')),
+    *[("preprocessor_config.json", lambda _, text=text: text) for text in (
+        b"[]", b'"clip"', b"{", b"{}", b'{"image_mean": 0.5, "image_std": 1}', b'{"image_mean": [0, 0, 0], "image_std": [1, 0, 1]}')]])
+def test_damaged_file_is_told_in_one_sentence(folders, tmp_path, file, content):
+    for path in (folders / "dino").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).write_bytes(content((tmp_path / file).read_bytes()))
+    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" cannot be loaded \(.+\); its folder needs .*download them again'):
+        ImageEncoder(tmp_path, DINO_TYPES)
+
+
+@pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "empty"])
+def test_damaged_weights_in_openais_own_layout_are_told_too(folders, tmp_path, content):
+    for name in ("config.json", "preprocessor_config.json"):
+        (tmp_path / name).write_text((folders / "dino" / name).read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(TLoRAError, match=r"cannot be loaded \(.+\)"):
+        ImageEncoder(tmp_path, DINO_TYPES)
+
+
 def test_weights_in_openais_own_layout_are_read_the_same(folders, tmp_path):
     from safetensors.torch import load_file
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -41,26 +40,22 @@ class Scores:
 class ImageEncoder:
     """A picture encoder from the transformers folder `folder` on `device`; CLIP also reads texts.
 
-    Raises TLoRAError when the folder lacks a file or holds another kind of model.
+    Raises TLoRAError when the folder lacks a file, holds a damaged one or another kind of model.
     """
 
     def __init__(self, folder: Path, types: Sequence[str], device: torch.device | str = "cpu"):
-        from transformers import AutoModel
         self.folder, self.device = folder, device
         if model_type(folder) not in types:
             raise TLoRAError(f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.')
         try:
-            # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
-            self.model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True)
-            preparation = json.loads((folder / "preprocessor_config.json").read_text())
-            self.mean, self.std = (torch.tensor(preparation[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-        except (OSError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+            self.model, self.side, self.mean, self.std = _load(folder)
+        except Exception as error:  # what damaged files end in differs by release; some raise a bare Exception
             raise TLoRAError(
-                f'"{folder.name}" cannot be loaded ({one_line(error)}); its folder needs config.json, model.safetensors (or '
-                "pytorch_model.bin) and preprocessor_config.json as published for transformers.") from error
+                f'"{folder.name}" cannot be loaded ({one_line(error) or type(error).__name__}); its folder needs config.json, '
+                "model.safetensors (or pytorch_model.bin) and preprocessor_config.json, whole, as published for transformers: "
+                "download them again (git clone without git-lfs fetches no weights).") from error
         # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host admits.
         self.model.eval().to(device, torch.float32)
-        self.side = getattr(self.model.config, "vision_config", self.model.config).image_size
 
     @torch.inference_mode()
     def images(self, pictures: Tensor) -> Tensor:
@@ -187,6 +182,21 @@ def table(scores: Sequence[Scores], tolerance: float) -> str:
             f"{_number(s.diversity):9}  {s.pictures} ({s.neutral}){mark}")
     lines.append(f"best: highest TS within {tolerance:g} of the highest IS")
     return "\n".join(lines)
+
+
+def _load(folder):
+    """Model, side of its pictures, mean and standard deviation [3, 1, 1] from `folder`. Raises whatever the files end in."""
+    from transformers import AutoModel
+    # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
+    model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True)
+    side = getattr(model.config, "vision_config", model.config).image_size
+    if not isinstance(side, int):
+        raise ValueError(f"image_size in config.json is {side}, no whole number")
+    preparation = json.loads((folder / "preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    if not bool(mean.isfinite().all() and (std > 0).all()):
+        raise ValueError("image_mean or image_std in preprocessor_config.json is no colour's mean or spread")
+    return model, side, mean, std
 
 
 def _similarity(encoder, real, batches):
