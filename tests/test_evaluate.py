@@ -156,6 +156,69 @@ def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(folders, t
     assert not (tmp_path / "made").exists()
 
 
+def copied(folder, target, change=lambda weights: weights, without=()):
+    """`folder` in `target`, its weights changed and some files left out."""
+    from safetensors.torch import load_file, save_file
+
+    for path in folder.iterdir():
+        if path.name not in without:
+            (target / path.name).write_bytes(path.read_bytes())
+    save_file(change(load_file(folder / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("name, types, change, count", [
+    # Files of the host's own clip_vision hold the picture half.
+    ("clip", CLIP_TYPES, lambda w: {k: v for k, v in w.items() if k.startswith(("vision_model.", "visual_projection."))}, 21),
+    ("dino", DINO_TYPES, lambda w: {f"blocks.{k}": v for k, v in w.items()}, 22),
+    ("dino", DINO_TYPES, lambda w: {k: v for k, v in w.items() if k != "embeddings.cls_token"}, 1)])
+def test_weights_that_no_file_holds_are_not_left_at_random(folders, tmp_path, name, types, change, count):
+    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, such as .*; download the whole'):
+        ImageEncoder(copied(folders / name, tmp_path, change), types)
+
+
+@pytest.mark.parametrize("name, types, unused", [("clip", CLIP_TYPES, "logit_scale"), ("dino", DINO_TYPES, "pooler.")])
+def test_weights_that_do_not_count_may_be_missing(folders, tmp_path, name, types, unused):
+    encoder = ImageEncoder(copied(folders / name, tmp_path, lambda w: {k: v for k, v in w.items() if not k.startswith(unused)}), types)
+    shown = pictures(2, 3)
+    assert torch.equal(encoder.images(shown), ImageEncoder(folders / name, types).images(shown))
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+EXTRA = {"id": 12, "content": "sks", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+
+
+@pytest.mark.parametrize("files", [
+    {}, {"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}},
+    {"vocab.json": {word: i for i, word in enumerate(WORDS)}},  # its merges.txt is missing
+    {"tokenizer.json": {}}], ids=["none", "configuration", "half", "damaged"])
+def test_clip_without_a_whole_tokenizer_scores_nothing(folders, tmp_path, files):
+    encoder = ImageEncoder(copied(folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer that goes with it \(.+\); add the files'):
+        encoder.texts(["a dog", "the snow at night"])
+
+
+def test_vocabulary_and_merges_are_a_tokenizer_too(folders, tmp_path):
+    encoder = ImageEncoder(copied(folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
+    tokens = ["<|startoftext|>", "<|endoftext|>", "a</w>", "d", "o", "g</w>", "do", "dog</w>", "s", "n", "s</w>", "n</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
+    dog, other = encoder.texts(["a dog", "n s"])
+    assert float(dog @ other) < 0.999
+
+
+def test_tokenizer_with_tokens_that_clip_does_not_know_is_refused(folders, tmp_path):
+    encoder = ImageEncoder(copied(folders / "clip", tmp_path), CLIP_TYPES)
+    written = json.loads((tmp_path / "tokenizer.json").read_text())
+    written["added_tokens"].append(EXTRA)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(written))
+    assert encoder.texts(["a dog"]).shape == (1, 8)
+    with pytest.raises(TLoRAError, match="token 12 found, 12 tokens in the model"):
+        encoder.texts(["a sks dog"])
+
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 605157884\n"
 
 

@@ -19,6 +19,7 @@ from .images import check_images
 CLIP_TYPES = ("clip",)
 DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # DINO's first version is a plain ViT
 MASKED = 0.5  # what the background becomes under a mask
+_UNUSED = ("logit_scale", "pooler.", "embeddings.mask_token")  # DINO's first version is published without the pooler
 _AT_ONCE = 16  # pictures in one pass
 
 
@@ -40,7 +41,7 @@ class Scores:
 class ImageEncoder:
     """A picture encoder from the transformers folder `folder` on `device`; CLIP also reads texts.
 
-    Raises TLoRAError when the folder lacks a file, holds a damaged one or another kind of model.
+    Raises TLoRAError when the folder lacks a file or some of the weights, holds a damaged file or another kind of model.
     """
 
     def __init__(self, folder: Path, types: Sequence[str], device: torch.device | str = "cpu"):
@@ -48,12 +49,16 @@ class ImageEncoder:
         if model_type(folder) not in types:
             raise TLoRAError(f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.')
         try:
-            self.model, self.side, self.mean, self.std = _load(folder)
+            self.model, missing, self.side, self.mean, self.std = _load(folder)
         except Exception as error:  # what damaged files end in differs by release; some raise a bare Exception
             raise TLoRAError(
                 f'"{folder.name}" cannot be loaded ({one_line(error) or type(error).__name__}); its folder needs config.json, '
                 "model.safetensors (or pytorch_model.bin) and preprocessor_config.json, whole, as published for transformers: "
                 "download them again (git clone without git-lfs fetches no weights).") from error
+        if missing:  # these would stay at random numbers
+            raise TLoRAError(
+                f'"{folder.name}" lacks {len(missing)} of the weights of its model, such as {missing[0]}; download the whole model as '
+                "published for transformers (a clip_vision file of ComfyUI holds CLIP's picture half alone).")
         # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host admits.
         self.model.eval().to(device, torch.float32)
 
@@ -72,16 +77,27 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [N, d], on the CPU."""
-        from transformers import AutoTokenizer
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise TLoRAError(f'"{self.folder.name}" has no tokenizer ({one_line(error)}); add the files that are published with it.') from error
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.device)
+        """Unit vectors [N, d], on the CPU. Raises TLoRAError when the folder's tokenizer is missing, damaged or another model's."""
+        tokens = self._tokens(prompts).to(self.device)
         vectors = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return normalize(_tensor(vectors).float().cpu(), dim=-1)
+
+    def _tokens(self, prompts):
+        from transformers import AutoTokenizer
+        config = self.model.config.text_config
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            # A folder without the files gives an empty tokenizer in some releases; vocab_size may be padded, but not to the double.
+            if len(tokenizer) < config.vocab_size / 2:
+                raise ValueError(f"{len(tokenizer)} tokens found, {config.vocab_size} in the model")
+            tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors="pt")
+            if int(tokens["input_ids"].max()) >= config.vocab_size:
+                raise ValueError(f"token {int(tokens['input_ids'].max())} found, {config.vocab_size} tokens in the model")
+        except Exception as error:  # damaged files end in a bare Exception
+            raise TLoRAError(
+                f'"{self.folder.name}" has no tokenizer that goes with it ({one_line(error) or type(error).__name__}); add the files that '
+                "are published with it: tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json.") from error
+        return tokens
 
     def _framed(self, pictures):
         height, width = pictures.shape[-2:]
@@ -185,10 +201,12 @@ def table(scores: Sequence[Scores], tolerance: float) -> str:
 
 
 def _load(folder):
-    """Model, side of its pictures, mean and standard deviation [3, 1, 1] from `folder`. Raises whatever the files end in."""
+    """Model, names of weights that no file holds, side of its pictures, mean and standard deviation [3, 1, 1] from `folder`.
+    Raises whatever the files end in."""
     from transformers import AutoModel
     # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
-    model = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True)
+    model, found = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True, output_loading_info=True)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(_UNUSED))
     side = getattr(model.config, "vision_config", model.config).image_size
     if not isinstance(side, int):
         raise ValueError(f"image_size in config.json is {side}, no whole number")
@@ -196,7 +214,7 @@ def _load(folder):
     mean, std = (torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std"))
     if not bool(mean.isfinite().all() and (std > 0).all()):
         raise ValueError("image_mean or image_std in preprocessor_config.json is no colour's mean or spread")
-    return model, side, mean, std
+    return model, missing, side, mean, std
 
 
 def _similarity(encoder, real, batches):
