@@ -64,10 +64,11 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def images(self, pictures: Tensor) -> Tensor:
-        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1: the shorter side resized, the middle cropped."""
+        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1 on any device: the shorter side resized, the middle
+        cropped, both on the CPU, so that scores do not depend on where the host keeps its pictures."""
         found = []
         for batch in pictures.movedim(-1, 1).split(_AT_ONCE):
-            pixels = ((self._framed(batch.float()) - self.mean) / self.std).to(self.device)
+            pixels = ((self._framed(batch.cpu().float()) - self.mean) / self.std).to(self.device)
             if hasattr(self.model, "get_image_features"):
                 vectors = _tensor(self.model.get_image_features(pixel_values=pixels))
             else:
@@ -155,14 +156,14 @@ def without_token(prompt: str, token: str) -> str:
 
 
 def masked(pictures: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """Grey outside the mask [N or 1, H, W]; raises TLoRAError when the sizes differ."""
+    """Grey outside the mask [N or 1, H, W], on the device of `pictures`; raises TLoRAError when the sizes differ."""
     if mask is None:
         return pictures
     if tuple(mask.shape[-2:]) != tuple(pictures.shape[1:3]) or len(mask) not in (1, len(pictures)):
         raise TLoRAError(
             f"{name} is {len(mask)} x {mask.shape[-1]}x{mask.shape[-2]} pixels and its images are {len(pictures)} x "
             f"{pictures.shape[2]}x{pictures.shape[1]}; give one of the same size for all or for each.")
-    weight = mask.clamp(0, 1).unsqueeze(-1)
+    weight = mask.to(pictures.device).clamp(0, 1).unsqueeze(-1)
     return pictures * weight + MASKED * (1 - weight)
 
 
