@@ -29,7 +29,8 @@ class TLoRAEvaluate(io.ComfyNode):
                                tooltip="A DINO model's folder in the same place, for a second measure of likeness that looks more at "
                                        "details; none leaves it out."),
                 io.String.Input("label", default="checkpoint",
-                                tooltip="What these pictures were made with, such as the T-LoRA's file; the best one is named by it."),
+                                tooltip="What these pictures were made with, such as the T-LoRA's file; the best one is named by it, so it has "
+                                        "to differ from the others."),
                 io.String.Input("token", default="sks", tooltip="Left out of the prompts, since CLIP cannot know it."),
                 io.String.Input("neutral_prompt", default="",
                                 tooltip='The prompt whose pictures count for IS, such as "a photo of sks dog", so that what other prompts '
@@ -38,7 +39,9 @@ class TLoRAEvaluate(io.ComfyNode):
                                tooltip="The best is the one with the highest TS among those whose IS is at most this much below the highest."),
                 io.Mask.Input("mask", optional=True, tooltip="Where the subject is in each batch: the background is grey for IS, as in the paper."),
                 io.Mask.Input("concept_mask", optional=True, tooltip="The same for the concept's pictures."),
-                SCORES.Input("before", optional=True, tooltip="Scores of another T-LoRA Evaluate node, with which these are compared."),
+                SCORES.Input("before", optional=True,
+                             tooltip="Scores of another T-LoRA Evaluate node, with which these are compared. Both have to be measured with "
+                                     "the same models, prompts, neutral_prompt and concept, and both or neither with masks."),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A table of all scores, for Preview as Text."),

@@ -1,15 +1,28 @@
 """T-LoRA Evaluate: its measures on tiny CLIP and DINO models, which models it takes, and the node on the server."""
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
-from graphs import Graph
+from graphs import Graph, error_of
 from torch.nn.functional import normalize
 
 from tlora_core import prompt_sets
 from tlora_core.errors import TLoRAError
-from tlora_core.evaluation import CLIP_TYPES, DINO_TYPES, ImageEncoder, Scores, best, diversity, evaluate, masked, table, without_token
+from tlora_core.evaluation import (
+    CLIP_TYPES,
+    DINO_TYPES,
+    EvaluationProtocol,
+    ImageEncoder,
+    Scores,
+    best,
+    diversity,
+    evaluate,
+    masked,
+    table,
+    without_token,
+)
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "photo", "of", "dog", "in", "the", "snow", "at", "night"]
 PREPARATION = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
@@ -134,8 +147,11 @@ def test_pictures_and_masks_may_lie_on_different_devices(clip):
     assert found.shape == (2, 8) and found.device.type == "cpu"
 
 
-def scores_of(label, likeness, obedience):
-    return Scores(label, likeness, obedience, None, None, 1, 1)
+PROTOCOL = EvaluationProtocol("clip", None, frozenset({"a dog", "dog"}), frozenset({"a dog"}), False, "")
+
+
+def scores_of(label, likeness, obedience, **measured_with):
+    return Scores(label, likeness, obedience, None, None, 1, 1, replace(PROTOCOL, **measured_with))
 
 
 def test_best_obeys_most_among_those_about_as_alike():
@@ -144,6 +160,41 @@ def test_best_obeys_most_among_those_about_as_alike():
     assert best([early, right, late], 1.0) is early
     marked = [line for line in table([early, right, late], 0.02).splitlines() if "best" in line]
     assert marked[0].startswith("400")
+
+
+@pytest.mark.parametrize("name, other", [
+    ("clip_model", "clip-vit-large-patch14"), ("dino_model", "dino-vits16"), ("prompts", frozenset({"a dog"})),
+    ("neutral_prompt", frozenset({"dog"})), ("mask", True), ("concept", "1")])
+@pytest.mark.parametrize("rank", [best, table])
+def test_scores_measured_with_something_else_are_not_ranked(name, other, rank):
+    scores = [scores_of("100", 0.8, 0.3), scores_of("400", 0.8, 0.3), scores_of("900", 0.8, 0.3, **{name: other})]
+    with pytest.raises(TLoRAError, match=f'^{name} differs between "100" and "900", .* cannot be compared; give both the same'):
+        rank(scores, 0.02)
+
+
+def test_two_scores_of_one_label_are_not_ranked():
+    with pytest.raises(TLoRAError, match='^label "checkpoint" is given to 2 of .*; give each a label of its own'):
+        best([scores_of("checkpoint", 0.8, 0.3), scores_of("400", 0.8, 0.3), scores_of("checkpoint", 0.9, 0.3)], 0.02)
+
+
+def test_scores_hold_what_they_were_measured_with(clip, folders):
+    def measured(other_clip=clip, **changes):
+        given = {"pictures": [pictures(1, 1), pictures(1, 2)], "prompts": ["a photo of sks dog", "a sks dog at night"],
+                 "concept": pictures(1, 0), "neutral_prompt": "a photo of sks dog", "token": "sks", **changes}
+        return evaluate("x", clip=other_clip, **given).protocol
+
+    usual = measured()
+    assert (usual.clip_model, usual.dino_model, usual.mask) == ("clip", None, False)
+    assert usual.prompts == {"a photo of dog", "a dog at night"} and usual.neutral_prompt == {"a photo of dog"}
+    # The pictures themselves, their order and the word that CLIP does not read leave scores comparable.
+    assert usual == measured(pictures=[pictures(2, 3), pictures(2, 4)])
+    assert usual == measured(prompts=["a V* dog at night", "a photo of V* dog"], neutral_prompt="a photo of V* dog", token="V*")
+    whole = torch.ones(1, 20, 24)
+    for name, changes in {
+            "dino_model": {"dino": ImageEncoder(folders / "dino", DINO_TYPES)}, "prompts": {"prompts": ["a photo of sks dog", "a dog"]},
+            "neutral_prompt": {"neutral_prompt": ""}, "mask": {"masks": [whole, whole]}, "concept": {"concept_mask": whole / 2}}.items():
+        other = measured(**changes)
+        assert getattr(other, name) != getattr(usual, name), name
 
 
 class Payload:
@@ -319,6 +370,15 @@ def test_node_compares_checkpoints_and_names_the_best(served):
     result = served.run(graph)
     report, named = (result.outputs[node.id]["text"][0] for node in shown)
     assert named == "red" and report.splitlines()[1].startswith("red") and report.splitlines()[2].startswith("blue")
+
+
+@pytest.mark.parametrize("changes, word", [({"label": "red"}, "label"), ({"dino_model": "none"}, "dino_model")])
+def test_node_tells_why_scores_cannot_be_compared(served, changes, word):
+    graph = Graph()
+    red = graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0]
+    first = evaluation(graph, red, "red")
+    graph.add("PreviewAny", source=evaluation(graph, red, **{"label": "blue", "before": first[4], **changes})[0])
+    assert error_of(served, graph).startswith(word)
 
 
 @pytest.mark.parametrize("name", ["../checkpoints", "test_dino", "/etc"])

@@ -2,10 +2,12 @@
 
 CLIP and DINO come from transformers folders on disk; nothing is downloaded, and no code in them runs.
 """
+import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,10 +26,25 @@ _AT_ONCE = 16  # pictures in one pass
 
 
 @dataclass(frozen=True)
+class EvaluationProtocol:
+    """What scores were measured with, each field named as the input it comes from; only scores of equal protocols can be ranked.
+    clip_model, dino_model: folder names, None without DINO. prompts: as CLIP read them, so without the token; neutral_prompt: those
+    of them that counted for image similarity. mask: whether there was one. concept: digest of the pictures under their mask."""
+
+    clip_model: str
+    dino_model: str | None
+    prompts: frozenset[str]
+    neutral_prompt: frozenset[str]
+    mask: bool
+    concept: str
+
+
+@dataclass(frozen=True)
 class Scores:
     """Of one checkpoint. image_similarity: mean cosine of every concept picture with every neutral one, by CLIP; dino_similarity:
     the same by DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt. diversity: 1 - mean cosine
-    of two pictures of one prompt, None where no prompt has two. pictures: how many in all; neutral: of these, for image similarity."""
+    of two pictures of one prompt, None where no prompt has two. pictures: how many in all; neutral: of these, for image similarity.
+    protocol: what all this was measured with."""
 
     label: str
     image_similarity: float
@@ -36,6 +53,7 @@ class Scores:
     dino_similarity: float | None
     pictures: int
     neutral: int
+    protocol: EvaluationProtocol
 
 
 class ImageEncoder:
@@ -141,11 +159,15 @@ def evaluate(label: str, pictures: Sequence[Tensor], prompts: Sequence[str], con
     real = masked(concept, concept_mask, "concept_mask")
     cut = [masked(batch, mask, "mask") for batch, mask, use in zip(pictures, masks, is_neutral) if use]
     seen = [clip.images(batch) for batch in pictures]
-    texts = clip.texts([without_token(prompt, token) for prompt in prompts])
+    read = [without_token(prompt, token) for prompt in prompts]
+    texts = clip.texts(read)
     obeyed = torch.cat([vectors @ text for vectors, text in zip(seen, texts)])
+    protocol = EvaluationProtocol(
+        clip.folder.name, None if dino is None else dino.folder.name, frozenset(read),
+        frozenset(prompt for prompt, use in zip(read, is_neutral) if use), any(mask is not None for mask in masks), _digest(real))
     return Scores(
         label, _similarity(clip, real, cut), float(obeyed.mean()), diversity(seen, prompts),
-        None if dino is None else _similarity(dino, real, cut), len(obeyed), sum(len(batch) for batch in cut))
+        None if dino is None else _similarity(dino, real, cut), len(obeyed), sum(len(batch) for batch in cut), protocol)
 
 
 def without_token(prompt: str, token: str) -> str:
@@ -181,15 +203,30 @@ def diversity(vectors: Sequence[Tensor], prompts: Sequence[str]) -> float | None
     return float(1 - found.mean()) if len(found) else None
 
 
+def check_comparable(scores: Sequence[Scores]) -> None:
+    """Raises TLoRAError when two have the same label or were measured with different protocols."""
+    label, times = Counter(score.label for score in scores).most_common(1)[0]
+    if times > 1:
+        raise TLoRAError(f'label "{label}" is given to {times} of the compared scores; give each a label of its own, since the best is named by it.')
+    first = scores[0]
+    for score in scores[1:]:
+        for field in fields(EvaluationProtocol):
+            if getattr(score.protocol, field.name) != getattr(first.protocol, field.name):
+                raise TLoRAError(
+                    f'{field.name} differs between "{first.label}" and "{score.label}", so that their scores cannot be compared; give '
+                    "both the same, or disconnect before.")
+
+
 def best(scores: Sequence[Scores], tolerance: float) -> Scores:
     """Of those whose image similarity is within `tolerance` of the highest, the one with the highest text similarity: the
-    paper's comparison, obedience at equal likeness."""
+    paper's comparison, obedience at equal likeness. Raises as check_comparable does."""
+    check_comparable(scores)
     likest = max(score.image_similarity for score in scores)
     return max((s for s in scores if s.image_similarity >= likest - tolerance), key=lambda s: s.text_similarity)
 
 
 def table(scores: Sequence[Scores], tolerance: float) -> str:
-    """Lines of text; the best is marked."""
+    """Lines of text; the best is marked. Raises as check_comparable does."""
     chosen, width = best(scores, tolerance), max(len("checkpoint"), *(len(score.label) for score in scores))
     lines = [f"{'checkpoint':{width}}  IS     DINO-IS  TS     diversity  pictures (for IS)"]
     for s in scores:
@@ -220,6 +257,10 @@ def _load(folder):
 
 def _similarity(encoder, real, batches):
     return float((encoder.images(real) @ torch.cat([encoder.images(batch) for batch in batches]).T).mean())
+
+
+def _digest(pictures):
+    return hashlib.sha256(pictures.float().contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def _number(value):
