@@ -120,14 +120,9 @@ def tlora(unet):
 @pytest.fixture(scope="module")
 def base(comfy):
     """The tiny base as (MODEL, CLIP, VAE)."""
-    import torch
+    from host_models import tiny_base
 
-    from tlora_core.comfy_host import tiny_base
-    from tlora_core.tiny import world
-
-    weights = Path(world.__file__).parent / "weights" / "tiny_base.safetensors"
-    with torch.inference_mode():
-        return tiny_base.load(str(weights))
+    return tiny_base()
 
 
 @pytest.fixture

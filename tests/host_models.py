@@ -1,4 +1,6 @@
 """Small random models in the host's own classes. Import inside tests that use the `comfy` fixture."""
+from pathlib import Path
+
 import torch
 
 
@@ -18,6 +20,25 @@ def random_unet(seed: int = 0, dtype=torch.float32):
     base.diffusion_model.to(dtype)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+
+
+def tiny_base(quantised=None):
+    """The tiny base as (MODEL, CLIP, VAE), made anew. quantised: a state dict for its U-Net as random_models.quantise makes it."""
+    import comfy.model_patcher
+
+    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import world
+
+    with torch.inference_mode():  # as in the host
+        model, clip, vae = tiny_base.load(str(Path(world.__file__).parent / "weights" / "tiny_base.safetensors"))
+        if quantised:
+            config = tiny_base.unet_config()
+            config.set_inference_dtype(torch.float32, torch.float32)
+            config.quant_config = {"mixed_ops": True}
+            base = config.get_model({}, device=model.offload_device)
+            tiny_base.set_norm_groups(base.diffusion_model).load_state_dict(quantised, assign=True)
+            model = comfy.model_patcher.ModelPatcher(base, load_device=model.load_device, offload_device=model.offload_device)
+    return model, clip, vae
 
 
 def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, seed: int = 0, alpha: float = 1.0):

@@ -14,14 +14,15 @@ ALIKE, MIXED = (0.5, 0.5), (0.2, 0.9)  # noise levels of the two samples of a ba
 class Setting:
     """A small model with adapters on all target layers, moved away from their start."""
 
-    def __init__(self, family, dtype=DOUBLE, storage=None):
+    def __init__(self, family, dtype=DOUBLE, storage=None, model=None):
         import random_models
 
         from tlora_core import make_adapters
         from tlora_core.comfy_host.families import target_layers
 
         # No SDXL is small enough, so this is one with fewer blocks and a narrow text.
-        self.model = random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype) if family == "sdxl" else random_models.small(family, dtype=dtype)
+        self.model = model or (
+            random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype) if family == "sdxl" else random_models.small(family, dtype=dtype))
         if storage is not None:
             cast_to(self.model, storage)
         self.layers = target_layers(self.model)
@@ -94,6 +95,28 @@ def slope(setting, name, levels, step=1e-2):
                 parameter.add_(direction, alpha=sign * step)
             values.append(setting.loss(levels).item())
     return length.item(), (values[0] - values[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("input_scale", [None, 0.5])
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_gradients_on_quantised_layers_are_those_on_what_they_are_worth(comfy, family, input_scale):
+    import random_models
+
+    worth = random_models.small(family)
+    with torch.inference_mode():
+        quantised = random_models.small(family, quantised=random_models.quantise(worth))
+    for path, layer in random_models.attention_layers(quantised).items():
+        if input_scale:
+            layer.pre_quant_scale = torch.full((layer.in_features,), input_scale)
+            random_models.attention_layers(worth)[path].weight.mul_(input_scale)
+    found = []
+    for model in (quantised, worth):
+        setting = Setting(family, torch.float32, model=model)
+        for checkpointing in (False, True):
+            with setting.session(checkpointing):
+                found.append(torch.cat([gradient.flatten() for gradient in setting.gradients(MIXED)]))
+    for got, wanted in zip(found, found[2:]):
+        assert (got - wanted).norm() < 1e-4 * wanted.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

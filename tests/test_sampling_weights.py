@@ -1,6 +1,4 @@
 """A T-LoRA on weights that the host casts, quantises, streams, compiles or copies to another device."""
-import json
-
 import host_models as models
 import pytest
 import sampling_runs as runs
@@ -64,14 +62,7 @@ class TestStoredSmaller:
         import random_models
 
         worth = random_models.small(family)
-        weights = worth.model.diffusion_model.state_dict()
-        for path in random_models.attention_layers(worth):
-            weight = weights[f"{path}.weight"]
-            scale = weight.abs().max() / 400
-            eight = (weight / scale).to(torch.float8_e4m3fn)
-            weight.copy_(eight.float() * scale)
-            weights.update({f"{path}.weight": eight, f"{path}.weight_scale": scale, f"{path}.comfy_quant": torch.tensor(
-                list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)})
+        weights = random_models.quantise(worth)
         with torch.inference_mode():  # as in the host, where the layers cannot leave it again
             stored = random_models.small(family, quantised=weights)
         assert not isinstance(next(iter(random_models.attention_layers(stored).values())), torch.nn.Linear)

@@ -106,6 +106,43 @@ def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output,
     assert p.checkpointing is expected and len(p.trainer.losses) == 2
 
 
+@pytest.mark.parametrize("memory", ["auto", "low", "fast"])
+def test_a_training_lets_go_of_the_model(comfy, memory):
+    import gc
+    import weakref
+
+    import comfy.model_management
+    from host_models import tiny_base
+
+    from tlora_core.comfy_host.personalize import Personalization
+
+    base = tiny_base()
+    network = weakref.ref(base[0].model.diffusion_model)
+    with torch.inference_mode():
+        Personalization(*base, images(), request(1), memory=memory).train(1)
+    del base
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert network() is None
+
+
+@pytest.mark.parametrize("memory", ["auto", "low", "fast"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_quantised_model_is_trained(output, comfy, memory, loaded):
+    import comfy.model_management
+    import random_models
+    from host_models import tiny_base
+
+    worth = tiny_base()
+    quantised = tiny_base(random_models.quantise(worth[0]))
+    if loaded:  # as by a sampling before
+        with torch.inference_mode():
+            comfy.model_management.load_models_gpu([quantised[0]])
+    losses = [run(base, request(3, start=start), memory=memory, rerun="restart").losses
+              for base in (quantised, worth) for start in ("last_random", "principal_weight")]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3) and losses[1] == pytest.approx(losses[3], rel=1e-3)
+
+
 def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
     """An inpainting model gets the masked picture beside the latents."""
     import random_models

@@ -54,8 +54,9 @@ class Frozen:
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
         with self.fetch(self.layer, gradient) if self.fetch is not None else nullcontext((self.layer.weight, None)) as (weight, _):
-            if isinstance(self.layer, nn.Linear):
-                return gradient @ weight
+            if weight.dim() == 2:  # also of the host's quantised layers, which are no torch.nn.Linear
+                scale = getattr(self.layer, "pre_quant_scale", None)  # some of which scale their input first
+                return gradient @ weight if scale is None else gradient @ weight * scale.to(gradient)
             back = _CONVOLUTIONS[weight.dim() - 2]
             return back(shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
 

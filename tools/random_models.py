@@ -1,4 +1,5 @@
 """Models of the host's own classes with random weights, at any size, for tests and benchmarks. Needs the host importable."""
+import json
 import re
 
 import comfy.model_base
@@ -117,6 +118,20 @@ def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=No
         if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
             buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
     return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+
+
+def quantise(model) -> dict[str, torch.Tensor]:
+    """The state dict of the diffusion model with its attention layers quantised to fp8, a scale each, as the host's files have them. The
+    model's own weights are rounded to what these are worth."""
+    weights = model.model.diffusion_model.state_dict()
+    note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    for path in attention_layers(model):
+        weight = weights[f"{path}.weight"]
+        scale = weight.abs().max() / 400
+        eight = (weight / scale).to(torch.float8_e4m3fn)
+        weight.copy_(eight.float() * scale)
+        weights.update({f"{path}.weight": eight, f"{path}.weight_scale": scale, f"{path}.comfy_quant": note})
+    return weights
 
 
 def attention_layers(model) -> dict[str, torch.nn.Linear]:

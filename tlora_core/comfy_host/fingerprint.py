@@ -13,6 +13,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..dataset import TrainingImage
+from .layers import stored
 from .sampling import SamplingPatch
 
 WHOLE = 1 << 16  # elements up to which a weight is hashed whole
@@ -72,12 +73,19 @@ def _add_tensor(digest, tensor: Tensor, whole: bool = False) -> None:
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
+def _as_loaded(model, key, tensor):
+    if key in model.hook_backup:
+        return model.hook_backup[key][0]
+    return model.backup[key].weight if key in model.backup else tensor
+
+
 def _add_model(digest, model: ModelPatcher) -> None:
     """Weights as they were loaded, even where patches are written into them just now, and what is patched."""
-    for key, (original, *patches) in model.get_key_patches().items():
+    for key, tensor in model.model_state_dict().items():
         digest.update(key.encode())
-        _add(digest, original[0])
-        for strength, patch, strength_model, offset, _ in patches:
+        for part in stored(_as_loaded(model, key, tensor)):
+            _add(digest, part)
+        for strength, patch, strength_model, offset, _ in model.patches.get(key, ()):
             _add(digest, (strength, patch, strength_model, offset))
     options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
     transformer = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if v and k != "wrappers"}

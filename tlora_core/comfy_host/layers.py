@@ -57,6 +57,12 @@ def is_cast(module: nn.Module) -> bool:
     return any(getattr(module, mark, False) for mark in marks) or hasattr(module, "_v") or isinstance(module.weight.data, QuantizedTensor)
 
 
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors with storages of their own that a weight is made of: itself, or the parts of a quantised one."""
+    data = tensor.data  # held, as a quantised tensor makes it anew each time, and its parts with it
+    return [getattr(data, name) for name in data.__tensor_flatten__()[0]] if isinstance(data, QuantizedTensor) else [tensor]
+
+
 @contextmanager
 def fetched(layer: nn.Module, like: Tensor):
     """The layer's weight and bias as the host uses them, in the dtype and on the device of `like`. They may be overwritten after the

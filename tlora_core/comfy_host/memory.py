@@ -1,4 +1,5 @@
 """How much memory a training step will take, measured on small latents beforehand."""
+import gc
 from typing import NamedTuple
 
 import comfy.model_management
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from ..attach import replaced_forward
 from .denoiser import HostDenoiser
-from .layers import bytes_to_come
+from .layers import bytes_to_come, stored
 from .training import blocks
 
 _PROBES = (16, 32)  # sides of the latents that are measured, multiples of what any U-Net halves
@@ -49,6 +50,7 @@ def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
     """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters' gradients and the
     optimizer's state, twice that, are there too."""
     need = _MARGIN * training_memory(denoiser, batch).plain + 3 * denoiser.adapter_bytes
+    gc.collect()  # what was measured leaves cycles behind, and they hold factors
     return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
 
 
@@ -57,7 +59,7 @@ class _Kept:
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self.counted = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}
+        self.counted = {t.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers()) for t in stored(p)}
         self.outside, self.inputs, self.inside = 0, 0, []
         self.depth = 0
 
@@ -91,11 +93,12 @@ class _Kept:
         return counting
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.counted:
-            self.counted.add(storage.data_ptr())
-            if self.depth:
-                self.inside[-1] += storage.nbytes()
-            else:
-                self.outside += storage.nbytes()
-        return tensor
+        for part in stored(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in self.counted:
+                self.counted.add(storage.data_ptr())
+                if self.depth:
+                    self.inside[-1] += storage.nbytes()
+                else:
+                    self.outside += storage.nbytes()
+        return tensor.detach()  # with its history it would hold the graph that holds it, and with that the model, for good

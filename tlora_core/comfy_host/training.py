@@ -121,8 +121,9 @@ def _leave_inference_mode(module: nn.Module) -> None:
 
 def _same_storage(tensor: Tensor) -> Tensor:
     if isinstance(tensor.data, QuantizedTensor):
-        names, rest = tensor.data.__tensor_flatten__()
-        inner = {name: _same_storage(getattr(tensor.data, name)) for name in names}
+        data = tensor.data  # held: it is made anew at each call, and the marks of its parts with it
+        names, rest = data.__tensor_flatten__()
+        inner = {name: _same_storage(getattr(data, name)) for name in names}
         return QuantizedTensor.__tensor_unflatten__(inner, rest, tensor.size(), tensor.stride())
     fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
