@@ -100,8 +100,11 @@ def slope(setting, name, levels, step=1e-2):
 @pytest.mark.parametrize("input_scale", [None, 0.5])
 @pytest.mark.parametrize("family", ["flux", "sd15"])
 def test_gradients_on_quantised_layers_are_those_on_what_they_are_worth(comfy, family, input_scale):
+    import comfy.quant_ops
     import random_models
 
+    if input_scale and "pre_quant_scale" not in comfy.quant_ops.QUANT_ALGOS["nvfp4"]["parameters"]:
+        pytest.skip("This ComfyUI's layers do not scale their input.")
     worth = random_models.small(family)
     with torch.inference_mode():
         quantised = random_models.small(family, quantised=random_models.quantise(worth))
