@@ -157,6 +157,8 @@ def _copying():
     yield "LoRA at half its learning rate below LoRA", _SLOW_LORA, _LORA
     for rank in RANKS[-2::-1]:
         yield f"T-LoRA below LoRA at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
+    yield "T-LoRA with r_min 0% below T-LoRA with 50%", {**_TLORA, "min_share": 0.0}, _TLORA
+    yield "T-LoRA with r_min 0% below LoRA at half its learning rate", {**_TLORA, "min_share": 0.0}, _SLOW_LORA
     for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
         yield f"LoRA trained on {part} alone below LoRA on all", {**_LORA, **changes}, _LORA
     yield "LoRA on all below LoRA trained on t >= 800 alone", _LORA, {**_LORA, "noise_from": 0.8}
