@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from hostlib.process import start_group, stop_group
 from hostlib.progress import ProgressLine
 from hostlib.server import PACK_NAME, Server, free_port
 from hostlib.websocket import WebSocket
+from packaging.requirements import Requirement
 
 HOST_TOOL = Path(__file__).resolve().parents[1] / "tools" / "host.py"
 MINI = {
@@ -142,7 +144,15 @@ def test_what_the_pack_requires_is_pinned_and_told_alike_to_pip_and_to_the_regis
     required = [line for line in lines if line and not line.startswith("#")]
     told = re.search(r"^dependencies = \[(.*)\]$", (repo / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
     assert re.findall(r'"([^"]+)"', told) == required
-    assert [re.split("[>=]", line)[0] for line in required] == [pin.split("==")[0] for pin in read_pins()["pack"]]
+    pins = dict(pin.split("==") for pin in read_pins()["pack"])
+    assert [Requirement(line).name for line in required] == list(pins)
+    assert all(Requirement(line).specifier.contains(pins[Requirement(line).name]) for line in required)
+
+
+def test_diffusers_leaves_the_hub_client_of_transformers_4_and_of_5_as_it_is():
+    """Where pip has to move huggingface-hub for it, transformers, and with it ComfyUI, may start no more."""
+    [hub] = [each for each in map(Requirement, metadata.requires("diffusers")) if each.name == "huggingface-hub" and each.marker is None]
+    assert all(hub.specifier.contains(version) for version in ("0.34.0", "0.36.2", "1.3.0", "1.33.0"))
 
 
 def test_pip_failure_shows_what_pip_said():
