@@ -17,8 +17,9 @@ class TLoRAPrompts(io.ComfyNode):
             inputs=[
                 io.String.Input("prompts", multiline=True, default="a photo of {} on the beach\na photo of {} at night",
                                 tooltip="One prompt a line; empty lines are left out."),
-                io.String.Input("subject", default="sks dog", tooltip="What {} becomes: token and class word."),
-                TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes the subject from it instead."),
+                io.String.Input("subject", default="sks dog", tooltip="What {} becomes: token and class word, or a trigger phrase."),
+                TLORA.Input("tlora", display_name="T-LoRA", optional=True,
+                            tooltip="Its token and class word, or its trigger phrase, take the place of subject where its file tells them."),
                 io.Combo.Input("prompt_set", options=[_OWN, *SETS], default=_OWN, optional=True,
                                tooltip="own: the text above. live, object: the paper's 31 prompts for animals or for things, and "
                                        "its neutral one."),
@@ -28,9 +29,11 @@ class TLoRAPrompts(io.ComfyNode):
     @classmethod
     def execute(cls, prompts, subject, tlora=None, prompt_set=_OWN):
         if tlora is not None:
-            subject = f"{tlora.token} {tlora.class_word}".strip()
+            subject = tlora.phrase or subject
         texts = prompts.splitlines() if prompt_set == _OWN else SETS[prompt_set]
-        lines = [line.strip().replace("{}", subject) for line in texts if line.strip()]
+        lines = [line.strip() for line in texts if line.strip()]
         if not lines:
             raise TLoRAError("prompts is empty; write at least one line.")
-        return io.NodeOutput(lines)
+        if not subject.strip() and any("{}" in line for line in lines):
+            raise TLoRAError('subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".')
+        return io.NodeOutput([line.replace("{}", subject.strip()) for line in lines])

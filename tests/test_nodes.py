@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign_files import plain_layers, plain_state
 from graphs import TinyGraph, bake, bare_and_adapted, cached_nodes, difference, error_of, files_below, pixels
 from hostlib.server import PACK_NAME
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
@@ -164,6 +165,25 @@ def test_prompts_come_out_one_a_line_with_the_subject_in_place(server, trained):
     result = server.run(graph)
     assert result.outputs[shown[0].id]["text"] == ["a photo of xyz cat", "xyz cat and xyz cat", "nothing"]
     assert result.outputs[shown[1].id]["text"] == ["a photo of sks flower", "sks flower and sks flower", "nothing"]
+
+
+def test_prompts_take_a_foreign_files_trigger_phrase_and_the_subject_where_it_has_none(server, loras):
+    graph, plain = TinyGraph(), plain_state("kohya", plain_layers())
+    loras.mkdir(parents=True, exist_ok=True)
+    save_file(plain, loras / "nameless.safetensors")
+    save_file(plain, loras / "named.safetensors", {"modelspec.trigger_phrase": "ohwx teapot"})
+    shown = []
+    for name in ("nameless", "named"):
+        tlora = graph.add("TLoRALoad", file=f"{name}.safetensors", strength=1.0)[1]
+        prompts = graph.add("TLoRAPrompts", prompts="a photo of {}", subject="xyz cat", tlora=tlora)
+        shown.append(graph.add("PreviewAny", source=prompts[0]))
+    result = server.run(graph)
+    assert [result.outputs[node.id]["text"] for node in shown] == [["a photo of xyz cat"], ["a photo of ohwx teapot"]]
+
+    graph = TinyGraph()
+    tlora = graph.add("TLoRALoad", file="nameless.safetensors", strength=1.0)[1]
+    graph.add("PreviewAny", source=graph.add("TLoRAPrompts", prompts="a photo of {}", subject=" ", tlora=tlora)[0])
+    assert error_of(server, graph) == 'subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".'
 
 
 def test_quickstart_trains_saves_and_shows_four_pictures_with_and_four_without(server):

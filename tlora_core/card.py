@@ -8,11 +8,10 @@ from typing import Any
 
 from PIL import Image
 
-from .container import read_metadata
+from .container import PHRASE_KEY, read_metadata, text_of
 from .file import METADATA_KEY, read_content, read_schedule
 from .schedule import RankSchedule
 
-MAX_TEXT = 200  # characters of a text that are shown
 MAX_SIDE = 4096  # pixels; a small file can hold a picture that unpacks to gigabytes
 THUMBNAIL_SIDE = 256
 _THUMBNAIL = "modelspec.thumbnail"
@@ -38,16 +37,16 @@ class Card:
 def read_card(path: Path) -> Card:
     """Raises TLoRAError or OSError when the file is missing or its header is damaged."""
     metadata = read_metadata(path)
-    common = {"phrase": _text(metadata.get("modelspec.trigger_phrase")),
+    common = {"phrase": text_of(metadata.get(PHRASE_KEY)),
               "thumbnail": isinstance(metadata.get(_THUMBNAIL), str)}
     if METADATA_KEY not in metadata:
-        dim = _text(metadata.get("ss_network_dim"))
+        dim = text_of(metadata.get("ss_network_dim"))
         return Card(rank=int(dim) if dim.isdecimal() and len(dim) < 6 else None,
-                    base_model=_text(metadata.get("ss_base_model_version")), **common)
+                    base_model=text_of(metadata.get("ss_base_model_version")), **common)
     content = read_content(metadata)
     schedule = read_schedule(content)
-    phrase = " ".join(f"{_text(content.get('token'))} {_text(content.get('class_word'))}".split())
-    return Card(content["method"], schedule, None, _text(content.get("base_model")), **{**common, "phrase": phrase})
+    phrase = " ".join(f"{text_of(content.get('token'))} {text_of(content.get('class_word'))}".split())
+    return Card(content["method"], schedule, None, text_of(content.get("base_model")), **{**common, "phrase": phrase})
 
 
 def read_thumbnail(path: Path) -> bytes | None:
@@ -70,8 +69,3 @@ def read_thumbnail(path: Path) -> bytes | None:
 
 def _as_text(value: object) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _text(value: object) -> str:
-    """One line of text, cut short; empty for what is none."""
-    return "".join(c for c in _as_text(value)[:MAX_TEXT] if c.isprintable())

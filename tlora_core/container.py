@@ -19,6 +19,8 @@ from .errors import TLoRAError
 
 # Bytes. Real headers have a few; as Python objects a hostile one takes up to 25 times its size.
 MAX_HEADER = 25_000_000
+MAX_TEXT = 200  # characters of a text that are shown
+PHRASE_KEY = "modelspec.trigger_phrase"  # of the metadata: the words that stand for the subject in prompts
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def _is_plain(value: object, size: int) -> bool:
 def printable(text: str) -> str:
     """`text` with what cannot be shown in a line, as names from a damaged file have it, written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def text_of(value: object) -> str:
+    """A value of a file's metadata as one line of text, cut short; empty for what is none."""
+    return "".join(c for c in value[:MAX_TEXT] if c.isprintable()) if isinstance(value, str) else ""
 
 
 def one_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
-from .container import check_header, one_line, printable
+from .container import PHRASE_KEY, check_header, one_line, printable
 from .errors import TLoRAError
 from .names import diffusers_name, family_of
 from .schedule import RankSchedule
@@ -77,6 +77,11 @@ class TLoRAFile:
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_layers(self)
+
+    @property
+    def phrase(self) -> str:
+        """The words that stand for the subject in prompts; empty where they are not known."""
+        return f"{self.token} {self.class_word}".strip()
 
     def schedule_of(self, name: str) -> RankSchedule:
         """The schedule of one layer, whose own rank may be smaller than the file's."""
@@ -223,8 +228,7 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
 
 def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
     """What LoRA managers show of a file: kohya's `ss_` keys and those of Stability's ModelSpec 1.0.0."""
-    phrase = f"{file.token} {file.class_word}".strip()
-    s = file.schedule
+    phrase, s = file.phrase, file.schedule
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(stored_rank),
@@ -236,7 +240,7 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
         "modelspec.description": f"{file.method}, {s}. "
         "A program that knows nothing of timesteps applies the full rank at all of them.",
         "modelspec.hash_sha256": f"0x{HASH_TO_COME}",
-        "modelspec.trigger_phrase": phrase,
+        PHRASE_KEY: phrase,
         "modelspec.tags": "t-lora",
     }
     if file.base_model in _ARCHITECTURES:

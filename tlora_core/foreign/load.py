@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..adapters import METHODS, LowRank
-from ..container import Contents, one_line, printable, read_contents, read_metadata
+from ..container import PHRASE_KEY, Contents, one_line, printable, read_contents, read_metadata, text_of
 from ..errors import TLoRAError
 from ..file import METADATA_KEY, TLoRAFile
 from ..schedule import RankSchedule
@@ -92,6 +92,8 @@ def _load(
     matches.reject(contents.others, "it is not a tensor")
     modules = modules_of(contents.tensors, matches)
     kind, settings = _read(contents, modules, matches, path, progress)
+    if not settings.token and not settings.class_word:  # which of the two its words are, no other program says
+        settings = replace(settings, token=text_of(contents.metadata.get(PHRASE_KEY)).strip())
     _require_match(matches)
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
