@@ -19,6 +19,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="TLoRATrainFromImage", display_name="Train T-LoRA from Image", category=CATEGORY,
+            is_output_node=True,  # it saves a file: a graph may end here
             search_aliases=["lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without copying "
                         "that image's pose and background.",

@@ -49,10 +49,7 @@ class TinyGraph(Graph):
         }
         if "image" not in inputs:
             inputs["image"] = self.concept()
-        training = self.add("TLoRATrainFromImage", **inputs)
-        # The server runs only what leads to an output.
-        self.add("PreviewAny", source=training[2])
-        return training
+        return self.add("TLoRATrainFromImage", **inputs)
 
     def picture(self, model: list) -> Node:
         """A picture sampled anew with `model`: always the same prompt and seed."""

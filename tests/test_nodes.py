@@ -97,6 +97,15 @@ def test_saved_tlora_loads_in_a_later_prompt_and_gives_the_same_picture(server, 
     assert difference(adapted, expected) <= tolerance * effect
 
 
+def test_a_graph_may_end_with_the_training_which_is_not_made_again(server, loras):
+    graph = TinyGraph()
+    training = graph.train(file_name="tests/the_end")
+    result = server.run(graph)
+    assert result.outputs[training.id]["text"] == [path.relative_to(loras).as_posix() for path in result.tlora_files]
+    before = files_below(loras)
+    assert training.id in cached_nodes(server, server.run(graph)) and files_below(loras) == before
+
+
 def test_strength_zero_is_exactly_the_bare_model(server, trained):
     graph = TinyGraph()
     bare = graph.picture(graph.model)
