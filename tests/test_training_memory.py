@@ -86,7 +86,8 @@ def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_wha
     whole = run(base, file_name="run/whole", memory="low")
     out_of_memory_once(monkeypatch, base, step)
     if memory == "fast":
-        with pytest.raises(TLoRAError, match='step 4; set memory to "low", or lower resolution .now 64., rank .now 4.'):
+        with pytest.raises(TLoRAError, match='step 4; set memory to "auto", or lower rank .now 4. and min_rank, or '
+                                             "start ComfyUI with --fp8_e4m3fn-unet, or lower resolution .now 64. or the number of layers.$"):
             run(base, rerun="restart", memory=memory)
     else:
         done = run(base, rerun="restart", memory=memory)

@@ -195,7 +195,8 @@ def train_sdxl_on_one_image(template):
 3. Press **Run**. The panel at the foot of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
 Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `min_rank` 32 are the paper's. If memory runs out, set \
-`memory` to low or `resolution` to 768. It works for SD1.5 and SD2 as well: then set *Empty Latent Image* to 512 or 768.""", "dog")
+`rank` to 32 and `min_rank` to 16; then start ComfyUI with `--fp8_e4m3fn-unet`. It works \
+for SD1.5 and SD2 as well: then set *Empty Latent Image* to 512 or 768.""", "dog")
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, steps=30, cfg=5.0)
 
 
@@ -235,7 +236,7 @@ def train_flux_on_one_image(template):
 3. Press **Run**. The panel at the foot of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
 `method` auto is *vanilla_tlora* here, and steps, learning rate and resolution are 0: what suits the model. If memory runs out, \
-set `resolution` to 512.""", "dog")
+set `rank` to 32 and `min_rank` to 16, then `resolution` to 512.""", "dog")
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], prompts["prompts"], 1140, 1024, "EmptySD3LatentImage",
                    negative=False, steps=20, cfg=1.0, scheduler="simple")
 

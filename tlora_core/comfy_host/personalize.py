@@ -160,12 +160,14 @@ class Personalization:
                     "and vae of one checkpoint.") from error
 
     def _out_of_memory(self) -> str:
-        request = self.request
-        ways = ["" if self.checkpointing else 'set memory to "low", or ', f"lower resolution (now {request.resolution})"]
-        for name, value in (("batch_size", request.config.batch_size), ("rank", request.rank)):
-            if value > 1:
-                ways.append(f", {name} (now {value})")
-        return f"Memory ran out in step {self.trainer.step + 1}; {''.join(ways)} or the number of layers."
+        """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does little."""
+        request, batch = self.request, self.request.config.batch_size
+        ways = [*([] if self.checkpointing else ['set memory to "auto"']),
+                *([f"lower batch_size (now {batch})"] if batch > 1 else []),
+                *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
+                *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),
+                f"lower resolution (now {request.resolution}) or the number of layers"]
+        return f"Memory ran out in step {self.trainer.step + 1}; {', or '.join(ways)}."
 
     @property
     def schedule(self) -> RankSchedule:
