@@ -37,6 +37,14 @@ def cancel(live):
     comfy.model_management.interrupt_current_processing()
 
 
+def shown():
+    """What the page says of the last run: its state and the message."""
+    from tlora_core.comfy_host.live import LiveRun
+
+    last = LiveRun.states()[-1]
+    return last["state"], last["message"]
+
+
 def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
     first = run(base)
     again = run(base)
@@ -128,8 +136,11 @@ def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypat
         stopped = run(base, rerun="restart")
     assert len(stopped.losses) == 3 and stopped.tlora.training["steps_done"] == 3 and record(output)["state"] == "stopped"
     assert run(base, file_name="run/heart").file == stopped.file, "a stopped run is taken as it is"
+    assert shown() == ("found", "Stopped at step 3 of 6; set rerun to continue to go on.")
     went_on = run(base, rerun="continue")
     assert went_on.losses == whole.losses and same(went_on.tlora, whole.tlora)
+    run(base)
+    assert shown() == ("found", "")
 
 
 @pytest.mark.parametrize("save", [False, True])

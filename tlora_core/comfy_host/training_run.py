@@ -104,10 +104,12 @@ def stopped_runs() -> int:
 
 
 def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
-    live = LiveRun.begin(node_id, request.config.steps, len(outcome.losses), str(request))
+    done, steps = len(outcome.losses), request.config.steps
+    live = LiveRun.begin(node_id, steps, done, str(request))
     for step, loss in enumerate(outcome.losses, 1):
         live.report(step, loss)
-    live.finish("found", file=outcome.file)
+    hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to go on."
+    live.finish("found", hint, outcome.file)
 
 
 def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
