@@ -56,6 +56,6 @@ def mask_input():
 
 def captions_input():
     return io.String.Input(
-        "captions", default="", multiline=True, optional=True, advanced=True,
+        "captions", default="", multiline=True, optional=True,
         tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs, {} for both. "
                 'Empty: "a photo of {token} {class_word}".')

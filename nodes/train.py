@@ -133,8 +133,8 @@ def _run():
                          tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does."),
         io.Combo.Input("rerun", options=list(RERUNS), default=RERUNS[0], optional=True, advanced=True,
                        tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
-                               "continue: go on also if it was stopped. restart: train anew, once for each change of the graph; then set it back to auto, "
-                               "as otherwise an interrupted training starts over."),
+                               "continue: go on also if it was stopped. restart: train anew, once for each change of the graph; then set it "
+                               "back to auto, as otherwise an interrupted training starts over."),
         io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                          tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
         io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from browser import UNKNOWN_NODES, load_workflow, new_page, open_interface, opened_browser, ours
+from browser import UNKNOWN_NODES, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
@@ -77,6 +77,18 @@ def test_template_opens_in_the_interface_as_it_is_meant(server, page, name):
         .map(node => [node.type, node.size[1], sizes[node.id]])""", {node["id"]: node["size"][1] for node in workflow["nodes"]})
     assert grown == []
     assert ours(page.complaints) == []
+
+
+def test_captions_that_a_template_fills_in_are_seen_where_advanced_inputs_are_not(page):
+    """Whoever puts pictures of their own in would teach captions that are not true of them."""
+    set_setting(page, "Comfy.VueNodes.Enabled", True)
+    try:
+        load_workflow(page, json.loads(TEMPLATES["several_images_with_masks"].read_text(encoding="utf-8")))
+        page.evaluate("() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.ds.offset = [300, 100]; window.app.canvas.setDirty(true, true); }")
+        page.wait_for_function("""() => [...document.querySelectorAll("textarea")]
+            .filter(area => area.checkVisibility() && area.value.startsWith("a photo of {token} {class_word} ")).length === 3""", timeout=20_000)
+    finally:
+        set_setting(page, "Comfy.VueNodes.Enabled", False)
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "tests" / "saved").glob("*.json")), ids=lambda path: path.stem)
