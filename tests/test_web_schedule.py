@@ -150,6 +150,33 @@ def look_at_schedule(page) -> None:
     page.wait_for_timeout(300)
 
 
+# Another graph was opened: how often the nodes of the old and of the new one are looked at when something changes.
+LOOKED_AT = f"""async subgraph => {{
+    const {{changed}} = await import("/extensions/{PACK_NAME}/graph.js");
+    const train = () => window.app.rootGraph.getNodeById(subgraph).subgraph.nodes.find(node => node.type === "TLoRATrainFromImage");
+    const old = train(), saved = window.app.rootGraph.serialize();
+    await window.app.loadGraphData(saved);
+    return [old, train()].map(node => {{
+        const {{widgets}} = node;
+        let looks = 0;
+        Object.defineProperty(node, "widgets", {{configurable: true, get: () => (looks++, widgets)}});
+        changed();
+        Object.defineProperty(node, "widgets", {{configurable: true, writable: true, value: widgets}});
+        return looks;
+    }});
+}}"""
+
+
+def test_nodes_in_a_subgraph_of_a_graph_that_was_closed_are_let_go_and_those_of_the_open_one_are_not(graph):
+    subgraph = graph.evaluate("""() => {
+        const train = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
+        return window.app.graph.convertToSubgraph(new Set([train])).node.id;
+    }""")
+    for _ in range(2):
+        old, new = graph.evaluate(LOOKED_AT, subgraph)
+        assert old == 0 and new > 0
+
+
 def test_every_pixel_of_the_curve_can_be_read_by_pointing(graph):
     graph.evaluate(SET, ["TLoRATrainFromImage", {"rank": 10, "min_rank": 0, "alpha": 1.0, "method": "tlora"}])
     look_at_schedule(graph)

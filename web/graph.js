@@ -1,17 +1,22 @@
 // Finding one's way in the graph, and hearing of its changes.
 import { app } from "../../scripts/app.js";
 
-const watchers = new Set();
-
-/** Calls `watcher` whenever what a panel shows may have changed; returns a function that ends it. */
-export function watch(watcher) {
-  watchers.add(watcher);
-  return () => watchers.delete(watcher);
-}
+const watchers = new Set(); // {node, update}
 
 /** Something has changed that panels may show: a run, a value, a link, the graph. */
 export function changed() {
-  for (const watcher of [...watchers]) watcher();
+  for (const { update } of [...watchers]) update();
+}
+
+/** Whether a node is in the open graph or in one of its sub-graphs. */
+function isOpen({ graph }) {
+  const root = app.rootGraph ?? app.graph;
+  return Boolean(graph) && (graph === root || root.subgraphs?.get(graph.id) === graph);
+}
+
+/** When another graph was opened: only the nodes outside its sub-graphs were told that they were removed. */
+export function forgetClosed() {
+  for (const watcher of watchers) if (!isOpen(watcher.node)) watchers.delete(watcher);
 }
 
 /** Calls `f` after the object's own `method`. */
@@ -49,13 +54,13 @@ export function source(node, inputName) {
 
 /** Follows a node's values and links from now on, also when it comes back after it was removed. */
 export function followNode(node, update) {
-  let unwatch = node.graph ? watch(update) : () => {};
+  const watcher = { node, update };
+  if (node.graph) watchers.add(watcher);
   for (const widget of node.widgets ?? []) if (widget.serialize !== false) after(widget, "callback", changed);
   for (const event of ["onConfigure", "onConnectionsChange"]) after(node, event, changed);
-  after(node, "onRemoved", () => unwatch());
+  after(node, "onRemoved", () => watchers.delete(watcher));
   after(node, "onAdded", () => {
-    unwatch();
-    unwatch = watch(update);
+    watchers.add(watcher);
     update();
   });
   update();

@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
-import { changed } from "./graph.js";
+import { changed, forgetClosed } from "./graph.js";
 import { TrainingPanel } from "./panel.js";
 import { follow } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
@@ -21,6 +21,7 @@ app.registerExtension({
     return follow((run) => run.file && refreshFor([run.file]));
   },
   afterConfigureGraph() {
+    forgetClosed();
     forgetCards();
     changed();
   },
