@@ -102,11 +102,13 @@ class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
     images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, the
-    model draws them itself. memory: a key of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
+    model draws them itself and calls on_prior(done, total), done from 0 on. memory: a key of MEMORY. Raises TLoRAError for input that
+    cannot work, before the model is touched.
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                 prior: Sequence[TrainingImage] = (), memory: str = "auto"):
+                 prior: Sequence[TrainingImage] = (), memory: str = "auto",
+                 on_prior: Callable[[int, int], None] = lambda done, total: None):
         if memory not in MEMORY:
             raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
         self.memory = memory
@@ -119,7 +121,7 @@ class Personalization:
         encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)  # as the reference trains it
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
-            prior = self._draw_prior()
+            prior = self._draw_prior(on_prior)
         self.images = len(images)
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
@@ -220,12 +222,15 @@ class Personalization:
                 samples.append(encoder.sample(mirrored, caption))
         return samples
 
-    def _draw_prior(self) -> list[TrainingImage]:
-        config = self.request.config
+    def _draw_prior(self, on_prior: Callable[[int, int], None]) -> list[TrainingImage]:
+        config, pictures = self.request.config, []
         prompt = caption_of(PRIOR_PROMPT, "", self.request.class_word)
-        pictures = [draw(self.model, self.clip, self.vae, [prompt], self.request.resolution, config.seed + i)[0]
-                    for i in range(config.prior_count)]
-        return [TrainingImage(picture, PRIOR_PROMPT) for picture in pictures]
+        on_prior(0, config.prior_count)
+        for i in range(config.prior_count):
+            [picture] = draw(self.model, self.clip, self.vae, [prompt], self.request.resolution, config.seed + i)
+            pictures.append(TrainingImage(picture, PRIOR_PROMPT))
+            on_prior(i + 1, config.prior_count)
+        return pictures
 
     def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
         request, device = self.request, self.model.load_device
