@@ -3,7 +3,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..tlora_core.comfy_host.files import file_stamp, load_lora, lora_names, name_of, new_lora_path
+from ..tlora_core.comfy_host.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
 from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.progress import say
 from ..tlora_core.comfy_host.sampling import apply_tlora
@@ -95,4 +95,5 @@ class SaveTLoRA(io.ComfyNode):
         small = make_thumbnail(thumbnail)
         path = new_lora_path(file_name)
         tlora.save(path, DTYPES[dtype], small)
-        return io.NodeOutput(name_of(path), ui={"tlora_files": [str(path)], "text": [name_of(path)]})
+        name = name_of(path)
+        return io.NodeOutput(name, ui=told_of([name], name))

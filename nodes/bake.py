@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.bake import bake_at, bake_interval, save_all, split_steps, when_on
-from ..tlora_core.comfy_host.files import name_of, new_lora_path
+from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
 from .apply import DTYPES
 from .sockets import CATEGORY, TLORA, file_name_input
 
@@ -47,8 +47,9 @@ class BakeTLoRA(io.ComfyNode):
         # The number of the whole comes before the parts', so the next bake gets another.
         paths = [path] if mode != "steps" else [path.with_stem(f"{path.stem}part{i + 1}") for i in range(len(baked))]
         save_all(list(zip(baked, paths)), DTYPES[dtype])
-        text = "\n".join(name_of(path) + note for path, note in zip(paths, notes))
-        return io.NodeOutput(text, ui={"tlora_files": [str(path) for path in paths], "text": [text]})
+        names = [name_of(path) for path in paths]
+        text = "\n".join(name + note for name, note in zip(names, notes))
+        return io.NodeOutput(text, ui=told_of(names, text))
 
 
 def _level_input(name: str, default: float, tooltip: str):

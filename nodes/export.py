@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.bake import bake_interval
-from ..tlora_core.comfy_host.files import name_of, new_lora_path
+from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
 from ..tlora_core.export import LAYOUTS, export
 from .apply import DTYPES
 from .sockets import CATEGORY, TLORA, file_name_input
@@ -53,4 +53,5 @@ class ExportTLoRA(io.ComfyNode):
         if ranks == MEAN:
             tlora = bake_interval(tlora, 0, tlora.num_timesteps)
         path = export(tlora, new_lora_path(file_name), layout, DTYPES[dtype])
-        return io.NodeOutput(name_of(path), ui={"tlora_files": [str(path)], "text": [name_of(path)]})
+        name = name_of(path)
+        return io.NodeOutput(name, ui=told_of([name], name))

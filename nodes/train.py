@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
-from ..tlora_core.comfy_host.files import lora_path
+from ..tlora_core.comfy_host.files import told_of
 from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
@@ -54,7 +54,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return io.NodeOutput(
             done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, cls.hidden.unique_id), done.file,
             to_tensor(loss_curve(done.losses)),
-            ui={"tlora_files": [str(lora_path(done.file))], "text": [done.file]})
+            ui=told_of([done.file], done.file))
 
 
 def _models_and_subject():

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
 import torch
@@ -372,6 +372,18 @@ def test_record_says_what_was_trained_with(base, output):
     told = record(output)
     assert told["settings"]["config"]["learning_rate"] == 0.01 and told["settings"]["rank"] == 4 and told["versions"]["torch"]
     assert told["step"] == told["steps"] == 6 and str(output) not in json.dumps(told)
+
+
+@pytest.mark.parametrize("kind, folder, name", [
+    (PureWindowsPath, r"C:\ComfyUI\models\loras", r"tlora\sks dog_00001_.safetensors"),
+    (PurePosixPath, "/ComfyUI/models/loras", "tlora/sks dog_00001_.safetensors")])
+def test_a_files_name_is_written_as_the_hosts_list_has_it(comfy, monkeypatch, kind, folder, name):
+    import folder_paths
+
+    from tlora_core.comfy_host.files import name_of
+
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [folder])
+    assert name_of(kind(folder, name)) == name
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
-from graphs import TinyGraph, difference, pixels
+from graphs import TinyGraph, bake, difference, pixels
 
 QUICKSTART = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
 TRAIN = next(node for node in QUICKSTART["nodes"] if node["type"] == "TLoRATrainFromImage")["id"]
@@ -158,6 +158,23 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
     assert cancelled["enabled"] == [False, False]
     assert ours(page.complaints) == []
+
+
+def test_files_that_a_node_has_saved_are_looked_for_once(page, server):
+    graph = TinyGraph()
+    training = graph.train(file_name="panel/baked")
+    baking = bake(graph, server.run(graph).outputs[training.id]["text"][0], "steps")
+    output, looks = server.run(graph).outputs[baking.id], []
+    page.on("request", lambda request: looks.append(request.url) if request.url.endswith("/object_info") else None)
+    for _ in range(2):  # an unchanged graph that is run again tells of the same files
+        page.evaluate("""output => import("/scripts/api.js").then(({api}) =>
+            api.dispatchEvent(new CustomEvent("executed", {detail: {node: "none", output}})))""", output)
+        page.wait_for_function("""names => {
+            const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
+            return names.every(name => (typeof options === "function" ? options() : options).includes(name));
+        }""", arg=output["tlora_names"])
+        page.wait_for_timeout(1000)
+    assert len(output["tlora_names"]) == 3 and len(looks) == 1
 
 
 def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_heard(page):

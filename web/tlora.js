@@ -17,7 +17,7 @@ app.registerExtension({
   setup() {
     followSampling();
     // Nodes that write files tell their names; a training that was stopped tells it when it ends.
-    api.addEventListener("executed", ({ detail }) => detail.output?.tlora_files && refreshFor(detail.output.text ?? []));
+    api.addEventListener("executed", ({ detail }) => refreshFor(detail.output?.tlora_names ?? []));
     return follow((run) => run.file && refreshFor([run.file]));
   },
   afterConfigureGraph() {

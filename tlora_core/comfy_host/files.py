@@ -1,5 +1,6 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
@@ -63,5 +64,10 @@ def runs_folder() -> Path:
 
 
 def name_of(path: Path) -> str:
-    """The name by which the host's loaders list a file that `new_lora_path` made."""
-    return path.relative_to(folder_paths.get_folder_paths("loras")[0]).as_posix()
+    """The name by which the host's loaders list a file that `new_lora_path` made: with the system's own separators, as there."""
+    return str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))
+
+
+def told_of(names: Sequence[str], text: str) -> dict[str, list[str]]:
+    """What a node that saved files of these names shows, and tells the page, whose lists are to have them."""
+    return {"tlora_files": [str(lora_path(name)) for name in names], "tlora_names": list(names), "text": [text]}
