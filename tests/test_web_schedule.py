@@ -186,6 +186,34 @@ def test_every_pixel_of_the_curve_can_be_read_by_pointing(graph):
     graph.get_by_text("7 ranks at noise 0.25").wait_for()
 
 
+def test_no_curve_is_drawn_of_values_that_come_from_another_node(graph):
+    own = {"rank": 40, "min_rank": 8, "alpha": 2.0}
+    graph.evaluate(SET, ["TLoRATrainFromImage", {**own, "method": "tlora", "curve": ""}])
+    for name in ("rank", "min_rank"):
+        graph.evaluate("""name => {
+            const number = window.LiteGraph.createNode("PrimitiveInt");
+            window.app.graph.add(number);
+            const train = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
+            number.connect(0, train, train.inputs.findIndex(input => input.name === name));
+        }""", name)
+        wait_for(graph, "TLoRATrainFromImage", [f"{name} comes from the connected node, so the ranks are not known here.", False])
+        wait_for(graph, "TLoRAApply", ["Follows the schedule of the T-LoRA that is connected.", False])
+        graph.evaluate("() => window.app.graph.remove(window.app.graph.nodes.find(node => node.type === 'PrimitiveInt'))")
+        wait_for(graph, "TLoRATrainFromImage", [label(**own), True])
+
+
+def test_a_method_without_a_mask_has_no_curve_to_bend(graph):
+    graph.evaluate(SET, ["TLoRATrainFromImage", {"rank": 20, "min_rank": 10, "alpha": 1.0, "method": "lora", "curve": ""}])
+    wait_for(graph, "TLoRATrainFromImage", [label(20, 20, 1.0), True])
+    look_at_schedule(graph)
+    chart = graph.locator(".tlora-schedule svg").first
+    box = chart.bounding_box()
+    graph.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert graph.evaluate("""() => window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage")
+        .widgets.find(widget => widget.name === "curve").value""") == ""
+    assert chart.locator("..").get_attribute("title") == ""
+
+
 def test_curve_is_bent_with_mouse_and_keys(graph):
     graph.evaluate(SET, ["TLoRATrainFromImage", {"rank": 20, "min_rank": 10, "alpha": 1.0, "method": "tlora"}])
     look_at_schedule(graph)

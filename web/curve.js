@@ -14,13 +14,15 @@ export class CurveEditor {
     this.chart = chart;
     this.change = change;
     this.handles = [];
+    this.editable = false;
     this.area = chart.drawing.parentElement;
-    this.area.title = t("curve_tip");
     chart.drawing.addEventListener("dblclick", (event) => this.add(event));
   }
 
   /** Follows what the chart shows; `editable` where the schedule is the node's own to change. */
   show(editable) {
+    this.editable = editable;
+    this.area.title = editable ? t("curve_tip") : "";
     const points = (editable && this.chart.schedule?.points) || [];
     while (this.handles.length > points.length) this.handles.pop().remove();
     while (this.handles.length < points.length) this.handles.push(this.handle(this.handles.length));
@@ -75,7 +77,7 @@ export class CurveEditor {
   /** A new point where the user has double-clicked; the first one makes a curve of the formula. */
   add(event) {
     const { schedule } = this.chart;
-    if (!schedule) return;
+    if (!schedule || !this.editable) return;
     const [level, rank] = this.under(event);
     const ends = schedule.points?.length ? schedule.points : [[0, activeRank(schedule, 0)], [1, activeRank(schedule, 1)]];
     if (ends.some(([other]) => Math.abs(other - level) < APART)) return;

@@ -41,6 +41,9 @@ export function nodeAt({ node, workflow }) {
 /** What the node's widgets hold, by name. */
 export const values = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
 
+/** Whether an input's value comes from another node and not from its widget. */
+export const isLinked = (node, inputName) => Boolean(node.inputs?.some(({ name, link }) => name === inputName && link != null));
+
 /** The node at the other end of an input's link, seen through reroutes; null where nothing is connected. */
 export function source(node, inputName) {
   let slot = node.inputs?.findIndex((input) => input.name === inputName) ?? -1;

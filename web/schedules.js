@@ -3,15 +3,19 @@ import { api } from "../../scripts/api.js";
 import { CurveEditor } from "./curve.js";
 import { addPanel, html, setText } from "./dom.js";
 import { cardOf, thumbnailPath } from "./files.js";
-import { changed, followNode, nodeAt, source, values } from "./graph.js";
+import { changed, followNode, isLinked, nodeAt, source, values } from "./graph.js";
 import { pointsOf, ScheduleChart, textOf } from "./schedule.js";
 import { t } from "./texts.js";
 
 const HEIGHT_CHART = 128, HEIGHT_CARD = 76;
 const MASKED = ["auto", "tlora", "vanilla_tlora"];
+const DECIDING = ["file", "method", "rank", "min_rank", "alpha", "curve"]; // inputs
 
 const panels = new WeakMap(); // node -> SchedulePanel
 const told = new WeakMap(); // node -> the schedule that its last sampling had
+
+/** The first input that decides on the schedule and has its value from another node. */
+const linkedOf = (node) => DECIDING.find((name) => isLinked(node, name));
 
 function trainedSchedule(node) {
   const { rank, min_rank, alpha, method, curve } = values(node);
@@ -26,8 +30,9 @@ function loadedSchedule(node, file) {
   return { ...file.schedule, ...formula, ...(least >= 0 && { min_rank: least }), ...(alpha > 0 && { alpha }) };
 }
 
-/** The schedule of the T-LoRA that comes out of a node, or null. */
+/** The schedule of the T-LoRA that comes out of a node, or null where it is not known. */
 async function scheduleOf(node) {
+  if (node && linkedOf(node)) return null;
   if (node?.type === "TLoRATrainFromImage") return trainedSchedule(node);
   if (node?.type === "TLoRALoad") return loadedSchedule(node, await cardOf(node));
   return node && told.get(node);
@@ -71,12 +76,13 @@ class SchedulePanel {
 
   async update() {
     const at = (this.latest = {}); // answers may overtake one another
-    const { node } = this;
-    const file = this.card && (await cardOf(node));
-    const schedule = await scheduleOf(node.comfyClass === "TLoRAApply" ? source(node, "tlora") : node) ?? told.get(node);
+    const { node } = this, linked = linkedOf(node);
+    const file = this.card && !isLinked(node, "file") ? await cardOf(node) : null;
+    const known = await scheduleOf(node.comfyClass === "TLoRAApply" ? source(node, "tlora") : node);
     if (at !== this.latest) return;
     this.card?.show(values(node).file, file);
-    this.chart.show(schedule, t(!this.card ? "not_connected" : file ? "no_schedule" : "no_file"));
+    const reason = linked ? "linked" : !this.card ? "not_connected" : file ? "no_schedule" : "no_file";
+    this.chart.show(linked ? null : known ?? told.get(node), t(reason, { name: linked }));
     this.editor?.show(MASKED.includes(values(node).method));
   }
 }
