@@ -149,6 +149,20 @@ def test_what_the_pack_requires_is_pinned_and_told_alike_to_pip_and_to_the_regis
     assert all(Requirement(line).specifier.contains(pins[Requirement(line).name]) for line in required)
 
 
+@pytest.mark.parametrize("language, separator, folder", [("bash", "/", "ComfyUI"), ("bat", "\\", ".")])
+def test_the_readmes_command_installs_the_requirements(tmp_path, language, separator, folder):
+    """They are there already: pip only says so, and needs no network."""
+    repo = HOST_TOOL.parents[1]
+    custom_nodes = tmp_path / "ComfyUI" / "custom_nodes"
+    custom_nodes.mkdir(parents=True)
+    (custom_nodes / PACK_NAME).symlink_to(repo)
+    [command] = re.findall(rf"```{language}\n +(\S+ -m pip install .*)\n", (repo / "README.md").read_text(encoding="utf-8"))
+    arguments = command.replace(separator, "/").split()[1:]
+    ran = subprocess.run([sys.executable, *arguments, "--no-index", "--dry-run"], cwd=tmp_path / folder, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert all(f"already satisfied: {Requirement(pin).name}" in ran.stdout for pin in read_pins()["pack"])
+
+
 def test_diffusers_leaves_the_hub_client_of_transformers_4_and_of_5_as_it_is():
     """Where pip has to move huggingface-hub for it, transformers, and with it ComfyUI, may start no more."""
     [hub] = [each for each in map(Requirement, metadata.requires("diffusers")) if each.name == "huggingface-hub" and each.marker is None]
