@@ -142,6 +142,7 @@ BAD = {
     "rank above a layer's width": (bad_training(rank=97, min_rank=2), "rank is 97, but the layer .* is 96 x 96"),
     "min_rank above rank": (bad_training(rank=4, min_rank=5), "min_rank is 5; .* from 0 to the rank, which is 4"),
     "no token and no class word": (bad_training(token=" ", class_word=""), "token and class_word are both empty"),
+    "token with a character that cannot be shown": (bad_training(token="sks\u200d"), r"token is 'sks\\u200d'; it must be one line of text, without"),
     "resolution that the VAE cannot encode": (bad_training(resolution=68), "resolution is 68; set it to a multiple of 8"),
     "model of another family": (bad_training(model=diffusion_transformer), "model could not be run on .* clip and vae of one checkpoint"),
     "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),

@@ -59,6 +59,24 @@ def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
     assert anew.file != first.file and same(anew.tlora, first.tlora) and len(folders(output)) == 3
 
 
+def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot_be_shown_is_refused_before_any_work(base, output):
+    from tlora_core import TLoRAError, TLoRAFile
+    from tlora_core.comfy_host.personalize import TrainRequest
+
+    plain = request(2, token="sks", class_word="red heart")
+    asked = request(2, token="\u3000sks\xa0", class_word="red\u2003 heart\t")
+    assert asked == plain and asked.prompt == "a photo of sks red heart"
+    saved = TLoRAFile.load(output / "loras" / run(base, asked).file)
+    assert (saved.token, saved.class_word) == ("sks", "red heart")
+    for name, hidden in (("token", "\u200d"), ("class_word", "\ufeff"), ("class_word", "\x00")):
+        shown = hidden.encode("unicode_escape").decode()
+        with pytest.raises(TLoRAError) as raised:
+            TrainRequest(**{"token": "sks", "class_word": "dog", name: f"a{hidden}b"})
+        assert str(raised.value) == f"{name} is 'a{shown}b'; it must be one line of text, without {shown}."
+    with pytest.raises(TLoRAError, match="both empty"):
+        request(token="\u3000", class_word="\t")
+
+
 def test_run_whose_file_was_changed_is_trained_again(base, output):
     first = run(base)
     (output / "loras" / first.file).write_bytes(b"something else")

@@ -16,7 +16,7 @@ def request(steps=6, rate=0.01, **changes):
     from tlora_core.config import TrainConfig
 
     config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
-    return TrainRequest("sks", "heart", **{"rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
+    return TrainRequest(**{"token": "sks", "class_word": "heart", "rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):

@@ -133,6 +133,15 @@ def text_of(value: object) -> str:
     return "".join(c for c in value[:MAX_TEXT] if c.isprintable()) if isinstance(value, str) else ""
 
 
+def check_line(name: str, value: object) -> None:
+    """Refuses what is no line of text, or holds characters that cannot be shown, such as zero-width ones pasted with a word."""
+    if not isinstance(value, str):
+        raise TLoRAError(f"{name} is {value!r}; it must be one line of text.")
+    hidden = dict.fromkeys(printable(c) for c in value if not c.isprintable())
+    if hidden:
+        raise TLoRAError(f"{name} is {value!r}; it must be one line of text, without {' '.join(hidden)}.")
+
+
 def one_line(error: Exception) -> str:
     """An exception's words on one line, cut short."""
     return " ".join(str(error).split())[:200]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
-from .container import PHRASE_KEY, check_header, one_line, printable
+from .container import PHRASE_KEY, check_header, check_line, one_line, printable
 from .errors import TLoRAError
 from .names import diffusers_name, family_of
 from .schedule import RankSchedule
@@ -169,9 +169,7 @@ def _check_fields(file: TLoRAFile) -> None:
     if not isinstance(T, (int, float)) or isinstance(T, bool) or not 0 < T <= sys.float_info.max:
         raise TLoRAError(f"num_timesteps is {T!r}; it must be a finite number above 0.")
     for name in ("noise_domain", "base_model", "token", "class_word", "pack_version"):
-        value = getattr(file, name)
-        if not isinstance(value, str) or not value.isprintable():
-            raise TLoRAError(f"{name} is {value!r}; it must be one line of text.")
+        check_line(name, getattr(file, name))
     for name in ("noise_domain", "base_model"):
         if not getattr(file, name):
             raise TLoRAError(f"{name} is empty; without it the T-LoRA cannot be applied again.")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters import METHODS, Adapter, make_adapters
 from ..config import TrainConfig
-from ..container import one_line
+from ..container import check_line, one_line
 from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame, training_images
 from ..errors import TLoRAError
 from ..file import TLoRAFile
@@ -39,7 +39,7 @@ class TrainRequest:
     """What the user asks for: all that, with the pictures and the model, determines the result.
 
     layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: every picture mirrored too.
-    curve: see RankSchedule.from_text; "" for the formula.
+    curve: see RankSchedule.from_text; "" for the formula. Of white space in token and class_word a single space is left, as in captions.
     Raises TLoRAError when a field is out of its range.
     """
 
@@ -58,7 +58,11 @@ class TrainRequest:
     layers: str = ATTENTION
 
     def __post_init__(self) -> None:
-        if not self.token.strip() and not self.class_word.strip():
+        for name in ("token", "class_word"):
+            word = " ".join(getattr(self, name).split())
+            check_line(name, word)  # which the file asks for as well, but only when all steps are done
+            object.__setattr__(self, name, word)
+        if not self.token and not self.class_word:
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
         if self.method not in METHODS:
             raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
