@@ -178,6 +178,20 @@ def test_cancel_leaves_the_last_checkpoint_or_saves_when_asked(base, output, mon
     assert not (cancelled / "checkpoint.pt").exists() and not list(output.rglob("*.tmp"))
 
 
+def no_number_after(monkeypatch, steps):
+    """The loss is none from then on."""
+    from tlora_core.comfy_host.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(rows)
+        for loss in losses(denoiser, rows, generator):
+            yield loss * (float("nan") if len(calls) > steps else 1)
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
 def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base, output, monkeypatch):
     import comfy.model_management
 
@@ -195,8 +209,9 @@ def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base
             run(base, rerun="restart", save_on_cancel=True)
     assert (record(output)["state"], LiveRun.states()[-1]["state"]) == ("cancelled", "cancelled")
     assert "not saved: the disk is full." in record(output)["message"]
+    no_number_after(monkeypatch, 27)
     with pytest.raises(TLoRAError, match="lower learning_rate.*the disk is full"):
-        run(base, request(60, rate=1e30))
+        run(base, request(60))
     assert (record(output)["state"], LiveRun.states()[-1]["state"]) == ("failed", "failed")
 
 
@@ -322,14 +337,52 @@ def test_checkpoint_now_makes_a_file_and_the_training_goes_on(base, output, monk
     assert len(list((output / "loras" / "run").glob("heart_step000002*"))) == 1
 
 
-def test_loss_that_runs_away_keeps_the_last_good_state(base, output):
+def test_loss_that_runs_away_keeps_the_last_good_state(base, output, monkeypatch):
     from tlora_core import TLoRAError, TLoRAFile
 
+    no_number_after(monkeypatch, 27)
     with pytest.raises(TLoRAError, match="lower learning_rate.*saved as run/heart") as raised:
-        run(base, request(60, rate=1e30))
+        run(base, request(60))
     assert str(raised.value).count("\n") == 0 and record(output)["state"] == "failed"
     (path,) = (output / "loras" / "run").iterdir()
-    assert TLoRAFile.load(path).training["steps_done"] == 0
+    assert TLoRAFile.load(path).training["steps_done"] == 25
+
+
+@pytest.mark.parametrize("steps, rate, message", [
+    (None, 1e30, "Training stopped at step 2 because the loss was no longer a finite number; lower learning_rate. Nothing is saved"),
+    (0, 0.01, "Training stopped at step 1 because the loss was no finite number; nothing was learnt yet, so load model in bfloat16 or ")])
+def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothing_and_says_so(
+        base, output, monkeypatch, steps, rate, message):
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.comfy_host.personalize import train_from_images
+
+    if steps is not None:
+        no_number_after(monkeypatch, steps)
+    with pytest.raises(TLoRAError, match=message) as raised:
+        run(base, request(60, rate=rate))
+    assert str(raised.value).count("\n") == 0 and str(raised.value).endswith("Nothing is saved, as no step is known to be good.")
+    assert record(output)["state"] == LiveRun.states()[-1]["state"] == "failed" and record(output)["message"] == str(raised.value)
+    assert not record(output)["files"] and not list((output / "loras").rglob("*.safetensors"))
+    with pytest.raises(TLoRAError, match="Nothing is saved"), torch.inference_mode():
+        train_from_images(*base, images()[0].pixels[None], request(60, rate=rate))
+
+
+@pytest.mark.parametrize("broken", ["vae", "clip"])
+def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, output, monkeypatch, broken):
+    from tlora_core import TLoRAError
+
+    _, clip, vae = base
+    encode, encode_text = vae.first_stage_model.encode, clip.cond_stage_model.encode_token_weights
+    if broken == "vae":
+        monkeypatch.setattr(vae.first_stage_model, "encode", lambda pixels: encode(pixels) * float("nan"))
+        message = "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect another VAE."
+    else:
+        monkeypatch.setattr(clip.cond_stage_model, "encode_token_weights", lambda tokens: [x * float("inf") for x in encode_text(tokens)])
+        message = 'clip turns "a photo of sks heart" into values that are no numbers; start ComfyUI with --fp32-text-enc, or connect another CLIP.'
+    with pytest.raises(TLoRAError) as raised:
+        run(base)
+    assert str(raised.value) == message and not list(output.rglob("run.json"))
 
 
 KILLED = """

@@ -36,12 +36,15 @@ class Denoiser(Protocol):
 
 
 class TrainingDiverged(TLoRAError):
-    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good."""
+    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good; 0 where that is
+    the start, of which there is nothing to keep."""
 
     def __init__(self, step: int, kept_step: int, what: str):
-        super().__init__(
-            f"Training stopped at step {step + 1} because the loss {what}; lower learning_rate. "
-            f"The adapters are back at step {kept_step}, the last state known to be good.")
+        # The first loss is the model's own.
+        advice = "lower learning_rate" if step else "nothing was learnt yet, so load model in bfloat16 or float32, or connect another"
+        kept = (f"The adapters are back at step {kept_step}, the last state known to be good." if kept_step else
+                "Nothing is saved, as no step is known to be good.")
+        super().__init__(f"Training stopped at step {step + 1} because the loss {what}; {advice}. {kept}")
         self.step, self.kept_step = step, kept_step
 
 
@@ -253,7 +256,7 @@ def generator_for(seed: int, purpose: int | str) -> torch.Generator:
 def divergence(losses: Sequence[float], loss: float) -> str | None:
     """Why training should stop at this loss, or None."""
     if not math.isfinite(loss):
-        return "was no longer a finite number"
+        return "was no longer a finite number" if losses else "was no finite number"
     if len(losses) >= _FIRST + _LAST:
         usual, now = max(losses[:_FIRST]), statistics.median([*losses[1 - _LAST:], loss])
         if now > RUNAWAY * usual:

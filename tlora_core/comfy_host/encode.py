@@ -40,17 +40,31 @@ class Encoder:
 
     def sample(self, picture: Framed, caption: str) -> Sample:
         mean, deviation = posterior(self.vae, picture.pixels[None])
+        # Here, as all that a training sees of it is a loss that is no number.
+        if not _is_finite(mean, deviation):
+            raise TLoRAError("vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect another VAE.")
         weights = None if picture.mask is None else loss_weights(picture.mask, mean.shape[-2:], self.outside)
         return Sample(mean, deviation, weights, self.conditioning(picture, caption))
 
     def conditioning(self, picture: Framed, caption: str) -> list:
         """CONDITIONING of the caption with what SDXL is told of sizes; models that ask for none ignore it."""
         if caption not in self._texts:
-            self._texts[caption] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
+            self._texts[caption] = self._encoded(caption)
         (width, height), (left, top), (now_wide, now_high) = picture.original, picture.crop, picture.size
         sizes = {**self.told, "width": width, "height": height, "crop_w": left, "crop_h": top,
                  "target_width": now_wide, "target_height": now_high}
         return [[tensor, {**options, **sizes}] for tensor, options in self._texts[caption]]
+
+    def _encoded(self, caption: str) -> list:
+        texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
+        if not all(_is_finite(tensor, options.get("pooled_output")) for tensor, options in texts):
+            raise TLoRAError(
+                f'clip turns "{caption}" into values that are no numbers; start ComfyUI with --fp32-text-enc, or connect another CLIP.')
+        return texts
+
+
+def _is_finite(*tensors: Tensor | None) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -256,10 +256,13 @@ class Trained:
 
 def train_from_images(model: ModelPatcher, clip: CLIP, vae: VAE, images: Tensor, request: TrainRequest,
                       on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> Trained:
-    """A whole run at once, for scripts: trains a T-LoRA for the subject of `images` [N, H, W, 3] in 0..1."""
+    """A whole run at once, for scripts: trains a T-LoRA for the subject of `images` [N, H, W, 3] in 0..1. Raises TLoRAError, also
+    when the loss diverged before any state was known to be good."""
     personalization, stopped = Personalization(model, clip, vae, training_images(images), request), None
     try:
         personalization.train(request.config.steps, on_step)
     except TrainingDiverged as error:
+        if not error.kept_step:
+            raise
         stopped = error
     return Trained(personalization.tlora(), personalization.trainer.losses, stopped)

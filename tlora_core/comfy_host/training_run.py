@@ -182,6 +182,9 @@ class TrainingRun:
                 self._cancelled()
             raise
         except TrainingDiverged as error:
+            if not error.kept_step:
+                self._ended_badly("failed", str(error), step=0)
+                raise
             raise TLoRAError(f"{error} {self._saved_all_the_same(str(error))}") from error
         except Exception as error:
             self._ended_badly("failed", str(error), step=self.trainer.step)
