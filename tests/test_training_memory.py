@@ -63,7 +63,7 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
         assert should_checkpoint(denoiser, 1)
 
 
-def out_of_memory_once(monkeypatch, base, step):
+def out_of_memory_once(monkeypatch, base, step, error=None):
     """The model has no memory left in a backward pass of that step, the first time."""
     from tlora_core.comfy_host.denoiser import HostDenoiser
 
@@ -73,7 +73,7 @@ def out_of_memory_once(monkeypatch, base, step):
         calls.append(denoiser)
         for loss in losses(denoiser, rows, generator):
             if len(calls) == step:
-                loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+                loss.register_hook(lambda gradient: (_ for _ in ()).throw(error or torch.OutOfMemoryError("injected")))
             yield loss
 
     monkeypatch.setattr(HostDenoiser, "losses", failing)
@@ -92,6 +92,27 @@ def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_wha
     else:
         done = run(base, rerun="restart", memory=memory)
         assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("memory", ["auto", "fast"])
+@pytest.mark.parametrize("known", [True, False])
+def test_every_error_that_the_host_takes_for_memory_is_one_in_the_first_step_too(base, output, monkeypatch, memory, known):
+    """CUDA has two, of which hosts without is_oom know one."""
+    import comfy.model_management
+
+    from tlora_core import TLoRAError
+
+    error = torch.OutOfMemoryError("injected")
+    if not known:
+        monkeypatch.delattr(comfy.model_management, "is_oom", raising=False)
+    elif hasattr(comfy.model_management, "is_oom"):
+        error = getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory")
+    out_of_memory_once(monkeypatch, base, 1, error)
+    if memory == "auto":
+        assert len(run(base, request(2), memory=memory).losses) == 2
+    else:
+        with pytest.raises(TLoRAError, match="^Memory ran out in step 1; "):
+            run(base, request(2), memory=memory)
 
 
 @pytest.mark.parametrize("free, expected", [(1 << 20, True), (1 << 50, False)])

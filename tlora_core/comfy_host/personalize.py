@@ -140,7 +140,9 @@ class Personalization:
         while True:
             try:
                 return self._train(until, on_step)
-            except comfy.model_management.OOM_EXCEPTION as error:
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
                 if self.memory != "auto" or self.checkpointing:
                     raise TLoRAError(self._out_of_memory()) from error
             # Out here, where the error no longer holds what filled the memory. A step that failed has changed nothing.
@@ -156,10 +158,8 @@ class Personalization:
                 if self.checkpointing:
                     stack.enter_context(checkpointed(self.model))
                 return self.trainer.run(denoiser, until, on_step)
-            except comfy.model_management.OOM_EXCEPTION:
-                raise
             except RuntimeError as error:
-                if self.trainer.step:
+                if self.trainer.step or ran_out_of_memory(error):
                     raise
                 raise TLoRAError(
                     f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
@@ -245,6 +245,12 @@ class Personalization:
         with training_session(self.model):
             weights = {name: layer.weight for name, layer in layers.items()}
             return make_adapters(request.method, request.start, weights, request.rank, request.config.seed, device=device)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """As the host judges it, which knows more than one class of error; ComfyUI 0.16.3 only the one."""
+    judge = getattr(comfy.model_management, "is_oom", None)
+    return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
 
 
 @dataclass(frozen=True)
