@@ -1,9 +1,11 @@
 """The training loop on a toy model, without ComfyUI."""
 import io
+import itertools
 import math
 
 import pytest
 import torch
+from training_runs import OutOfMemory
 
 from tlora_core import LoRAAdapter, OrthoAdapter, TLoRAError
 from tlora_core.config import TrainConfig
@@ -148,6 +150,44 @@ def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_in
     assert second.losses == whole.losses and len(whole.losses) == 60
     with whole.result(), second.result():
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters))
+
+
+@pytest.mark.parametrize("norm, is_scaled", [(0.5, False), (0.5, True), (0.0, True)])
+@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("step", [1, 3])
+def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_known_to_be_half_made(
+        monkeypatch, step, optimizer, norm, is_scaled):
+    config = TrainConfig(steps=4, learning_rate=0.01, optimizer=optimizer, warmup_steps=2, max_grad_norm=norm, ema_decay=0.9)
+    kept = []
+
+    def trained(operation):
+        adapter = new_adapter()
+        toy, trainer = Toy(adapter), Trainer({"layer": adapter}, config)
+        toy.needs_loss_scaling = is_scaled
+        with monkeypatch.context() as patch:
+            shortage = OutOfMemory(patch, step, operation)
+            try:
+                trainer.run(toy, 4)
+            except torch.OutOfMemoryError:
+                kept.append(trainer.is_whole)
+        if trainer.is_whole:
+            trainer.run(toy, 4)
+        else:
+            with pytest.raises(TLoRAError, match="Step 3 failed half-way"):
+                trainer.run(toy, 4)
+        return trainer, shortage.happened
+
+    whole, _ = trained(math.inf)
+    for operation in itertools.count():
+        trainer, happened = trained(operation)
+        if not happened:
+            break
+        if kept[-1]:
+            assert trainer.losses == whole.losses and trainer.scaler.state_dict() == whole.scaler.state_dict()
+            assert all(torch.equal(a, b) for a, b in zip([*trainer.parameters, *trainer.average], [*whole.parameters, *whole.average]))
+    assert len(kept) == operation > 2
+    # The first operation clips, where it is asked to; the last are the average's and the scaler's.
+    assert all(kept) if step == 1 else (kept[0], kept[-1]) == (norm > 0, False)
 
 
 @pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)

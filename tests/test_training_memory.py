@@ -1,7 +1,7 @@
 """What a training step is said to keep, against what it keeps; and what is done when memory is short or runs out."""
 import pytest
 import torch
-from training_runs import images, request, run
+from training_runs import OutOfMemory, images, request, run, same
 
 
 def denoiser_for(model, channels, side):
@@ -92,6 +92,28 @@ def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_wha
     else:
         done = run(base, rerun="restart", memory=memory)
         assert len(done.losses) == 6 and done.losses == pytest.approx(whole.losses, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer, operation", [("adamw", 9), ("prodigy", 9), ("adafactor", 9), ("schedule_free", 9)])
+def test_when_memory_runs_out_for_the_optimizers_state_the_step_is_made_again(base, output, monkeypatch, optimizer, operation):
+    asked = request(3, rate=1.0 if optimizer == "prodigy" else 0.01, config={"optimizer": optimizer})
+    whole = run(base, asked, file_name="run/whole", memory="low")
+    shortage = OutOfMemory(monkeypatch, 1, operation)
+    done = run(base, asked, rerun="restart", memory="auto")
+    assert shortage.happened and done.losses == whole.losses and same(done.tlora, whole.tlora)
+
+
+def test_when_memory_runs_out_half_way_through_an_update_the_run_can_be_taken_up_before_it(base, output, monkeypatch):
+    from tlora_core import TLoRAError
+
+    asked = request(config={"optimizer": "prodigy"}, rate=1.0)
+    whole = run(base, asked, file_name="run/whole", memory="low")
+    with monkeypatch.context() as patch:
+        OutOfMemory(patch, 4, 9)
+        with pytest.raises(TLoRAError, match='^Memory ran out in step 4; set memory to "low", or'):
+            run(base, asked, rerun="restart", checkpoint_every=2)
+    done = run(base, asked, memory="low")
+    assert done.losses == pytest.approx(whole.losses, rel=1e-3) and len(done.losses) == 6
 
 
 @pytest.mark.parametrize("memory", ["auto", "fast"])

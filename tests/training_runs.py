@@ -1,7 +1,9 @@
 """Trainings on the tiny base as the Train node makes them. Import inside tests that use `comfy`."""
 import json
+from contextlib import nullcontext
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def images(count=1, size=64):
@@ -39,3 +41,30 @@ def record(output, index=-1):
 def same(one, two):
     return one.layers.keys() == two.layers.keys() and all(
         torch.equal(one.layers[k].up, two.layers[k].up) and torch.equal(one.layers[k].down, two.layers[k].down) for k in one.layers)
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other module
+    than torch is needed."""
+
+    def __init__(self, monkeypatch, step, operation):
+        from tlora_core.trainer import Trainer
+
+        super().__init__()
+        self.left, update = operation, Trainer._update
+
+        def short_of_memory(trainer):
+            with self if trainer.step + 1 == step else nullcontext():
+                update(trainer)
+
+        monkeypatch.setattr(Trainer, "_update", short_of_memory)
+
+    @property
+    def happened(self):
+        return self.left < 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == -1:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))

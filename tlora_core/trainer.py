@@ -51,7 +51,8 @@ class TrainingDiverged(TLoRAError):
 class Trainer:
     """One training run: the adapters it trains in place and all it needs to go on.
 
-    step: updates done. losses: of each of them, mean squared error in the model's own prediction.
+    step: updates done. losses: of each of them, mean squared error in the model's own prediction. is_whole: False once an update
+    has failed half-way and cannot be taken back.
     """
 
     def __init__(self, adapters: Mapping[str, Adapter], config: TrainConfig):
@@ -62,7 +63,7 @@ class Trainer:
         self.lr_schedule = make_lr_schedule(self.optimizer, config)
         self.scaler: torch.amp.GradScaler | None = None
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
-        self.step = 0
+        self.step, self.is_whole = 0, True
         self.losses: list[float] = []
         self._good = [torch.empty_like(p, device="cpu", requires_grad=False) for p in self.parameters]
         self._good_average = [torch.empty_like(p) for p in self._good] if config.ema_decay else []
@@ -72,8 +73,10 @@ class Trainer:
         """Train up to step `until`; False when `on_step` ended it before.
 
         `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True; what it raises
-        ends it too, and the state is that of a whole step in every case. Raises TrainingDiverged.
+        ends it too, and the state is that of a whole step, in which `run` can go on; but see _update. Raises TrainingDiverged.
         """
+        if not self.is_whole:
+            raise TLoRAError(f"Step {self.step + 1} failed half-way; go on from the last checkpoint, or train again from the start.")
         if self.scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
         batches = Batches(denoiser.buckets, self.config.batch_size, self.config.seed)
@@ -112,18 +115,38 @@ class Trainer:
         return total
 
     def _update(self) -> None:
-        if self.config.max_grad_norm:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.lr_schedule is not None:
-            self.lr_schedule.step()
-        if self.average is not None:
-            # Rising to its decay, as the start is no weight worth remembering.
-            decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-        self.step += 1
+        """Where it fails, as optimizers do that find no memory for their state in the first update, that one changes nothing. A later
+        one may end half-way, since there is no second copy of the optimizer's state: `is_whole` tells."""
+        first = None if any(self.optimizer.state.values()) else {**self.optimizer.state_dict(), "state": {}}
+        try:
+            if self.config.max_grad_norm:
+                self.scaler.unscale_(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+            self.is_whole = False
+            self.scaler.step(self.optimizer)
+            if self.average is not None:
+                # Rising to its decay, as the start is no weight worth remembering.
+                decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            # Last, as these are not taken back.
+            self.scaler.update()
+            if self.lr_schedule is not None:
+                self.lr_schedule.step()
+        except Exception:
+            self._take_back(first)
+            raise
+        self.step, self.is_whole = self.step + 1, True
+
+    def _take_back(self, first: Mapping[str, Any] | None) -> None:
+        """What an update has changed that failed. first: the optimizer's state before the first one, else None."""
+        # The scaler unscales once an update; what it sets on a fused optimizer it would multiply by the next time.
+        self._load_scaler(self.scaler.state_dict())
+        for name in ("grad_scale", "found_inf"):
+            vars(self.optimizer).pop(name, None)
+        if first is not None:
+            self.optimizer.load_state_dict(first)
+            self._write_good()  # which is the start, as nothing was updated since
+            self.is_whole = True
 
     def _record(self, loss: float, on_step) -> bool:
         """Takes note of one step's loss; whether the caller wants to end here."""
@@ -176,19 +199,25 @@ class Trainer:
         if self.average is not None:
             _write(self.average, state["average"])
         if state["scaler"] is not None:
-            self.scaler = torch.amp.GradScaler(self.device.type, enabled=bool(state["scaler"]))
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.losses = state["step"], list(state["losses"])
+            self._load_scaler(state["scaler"])
+        self.step, self.losses, self.is_whole = state["step"], list(state["losses"]), True
         self._keep_as_good()
+
+    def _load_scaler(self, state: Mapping[str, Any]) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=bool(state))
+        self.scaler.load_state_dict(state)
 
     def _keep_as_good(self) -> None:
         _write(self._good, self.parameters)
         _write(self._good_average, self.average or ())
         self._good_step = self.step
 
-    def _back_to_good(self) -> None:
+    def _write_good(self) -> None:
         _write(self.parameters, self._good)
         _write(self.average or (), self._good_average)
+
+    def _back_to_good(self) -> None:
+        self._write_good()
         for parameter, good in zip(self.parameters, self._good):
             if "z" in (state := self.optimizer.state[parameter]):  # of schedule_free, whose result lies between it and the parameter
                 _write([state["z"]], [good])

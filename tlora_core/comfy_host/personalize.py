@@ -136,16 +136,16 @@ class Personalization:
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
         """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with checkpointing;
-        otherwise that is a TLoRAError."""
+        otherwise, and where an update ended half-way, that is a TLoRAError."""
         while True:
             try:
                 return self._train(until, on_step)
             except RuntimeError as error:
                 if not ran_out_of_memory(error):
                     raise
-                if self.memory != "auto" or self.checkpointing:
+                if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
                     raise TLoRAError(self._out_of_memory()) from error
-            # Out here, where the error no longer holds what filled the memory. A step that failed has changed nothing.
+            # Out here, where the error no longer holds what filled the memory. The step that failed has changed nothing.
             self.checkpointing = True
             logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
 
