@@ -9,7 +9,7 @@ from training_runs import OutOfMemory
 
 from tlora_core import LoRAAdapter, OrthoAdapter, TLoRAError
 from tlora_core.config import TrainConfig
-from tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS
+from tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS, STATE_SIZES
 from tlora_core.trainer import SNAPSHOT_EVERY, Batches, Trainer, TrainingDiverged, divergence, generator_for, orthogonality, train
 
 CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]
@@ -93,6 +93,20 @@ def test_every_optimizer_learns(optimizer):
     rate = 1.0 if optimizer == "prodigy" else 0.02
     losses, _, _ = run(TrainConfig(steps=400, learning_rate=rate, batch_size=4, optimizer=optimizer))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+def test_state_of_an_optimizer_is_as_large_as_said(optimizer):
+    adapter = LoRAAdapter(640, 640, 64, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        adapter.B.normal_()  # Prodigy remembers no start of zeros
+    trainer = Trainer({"layer": adapter}, TrainConfig(optimizer=optimizer))
+    for parameter in trainer.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    trainer.optimizer.step()
+    kept = sum(value.nbytes for state in trainer.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    assert kept / sum(p.nbytes for p in trainer.parameters) == pytest.approx(STATE_SIZES[optimizer], abs=0.05)
+    assert STATE_SIZES.keys() == set(OPTIMIZERS)
 
 
 def test_adafactor_moves_factors_as_far_as_adamw_at_the_same_rate():

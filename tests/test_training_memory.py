@@ -4,7 +4,7 @@ import torch
 from training_runs import OutOfMemory, images, request, run, same
 
 
-def denoiser_for(model, channels, side):
+def denoiser_for(model, channels, side, **config):
     import random_models
 
     from tlora_core import RankSchedule, make_adapters
@@ -16,7 +16,7 @@ def denoiser_for(model, channels, side):
     shapes = {name: layer.shape for name, layer in target_layers(model).items()}
     adapters = make_adapters("tlora", "last_random", shapes, 8, 0)
     sample = Sample(torch.zeros(channels, side, side), None, None, random_models.conditioning(model, 20))
-    return HostDenoiser(model, adapters, RankSchedule(8, 4), [sample], TrainConfig())
+    return HostDenoiser(model, adapters, RankSchedule(8, 4), [sample], TrainConfig(**config))
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
@@ -57,6 +57,9 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
         for free, wanted in ((2 * need, False), (need, True)):
             monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
             assert should_checkpoint(denoiser, 1) is wanted
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1.25 * need)
+        assert not should_checkpoint(denoiser, 1)
+        assert should_checkpoint(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), "which keeps twice as much as AdamW"
         # Weights that the host moves in only as they are used take room too.
         model.partially_unload(torch.device("cpu"), 1e9)
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * need)

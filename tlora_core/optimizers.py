@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
+# What each keeps, in sizes of the parameters: AdamW two moments, Prodigy the start and a sum of gradients besides, schedule-free the
+# second moment and its own weights; Adafactor's row and column of a matrix are next to nothing.
+STATE_SIZES = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
 _RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # with one restart and power 1 they would be cosine and linear again
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 

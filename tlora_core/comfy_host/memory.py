@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attach import replaced_forward
+from ..optimizers import STATE_SIZES
 from .denoiser import HostDenoiser
 from .layers import bytes_to_come, stored
 from .training import blocks
@@ -48,8 +49,8 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
 
 def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
     """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters' gradients and the
-    optimizer's state, twice that, are there too."""
-    need = _MARGIN * training_memory(denoiser, batch).plain + 3 * denoiser.adapter_bytes
+    optimizer's state are there too."""
+    need = _MARGIN * training_memory(denoiser, batch).plain + (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
     gc.collect()  # what was measured leaves cycles behind, and they hold factors
     return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
 
