@@ -27,7 +27,7 @@ class LoadTLoRA(io.ComfyNode):
                 io.Int.Input(
                     "min_rank", default=-1, min=-1, max=4096, optional=True, advanced=True,
                     tooltip="Components that stay on at pure noise. -1: as the file says, or half the rank (none masked for "
-                            "a plain LoRA) where it says nothing."),
+                            "a plain LoRA or what looks like one) where it says nothing."),
                 io.Float.Input(
                     "alpha", default=0.0, min=0.0, max=10.0, step=0.05, optional=True, advanced=True,
                     tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing."),

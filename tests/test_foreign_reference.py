@@ -19,7 +19,7 @@ from foreign_files import (
 )
 from safetensors.torch import save_file
 
-from tlora_core import RankSchedule, TLoRAError, TLoRAFile
+from tlora_core import LowRank, RankSchedule, TLoRAError, TLoRAFile
 from tlora_core.foreign import load_any
 
 
@@ -72,15 +72,54 @@ def test_hparams_tell_the_prompt_and_nothing_private(tmp_path):
     assert (tlora.token, tlora.class_word, dict(tlora.training)) == ("sks", "dog", {})
 
 
-@pytest.mark.parametrize("make", [reference_orthogonal, reference_plain])
-def test_reference_without_hparams_gets_half_the_rank_and_a_note(tmp_path, make):
-    save_file(make()[0], tmp_path / "pytorch_lora_weights.safetensors")
+def test_reference_without_hparams_gets_half_the_rank_and_a_note(tmp_path):
+    save_file(reference_orthogonal()[0], tmp_path / "pytorch_lora_weights.safetensors")
     loaded = load_any(tmp_path / "pytorch_lora_weights.safetensors")
     assert loaded.tlora.schedule == RankSchedule(4, 2)
     (note,) = loaded.notes
     assert "min_rank is half the rank" in note and note in loaded.report
     given = load_any(tmp_path / "pytorch_lora_weights.safetensors", min_rank=3, alpha=0.5)
     assert given.tlora.schedule == RankSchedule(4, 3, 0.5) and not given.notes
+
+
+@pytest.mark.parametrize("run_of_rank", [None, 64])
+def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_path, run_of_rank):
+    def write(path):
+        save_file(reference_plain()[0], path)
+
+    if run_of_rank is None:
+        path = tmp_path / "pytorch_lora_weights.safetensors"
+        write(path)
+    else:
+        path = reference_run(tmp_path, write, rank=run_of_rank)
+    loaded = load_any(path)
+    assert (loaded.tlora.method, loaded.tlora.schedule) == ("lora", RankSchedule(4, 4))
+    (note,) = loaded.notes
+    assert "all ranks are on" in note and "set min_rank; 2, half the rank" in note and note in loaded.report
+    assert "plain LoRA of older diffusers" in loaded.kind
+    given = load_any(path, min_rank=2)
+    assert (given.tlora.method, given.tlora.schedule) == ("vanilla_tlora", RankSchedule(4, 2)) and not given.notes
+
+
+def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evaluation(unet, tmp_path):
+    import sampling_runs as runs
+
+    from tlora_core.comfy_host.targets import target_of
+
+    module = "mid_block.attentions.0.transformer_blocks.0.attn1"
+    path = "middle_block.1.transformer_blocks.0.attn1"
+    state, layers = {}, {}
+    for projection in ("to_q", "to_k", "to_v", "to_out.0"):
+        weight = unet.model.diffusion_model.get_submodule(f"{path}.{projection}").weight
+        ((name, (up, down)),) = pairs([(f"{path}.{projection}", *weight.shape)]).items()
+        key = reference_key(f"{module}.{projection}")
+        layers[name] = state[key + "up.weight"], state[key + "down.weight"] = up * 0.1, down * 0.1
+    save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
+    tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", target_of(unet)).tlora
+    whole = TLoRAFile({name: LowRank(*pair, 1) for name, pair in layers.items()}, "lora", RankSchedule(4, 4), 1000, "discrete", "sdxl")
+    recorded = runs.Evaluations(unet)
+    runs.sample(runs.apply(recorded.model, tlora), *runs.texts())
+    recorded.assert_merged((whole, 1.0))
 
 
 def test_hparams_of_another_run_are_not_used(tmp_path):

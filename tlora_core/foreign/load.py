@@ -64,8 +64,8 @@ def load_any(
     """Reads a file of any known kind, trusting nothing in it and running nothing.
 
     target: the model it shall fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
-    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of the reference or of
-        LyCORIS gets the paper's min_rank of half its rank, and a plain LoRA no mask; a note says so.
+    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of a kind that only the reference
+        or LyCORIS writes gets the paper's min_rank of half its rank, and one that may be a plain LoRA no mask; a note says so.
     progress: called with (done, total), done from 0 on, while a LyCORIS file's base terms are made again; it may raise.
 
     Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or fits no layer.
@@ -112,23 +112,26 @@ def _read(
         read_plain(contents, modules, matches, path)
     rank = max((layer.rank for layer in matches.layers.values()), default=0)
     if any(".processor." in module for module in modules):
-        return _reference(path, rank, orthogonal)
+        return _processors(path, rank, orthogonal, model_of(matches.layers)[0])
     if orthogonal:
-        return "LyCORIS T-LoRA", _assumed("LyCORIS files do not store it")
+        return "LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank)
     note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
     return "plain LoRA", _Settings(is_masked=False, notes=(note,))
 
 
-def _reference(path: Path, rank: int, orthogonal: bool) -> tuple[str, _Settings]:
+def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tuple[str, _Settings]:
+    """Files named after attention processors: the reference's, and for U-Nets also plain LoRAs of diffusers before 0.22."""
     method = "orthogonal" if orthogonal else "plain"
+    may_be_plain = not orthogonal and base_model != "flux"
+    kind = "plain LoRA of older diffusers, or reference checkpoint" if may_be_plain else f"reference checkpoint ({method})"
+    assumed = _assumed_plain if may_be_plain else _assumed
     found = find_hparams(path)
     if found is None:
-        return f"reference checkpoint ({method})", _assumed("there is no logs/hparams.yml beside the checkpoint")
+        return kind, assumed("there is no logs/hparams.yml beside the checkpoint", rank)
     hparams = read_hparams(found)
     stored = whole(hparams, "lora_rank", rank)
     if stored != rank:
-        reason = f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used"
-        return f"reference checkpoint ({method})", _assumed(reason)
+        return kind, assumed(f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used", rank)
     # Without "tlora" in it, the trainer's class is the one that knows no mask.
     masked = "tlora" in hparams.get("trainer_class", "tlora")
     settings = _Settings(
@@ -145,14 +148,25 @@ def _word(text: str) -> str:
     return text if text.isprintable() and text != "null" else ""
 
 
-def _assumed(reason: str) -> _Settings:
-    return _Settings(
-        is_masked=True,
-        notes=(
-            f"The schedule was not found ({reason}): min_rank is half the rank, the paper's choice. If it was trained with "
-            "another, set min_rank; at the full rank the mask is off.",
-        ),
+def _assumed(reason: str, rank: int) -> _Settings:
+    note = (
+        f"The schedule was not found ({reason}): min_rank is half the rank, the paper's choice. If it was trained with another, "
+        f"set min_rank; at the full rank, {rank}, the mask is off."
     )
+    return _Settings(is_masked=True, notes=(note,))
+
+
+def _assumed_plain(reason: str, rank: int) -> _Settings:
+    note = (
+        f"No schedule was found ({reason}), so all ranks are on at every noise level, as in a plain LoRA of older diffusers, which "
+        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half the rank, is the paper's."
+    )
+    return _Settings(is_masked=False, notes=(note,))
+
+
+def _half(rank: int) -> int:
+    """The paper's min_rank."""
+    return max(1, rank // 2)
 
 
 def _require_match(matches: Matches) -> None:
@@ -170,8 +184,7 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
     _require_finite(layers)
     rank = max(layer.rank for layer in layers.values())
     masked = METHODS[method].is_masked
-    half = max(1, rank // 2)
-    min_rank = rank if not masked else half if settings.min_rank is None else settings.min_rank
+    min_rank = rank if not masked else _half(rank) if settings.min_rank is None else settings.min_rank
     target = matches.target
     model = (target.base_model, target.num_timesteps, target.noise_domain) if target else model_of(layers)
     base_model, num_timesteps, noise_domain = model
