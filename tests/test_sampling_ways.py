@@ -25,6 +25,38 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
     assert ways.used == {"product"} and len(Folds._of_models) == 0 and models.is_untouched(unet)
 
 
+def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
+    """On the CPU, as on a GPU with --highvram or --gpu-only, idle models stay on the device that computes."""
+    from tlora_core.comfy_host.sampling import DeviceCopies
+
+    assert unet.load_device == unet.offload_device
+    cells = [runs.apply(unet, tlora, strength) for strength in (0.5, 1.0)]
+    copies = [wrapper.adapters for cell in cells for keyed in cell.wrappers.values() for (wrapper,) in keyed.values()]
+    made, give = [], DeviceCopies.__call__
+
+    def counted(self, *key):
+        made.extend([key] * (key not in self._copies))
+        return give(self, *key)
+
+    monkeypatch.setattr(DeviceCopies, "__call__", counted)
+    held = []
+    for cell in cells:
+        runs.sample(cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._copies) for each in copies]))
+        assert not any(each._copies for each in copies)
+    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells), "once a sampling, not at each step"
+
+
+def test_copies_go_also_where_the_host_tells_the_model_nothing_but_the_end(unet, tlora):
+    """As for the model of the negative prompt in its Dual Model Guider."""
+    patched = runs.apply(unet, tlora)
+    ((wrapper,),) = (keyed for keyed in patched.wrappers["apply_model"].values())
+    patched.pre_run()
+    models.evaluate(patched, [3.0])
+    assert wrapper.adapters._copies
+    patched.cleanup()
+    assert not wrapper.adapters._copies
+
+
 @pytest.mark.parametrize("step", range(3))
 @pytest.mark.parametrize("failure", ["error", "cancel", "memory"])
 def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, tlora, step, failure):

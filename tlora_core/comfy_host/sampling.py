@@ -92,6 +92,9 @@ class DeviceCopies:
                     for path, layer in self.layers.items()}
         return self._copies[key]
 
+    def forget(self) -> None:
+        self._copies.clear()
+
 
 class Folds:
     """The folded layers of one loaded model during one sampling, shared by all T-LoRAs on it."""
@@ -159,7 +162,8 @@ def _own_copy(text, device, dtype):
 
 
 class SamplingPatch(TimestepAwarePatch):
-    """`TimestepAwarePatch` of a stored T-LoRA; frees its device copies when the host moves models off.
+    """`TimestepAwarePatch` of a stored T-LoRA. Its device copies are made once a sampling and do not outlast it: of a sweep's
+    models, each with its own, one samples at a time, and with --highvram or --gpu-only the host leaves idle ones on the GPU.
 
     fold: None lets memory decide, True folds wherever a layer allows it, False never does.
     """
@@ -190,11 +194,14 @@ class SamplingPatch(TimestepAwarePatch):
         return {path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths}
 
     def to(self, target):
-        if isinstance(target, torch.device) and target.type == "cpu":
-            copies = self.adapters._copies
-            for key in [k for k in copies if k[0].type != "cpu"]:
-                copies.pop(key, None)
+        """Where the adapters are moved, copies are made anew."""
+        if isinstance(target, torch.device):
+            self.adapters.forget()
         return self
+
+    def forget_copies(self, patcher: ModelPatcher) -> None:
+        """The host's ON_CLEANUP callback. It calls `to` with the device of idle models too, but not for each model of a sampling."""
+        self.adapters.forget()
 
 
 def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
@@ -211,7 +218,9 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
     noise_level(sampling, sampling.sigma_max.reshape(1))
     # A key of its own for each application: the host appends wrappers of one key, and clones share keys.
     key = f"tlora-{uuid.uuid4()}"
-    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, SamplingPatch(tlora, strength, fold))
+    patch = SamplingPatch(tlora, strength, fold)
+    patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, patch)
+    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, patch.forget_copies)
     for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
         patched.add_callback_with_key(moment, key, Folds.forget)
     return patched
