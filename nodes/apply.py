@@ -1,4 +1,6 @@
 """Load, apply and save a T-LoRA."""
+import logging
+
 import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
@@ -80,7 +82,8 @@ class SaveTLoRA(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="TLoRASave", display_name="Save T-LoRA", category=CATEGORY, is_output_node=True,
-            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA.",
+            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA; for models of which they "
+                        "cannot, the node says so, and Export T-LoRA makes a file that they can.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."), file_name_input(),
                 io.Combo.Input("dtype", options=list(DTYPES), default="float16",
@@ -88,7 +91,8 @@ class SaveTLoRA(io.ComfyNode):
                 io.Image.Input("thumbnail", optional=True,
                                tooltip="A picture to put into the file, for LoRA managers. All who get the file can see it."),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")])
+            outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, tlora, file_name, dtype, thumbnail=None):
@@ -96,4 +100,7 @@ class SaveTLoRA(io.ComfyNode):
         path = new_lora_path(file_name)
         tlora.save(path, DTYPES[dtype], small)
         name = name_of(path)
+        if tlora.note:
+            logging.warning("[T-LoRA] %s: %s", name, tlora.note)
+            say(tlora.note, cls.hidden.unique_id)
         return io.NodeOutput(name, ui=told_of([name], name))

@@ -12,6 +12,8 @@ from hostlib.server import PACK_NAME
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from tlora_core import LowRank, RankSchedule, TLoRAFile
+
 REPO = Path(__file__).resolve().parents[1]
 WORKFLOWS = sorted((REPO / "workflows").glob("*.json"))
 NODES = {
@@ -115,6 +117,20 @@ def test_strength_zero_is_exactly_the_bare_model(server, trained):
     result = server.run(graph)
     for node in (through_load, through_apply):
         assert np.array_equal(pixels(result, node), pixels(result, bare))
+
+
+def test_save_and_info_say_where_other_programs_do_not_find_the_layers(server, loras):
+    layers = {f"layers.0.attention.qkv@{row}": LowRank(torch.ones(rows, 2), torch.ones(2, 6), 1) for row, rows in ((0, 6), (6, 2), (8, 2))}
+    tlora = TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2")
+    loras.mkdir(parents=True, exist_ok=True)
+    tlora.save(loras / "parts_of_layers.safetensors")
+    graph = TinyGraph()
+    loaded = graph.add("TLoRALoad", file="parts_of_layers.safetensors", strength=1.0)
+    saved = graph.add("TLoRASave", tlora=loaded[1], file_name="tests/parts", dtype="float32")
+    info = graph.add("PreviewAny", source=graph.add("TLoRAInfo", tlora=loaded[1])[0])
+    result = server.run(graph)
+    assert "find 1 of the file's 3 layers" in tlora.note and tlora.note in result.outputs[info.id]["text"][0]
+    assert f"{result.outputs[saved.id]['text'][0]}: {tlora.note}" in server.log()
 
 
 def test_load_without_a_model_gives_the_tlora_and_says_that_model_is_missing(server, trained, good):

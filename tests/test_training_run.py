@@ -77,6 +77,18 @@ def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot
         request(token="\u3000", class_word="\t")
 
 
+def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_again(base, output, monkeypatch):
+    from tlora_core import TLoRAFile
+    from tlora_core.comfy_host.live import LiveRun
+
+    said, finish = [], LiveRun.finish
+    monkeypatch.setattr(TLoRAFile, "note", "Other programs find some of it.")
+    monkeypatch.setattr(LiveRun, "finish", lambda live, *told: (said.append(told), finish(live, *told))[1])
+    name = run(base).file
+    run(base)
+    assert said == [(state, TLoRAFile.note, name) for state in ("done", "found")] and record(output)["message"] == TLoRAFile.note
+
+
 def test_run_whose_file_was_changed_is_trained_again(base, output):
     first = run(base)
     (output / "loras" / first.file).write_bytes(b"something else")

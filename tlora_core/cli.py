@@ -119,6 +119,8 @@ def _convert(options: argparse.Namespace) -> None:
     dtype = DTYPES[options.dtype]
     if layout == "tlora":
         loaded.tlora.save(path, dtype)
+        if loaded.tlora.note:
+            print(loaded.tlora.note, file=sys.stderr)
     else:
         path = export(loaded.tlora, path, layout, dtype)
     print(path)

@@ -1,9 +1,9 @@
-"""The T-LoRA file: a safetensors file that any program can load as a plain LoRA.
+"""The T-LoRA file: a safetensors file that other programs can load as a plain LoRA.
 
-The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight`
-and `.alpha` (the stored rank, so the scale is 1). A program that knows nothing of timesteps reads the
-full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again: the fields of
-TLoRAFile, with the rank of each layer in place of its tensors. `docs/FILE_FORMAT.md` is the specification.
+The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight` and `.alpha` (the
+stored rank, so the scale is 1), or for parts of fused modules the names that other programs have for these. A program that
+knows nothing of timesteps reads the full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again:
+the fields of TLoRAFile, with the rank of each layer in place of its tensors. `docs/FILE_FORMAT.md` is the specification.
 """
 
 import base64
@@ -26,7 +26,7 @@ from torch import Tensor
 from .adapters import METHODS, LowRank
 from .container import PHRASE_KEY, check_header, check_line, one_line, printable
 from .errors import TLoRAError
-from .names import diffusers_name, family_of
+from .names import onetrainer_key, part_key
 from .schedule import RankSchedule
 from .version import __version__
 
@@ -87,6 +87,17 @@ class TLoRAFile:
         """The schedule of one layer, whose own rank may be smaller than the file's."""
         return self.schedule.for_rank(self.layers[name].rank)
 
+    @property
+    def note(self) -> str:
+        """What to tell the user where other programs do not find all of the file's layers; else nothing."""
+        found = sum("@" not in name or key != layer_key(name) for name, key in stored_keys(self.layers, self.base_model).items())
+        if found == len(self.layers):
+            return ""
+        return (
+            f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of this model's "
+            "modules; for them, use Export T-LoRA with the layout comfyui."
+        )
+
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
         """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
 
@@ -97,7 +108,7 @@ class TLoRAFile:
         if dtype not in DTYPES.values():
             raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
         tensors: dict[str, Tensor] = {}
-        for name, key in stored_keys(self.layers).items():
+        for name, key in stored_keys(self.layers, self.base_model).items():
             stored = self.layers[name].to("cpu", dtype)
             _require_finite(name, stored)
             tensors[key + _UP] = stored.up.detach().contiguous()
@@ -131,21 +142,19 @@ def layer_key(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
 
 
-def stored_keys(layers: Mapping[str, LowRank]) -> dict[str, str]:
-    """The name in the file of each layer: kohya's; but kohya's have none for the parts of FLUX's fused modules, so where all
-    layers of a file with parts have one in OneTrainer's naming, which ComfyUI and diffusers read too, they get that."""
-    names = {name: _onetrainer_key(name, layer) for name, layer in layers.items()}
-    if any("@" in name for name in layers) and all(names.values()):
-        return names
-    return {name: layer_key(name) for name in layers}
+def stored_keys(layers: Mapping[str, LowRank], base_model: str) -> dict[str, str]:
+    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name that other
+    programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers reads no mixture."""
+    if not any("@" in name for name in layers):
+        return {name: layer_key(name) for name in layers}
+    return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}
 
 
-def _onetrainer_key(name: str, layer: LowRank) -> str | None:
+def _key_beside_parts(name: str, layer: LowRank, base_model: str) -> str | None:
     path, row = split_name(name)
-    part, beyond = divmod(row, layer.down.shape[1])
-    named = diffusers_name(path, part if "@" in name else None)
-    is_named = named is not None and not beyond and family_of(path) == "flux"
-    return "lora_transformer_" + named.replace(".", "_") if is_named else None
+    if name == path:
+        return onetrainer_key(base_model, path)
+    return part_key(base_model, path, row, (layer.up.shape[0], layer.down.shape[1]))
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -215,7 +224,7 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
         "class_word": file.class_word,
         "training": dict(file.training),
         "layers": {name: layer.rank for name, layer in file.layers.items()},
-        "keys": {name: key for name, key in stored_keys(file.layers).items() if key != layer_key(name)},
+        "keys": {name: key for name, key in stored_keys(file.layers, file.base_model).items() if key != layer_key(name)},
     }
     try:
         text = json.dumps(content, allow_nan=False)

@@ -5,7 +5,7 @@ transformer are arranged otherwise than the original ones, which ComfyUI follows
 differences away, `layer_of` translates the third, and `diffusers_name` goes back.
 
 The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. For other models, the host's
-own table of names is needed (see `foreign.target`).
+own table of names is needed (see `foreign.target`). `part_key` is what programs that load plain LoRAs call a part of a fused module.
 """
 
 import re
@@ -65,6 +65,18 @@ _IN_FLUX_BLOCK = {
     },
 }
 _FLUX_BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}  # diffusers' names
+
+
+# Query, key and value in one module: the start of a family's name (TLoRAFile.base_model) -> module's path, and ComfyUI's name for one
+# of the three in a LoRA. By family, since models share paths whose LoRAs do not share names: HunyuanVideo FLUX's, Ideogram Z-Image's.
+_QKV_KEYS = {
+    "sd3": {
+        r"joint_blocks\.(\d+)\.x_block\.(attn2?)\.qkv": r"lora_transformer_transformer_blocks_\1_\2_to_{}",
+        r"joint_blocks\.(\d+)\.context_block\.attn\.qkv": r"lora_transformer_transformer_blocks_\1_attn_add_{}_proj",
+    },
+    **dict.fromkeys(("lumina2", "zimage"), {r"layers\.(\d+)\.attention\.qkv": r"diffusion_model.layers.\1.attention.to_{}"}),
+}
+_FLUX_FAMILIES = ("flux", "chroma", "longcatimage")
 
 
 def _plain(name: str) -> str:
@@ -142,6 +154,27 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
         named = next((name for name, place in _IN_FLUX_BLOCK[kind].items() if place == (rest, part)), None)
         return named and f"{_FLUX_BLOCKS[kind]}.{number}.{named}"
     return None
+
+
+def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> str | None:
+    """The key, in a plain LoRA, of an update of `shape` = (out, in) of a module's rows from `row` on; None where there is none."""
+    part, beyond = divmod(row, shape[1])
+    # A name stands for rows as many as the input is wide; those of FLUX's feed-forward are four times as many.
+    if beyond or shape[0] != (4 if part == 3 else 1) * shape[1]:
+        return None
+    if base_model.startswith(_FLUX_FAMILIES):
+        return onetrainer_key(base_model, path, part)
+    for family, table in _QKV_KEYS.items():
+        for pattern, key in table.items():
+            if base_model.startswith(family) and part < 3 and (match := re.fullmatch(pattern, path)):
+                return match.expand(key).format("qkv"[part])
+    return None
+
+
+def onetrainer_key(base_model: str, path: str, part: int | None = None) -> str | None:
+    """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers read too; None for one without, and for other models."""
+    named = diffusers_name(path, part) if base_model.startswith(_FLUX_FAMILIES) and family_of(path) == "flux" else None
+    return named and "lora_transformer_" + _plain(named)
 
 
 def family_of(path: str) -> str | None:

@@ -122,6 +122,7 @@ def _settings(tlora: TLoRAFile) -> list[str]:
         f"noise domain {tlora.noise_domain}, T = {T:g}",
         f"{_layers(len(tlora.layers))}, {size:.2f} MB in {str(first.up.dtype).removeprefix('torch.')}",
         "training: " + (json.dumps(rest, ensure_ascii=False, default=str)[1:-1] or "not recorded"),
+        *filter(None, [tlora.note]),
     ]
 
 

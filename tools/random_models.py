@@ -53,6 +53,10 @@ SMALL = {
         "image_model": "chroma", **_STREAMS, "vec_in_dim": None, "in_channels": 64, "out_channels": 64, "patch_size": 2,
         "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "in_dim": 64, "out_dim": 256,
         "hidden_dim": 64, "n_layers": 1, "txt_ids_dims": []}),
+    "hunyuan-video": ("HunyuanVideo", {
+        "image_model": "hunyuan_video", **_STREAMS, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 32,
+        "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 256, "qkv_bias": True, "guidance_embed": True, "byt5": False,
+        "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}),
     "lumina2": ("Lumina2", {**_NEXT, "n_heads": 2, "dim": 192, "rope_theta": 10000.0}),
     "z-image": ("ZImage", {**_NEXT, "n_heads": 3, "n_kv_heads": 3, "dim": 288, "rope_theta": 256.0,
                            "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0,
@@ -159,7 +163,7 @@ def random_tlora(model, rank: int = 64, min_rank: int | None = None, size: float
     schedule = RankSchedule(rank, rank // 2 if min_rank is None else min_rank)
     sampling = model.model.model_sampling
     _, T = noise_level(sampling, sampling.sigma_max.reshape(1))
-    return TLoRAFile(layers, "tlora", schedule, T, domain(sampling), "random")
+    return TLoRAFile(layers, "tlora", schedule, T, domain(sampling), type(model.model.model_config).__name__.lower())
 
 
 def conditioning(model, tokens: int = 77, seed: int = 0) -> list:

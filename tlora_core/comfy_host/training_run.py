@@ -4,7 +4,6 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -120,7 +119,7 @@ def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) ->
     for step, loss in enumerate(outcome.losses, 1):
         live.report(step, loss)
     hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to go on."
-    live.finish("found", hint, outcome.file)
+    live.finish("found", " ".join(filter(None, (hint, outcome.tlora.note))), outcome.file)
 
 
 def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
@@ -240,19 +239,21 @@ class TrainingRun:
             logging.warning("[T-LoRA] No validation pictures at step %s: %s", step, error)
             self.live.note(f"no validation pictures at step {step}: {one_line(error)}")
 
-    def _save(self) -> Path:
-        path = new_lora_path(self.file_name)
-        self.personalization.tlora().save(path, DTYPE)
+    def _save(self) -> tuple[str, str]:
+        """(name of the file, what to tell the user about it)."""
+        path, tlora = new_lora_path(self.file_name), self.personalization.tlora()
+        tlora.save(path, DTYPE)
         name = name_of(path)
         self.folder.save_losses(self.trainer.losses)
         self.folder.update(files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step)
-        return path
+        return name, tlora.note
 
     def _end(self, state: str, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
             self.folder.save_checkpoint(self.trainer.state_dict())  # for those who change their mind
-        name = name_of(self._save())
+        name, note = self._save()
+        message = f"{message} {note}".strip()
         self.folder.update(state=state, message=message)
         self.is_kept = True
         try:
@@ -278,8 +279,8 @@ class TrainingRun:
         if self.keeping.save_on_cancel and self.trainer.step:
             try:
                 self.folder.save_checkpoint(self.trainer.state_dict())
-                file = name_of(self._save())
-                message = f"cancelled at step {self.trainer.step} and saved as {file}"
+                file, note = self._save()
+                message = f"cancelled at step {self.trainer.step} and saved as {file}" + (f". {note}" if note else "")
             except TLoRAError as error:
                 message = f"cancelled at step {self.trainer.step} and not saved: {error}"
         self._ended_badly("cancelled", message, file)
