@@ -65,7 +65,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                 io.Float.Input("noise_from", default=d.noise_from, min=0.0, max=1.0, step=0.01,
                                tooltip="Cleanest noise level to train on, from 0 (clean) to 1 (pure noise)."),
                 io.Float.Input("noise_to", default=d.noise_to, min=0.0, max=1.0, step=0.01,
-                               tooltip="Noisiest level to train on. Lower leaves pose and layout untouched."),
+                               tooltip="Noisiest level to train on. Lower takes over less of the background, and learns the subject less "
+                                       "(on the tiny base: 0.5)."),
                 io.Boolean.Input("fresh_latents", default=d.fresh_latents,
                                  tooltip="On: a fresh sample of what the VAE sees at each step, as in the paper. Off: always its mean."),
                 io.Float.Input("outside_mask", default=d.outside_mask, min=0.0, max=1.0, step=0.05,
