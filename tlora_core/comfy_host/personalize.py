@@ -168,7 +168,7 @@ class Personalization:
     def _out_of_memory(self) -> str:
         """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does little."""
         request, batch = self.request, self.request.config.batch_size
-        ways = [*([] if self.checkpointing else ['set memory to "auto"']),
+        ways = [*([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
                 *([f"lower batch_size (now {batch})"] if batch > 1 else []),
                 *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
                 *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),
