@@ -403,6 +403,7 @@ sys.argv[1:] = ["--cpu", "--base-directory", sys.argv[1]]
 import comfy.options
 comfy.options.enable_args_parsing()
 import folder_paths
+import utils.extra_config  # as main.py does, before what old ComfyUIs put on the path hides it
 import torch
 torch.set_num_threads(1)
 from tlora_core.comfy_host import tiny_base, training_run
