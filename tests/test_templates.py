@@ -71,6 +71,9 @@ def test_template_opens_in_the_interface_as_it_is_meant(server, page, name):
     assert page.evaluate(UNKNOWN_NODES if name not in NEED_FILES else UNREGISTERED) == []
     shown = page.evaluate("async () => (await window.app.graphToPrompt()).output")
     meant = server.to_prompt(workflow)
+    for node in shown.values():
+        if node["class_type"] == "PreviewAny":  # the widgets that older interfaces show its text in
+            node["inputs"] = {name: value for name, value in node["inputs"].items() if name not in ("preview", "previewMode")}
     assert {node: shown[node]["inputs"] for node in shown} == {node: meant[node]["inputs"] for node in meant}
     # Nothing had to grow, so that nothing covers its neighbour.
     grown = page.evaluate("""sizes => window.app.graph.nodes.filter(node => node.size[1] > sizes[node.id] + 1)
