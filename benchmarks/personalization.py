@@ -29,8 +29,8 @@ def main():
         ONCE[args.what[0]](args.results)
         return
     from evidence.study import STUDIES
-    if unknown := set(args.what) - {*STUDIES, "all", "earlier"}:
-        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, all, earlier")
+    if args.what not in (["all"], ["earlier"]) and (unknown := set(args.what) - STUDIES.keys()):
+        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, or all or earlier alone")
     _study(args)
 
 

@@ -162,8 +162,9 @@ def test_one_command_runs_a_study_and_says_how_far_it_is(host, tmp_path):
         done = command(study_)
         assert done.returncode == 0 and said in done.stderr, done.stderr
     assert len(run.read(tmp_path / "miniature.jsonl")) == 9
-    refused = command("table9")
-    assert refused.returncode == 2 and "there is no study table9" in refused.stderr
+    for wrong in (("table9",), ("earlier", "table1"), ("all", "table1")):
+        refused = command(*wrong)
+        assert refused.returncode == 2 and f"there is no study {wrong[0]}; choose of" in refused.stderr
 
 
 def test_how_a_training_goes_does_not_depend_on_where_it_is_drawn(bench):
