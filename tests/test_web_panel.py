@@ -22,6 +22,10 @@ PANEL = """id => {
         points: (panel.querySelector(".tlora-raw").getAttribute("d") ?? "").split("L").length,
         connected: panel.isConnected, enabled: [...panel.querySelectorAll(".tlora-buttons button")].map(button => !button.disabled)};
 }"""
+ARE_LISTED = """names => {
+    const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
+    return names.every(name => (typeof options === "function" ? options() : options).includes(name));
+}"""
 # Only the training and the loss picture; as long as a test needs.
 ONLY_TRAINING = """([steps, seed]) => {
     for (const node of window.app.graph.nodes) {
@@ -126,10 +130,7 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
         assert 0 < ended["step"] < 5000 and ended["enabled"] == [False, False] and "Saved as panel/trained" in ended["message"]
         name = ended["message"].removeprefix("Saved as ").removesuffix(".")
         # Without a restart or Refresh, the lists have the new file.
-        each.wait_for_function("""name => {
-            const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
-            return (typeof options === "function" ? options() : options).includes(name);
-        }""", arg=name)
+        each.wait_for_function(ARE_LISTED, arg=[name])
     # The graph went on.
     page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'PreviewImage' && node.title === 'Loss' && node.imgs)")
     assert ours(page.complaints) == ours(second.complaints) == []
@@ -163,16 +164,17 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
 def test_files_that_a_node_has_saved_are_looked_for_once(page, server):
     graph = TinyGraph()
     training = graph.train(file_name="panel/baked")
-    baking = bake(graph, server.run(graph).outputs[training.id]["text"][0], "steps")
+    file = server.run(graph).outputs[training.id]["text"][0]
+    # The page is told of the training too, and its look for that file would find those that are saved meanwhile.
+    page.wait_for_function(ARE_LISTED, arg=[file])
+    baking = bake(graph, file, "steps")
     output, looks = server.run(graph).outputs[baking.id], []
     page.on("request", lambda request: looks.append(request.url) if request.url.endswith("/object_info") else None)
-    for _ in range(2):  # an unchanged graph that is run again tells of the same files
-        page.evaluate("""output => import("/scripts/api.js").then(({api}) =>
-            api.dispatchEvent(new CustomEvent("executed", {detail: {node: "none", output}})))""", output)
-        page.wait_for_function("""names => {
-            const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
-            return names.every(name => (typeof options === "function" ? options() : options).includes(name));
-        }""", arg=output["tlora_names"])
+    for times in (2, 1):  # two nodes tell at once; an unchanged graph that is run again tells of the same files
+        page.evaluate("""([times, output]) => import("/scripts/api.js").then(({api}) => {
+            for (let i = 0; i < times; i++) api.dispatchEvent(new CustomEvent("executed", {detail: {node: "none", output}}));
+        })""", [times, output])
+        page.wait_for_function(ARE_LISTED, arg=output["tlora_names"])
         page.wait_for_timeout(1000)
     assert len(output["tlora_names"]) == 3 and len(looks) == 1
 

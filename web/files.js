@@ -24,11 +24,18 @@ const listed = () => {
   return Array.isArray(kind) ? kind : options?.options ?? [];
 };
 
+let looking = Promise.resolve();
+
 /** Makes new files known to all lists of the page, as its Refresh does, but without its messages where it can. */
-export async function refreshFor(names) {
-  const known = listed();
-  if (names.every((name) => known.includes(name))) return;
-  await (app.reloadNodeDefs ?? app.refreshComboInNodes).call(app);
+export function refreshFor(names) {
+  // One after the other: what the look before this one has found need not be looked for again.
+  const look = async () => {
+    const known = listed();
+    if (names.every((name) => known.includes(name))) return;
+    await (app.reloadNodeDefs ?? app.refreshComboInNodes).call(app);
+  };
+  looking = looking.catch(() => {}).then(look);
+  return looking;
 }
 
 /** After a refresh, or when a graph is loaded: a file may have been replaced. */
