@@ -175,3 +175,16 @@ def chromium() -> str:
     if path is None:
         pytest.skip(ABSENT)
     return path
+
+
+@pytest.fixture(scope="module")
+def model_folders(tmp_path_factory) -> Path:
+    """With a tiny CLIP in "clip" and a tiny DINO in "dino"."""
+    from encoder_folders import write_clip, write_dino
+
+    root = tmp_path_factory.mktemp("clip_vision")
+    for write in (write_clip, write_dino):
+        folder = root / write.__name__.removeprefix("write_")
+        folder.mkdir()
+        write(folder)
+    return root

@@ -103,7 +103,7 @@ class Evaluations:
 
 def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
     """The weights of the layers in `applied`, with the updates that the rank leaves on at t, which runs from 0 to 1."""
-    from tlora_core.file import split_name
+    from tlora_core.names import split_name
 
     sums = {}
     for tlora, strength in applied:

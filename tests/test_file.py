@@ -162,7 +162,7 @@ def fail_with_full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "tlora_core.file.save_file"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "tlora_core.writing.save_file"])
 @pytest.mark.parametrize("existed", [True, False])
 def test_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch, where, existed):
     path = tmp_path / "a.safetensors"

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.export import export
-from tlora_core.file import layer_key, split_name
+from tlora_core.names import layer_key, split_name
 
 # Family -> layers of those trained by "attention+feed-forward" that the host has a name for, where that is not all of them.
 FAMILIES = {

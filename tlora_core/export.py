@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .adapters import METHODS, LowRank
 from .errors import TLoRAError
-from .file import DTYPES, TLoRAFile, plain_metadata, split_name, write_tensors, write_whole
-from .names import diffusers_name, family_of, processor_name
+from .file import DTYPES, TLoRAFile, plain_metadata
+from .names import diffusers_name, family_of, processor_name, split_name
+from .writing import write_tensors, write_whole
 
 Tensors = dict[str, Tensor]
 

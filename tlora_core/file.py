@@ -7,32 +7,28 @@ the fields of TLoRAFile, with the rank of each layer in place of its tensors. `d
 """
 
 import base64
-import hashlib
 import json
-import os
 import re
 import sys
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import METHODS, LowRank
 from .container import PHRASE_KEY, check_header, check_line, one_line, printable
 from .errors import TLoRAError
-from .names import onetrainer_key, part_key
+from .names import layer_key, split_name, stored_keys
 from .schedule import RankSchedule
 from .version import __version__
+from .writing import HASH_TO_COME, write_tensors
 
 FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
 METADATA_KEY = "tlora"
-HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -137,38 +133,6 @@ class TLoRAFile:
             ) from error
 
 
-def layer_key(name: str) -> str:
-    """kohya's name of the layer at a module path."""
-    return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
-
-
-def stored_keys(layers: Mapping[str, LowRank], base_model: str) -> dict[str, str]:
-    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name that other
-    programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers reads no mixture."""
-    if not any("@" in name for name in layers):
-        return {name: layer_key(name) for name in layers}
-    return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}
-
-
-def _key_beside_parts(name: str, layer: LowRank, base_model: str) -> str | None:
-    path, row = split_name(name)
-    if name == path:
-        return onetrainer_key(base_model, path)
-    return part_key(base_model, path, row, (layer.up.shape[0], layer.down.shape[1]))
-
-
-def split_name(name: str) -> tuple[str, int]:
-    """A layer's module path and the first row of the module that its update belongs to."""
-    path, _, row = name.partition("@")
-    return path, int(row or 0)
-
-
-def fits(name: str, update: tuple[int, int], module: tuple[int, int]) -> bool:
-    """Whether an update of shape (out, in), by the name of its layer, goes onto a module of that shape."""
-    path, row = split_name(name)
-    return update[1] == module[1] and (update[0] == module[0] if name == path else row + update[0] <= module[0])
-
-
 def _check_fields(file: TLoRAFile) -> None:
     if not isinstance(file.method, str) or file.method not in METHODS:
         raise TLoRAError(f"method is {file.method!r}; this version knows {', '.join(METHODS)}.")
@@ -253,52 +217,6 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
     if file.base_model in _ARCHITECTURES:
         metadata["ss_base_model_version"], metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model]
     return metadata
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, all of it or nothing, with the hash of its tensors where metadata has HASH_TO_COME.
-
-    Raises TLoRAError when the disk does not take the file.
-    """
-    def write(temporary: Path) -> None:
-        save_file(dict(tensors), temporary, dict(metadata))
-        _fill_in_hash(temporary)
-
-    write_whole(path, write)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file by `write(temporary path)`. A file already there is replaced at once or not at all.
-
-    Raises TLoRAError when the disk does not take the file.
-    """
-    # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
-    # that no file picker offers it.
-    temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        raise TLoRAError(
-            f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
-            "A file of that name is as it was."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fill_in_hash(path: Path) -> None:
-    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME."""
-    with open(path, "r+b") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        # The hash is as long as what stood in its place, so nothing moves.
-        file.seek(8)
-        file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))
 
 
 def _read(path: Path) -> TLoRAFile:

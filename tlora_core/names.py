@@ -9,7 +9,10 @@ own table of names is needed (see `foreign.target`). `part_key` is what programs
 """
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
+
+from .adapters import LowRank
 
 _PREFIXES = re.compile(
     r"^(unet\.base_model\.model\.|base_model\.model\.(unet\.|transformer\.)?|model\.diffusion_model\.|diffusion_model\.|unet\.|"
@@ -182,3 +185,35 @@ def family_of(path: str) -> str | None:
     if re.match(r"(input_blocks|middle_block|output_blocks)\.", path):
         return "unet"
     return "flux" if re.match(r"(double|single)_blocks\.", path) else None
+
+
+def layer_key(name: str) -> str:
+    """kohya's name of the layer at a module path."""
+    return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
+
+
+def stored_keys(layers: Mapping[str, LowRank], base_model: str) -> dict[str, str]:
+    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name that other
+    programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers reads no mixture."""
+    if not any("@" in name for name in layers):
+        return {name: layer_key(name) for name in layers}
+    return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}
+
+
+def _key_beside_parts(name: str, layer: LowRank, base_model: str) -> str | None:
+    path, row = split_name(name)
+    if name == path:
+        return onetrainer_key(base_model, path)
+    return part_key(base_model, path, row, (layer.up.shape[0], layer.down.shape[1]))
+
+
+def split_name(name: str) -> tuple[str, int]:
+    """A layer's module path and the first row of the module that its update belongs to."""
+    path, _, row = name.partition("@")
+    return path, int(row or 0)
+
+
+def fits(name: str, update: tuple[int, int], module: tuple[int, int]) -> bool:
+    """Whether an update of shape (out, in), by the name of its layer, goes onto a module of that shape."""
+    path, row = split_name(name)
+    return update[1] == module[1] and (update[0] == module[0] if name == path else row + update[0] <= module[0])

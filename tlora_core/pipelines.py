@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .adapters import LowRank
 from .attach import Attachment, attached
 from .errors import TLoRAError
-from .file import TLoRAFile, fits, split_name
+from .file import TLoRAFile
 from .foreign import Target, load_any
 from .foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
+from .names import fits, split_name
 from .orthogonal import exact_device
 from .schedule import RankSchedule
 

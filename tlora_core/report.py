@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from .adapters import METHODS, Adapter
-from .file import TLoRAFile, split_name
+from .file import TLoRAFile
+from .names import split_name
 from .plot import bar_chart, schedule_curve, stacked
 
 SHARE = 0.95  # of the sum of singular values: the paper's measure of effective rank (its Figure 4)

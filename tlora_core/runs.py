@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 
 from .errors import TLoRAError
-from .file import write_whole
 from .packages import required
 from .version import __version__
+from .writing import write_whole
 
 RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 FLUSH_EVERY = 20.0  # seconds

@@ -10,7 +10,8 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ..errors import TLoRAError
-from ..file import TLoRAFile, fits, split_name
+from ..file import TLoRAFile
+from ..names import fits, split_name
 
 _modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
 TEXT_LAYER = re.compile(r"attn2\.to_[kv]$")  # cross-attention's keys and values in U-Nets: their input is the text, the same at every step

@@ -24,8 +24,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..adapters import LowRank
 from ..attach import Attachment, Factors, attached
-from ..file import TLoRAFile, split_name
+from ..file import TLoRAFile
 from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
+from ..names import split_name
 from ..schedule import RankSchedule
 from .layers import TEXT_LAYER, bytes_to_come, check_layers, diffusion_modules, fetched, forget_modules, is_cast, is_compiled
 from .noise import noise_level

@@ -7,9 +7,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
-from ..file import split_name
 from ..foreign.target import Target
-from ..names import plain_name
+from ..names import plain_name, split_name
 from ..orthogonal import exact_device
 from .layers import is_linear, modules_by_path
 from .noise import domain, noise_level

@@ -14,11 +14,12 @@ from comfy.utils import ProgressBar
 from ..container import one_line
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
-from ..file import TLoRAFile, write_whole
+from ..file import TLoRAFile
 from ..packages import required
 from ..runs import Recorder, RunFolder
 from ..trainer import TrainingDiverged
 from ..version import __version__
+from ..writing import write_whole
 from .draw import strip
 from .files import lora_path, name_of, new_lora_path, runs_folder
 from .fingerprint import fingerprint

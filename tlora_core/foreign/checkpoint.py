@@ -9,8 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..container import check_header, one_line
 from ..errors import TLoRAError
-from ..file import split_name
-from ..names import family_of
+from ..names import family_of, split_name
 from .diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
 from .target import Target
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..adapters import LowRank
 from ..errors import TLoRAError
-from ..file import fits, split_name
-from ..names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name
+from ..names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name, split_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}

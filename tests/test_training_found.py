@@ -1,0 +1,100 @@
+"""Which training on the tiny base is the same as an earlier one, whose T-LoRA is then taken."""
+import pytest
+import torch
+from training_runs import folders, images, record, request, run, same
+
+
+def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
+    first = run(base)
+    again = run(base)
+    assert again.file == first.file and again.losses == first.losses and same(again.tlora, first.tlora)
+    assert len(folders(output)) == 1 and record(output)["state"] == "done" and len(first.losses) == 6
+    renamed = run(base, file_name="run/other")
+    assert renamed.file != first.file and same(renamed.tlora, first.tlora) and len(folders(output)) == 1
+    assert run(base, file_name="run/other").file == renamed.file
+    run(base, request(config={"seed": 1}))
+    assert len(folders(output)) == 2
+    anew = run(base, rerun="restart")
+    assert anew.file != first.file and same(anew.tlora, first.tlora) and len(folders(output)) == 3
+
+
+def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_again(base, output, monkeypatch):
+    from tlora_core import TLoRAFile
+    from tlora_core.comfy_host.live import LiveRun
+
+    said, finish = [], LiveRun.finish
+    monkeypatch.setattr(TLoRAFile, "note", "Other programs find some of it.")
+    monkeypatch.setattr(LiveRun, "finish", lambda live, *told: (said.append(told), finish(live, *told))[1])
+    name = run(base).file
+    run(base)
+    assert said == [(state, TLoRAFile.note, name) for state in ("done", "found")] and record(output)["message"] == TLoRAFile.note
+
+
+def test_run_whose_file_was_changed_is_trained_again(base, output):
+    first = run(base)
+    (output / "loras" / first.file).write_bytes(b"something else")
+    again = run(base)
+    assert again.file != first.file and same(again.tlora, first.tlora)
+
+
+def test_what_the_result_depends_on_changes_the_key(base, output):
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.comfy_host.sampling import apply_tlora
+
+    model, clip, vae = base
+    tlora = run(base).tlora
+    patched = model.clone()
+    key = next(k for k in model.model.state_dict() if k.endswith("attn1.to_q.weight"))
+    patched.add_patches({key: (torch.ones(1),)}, 0.5)
+    other = model.clone()
+    other.add_patches({key: (torch.ones(1),)}, 0.6)
+    sampled = model.clone()
+    sampled.model_options["sampler_cfg_function"] = lambda args: args["cond"]
+    keys = [fingerprint(m) for m in (model, patched, other, apply_tlora(model, tlora), apply_tlora(model, tlora, 0.5), sampled)]
+    assert len(set(keys)) == 6
+    assert fingerprint(model.clone()) == keys[0] and fingerprint(apply_tlora(model, tlora)) == keys[3]
+    assert fingerprint(sampled) != keys[5], "what cannot be told apart is never the same"
+    weight = model.model.diffusion_model.input_blocks[0][0].weight
+    before = weight.detach().clone()
+    with torch.inference_mode():
+        weight.mul_(1.5)
+        assert fingerprint(model) != keys[0]
+        weight.copy_(before)
+    assert fingerprint(model) == keys[0]
+    assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
+
+
+@pytest.mark.parametrize("size", [64, 512, 1024])
+def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.dataset import TrainingImage
+
+    white, masked = torch.ones(size, size, 3), torch.zeros(size, size)
+    other, repainted = white.clone(), masked.clone()
+    other[size // 2, size // 2 + 1, 2] = 0.9
+    repainted[3, size - 2] = 1
+    made = [TrainingImage(white), TrainingImage(other), TrainingImage(white, mask=masked), TrainingImage(white, mask=repainted),
+            TrainingImage(white, "a dog")]
+    assert len({fingerprint([image]) for image in made}) == len(made) and fingerprint(made) == fingerprint(list(made))
+
+
+def test_run_on_another_picture_on_the_same_ground_is_another_run(base, output):
+    from tlora_core.dataset import training_images
+
+    first, second = torch.ones(2, 1, 512, 512, 3)
+    first[:, 200:300, 200:300], second[:, 150:350, 250:350] = 0, 0.5
+    asked = request(2, rate=1e-3)
+    done = [run(base, asked, pictures=training_images(pixels)) for pixels in (first, second, first)]
+    assert not same(done[0].tlora, done[1].tlora) and same(done[0].tlora, done[2].tlora) and len(folders(output)) == 2
+
+
+def test_what_only_tells_the_page_is_no_other_model(base):
+    from comfy.patcher_extension import WrappersMP
+
+    from tlora_core import RankSchedule
+    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.comfy_host.live_rank import _Teller
+
+    told = base[0].clone()
+    told.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-live-x", _Teller(RankSchedule(4, 2), "7", None))
+    assert fingerprint(told) == fingerprint(told.clone())

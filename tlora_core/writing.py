@@ -1,0 +1,61 @@
+"""Writing files whole or not at all, safetensors files with the hash of their tensors among them."""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import TLoRAError
+
+HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes a file by `write(temporary path)`. A file already there is replaced at once or not at all.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
+    # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
+    # that no file picker offers it.
+    temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        raise TLoRAError(
+            f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
+            "A file of that name is as it was."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, all of it or nothing, with the hash of its tensors where metadata has HASH_TO_COME.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, dict(metadata))
+        _fill_in_hash(temporary)
+
+    write_whole(path, write)
+
+
+def _fill_in_hash(path: Path) -> None:
+    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME."""
+    with open(path, "r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        # The hash is as long as what stood in its place, so nothing moves.
+        file.seek(8)
+        file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))
