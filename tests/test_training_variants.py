@@ -12,29 +12,6 @@ def test_prior_is_drawn_by_the_model_or_given(base, output):
     assert alone.losses[0] > without.losses[0] and given.losses[0] > without.losses[0]
 
 
-def test_the_drawing_of_class_pictures_is_told_and_can_be_cancelled(base, output, monkeypatch):
-    import comfy.model_management
-    import comfy.utils
-
-    from tlora_core.comfy_host import training_run
-
-    said, bars = [], []
-    monkeypatch.setattr(training_run, "say", lambda text, node_id: said.append(text))
-
-    def hook(value, total, preview, node_id=None):
-        bars.append((value, total))
-        if (value, total) == (1, 3):
-            raise comfy.model_management.InterruptProcessingException
-
-    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
-    run(base, request(2, config={"prior_weight": 1.0, "prior_count": 2}))
-    assert said == ["drawing class picture 1 of 2", "drawing class picture 2 of 2", "2 class pictures drawn"]
-    assert bars[:3] == [(0, 2), (1, 2), (2, 2)]
-    with pytest.raises(comfy.model_management.InterruptProcessingException):
-        run(base, request(2, config={"prior_weight": 1.0, "prior_count": 3}))
-    assert said[-1] == "drawing class picture 2 of 3"
-
-
 def test_pictures_of_several_shapes_masks_and_captions_train_together(base, output):
     from tlora_core.dataset import training_images
 

@@ -35,6 +35,11 @@ KEY_SHOWN = 16  # digits of the key in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
+def as_file_name(text: str, otherwise: str) -> str:
+    """`text` with "_" for what not every file system takes; `otherwise` where nothing is left."""
+    return _UNSAFE.sub("_", text).strip("._") or otherwise
+
+
 class RunFolder:
     """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once there
     is a result its SHA-256 and `files`, the names under which it was saved, by the name that was asked for."""
@@ -55,7 +60,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, name: str, key: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
         """A new folder below `root`. `settings`: JSON values for people to read."""
-        stem = f"{_UNSAFE.sub('_', name).strip('._') or 'run'}-{key[:KEY_SHOWN]}"
+        stem = f"{as_file_name(name, 'run')}-{key[:KEY_SHOWN]}"
         taken = {path.name for path in root.glob(f"{stem}*")}
         path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         path.mkdir(parents=True)

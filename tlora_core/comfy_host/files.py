@@ -63,6 +63,11 @@ def runs_folder() -> Path:
     return folder
 
 
+def class_pictures_folder() -> Path:
+    """Where pictures of classes are kept for prior preservation: tlora_class_pictures in the host's output folder."""
+    return Path(folder_paths.get_output_directory()) / "tlora_class_pictures"
+
+
 def name_of(path: Path) -> str:
     """The name by which the host's loaders list a file that `new_lora_path` made: with the system's own separators, as there."""
     return str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))

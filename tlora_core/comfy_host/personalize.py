@@ -19,6 +19,7 @@ from ..file import TLoRAFile
 from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
 from ..trainer import Trainer, TrainingDiverged
+from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
@@ -31,7 +32,6 @@ from .training import checkpointed, training_session
 # "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
 # fits into the memory that is free.
 MEMORY = ("auto", "fast", "low")
-PRIOR_PROMPT = "a photo of {class_word}"
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,12 @@ def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
 class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
-    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, the
-    model draws them itself and calls on_prior(done, total), done from 0 on. memory: a key of MEMORY. Raises TLoRAError for input that
-    cannot work, before the model is touched.
+    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, they come
+    from class_pictures. memory: one of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
     """
 
     def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                 prior: Sequence[TrainingImage] = (), memory: str = "auto",
-                 on_prior: Callable[[int, int], None] = lambda done, total: None):
+                 prior: Sequence[TrainingImage] = (), memory: str = "auto", class_pictures: ClassPictures | None = None):
         if memory not in MEMORY:
             raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
         self.memory = memory
@@ -125,7 +123,8 @@ class Personalization:
         encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)  # as the reference trains it
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
-            prior = self._draw_prior(on_prior)
+            seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
+            prior = (class_pictures or ClassPictures()).of(model, clip, vae, request.class_word, request.resolution, seeds)
         self.images = len(images)
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
@@ -225,16 +224,6 @@ class Personalization:
                 mirrored = replace(picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1))
                 samples.append(encoder.sample(mirrored, caption))
         return samples
-
-    def _draw_prior(self, on_prior: Callable[[int, int], None]) -> list[TrainingImage]:
-        config, pictures = self.request.config, []
-        prompt = caption_of(PRIOR_PROMPT, "", self.request.class_word)
-        on_prior(0, config.prior_count)
-        for i in range(config.prior_count):
-            [picture] = draw(self.model, self.clip, self.vae, [prompt], self.request.resolution, config.seed + i)
-            pictures.append(TrainingImage(picture, PRIOR_PROMPT))
-            on_prior(i + 1, config.prior_count)
-        return pictures
 
     def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
         request, device = self.request, self.model.load_device

@@ -2,7 +2,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -20,12 +20,12 @@ from ..runs import Recorder, RunFolder
 from ..trainer import TrainingDiverged
 from ..version import __version__
 from ..writing import write_whole
+from .class_pictures import ClassPictures
 from .draw import strip
-from .files import lora_path, name_of, new_lora_path, runs_folder
+from .files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder
 from .fingerprint import fingerprint
 from .live import LiveRun
 from .personalize import Personalization, TrainRequest
-from .progress import say
 
 RERUNS = ("auto", "continue", "restart")
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
@@ -88,7 +88,8 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         if outcome is not None:
             _show_found(outcome, request, node_id)
             return outcome
-    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory, _telling_of_prior(node_id))
+    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory,
+                                      ClassPictures(class_pictures_folder(), node_id))
     state = None if found is None else found.load_checkpoint()
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
@@ -102,16 +103,6 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
 def stopped_runs() -> int:
     """How many runs have been stopped before their last step since the host started: a number that changes when one is."""
     return TrainingRun.stopped
-
-
-def _telling_of_prior(node_id: str | None) -> Callable[[int, int], None]:
-    """Shows how far the pictures of the class are, which may take minutes before the first step."""
-
-    def tell(done: int, total: int) -> None:
-        say(f"drawing class picture {done + 1} of {total}" if done < total else f"{total} class pictures drawn", node_id)
-        ProgressBar(total, node_id=node_id).update_absolute(done)  # raises the host's interrupt when the user has pressed cancel
-
-    return tell
 
 
 def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
