@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, report, run, study  # noqa: E402
+from evidence import analysis, claims, plots, report, run, study  # noqa: E402
 
 
 def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
@@ -282,6 +282,22 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     assert "scale `pilot`" in text and "| tlora | 1 | 100% |" in text and "0.060 (n = 1)" in text and "(1 of 1 concept can be compared)" in text
     assert (tmp_path / "evidence" / "methods.png").stat().st_size > 5000
     assert "Table 1" not in text.split("claims")[0], "a table of one rank says nothing of ranks"
+
+
+def test_report_begins_with_what_is_settled_and_draws_its_intervals(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "FEWEST", 3)
+    monkeypatch.setattr(report, "measured", lambda results, scale: three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5)))
+    drawn, save = {}, plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, file: (drawn.update({file.stem: figure.axes[0]}), save(figure, file)))
+    (tmp_path / "scorers.json").write_text((study.RESULTS / "scorers.json").read_text())
+    report.write(tmp_path, tmp_path)
+    short = (tmp_path / "EVIDENCE.md").read_text().split("## ")[1]
+    assert short.startswith("In short") and ": 1 confirmed, 45 not tested. Confirmed: Tables 1, 2: T-LoRA obeys better than LoRA (rank 32)." in short
+    axes, claim = drawn["claims"], claims.of_paper(three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5)))[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [claim.text]
+    interval, mean, _ = axes.lines
+    assert list(interval.get_xdata()) == [claim.found.low, claim.found.high] and list(mean.get_xdata()) == [claim.found.mean]
+    assert interval.get_color() == "C2" and {path.name for path in (tmp_path / "evidence").glob("c*.png")} == {"claims.png", "copying.png"}
 
 
 def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):

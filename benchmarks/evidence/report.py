@@ -9,9 +9,8 @@ from PIL import Image
 
 from tlora_core.adapters import METHODS
 from tlora_core.orthogonal import DEFAULT_START, STARTS
-from tlora_core.packages import required
 
-from . import claims
+from . import claims, plots
 from .analysis import (
     CONTROL_LOSS,
     FEWEST,
@@ -136,7 +135,7 @@ def write(results: Path, docs: Path) -> None:
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     scale, given = largest(results)
-    parts = [_head(scale, given), _claims(given), _scorers(results), _sweep(results)]
+    parts = [_head(scale, given), *_claims(given, pictures), _scorers(results), _sweep(results)]
     for table in TABLES:
         if table.says_something(given):
             parts.append(_section(table, _in_order(curves(given, table.variant)), pictures))
@@ -241,7 +240,7 @@ def _in_order(lines):
 
 
 def _section(table, lines, pictures):
-    plot(lines, table.title, pictures / f"{table.name}.png")
+    plots.over_steps(lines, table.title, pictures / f"{table.name}.png")
     rows, compared = [], {name: sound(units) for name, units in lines.items()}
     for name, units in lines.items():
         steps = at_level(compared[name], LEVELS[1], lambda p: p.step).values()
@@ -316,15 +315,32 @@ def _effective_rank(given):
     return "## Figures 4 and 9: effective rank at the last checkpoint\n\n" + _markdown(head, rows) if rows else ""
 
 
-def _claims(given):
-    return ("## The paper's claims\n\nDifferences at equal IS, within units. The verdict goes by the units that pass the gate: at none of the levels "
-            f"of IS compared have prompts without the concept lost more than {CONTROL_LOSS:.0%} of their attributes, as a damaged model "
-            f"obeys nothing. It needs {FEWEST} concepts. Of the intervals on this page one in twenty, or a little more where there are few "
-            "concepts, misses by chance: no single one of them proves much.\n\n" + _judged(claims.of_paper(given))
-            + "\n\nAfter the last step that both have, whatever the likeness and without the gate:\n\n" + _judged(claims.of_the_end(given))
-            + "\n\n## Copying\n\nOf the training picture's place and background where the prompt leaves them open, less than the other does. It "
-            "was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it apart.\n\n"
-            + _judged(claims.of_copying(given)))
+def _claims(given, pictures):
+    """What came out in short, then each claim; nothing where nothing was run."""
+    if not given:
+        return []
+    paper, at_the_end, copying = claims.of_paper(given), claims.of_the_end(given), claims.of_copying(given)
+    plots.differences(paper, "TS above the other's at equal IS", pictures / "claims.png")
+    plots.differences(copying, "Copied less often than by the other, at equal IS", pictures / "copying.png")
+    return [
+        "## In short\n\n" + _counted("On obeying the prompt and on what training leaves", [*paper, *at_the_end]) + "\n\n"
+        + _counted("On copying", copying) + "\n\n![Differences in TS, with their intervals](evidence/claims.png)",
+        "## The paper's claims\n\nDifferences at equal IS, within units. The verdict goes by the units that pass the gate: at none of the "
+        f"levels of IS compared have prompts without the concept lost more than {CONTROL_LOSS:.0%} of their attributes, as a damaged model "
+        f"obeys nothing. It needs {FEWEST} concepts. Of the intervals on this page one in twenty, or a little more where there are few "
+        "concepts, misses by chance: no single one of them proves much.\n\n" + _judged(paper)
+        + "\n\nAfter the last step that both have, whatever the likeness and without the gate:\n\n" + _judged(at_the_end),
+        "## Copying\n\nOf the training picture's place and background where the prompt leaves them open, less than the other does. It "
+        "was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it apart.\n\n"
+        + _judged(copying) + "\n\n![Differences in copying, with their intervals](evidence/copying.png)"]
+
+
+def _counted(about, made):
+    """How many claims came out how, and which of them are settled."""
+    kinds = {kind: [c.text for c in made if c.verdict.split(" (")[0] == kind]
+             for kind in ("confirmed", "contradicted", "not separable", "no verdict", "not tested")}
+    settled = "".join(f" {kind.capitalize()}: {'; '.join(texts)}." for kind, texts in list(kinds.items())[:2] if texts)
+    return f"{about}, {len(made)} claims: {', '.join(f'{len(texts)} {kind}' for kind, texts in kinds.items() if texts)}.{settled}"
 
 
 def _judged(made):
@@ -358,26 +374,6 @@ def _limits():
             "TS and IS are this world's own and cannot be compared with the paper's CLIP figures, only their order can. "
             "IS cannot tell a copied pose from a new one; the columns on copying and spread do. A level of IS that a training never "
             "reaches leaves its unit out of that column, so columns may stand on different units; differences always pair them.")
-
-
-def plot(lines: dict[str, dict[tuple[str, int], Sequence[Point]]], title: str, file: Path) -> None:
-    """IS against TS over the steps: faint, each unit; bold, their mean at each step."""
-    matplotlib = required("matplotlib", "The report")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=110)
-    for i, (name, units) in enumerate(lines.items()):
-        colour = f"C{i % 10}"
-        for line in units.values():
-            axes.plot([p.is_ for p in line], [p.ts for p in line], color=colour, alpha=0.2, linewidth=0.8)
-        steps = sorted(set.intersection(*({p.step for p in line} for line in units.values())))
-        at = [[next(p for p in line if p.step == step) for line in units.values()] for step in steps]
-        axes.plot([np.mean([p.is_ for p in ps]) for ps in at], [np.mean([p.ts for p in ps]) for ps in at], "o-", color=colour, label=name)
-    axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt obeyed)", title=title)
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.savefig(file, bbox_inches="tight")
-    pyplot.close(figure)
 
 
 def _ts(point):

@@ -1,0 +1,54 @@
+"""The report's plots."""
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tlora_core.packages import required
+
+from .analysis import Lines
+from .claims import Claim
+
+COLOURS = {"confirmed": "C2", "contradicted": "C3", "not separable": "0.45"}
+
+
+def _pyplot():
+    required("matplotlib", "The report").use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def over_steps(lines: dict[str, Lines], title: str, file: Path) -> None:
+    """IS against TS over the steps: faint, each unit; bold, their mean at each step."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=110)
+    for i, (name, units) in enumerate(lines.items()):
+        colour = f"C{i % 10}"
+        for line in units.values():
+            axes.plot([p.is_ for p in line], [p.ts for p in line], color=colour, alpha=0.2, linewidth=0.8)
+        steps = sorted(set.intersection(*({p.step for p in line} for line in units.values())))
+        at = [[next(p for p in line if p.step == step) for line in units.values()] for step in steps]
+        axes.plot([np.mean([p.is_ for p in ps]) for ps in at], [np.mean([p.ts for p in ps]) for ps in at], "o-", color=colour, label=name)
+    axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt obeyed)", title=title)
+    axes.legend(fontsize=7)
+    axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def differences(made: Sequence[Claim], title: str, file: Path) -> None:
+    """Each claim's difference with its interval, those that have one, from the top; right of 0 is what is claimed."""
+    shown = [claim for claim in made if claim.found is not None and claim.found.low is not None]
+    figure, axes = _pyplot().subplots(figsize=(7, 0.6 + 0.2 * max(1, len(shown))), dpi=110)
+    for row, claim in enumerate(shown):
+        axes.plot([claim.found.low, claim.found.high], [row, row], color=COLOURS[claim.verdict], linewidth=1.4)
+        axes.plot([claim.found.mean], [row], "o", color=COLOURS[claim.verdict], markersize=4)
+    axes.axvline(0, color="0.2", linewidth=0.8)
+    axes.set(ylim=(max(1, len(shown)) - 0.5, -0.5), title=title)
+    axes.set_yticks(range(len(shown)), [claim.text for claim in shown], fontsize=7)
+    axes.grid(axis="x", alpha=0.3)
+    _save(figure, file)
+
+
+def _save(figure, file: Path) -> None:
+    figure.savefig(file, bbox_inches="tight")
+    _pyplot().close(figure)
