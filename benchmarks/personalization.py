@@ -4,6 +4,7 @@
     python3 tools/host.py bench personalization choose-rates
     python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
     python3 tools/host.py bench personalization earlier                   # what learns too fast for its first checkpoint, drawn before it
+    python3 tools/host.py bench personalization later                     # what has not learnt the concept by its last, gone on with
     python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
     python3 tools/host.py bench personalization when-decided              # down to which noise level prompts are followed
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
@@ -29,8 +30,8 @@ def main():
         ONCE[args.what[0]](args.results)
         return
     from evidence.study import STUDIES
-    if args.what not in (["all"], ["earlier"]) and (unknown := set(args.what) - STUDIES.keys()):
-        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, or all or earlier alone")
+    if args.what not in (["all"], ["earlier"], ["later"]) and (unknown := set(args.what) - STUDIES.keys()):
+        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, or all, earlier or later alone")
     _study(args)
 
 
@@ -38,7 +39,7 @@ def _arguments():
     from evidence.study import RESULTS, SCALES, STUDIES
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; earlier; or one of {', '.join(ONCE)} (methods)")
+                        help=f"{', '.join(STUDIES)}; all; earlier; later; or one of {', '.join(ONCE)} (methods)")
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
@@ -64,9 +65,11 @@ def _study(args):
 
 def _cells(args, name):
     from evidence import analysis, report
-    from evidence.study import SCALES, STUDIES, cells_of, chosen_rates, drawn_earlier, usual_rates
+    from evidence.study import SCALES, STUDIES, cells_of, chosen_rates, drawn_earlier, drawn_later, usual_rates
     if args.what == ["earlier"]:
         return [drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(args.results, name), SCALES[name])]
+    if args.what == ["later"]:
+        return [drawn_later(cell) for cell in analysis.not_learnt(report.measured(args.results, name), SCALES[name])]
     names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
     rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
     return cells_of(names, replace(SCALES[name], seeds=SCALES[name].seeds[:args.seeds]), rates)

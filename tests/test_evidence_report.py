@@ -89,6 +89,15 @@ def test_what_is_past_the_lowest_level_at_its_first_checkpoint_is_drawn_before_i
     assert cell.method == "lora" and study.drawn_earlier(cell) == replace(cell, steps=(25, 50))
 
 
+def test_what_has_not_learnt_the_concept_by_its_last_checkpoint_is_gone_on_with():
+    scale = replace(study.SCALES["full"], steps=(100, 200))
+    learnt, slow = [record(distance=0.15), record(step=200, distance=0.28)], [record(method="tlora", step=n, distance=0.21) for n in (100, 200)]
+    later = record("tan cross", step=400, distance=0.25)
+    later["cell"]["steps"] = [300, 400]
+    cell, = analysis.not_learnt(analysis.points([base(), base("tan cross"), *learnt, *slow, later]), scale)
+    assert cell.method == "tlora" and study.drawn_later(cell) == replace(cell, steps=(300, 400))
+
+
 def test_another_pace_is_another_row_and_no_part_of_a_methods_own():
     given = analysis.points([base(), *run_of("lora", (1, 1), min_share=1.0), *run_of("lora", (0.5, 0.5), min_share=1.0, pace=0.5)])
     for table in report.TABLES:

@@ -160,6 +160,15 @@ def past_at_first(given: Sequence[Point], scale: Scale) -> list[Cell]:
     return [p.cell for p in given if p.cell.steps == scale.steps and p.step == min(scale.steps) and p.is_ > LEVELS[0]]
 
 
+def not_learnt(given: Sequence[Point], scale: Scale) -> list[Cell]:
+    """The trainings of a scale that reproduce the concept at none of its checkpoints."""
+    best: dict[Cell, float] = defaultdict(float)
+    for p in given:
+        if p.cell.steps == scale.steps:
+            best[p.cell] = max(best[p.cell], p.is_)
+    return [cell for cell, is_ in best.items() if is_ < REPRODUCED]
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean over units with its 95% interval, None over fewer than FEWEST concepts. units: how many; concepts: of how many concepts."""

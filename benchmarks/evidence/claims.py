@@ -124,7 +124,8 @@ def _comparisons():
         lora = {**_LORA, **_FLOW, "rank": rank}
         yield f"Table 5: T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})", {**_TLORA, **_FLOW, "rank": rank}, lora
         yield f"Table 5: Vanilla T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})", {**_VANILLA, **_FLOW, "rank": rank}, lora
-    yield "Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA on a flow-matching base", {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW}
+    yield ("Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA on a flow-matching base",
+           {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW})
     yield "Figure 2: LoRA trained on t < 500 alone obeys better than on all", {**_LORA, "noise_to": 0.5}, _LORA
     yield "Figure 2: LoRA trained on t < 800 alone obeys better than on all", {**_LORA, "noise_to": 0.8}, _LORA
     yield "Figure 2: LoRA trained on t >= 800 alone obeys worse than on all", _LORA, {**_LORA, "noise_from": 0.8}

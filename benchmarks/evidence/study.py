@@ -197,15 +197,6 @@ def curves(scale, chosen):
     return _cells(scale, chosen, [{"method": "tlora", "curve": c} for c in FREE] + [{"method": "tlora", "alpha": a} for a in ALPHAS])
 
 
-def longer(scale, chosen):
-    """What learns slowly, drawn at one and a half times and twice the last step too: the same trainings, gone on with. As how a training goes
-    does not depend on where it is drawn, both halves are one line."""
-    slow = [{"method": m, "rank": RANKS[0]} for m in ("lora", "vanilla_tlora", "tlora")] + [{"method": m} for m in ("gsoft", "svdiff")]
-    last = max(scale.steps)
-    later = replace(scale, steps=(3 * last // 2, 2 * last))
-    return [cell for pair in zip(_cells(scale, chosen, slow), _cells(later, chosen, slow)) for cell in pair]
-
-
 def paces(scale, chosen):
     """Whether a difference is the method's or comes of learning more slowly: LoRA at half its rate, T-LoRA at twice its own."""
     return _cells(scale, chosen, [{"method": m, "pace": p} for m, p in (("lora", 1.0), ("lora", 0.5), ("tlora", 1.0), ("tlora", 2.0))])
@@ -218,8 +209,7 @@ def main_methods(scale, chosen):
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
-    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "longer": longer,
-    "paces": paces}
+    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "paces": paces}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
@@ -233,6 +223,12 @@ def drawn_earlier(cell: Cell) -> Cell:
     """The same training, drawn at a quarter and half of its first step instead."""
     first = min(cell.steps)
     return replace(cell, steps=(first // 4, first // 2))
+
+
+def drawn_later(cell: Cell) -> Cell:
+    """The same training, gone on with, drawn at one and a half times and twice its last step instead."""
+    last = max(cell.steps)
+    return replace(cell, steps=(3 * last // 2, 2 * last))
 
 
 def meaningful(cell: Cell) -> Cell:
