@@ -164,7 +164,7 @@ def not_learnt(given: Sequence[Point], scale: Scale) -> list[Cell]:
     """The trainings of a scale that reproduce the concept at none of its checkpoints."""
     best: dict[Cell, float] = defaultdict(float)
     for p in given:
-        if p.cell.steps == scale.steps:
+        if p.cell.steps == scale.steps and p.cell.method != "none":
             best[p.cell] = max(best[p.cell], p.is_)
     return [cell for cell, is_ in best.items() if is_ < REPRODUCED]
 
