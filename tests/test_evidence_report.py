@@ -212,6 +212,16 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
     assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
 
 
+def test_each_likeness_by_itself_counts_what_the_gate_leaves_out(monkeypatch):
+    monkeypatch.setattr(analysis, "FEWEST", 3)
+    made = three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5))
+    broken = [replace(point, control=0.4) if point.cell.method == "lora" else point for point in made]
+    assert claims.of_paper(broken)[0].found is None
+    rows = {row.level: row for row in claims.by_likeness(broken, (0.5, 2)) if row.text == "T-LoRA - LoRA"}
+    assert rows[0.5].ts.mean == pytest.approx(1 / 3) and rows[0.5].ts.low > 0 and rows[0.5].control.mean == pytest.approx(0.6)
+    assert rows[0.5].copied_background.mean == 0 and rows[2].ts is None
+
+
 def test_gain_is_compared_with_that_at_the_lowest_rank_that_enough_concepts_reach(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 2)
     gains, records = {2: 0.1, 8: 0.0, 32: 0.3}, []
@@ -307,6 +317,9 @@ def test_report_begins_with_what_is_settled_and_draws_its_intervals(tmp_path, mo
     interval, mean, _ = axes.lines
     assert list(interval.get_xdata()) == [claim.found.low, claim.found.high] and list(mean.get_xdata()) == [claim.found.mean]
     assert interval.get_color() == "C2" and {path.name for path in (tmp_path / "evidence").glob("c*.png")} == {"claims.png", "copying.png"}
+    bars = [line for line in drawn["likeness"].lines if len(line.get_xdata()) == 2 and line.get_color() == "C0"]
+    rows = [row for row in claims.by_likeness(report.measured(tmp_path, "full"), report.HIGHER) if row.text == "T-LoRA - LoRA"]
+    assert [list(bar.get_ydata()) for bar in bars] == [[row.ts.low, row.ts.high] for row in rows] and len(rows) == 4
 
 
 def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from tlora_core.orthogonal import DEFAULT_START, STARTS
 
-from .analysis import Estimate, Point, curves, difference, estimate, mean_over_levels, sound
+from .analysis import Estimate, Point, at_level, curves, difference, estimate, mean_over_levels, sound
 from .study import ALPHAS, FREE, RANK, RANKS, SMALL, Cell, meaningful
 
 Unit = tuple[str, int]
@@ -61,6 +61,29 @@ def of_copying(given: Sequence[Point]) -> list[Claim]:
             made.append(_claim(f"{what}: {who}", gain(given, ours, others, value)))
             if ours in SEVERAL_SEEDS and others == _LORA:
                 made.append(_claim(f"{what}: {who}; seeds 1 and 2 alone", gain(fresh, ours, others, value)))
+    return made
+
+
+@dataclass(frozen=True)
+class ByLikeness:
+    """What `text` compares, at IS `level`, over all units that reach it both ways: `ours` - `others`, without the gate."""
+
+    text: str
+    level: float
+    ts: Estimate | None
+    control: Estimate | None
+    copied_background: Estimate | None
+
+
+def by_likeness(given: Sequence[Point], levels: Sequence[float]) -> list[ByLikeness]:
+    """Level by level: what breaks a model at high likeness shows in prompts without the concept (control), too."""
+    made = []
+    for text, ours, others in _by_likeness():
+        a, b = _lines(given, ours, others)
+        for level in levels:
+            found = (estimate(difference(at_level(a, level, value), at_level(b, level, value)))
+                     for value in (lambda p: p.ts, lambda p: p.control, lambda p: p.copied_background))
+            made.append(ByLikeness(text, level, *found))
     return made
 
 
@@ -170,6 +193,19 @@ def _copying():
             yield f"on the flow-matching base, {who} below LoRA at rank {rank}", {**ours, **_FLOW, "rank": rank}, {**_LORA, **_FLOW, "rank": rank}
     yield "on the flow-matching base, T-LoRA with r_min 0% below LoRA", {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW}
     yield "on the flow-matching base, LoRA trained on t < 500 alone below LoRA on all", {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW}
+
+
+def _by_likeness():
+    """(text, ours, others)."""
+    for base, fields in (("", {}), (", flow-matching base", _FLOW)):
+        lora = {**_LORA, **fields}
+        yield f"T-LoRA - LoRA{base}", {**_TLORA, **fields}, lora
+        yield f"Vanilla T-LoRA - LoRA{base}", {**_VANILLA, **fields}, lora
+        yield f"T-LoRA with r_min 0% - LoRA{base}", {**_TLORA, **fields, "min_share": 0.0}, lora
+    yield "Ortho-LoRA - LoRA", _ORTHO, _LORA
+    yield "T-LoRA - Ortho-LoRA", _TLORA, _ORTHO
+    yield "LoRA at half its learning rate - LoRA", _SLOW_LORA, _LORA
+    yield "T-LoRA - LoRA at half its learning rate", _TLORA, _SLOW_LORA
 
 
 def _gain_grows(given):

@@ -7,7 +7,7 @@ import numpy as np
 from tlora_core.packages import required
 
 from .analysis import Lines
-from .claims import Claim
+from .claims import ByLikeness, Claim
 
 COLOURS = {"confirmed": "C2", "contradicted": "C3", "not separable": "0.45"}
 
@@ -46,6 +46,24 @@ def differences(made: Sequence[Claim], title: str, file: Path) -> None:
     axes.set(ylim=(max(1, len(shown)) - 0.5, -0.5), title=title)
     axes.set_yticks(range(len(shown)), [claim.text for claim in shown], fontsize=7)
     axes.grid(axis="x", alpha=0.3)
+    _save(figure, file)
+
+
+def by_likeness(made: Sequence[ByLikeness], file: Path) -> None:
+    """The difference in TS at each level of IS, beside one another, with its interval where there is one."""
+    names, levels = list(dict.fromkeys(row.text for row in made)), sorted({row.level for row in made})
+    figure, axes = _pyplot().subplots(figsize=(9, 4.5), dpi=110)
+    for row in made:
+        place = names.index(row.text)
+        x = levels.index(row.level) + 0.8 * ((place + 0.5) / len(names) - 0.5)
+        if row.ts.low is not None:
+            axes.plot([x, x], [row.ts.low, row.ts.high], color=f"C{place}", linewidth=1.4)
+        axes.plot([x], [row.ts.mean], "o", color=f"C{place}", markersize=4, label=row.text if row.level == levels[0] else None)
+    axes.axhline(0, color="0.2", linewidth=0.8)
+    axes.set(title="Difference in TS, all units that reach the IS", xlabel="IS (likeness to the concept)")
+    axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    axes.legend(fontsize=7, bbox_to_anchor=(1.01, 1), loc="upper left")
+    axes.grid(axis="y", alpha=0.3)
     _save(figure, file)
 
 

@@ -37,6 +37,7 @@ from .run import concept_named, read, sheet_path, whole
 from .study import BLOCKS, RANK, RATES, SCALES, Cell, meaningful, rate_name
 
 SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
+HIGHER = (0.3, 0.4, 0.5, 0.6)  # levels of IS, up to where units become few
 COMMAND = "python3 tools/host.py bench personalization"
 
 
@@ -135,7 +136,7 @@ def write(results: Path, docs: Path) -> None:
     pictures = docs / "evidence"
     pictures.mkdir(parents=True, exist_ok=True)
     scale, given = largest(results)
-    parts = [_head(scale, given), *_claims(given, pictures), _scorers(results), _sweep(results)]
+    parts = [_head(scale, given), *_claims(given, pictures), _by_likeness(given, pictures), _scorers(results), _sweep(results)]
     for table in TABLES:
         if table.says_something(given):
             parts.append(_section(table, _in_order(curves(given, table.variant)), pictures))
@@ -341,6 +342,20 @@ def _counted(about, made):
              for kind in ("confirmed", "contradicted", "not separable", "no verdict", "not tested")}
     settled = "".join(f" {kind.capitalize()}: {'; '.join(texts)}." for kind, texts in list(kinds.items())[:2] if texts)
     return f"{about}, {len(made)} claims: {', '.join(f'{len(texts)} {kind}' for kind, texts in kinds.items() if texts)}.{settled}"
+
+
+def _by_likeness(given, pictures):
+    made = [row for row in claims.by_likeness(given, HIGHER) if row.ts is not None]
+    if not made:
+        return ""
+    plots.by_likeness(made, pictures / "likeness.png")
+    rows = [[row.text, f"{row.level:g}", f"{row.ts.units} of {row.ts.concepts}", *map(_text, (row.ts, row.control, row.copied_background))]
+            for row in made]
+    return ("## By likeness\n\nThe gate leaves out the trainings that break the model, and with them most of those that get as like the concept as "
+            "the paper's do. So here is each level of IS by itself, with all units that reach it both ways: the differences in TS, in what "
+            "prompts without the concept obey, and in how often the training picture's background is copied. This was looked at after all "
+            "else, and is in no verdict.\n\n![Differences in TS at each level of IS](evidence/likeness.png)\n\n"
+            + _markdown(["", "IS", "units of concepts", "TS", "prompts without the concept", "background copied"], rows))
 
 
 def _judged(made):
