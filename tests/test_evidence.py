@@ -63,6 +63,12 @@ def test_every_study_has_the_full_size_and_shares_trainings():
         assert len(study.cells_of([name], study.SCALES["miniature"], rates)) > 1
 
 
+def test_fresh_trainings_are_of_other_seeds_and_have_references_of_their_own():
+    cells, others = (study.cells_of([name], FULL, study.usual_rates()) for name in ("fresh", "methods"))
+    assert {cell.seed for cell in cells}.isdisjoint(cell.seed for cell in others) and len(cells) == len(others)
+    assert {(c.concept, c.seed) for c in cells if c.method == "none"} == {(c.concept, c.seed) for c in cells if c.method != "none"}
+
+
 def test_free_curves_are_ones_that_training_takes():
     from tlora_core.schedule import RankSchedule
     for name in study.FREE:

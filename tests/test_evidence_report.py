@@ -209,7 +209,7 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
                 records += [base(concept, seed), record(concept, seed, method, 200, 0.1, copied=copied, **changes)]
     place, fresh = [c for c in claims.of_copying(analysis.points(records)) if c.text.startswith("place: T-LoRA below LoRA")][:2]
     assert place.verdict == fresh.verdict == "confirmed" and place.figures.startswith("0.112") and fresh.figures.startswith("0.150")
-    assert "seeds 1 and 2" in fresh.text and "3 units" in fresh.figures
+    assert "without seed 0" in fresh.text and "3 units" in fresh.figures
 
 
 def test_each_likeness_by_itself_counts_what_the_gate_leaves_out(monkeypatch):
@@ -220,6 +220,16 @@ def test_each_likeness_by_itself_counts_what_the_gate_leaves_out(monkeypatch):
     rows = {row.level: row for row in claims.by_likeness(broken, (0.5, 2)) if row.text == "T-LoRA - LoRA"}
     assert rows[0.5].ts.mean == pytest.approx(1 / 3) and rows[0.5].ts.low > 0 and rows[0.5].control.mean == pytest.approx(0.6)
     assert rows[0.5].copied_background.mean == 0 and rows[2].ts is None
+
+
+def test_what_the_likeness_made_one_think_is_judged_by_fresh_trainings_alone(monkeypatch):
+    monkeypatch.setattr(analysis, "FEWEST", 3)
+    old = three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5))
+    assert {claim.verdict for claim in claims.of_likeness(old)} == {"not tested"}
+    fresh = [replace(point, cell=replace(point.cell, seed=3)) for point in three_concepts((0.5, 0.6, 0.5), (0.9, 0.8, 0.9))]
+    judged = claims.of_likeness([*old, *fresh])[0]
+    assert judged.verdict == "contradicted" and judged.found.mean == pytest.approx(-1 / 3) and judged.found.units == 3
+    assert claims.by_likeness([*old, *fresh], (0.5,)) == claims.by_likeness(old, (0.5,))
 
 
 def test_gain_is_compared_with_that_at_the_lowest_rank_that_enough_concepts_reach(monkeypatch):

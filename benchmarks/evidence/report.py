@@ -34,7 +34,7 @@ from .analysis import (
 )
 from .prompts import prompts, settings
 from .run import concept_named, read, sheet_path, whole
-from .study import BLOCKS, RANK, RATES, SCALES, Cell, meaningful, rate_name
+from .study import BLOCKS, FRESH, RANK, RATES, SCALES, Cell, meaningful, rate_name
 
 SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch_size"}
 HIGHER = (0.3, 0.4, 0.5, 0.6)  # levels of IS, up to where units become few
@@ -323,16 +323,18 @@ def _claims(given, pictures):
     paper, at_the_end, copying = claims.of_paper(given), claims.of_the_end(given), claims.of_copying(given)
     plots.differences(paper, "TS above the other's at equal IS", pictures / "claims.png")
     plots.differences(copying, "Copied less often than by the other, at equal IS", pictures / "copying.png")
+    short = (("On obeying the prompt and on what training leaves", [*paper, *at_the_end]), ("On copying", copying),
+             ("On obeying the prompt where the concept is learnt", claims.of_likeness(given)))
     return [
-        "## In short\n\n" + _counted("On obeying the prompt and on what training leaves", [*paper, *at_the_end]) + "\n\n"
-        + _counted("On copying", copying) + "\n\n![Differences in TS, with their intervals](evidence/claims.png)",
+        "## In short\n\n" + "\n\n".join(_counted(about, made) for about, made in short)
+        + "\n\n![Differences in TS, with their intervals](evidence/claims.png)",
         "## The paper's claims\n\nDifferences at equal IS, within units. The verdict goes by the units that pass the gate: at none of the "
         f"levels of IS compared have prompts without the concept lost more than {CONTROL_LOSS:.0%} of their attributes, as a damaged model "
         f"obeys nothing. It needs {FEWEST} concepts. Of the intervals on this page one in twenty, or a little more where there are few "
         "concepts, misses by chance: no single one of them proves much.\n\n" + _judged(paper)
         + "\n\nAfter the last step that both have, whatever the likeness and without the gate:\n\n" + _judged(at_the_end),
         "## Copying\n\nOf the training picture's place and background where the prompt leaves them open, less than the other does. It "
-        "was thought of after looking at the pictures of seed 0; seeds 1 and 2, trained after that, judge it apart.\n\n"
+        "was thought of after looking at the pictures of seed 0; the other seeds, trained after that, judge it apart.\n\n"
         + _judged(copying) + "\n\n![Differences in copying, with their intervals](evidence/copying.png)"]
 
 
@@ -354,7 +356,8 @@ def _by_likeness(given, pictures):
     return ("## By likeness\n\nThe gate leaves out the trainings that break the model, and with them most of those that get as like the concept as "
             "the paper's do. So here is each level of IS by itself, with all units that reach it both ways: the differences in TS, in what "
             "prompts without the concept obey, and in how often the training picture's background is copied. This was looked at after all "
-            "else, and is in no verdict.\n\n![Differences in TS at each level of IS](evidence/likeness.png)\n\n"
+            f"else; seeds {FRESH[0]} to {FRESH[-1]}, trained after that and left out of it, judge it:\n\n" + _judged(claims.of_likeness(given))
+            + "\n\n![Differences in TS at each level of IS](evidence/likeness.png)\n\n"
             + _markdown(["", "IS", "units of concepts", "TS", "prompts without the concept", "background copied"], rows))
 
 

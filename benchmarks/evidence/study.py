@@ -42,6 +42,7 @@ FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t
     "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE)),
     "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE))}
 ALPHAS = (0.5, 2.0)
+FRESH = (3, 4, 5)  # seeds of the study `fresh`
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,10 @@ def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> l
             for seed in scale.seeds for concept in scale.concepts for name, variant in named]
 
 
-def references(scale: Scale, base: str) -> list[Cell]:
-    """The bare base on the same prompts: what IS and the gates are measured from."""
-    return [Cell(concept=concept, seed=seed, method="none", draws=scale.draws, base=base) for seed in scale.seeds for concept in scale.concepts]
+def references(cells: Iterable[Cell], base: str) -> list[Cell]:
+    """The bare base on the same prompts, for all units of the cells: what IS and the gates are measured from."""
+    units = dict.fromkeys((cell.concept, cell.seed, cell.draws) for cell in cells if cell.base == base)
+    return [Cell(concept=concept, seed=seed, method="none", draws=draws, base=base) for concept, seed, draws in units]
 
 
 def rates(scale: Scale, chosen: dict[str, float]) -> list[Cell]:
@@ -207,15 +209,21 @@ def main_methods(scale, chosen):
     return _cells(scale, chosen, [{"method": m} for m in ("lora", "tlora", "vanilla_tlora", "ortho_lora")])
 
 
+def fresh(scale, chosen):
+    """Further trainings of these, for what was thought of after seeing the others."""
+    return main_methods(replace(scale, seeds=FRESH[:len(scale.seeds)]), chosen)
+
+
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
-    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "paces": paces}
+    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "paces": paces,
+    "fresh": fresh}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
     """For each base its references, then the cells of all studies, each once."""
     cells = [cell for name in names for cell in STUDIES[name](scale, chosen)]
-    of_base = {base: references(scale, base) + [c for c in cells if c.base == base] for base in dict.fromkeys(c.base for c in cells)}
+    of_base = {base: references(cells, base) + [c for c in cells if c.base == base] for base in dict.fromkeys(c.base for c in cells)}
     return list(dict.fromkeys(meaningful(cell) for cells in of_base.values() for cell in cells))
 
 
