@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile, make_adapters
 from tlora_core.report import (
@@ -168,3 +169,20 @@ def test_any_number_of_blocks_and_a_zero_update_are_drawn(count):
     tlora = make(layers=layers)
     assert report_picture(tlora, blocks(tlora)).size == (640, 720)
     assert "0/0/0" in report_text(tlora, blocks(tlora))
+
+
+class NoFloat64BeyondTheCPU(TorchDispatchMode):
+    """Stands for a device without float64, on which torch casts before it moves what is to be both moved and cast."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.float64 and "device" in kwargs:
+            raise TypeError("this device has no float64")
+        return func(*args, **kwargs)
+
+
+def test_figures_need_no_float64_where_the_adapters_are():
+    (adapter,) = make_adapters("tlora", "last_random", {"a": (8, 6)}, 2, seed=0).values()
+    with NoFloat64BeyondTheCPU():
+        assert effective_rank_of_b({"a": adapter}) == {"a": 2}
+        assert effective_rank(adapter.factors()) == 0

@@ -41,12 +41,17 @@ def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Singular values, float64 on the CPU, in descending order, of a matrix [m, n] or of the product of (up [m, k],
     down [k, n]). Those of a plain matrix are exact to 1e-8 of the largest, as they come from its smaller Gram matrix."""
     if isinstance(matrix, Tensor):
-        matrix = matrix.detach().to("cpu", torch.float64)
+        matrix = _exact(matrix)
         gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
         return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-    up, down = (factor.detach().to("cpu", torch.float64) for factor in matrix)
+    up, down = map(_exact, matrix)
     # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 change no singular value.
     return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+
+
+def _exact(matrix: Tensor) -> Tensor:
+    """In float64 on the CPU. Moved first: in one call, torch casts where the tensor is, and Apple's GPUs have no float64."""
+    return matrix.detach().to("cpu").to(torch.float64)
 
 
 def effective_rank(matrix_or_factors: Tensor | tuple[Tensor, Tensor], share: float = SHARE) -> int:
