@@ -150,9 +150,9 @@ def _all_frames(
 
 
 def exact_device(device: str | torch.device) -> torch.device:
-    """The device itself, or the CPU where it has no float64."""
+    """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and DirectML's."""
     device = torch.device(device)
-    return torch.device("cpu") if device.type == "mps" else device
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _haar_frames(
