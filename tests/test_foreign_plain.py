@@ -64,7 +64,8 @@ def test_pefts_own_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", ["[", "[1]", '{"lora_alpha": "x"}', '{"lora_alpha": 1, "alpha_pattern": {"a": 2}}', "[" * 10**5]
+    "config", ["[", "[1]", '{"lora_alpha": "x"}', '{"lora_alpha": 1, "alpha_pattern": {"a": 2}}', "[" * 10**5,
+               f'{{"lora_alpha": 1{"0" * 400}}}'], ids=range(6)
 )
 def test_peft_settings_that_leave_the_scale_unknown_are_refused(tmp_path, config):
     save_file(plain_state("diffusers", plain_layers()), tmp_path / "a.safetensors", {"lora_adapter_metadata": config})

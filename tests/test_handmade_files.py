@@ -1,10 +1,12 @@
 """Damaged and hostile files made by hand: one clear sentence from `load_any` and the command line; nothing is run, written or patched."""
+import copy
 import io
 import json
 import os
 import pickle
 import re
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from good_files import GOOD, KOHYA, pair, reference_parts, refuse_or_read, split
 from safetensors.torch import save
 
 from tlora_core.cli import main
+from tlora_core.foreign.hparams import read_hparams
 
 
 class Payload:
@@ -44,6 +47,20 @@ def compressed_torch_file(folder):
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         for entry in source.infolist():
             archive.writestr(entry.filename, source.read(entry.filename))
+    return target.getvalue()
+
+
+def overlapping_torch_file(folder):
+    """One tensor's bytes under ten names: read, ten times as much as the file."""
+    source, target = zipfile.ZipFile(io.BytesIO(torch_file(lambda _: {f"a{i}": torch.ones(1000) + i for i in range(10)})(folder))), io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in source.namelist():
+            if re.fullmatch(r".*/data/[1-9]", name):
+                twin = copy.copy(archive.getinfo(re.sub("[1-9]$", "0", name)))
+                twin.filename = name
+                archive.filelist.append(twin)
+            else:
+                archive.writestr(name, source.read(name))
     return target.getvalue()
 
 
@@ -127,6 +144,7 @@ FILES = {
         "cannot be read",
     ),
     "a compressed torch file": (compressed_torch_file, "compressed archive"),
+    "a torch file whose tensors overlap": (overlapping_torch_file, "parts overlap"),
     "a zip of something": (lambda folder: b"PK\x03\x04" + bytes(60), "holds more than tensors, or is damaged"),
     "a torch file with a list": (torch_file(lambda folder: [torch.ones(1)]), "without a table of tensors"),
     "a torch file with numbers": (
@@ -175,3 +193,16 @@ def test_a_symlink_to_a_good_file_is_read(tmp_path):
     (tmp_path / "good.safetensors").write_bytes(GOOD["kohya"])
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "good.safetensors")
     assert refuse_or_read(tmp_path / "link.safetensors") is None
+
+
+@pytest.mark.parametrize("what", ["name", "settings"])
+def test_what_was_made_to_take_long_is_read_at_once(tmp_path, what):
+    began = time.monotonic()
+    if what == "name":
+        (tmp_path / "a.safetensors").write_bytes(save({"a" + ".lora_magnitude_vector" * 16_000 + "\nx": torch.ones(1)}))
+        assert "lora_magnitude_vector" in refuse_or_read(tmp_path / "a.safetensors")
+    else:
+        (tmp_path / "hparams.yml").write_text("lora_rank: 4\nmin_rank: 2" + " " * 80_000 + "x\nalpha_rank_scale: 1 \t\n")
+        settings = read_hparams(tmp_path / "hparams.yml")
+        assert settings["lora_rank"] == "4" and settings["alpha_rank_scale"] == "1" and settings["min_rank"].endswith(" x")
+    assert time.monotonic() - began < 5

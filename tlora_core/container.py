@@ -1,7 +1,7 @@
 """Reading files that may be damaged or hostile: tensors and text come out, or one sentence about what is wrong.
 
 Nothing in a file is executed. A safetensors file holds no code; a torch file is a pickle, which torch unpickles in its
-weights-only mode, and only if its tensors lie in it uncompressed, so that a small file cannot ask for a lot of memory.
+weights-only mode, and only if its tensors lie in it uncompressed and apart, so that a small file cannot ask for a lot of memory.
 """
 
 import json
@@ -100,6 +100,8 @@ def _read_torch(path: Path) -> Contents:
         with zipfile.ZipFile(path) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise TLoRAError("it is a compressed archive, not a file of torch.save; unpack it first.")
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise TLoRAError("it is an archive whose parts overlap, not a file of torch.save; get it again.")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (TLoRAError, OSError):
         raise

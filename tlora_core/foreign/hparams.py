@@ -6,7 +6,7 @@ from pathlib import Path
 from ..errors import TLoRAError
 
 MAX_BYTES = 1_000_000
-_LINE = re.compile(r"^(\w+):[ \t]*(.*?)[ \t]*$", re.MULTILINE)
+_LINE = re.compile(r"^(\w+):(.*)$", re.MULTILINE)
 
 
 def find_hparams(checkpoint: Path) -> Path | None:
@@ -26,7 +26,7 @@ def read_hparams(path: Path) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TLoRAError("the hparams.yml beside it cannot be read; move it away or get it again.") from error
-    return {name: _unquoted(value) for name, value in _LINE.findall(text)}
+    return {name: _unquoted(value.strip(" \t")) for name, value in _LINE.findall(text)}
 
 
 def _unquoted(value: str) -> str:

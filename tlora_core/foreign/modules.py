@@ -44,7 +44,8 @@ _PARTS = [(suffix, part) for part, suffixes in _SUFFIXES.items() for suffix in s
 # What other kinds of adapters put beside or in the place of a pair.
 _OTHER = re.compile(
     r"\.(dora_scale|lora_magnitude_vector.*|lora_mid\.weight|reshape_weight|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|"
-    r"diff|diff_b|set_weight|a1\.weight|a2\.weight|b1\.weight|b2\.weight|lora_[AB]\.bias|on_input|scalar)$"
+    r"diff|diff_b|set_weight|a1\.weight|a2\.weight|b1\.weight|b2\.weight|lora_[AB]\.bias|on_input|scalar)$",
+    re.DOTALL,  # else a name with line breaks would be searched to its end again from each place
 )
 
 Parts = dict[str, str]
@@ -61,9 +62,9 @@ def modules_of(keys: Iterable[str], matches: Matches) -> dict[str, Parts]:
         suffix, part = next(((s, p) for s, p in _PARTS if key.endswith(s)), ("", ""))
         if not part:
             other = _OTHER.search(key)
-            matches.reject([key], f"{other[1]} is not a part of a plain LoRA" if other else "it is no part of a LoRA")
+            matches.reject([key], f"{other[1][:50]} is not a part of a plain LoRA" if other else "it is no part of a LoRA")
             if other:
-                changed[key[: other.start()]] = other[1]
+                changed[key[: other.start()]] = other[1][:50]
             continue
         parts = modules.setdefault(key[: -len(suffix)], {})
         if part in parts:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,9 @@ def _peft_scale(config: Mapping[str, Any], rank: int) -> float:
     alpha = config.get("lora_alpha")
     if alpha is None:
         return 1.0
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise TLoRAError(f"lora_alpha in its PEFT settings is {alpha!r}, which is no number; get it again.")
+    # Compared, as Python reads whole numbers of any length, which no float can hold.
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
+        raise TLoRAError(f"lora_alpha in its PEFT settings is {repr(alpha)[:50]}, which is no number; get it again.")
     if config.get("alpha_pattern"):
         raise TLoRAError(
             "its PEFT settings give layers an alpha of their own, which is not supported; merge or convert it first."
