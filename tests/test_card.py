@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import struct
 from urllib.parse import quote
 
 import pytest
@@ -85,9 +86,12 @@ def test_thumbnail_is_drawn_anew_or_left_out(tmp_path):
     encoded = base64.b64encode(picture()).decode()
     assert Image.open(io.BytesIO(of("data:image/png;base64," + encoded))).format == "JPEG"
     huge = base64.b64encode(picture((5000, 5000))).decode()  # a few kB that unpack to 75 MB
+    # What says that it is larger than Pillow opens at all.
+    giant = base64.b64encode(picture((2, 2)).replace(struct.pack(">II", 2, 2), struct.pack(">II", 60000, 60000))).decode()
     gif = base64.b64encode(picture(kind="GIF")).decode()
     for text in ("", "https://evil.example/x.jpg", "data:text/html;base64," + encoded, "data:image/png;base64,@@@@",
-                 "data:image/png;base64," + encoded[:80], "data:image/png;base64," + huge, "data:image/gif;base64," + gif):
+                 "data:image/png;base64," + encoded[:80], "data:image/png;base64," + huge, "data:image/png;base64," + giant,
+                 "data:image/gif;base64," + gif):
         assert of(text) is None, text[:60]
 
 

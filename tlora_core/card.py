@@ -1,6 +1,5 @@
 """What a LoRA file tells of itself, for a file picker: read from its header alone, trusting nothing in it."""
 import base64
-import binascii
 import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ def read_thumbnail(path: Path) -> bytes | None:
         if max(picture.size) > MAX_SIDE:
             return None
         small = picture.convert("RGB")
-    except (binascii.Error, OSError, ValueError, SyntaxError):  # the last from Pillow, for damaged PNG
+    except Exception:  # what Pillow raises for damaged pictures, and for those that would unpack to too much, is of many kinds
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     written = io.BytesIO()
