@@ -41,11 +41,13 @@ def test_cells_go_row_after_row_and_labels_name_the_settings():
     ("run/heart_step*.safetensors", ["run\\heart_step20.safetensors", "run\\heart_step100.safetensors"], ["heart_step20", "heart_step100"]),
     ("b.safetensors, a.safetensors", ["b.safetensors", "a.safetensors"], ["b", "a"]),
     ("a, b and c.safetensors\na.*", ["a, b and c.safetensors", "a.safetensors"], ["a, b and c", "a"]),
+    ("x²*", ["x²2.safetensors", "x²10.safetensors"], ["x²2", "x²10"]),
+    ("1²*", ["1²2.safetensors"], ["1²2"]),
     ("b.safetensors\n*b.safetensors", ["b.safetensors", "other/b.safetensors"], ["b.safetensors", "other/b.safetensors"]),
-], ids=["by the step", "as given", "comma in a name", "same name in two folders"])
+], ids=["by the step", "as given", "comma in a name", "raised digits", "raised digits alone", "same name in two folders"])
 def test_files_are_found_by_name_and_by_pattern(text, found, labels):
     files = ["a, b and c.safetensors", "a.safetensors", "b.safetensors", "other/b.safetensors", "run\\heart_step100.safetensors",
-             "run\\heart_step20.safetensors", "run\\else.safetensors"]
+             "run\\heart_step20.safetensors", "run\\else.safetensors", "x²10.safetensors", "x²2.safetensors", "1²2.safetensors"]
     axis = Axis.from_text("x_values", "file", text, files)
     assert list(axis.values) == found and list(axis.labels) == labels
 

@@ -184,4 +184,4 @@ def _slashed(name: str) -> str:
 
 def _natural(name: str) -> list[str | int]:
     """Sorts step 100 after step 20."""
-    return [int(part) if part.isdigit() else part.lower() for part in re.split("([0-9]+)", name)]
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split("([0-9]+)", name))]  # every second one is digits
