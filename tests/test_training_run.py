@@ -225,6 +225,29 @@ def test_checkpoint_that_cannot_be_written_ends_no_training(base, output, monkey
     assert len(run(base, checkpoint_every=2).losses) == 6
 
 
+@pytest.mark.parametrize("end", ["stop", "cancel"])
+def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, output, monkeypatch, end):
+    import comfy.model_management
+
+    from tlora_core import TLoRAError, TLoRAFile
+    from tlora_core.runs import RunFolder
+
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    Wish(monkeypatch, 3, cancel if end == "cancel" else lambda live: live.request("stop"))
+    if end == "stop":
+        assert run(base, rerun="restart").tlora.training["steps_done"] == 3
+    else:
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            run(base, rerun="restart", save_on_cancel=True)
+    (saved,) = [p for p in (output / "loras" / "run").iterdir() if "heart" in p.name]
+    assert TLoRAFile.load(saved).training["steps_done"] == 3
+    assert shown()[0] == record(output)["state"] == {"stop": "stopped", "cancel": "cancelled"}[end]
+    assert shown()[1].endswith("There is no checkpoint of step 3 to go on from: the disk is full.")
+
+
 def test_validation_changes_nothing_and_is_kept(base, output):
     from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

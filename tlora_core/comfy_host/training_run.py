@@ -243,7 +243,7 @@ class TrainingRun:
     def _end(self, state: str, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
-            self.folder.save_checkpoint(self.trainer.state_dict())  # for those who change their mind
+            message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
         name, note = self._save()
         message = f"{message} {note}".strip()
         self.folder.update(state=state, message=message)
@@ -266,13 +266,22 @@ class TrainingRun:
             self._ended_badly("failed", f"{message} {error}")
             return str(error)
 
+    def _checkpoint_of_the_end(self) -> str:
+        """Where the disk takes no checkpoint, it may still take the T-LoRA's file, which is a fraction of it; says so then."""
+        try:
+            self.folder.save_checkpoint(self.trainer.state_dict())
+            return ""
+        except TLoRAError as error:
+            logging.warning("[T-LoRA] %s", error)
+            return f"There is no checkpoint of step {self.trainer.step} to go on from: {error}"
+
     def _cancelled(self) -> None:
         message, file = "", ""
         if self.keeping.save_on_cancel and self.trainer.step:
+            missing = self._checkpoint_of_the_end()
             try:
-                self.folder.save_checkpoint(self.trainer.state_dict())
                 file, note = self._save()
-                message = f"cancelled at step {self.trainer.step} and saved as {file}" + (f". {note}" if note else "")
+                message = ". ".join(filter(None, (f"cancelled at step {self.trainer.step} and saved as {file}", note, missing)))
             except TLoRAError as error:
                 message = f"cancelled at step {self.trainer.step} and not saved: {error}"
         self._ended_badly("cancelled", message, file)
