@@ -142,6 +142,26 @@ def test_a_fused_module_whose_height_cannot_be_told_is_refused():
         fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2"))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name, rows", [
+    ("double_blocks.0.img_attn.qkv@9", 6), ("double_blocks.0.img_attn.qkv@0", 12), ("double_blocks.0.img_attn.qkv@600", 6),
+    ("single_blocks.0.linear1@36", 12), ("single_blocks.0.linear1", 54)])
+def test_rows_that_no_name_stands_for_are_never_exported_as_others(tmp_path, layout, name, rows):
+    """Of a file by hand, or of a FLUX.2, whose feed-forward is larger."""
+    whole = "@" not in name
+    layers = {name: LowRank(torch.randn(rows, 2), torch.randn(2, 6), 1)}
+    tlora = TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "flux2" if rows == 54 else "flux")
+    try:
+        path = export(tlora, tmp_path / "a", layout, torch.float32)
+    except TLoRAError:
+        return
+    assert layout in ("kohya", "comfyui")
+    (layer,) = load_any(path).tlora.layers.values()
+    first = int(name.partition("@")[2] or 0)
+    assert whole or not update(layer, layer.rank)[:first].any()
+    assert_close(update(layer, layer.rank)[first:first + rows], update(layers[name], 2))
+
+
 def test_a_reference_export_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
     def full(*args):
         raise TLoRAError("the disk is full.")

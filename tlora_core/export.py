@@ -15,7 +15,7 @@ from torch import Tensor
 from .adapters import METHODS, LowRank
 from .errors import TLoRAError
 from .file import DTYPES, TLoRAFile, plain_metadata
-from .names import diffusers_name, family_of, processor_name, split_name
+from .names import diffusers_name, family_of, part_number, processor_name, split_name
 from .writing import write_tensors, write_whole
 
 Tensors = dict[str, Tensor]
@@ -176,7 +176,8 @@ def _quoted(text: str) -> str:
 
 def _named(name: str, layer: LowRank) -> str:
     path, row = split_name(name)
-    named = diffusers_name(path, row // layer.down.shape[1] if "@" in name else None)
+    part = part_number(row, (layer.up.shape[0], layer.down.shape[1])) if "@" in name else None
+    named = None if part is None and "@" in name else diffusers_name(path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')
     return named
@@ -197,7 +198,7 @@ def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
 def _joined(tlora: TLoRAFile, path: str, names: list[str]) -> LowRank:
     layers = [(split_name(name)[1], tlora.layers[name]) for name in names]
     height = _height(tlora.base_model, path.rpartition(".")[2], layers)
-    if height is None:
+    if height is None or any(row + layer.up.shape[0] > height for row, layer in layers):
         raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
     up = torch.zeros(height, sum(layer.up.shape[1] for _, layer in layers))
     column = 0
@@ -228,6 +229,8 @@ def _split(tlora: TLoRAFile) -> dict[str, LowRank]:
             split[name] = layer
             continue
         rows, width = 0, layer.down.shape[1]
+        if layer.up.shape[0] != sum(widths) * width:
+            raise TLoRAError(f'The layer "{name}" has other parts than FLUX.1\'s; choose the layout kohya or comfyui.')
         for count in widths:
             split[f"{name}@{rows}"] = LowRank(layer.up[rows : rows + count * width], layer.down, layer.group)
             rows += count * width

@@ -161,9 +161,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
 
 def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> str | None:
     """The key, in a plain LoRA, of an update of `shape` = (out, in) of a module's rows from `row` on; None where there is none."""
-    part, beyond = divmod(row, shape[1])
-    # A name stands for rows as many as the input is wide; those of FLUX's feed-forward are four times as many.
-    if beyond or shape[0] != (4 if part == 3 else 1) * shape[1]:
+    part = part_number(row, shape)
+    if part is None:
         return None
     if base_model.startswith(_FLUX_FAMILIES):
         return onetrainer_key(base_model, path, part)
@@ -172,6 +171,14 @@ def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> st
             if base_model.startswith(family) and part < 3 and (match := re.fullmatch(pattern, path)):
                 return match.expand(key).format("qkv"[part])
     return None
+
+
+def part_number(row: int, shape: tuple[int, int]) -> int | None:
+    """Which of a fused module's parts that have names an update of `shape` = (out, in) from `row` on is: 0, 1, 2 for query, key and
+    value, 3 for FLUX's feed-forward below them; None for rows that are none of these. For modules whose parts are as wide as the input."""
+    part, beyond = divmod(row, shape[1])
+    # FLUX's feed-forward has four times as many rows.
+    return part if not beyond and shape[0] == (4 if part == 3 else 1) * shape[1] else None
 
 
 def onetrainer_key(base_model: str, path: str, part: int | None = None) -> str | None:
