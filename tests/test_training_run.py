@@ -131,6 +131,13 @@ def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base
     assert (record(output)["state"], LiveRun.states()[-1]["state"]) == ("failed", "failed")
 
 
+def test_a_long_name_makes_a_folder_that_is_found_again(tmp_path):
+    from tlora_core.runs import RunFolder
+
+    made = RunFolder.create(tmp_path, "名" * 80, "0" * 32, 9, {})
+    assert len(made.path.name.encode()) < 255 and RunFolder.find(tmp_path, "0" * 32).path == made.path
+
+
 def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monkeypatch):
     resource = pytest.importorskip("resource")
     from PIL import Image

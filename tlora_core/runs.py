@@ -31,7 +31,7 @@ from .writing import write_whole
 
 RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 FLUSH_EVERY = 20.0  # seconds
-KEY_SHOWN = 16  # digits of the key in a folder's name
+KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key, and letters of the name, in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
@@ -60,7 +60,7 @@ class RunFolder:
     @classmethod
     def create(cls, root: Path, name: str, key: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
         """A new folder below `root`. `settings`: JSON values for people to read."""
-        stem = f"{as_file_name(name, 'run')}-{key[:KEY_SHOWN]}"
+        stem = f"{as_file_name(name[:NAME_SHOWN], 'run')}-{key[:KEY_SHOWN]}"
         taken = {path.name for path in root.glob(f"{stem}*")}
         path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         path.mkdir(parents=True)

@@ -1,6 +1,8 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
 import logging
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -45,15 +47,25 @@ def file_stamp(name: str) -> str:
 
 
 def new_lora_path(prefix: str) -> Path:
-    """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number."""
+    """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number. Makes the sub-folder.
+
+    Raises TLoRAError, naming file_name, for a prefix that leaves the folder or that no file or folder can have here.
+    """
     folder = folder_paths.get_folder_paths("loras")[0]
     if not prefix.strip() or prefix.strip().endswith(("/", "\\")):
         raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
     try:
         parent, stem, counter, _, _ = folder_paths.get_save_image_path(prefix.strip(), folder)
+        path = Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # asked now, as a name that is too long would only be noticed when the file is there to be named
+    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+        raise TLoRAError(
+            f'file_name is "{prefix[:300]}", which cannot be made here ({getattr(error, "strerror", None) or error}); give a short name '
+            'such as "tlora/sks_dog".') from error
     except Exception as error:  # the host raises a bare Exception
         raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".') from error
-    return Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
+    return path
 
 
 def runs_folder() -> Path:
