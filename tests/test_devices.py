@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory  # noqa: E402
@@ -70,6 +71,29 @@ def test_a_step_meets_on_one_device_and_waits_for_nothing(unreadable, kind, batc
     {"fresh_latents": False, "noise_from": 0.2}, {"lr_schedule": "cosine"}], ids=lambda config: next(iter(config)))
 def test_nor_does_it_with_other_settings(unreadable, config):
     train(small_model("sdxl"), 2, False, prior=True, method="tlora", **config)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts tensors that go from the CPU to META: each makes a GPU wait, or takes a while to prepare."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu" and kwargs.get("device") == META:
+            self.count += 1
+        return func(*args, **kwargs)
+
+
+def test_samples_of_mixed_ranks_send_them_once_for_all_layers(unreadable):
+    import random_models
+
+    counted = []
+    for blocks in ((0, 1, 1), (0, 2, 3)):
+        with Transfers() as transfers:
+            train(random_models.sdxl(64, blocks, 64, dtype=torch.bfloat16, device=META), 2, False, prior=False)
+        counted.append(transfers.count)
+    assert counted[0] == counted[1]
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "beside"])

@@ -53,6 +53,24 @@ def _in_full_precision(x: Tensor) -> Tensor:
     return _FULL[x][1]
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+_ON = WeakTensorKeyDictionary()  # ranks of the samples: what _components_on makes of them, for all layers
+
+
+def _components_on(active: LongTensor, columns: int, like: Tensor) -> Tensor:
+    """Ones for the first `active` [B] of `columns` components, zeros for the others: [B, columns], dtype and device of `like`."""
+    known, key = _ON.setdefault(active, {}), (columns, like.dtype, like.device)
+    if key not in known:
+        known[key] = moved((torch.arange(columns, device=active.device) < active[:, None]).to(like.dtype), like.device)
+    return known[key]
+
+
 class Part(NamedTuple):
     """A trainable adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B], best
     on the CPU, for samples that differ."""
@@ -69,7 +87,7 @@ class Part(NamedTuple):
         """Zeroes what a sample's own rank leaves out of hidden [B * tokens, columns or twice as many], in
         place."""
         if isinstance(self.active, Tensor):
-            on = (torch.arange(self.columns, device=hidden.device) < self.active.to(hidden.device)[:, None]).to(hidden.dtype)
+            on = _components_on(self.active, self.columns, hidden)
             hidden.view(len(self.active), -1, hidden.shape[1] // self.columns, self.columns).mul_(on[:, None, None])
         return hidden
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters import Adapter
 from ..config import TrainConfig
+from ..products import moved
 from ..schedule import RankSchedule
 from .encode import Sample, buckets
 from .noise import draw_sigmas, min_snr_weight, noise_level, output_scale
@@ -30,13 +31,6 @@ def normal(value):
     if isinstance(value, Sample):
         return Sample(**{field.name: normal(getattr(value, field.name)) for field in fields(value)})
     return value
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 class TrainingPatch(TimestepAwarePatch):
