@@ -1,5 +1,9 @@
 """T-LoRA Evaluate: its measures on tiny CLIP and DINO models, and the node on the server."""
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +211,11 @@ def test_node_takes_no_folder_but_those_it_lists(served, name):
     red = graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0]
     graph.add("PreviewAny", source=evaluation(graph, red, "x", clip_model=name)[0])
     assert served.run(graph, check=False).errors
+
+
+def test_folder_is_known_whatever_the_systems_own_encoding(tmp_path):
+    (tmp_path / "config.json").write_bytes('{"model_type": "clip", "_name_or_path": "D:/模型"}'.encode())
+    asked = f"from pathlib import Path; from tlora_core.evaluation import model_type; print(model_type(Path({str(tmp_path)!r})))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "clip"

@@ -55,6 +55,15 @@ def ask(*requests, add_routes=None):
     return asyncio.run(run())
 
 
+def test_no_gpu_is_woken_that_the_host_leaves_alone(live, monkeypatch):
+    """As with --cpu on a machine that has one: its driver would take hundreds of MB."""
+    woken = []
+    monkeypatch.setattr(live.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(live.torch.cuda, "reset_peak_memory_stats", lambda *device: woken.append(device))
+    live.LiveRun.begin("7", 10)
+    assert live.comfy.model_management.get_torch_device().type == "cuda" or not woken
+
+
 def test_state_has_steps_time_left_and_the_curve_with_its_running_mean(live, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])

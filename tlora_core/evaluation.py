@@ -130,7 +130,7 @@ class ImageEncoder:
 def model_type(folder: Path) -> str:
     """What config.json says, "" where there is none that can be read."""
     try:
-        found = json.loads((folder / "config.json").read_text())
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(found.get("model_type", "")) if isinstance(found, dict) else ""
     except (OSError, ValueError):
         return ""
@@ -248,7 +248,7 @@ def _load(folder):
     side = getattr(model.config, "vision_config", model.config).image_size
     if not isinstance(side, int):
         raise ValueError(f"image_size in config.json is {side}, no whole number")
-    preparation = json.loads((folder / "preprocessor_config.json").read_text())
+    preparation = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     mean, std = (torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std"))
     if not bool(mean.isfinite().all() and (std > 0).all()):
         raise ValueError("image_mean or image_std in preprocessor_config.json is no colour's mean or spread")

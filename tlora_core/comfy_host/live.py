@@ -75,8 +75,9 @@ class LiveRun:
             cls._runs[run.id] = run
             for old_id in list(cls._runs)[:-RUNS_KEPT]:
                 del cls._runs[old_id]
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        device = comfy.model_management.get_torch_device()
+        if device.type == "cuda":  # and not where ComfyUI leaves a GPU alone: it would be woken, and hold memory
+            torch.cuda.reset_peak_memory_stats(device)
         run._tell()
         return run
 
