@@ -13,12 +13,12 @@ from torch import Tensor
 from ..adapters import METHODS, Adapter, make_adapters
 from ..config import TrainConfig
 from ..container import check_line, one_line
-from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame, training_images
+from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ..errors import TLoRAError
 from ..file import TLoRAFile
 from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
-from ..trainer import Trainer, TrainingDiverged
+from ..trainer import Trainer
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .draw import draw
@@ -240,24 +240,3 @@ def ran_out_of_memory(error: Exception) -> bool:
     """As the host judges it, which knows more than one class of error; ComfyUI 0.16.3 only the one."""
     judge = getattr(comfy.model_management, "is_oom", None)
     return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
-
-
-@dataclass(frozen=True)
-class Trained:
-    tlora: TLoRAFile
-    losses: list[float]
-    stopped: TrainingDiverged | None = None  # set when the loss diverged and `tlora` is the last good state
-
-
-def train_from_images(model: ModelPatcher, clip: CLIP, vae: VAE, images: Tensor, request: TrainRequest,
-                      on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> Trained:
-    """A whole run at once, for scripts: trains a T-LoRA for the subject of `images` [N, H, W, 3] in 0..1. Raises TLoRAError, also
-    when the loss diverged before any state was known to be good."""
-    personalization, stopped = Personalization(model, clip, vae, training_images(images), request), None
-    try:
-        personalization.train(request.config.steps, on_step)
-    except TrainingDiverged as error:
-        if not error.kept_step:
-            raise
-        stopped = error
-    return Trained(personalization.tlora(), personalization.trainer.losses, stopped)
