@@ -1,12 +1,11 @@
 """Pictures side by side, to compare settings: a column for each setting, a row for each prompt."""
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .errors import TLoRAError
-from .images import check_images
+from .images import check_images, to_picture
 
 MAX_PIXELS = 2**27  # 400 MB as the host's IMAGE would be more than most can use
 _BACKGROUND, _TEXT, _FAINT = (24, 26, 31), (235, 237, 240), (165, 170, 180)
@@ -66,7 +65,7 @@ def _check(columns, labels, prompts) -> None:
 
 def _fitted(picture: Tensor, x: int, y: int, cell: int) -> tuple[Image.Image, tuple[int, int]]:
     """The picture in its cell, and where its corner is."""
-    whole = Image.fromarray((picture.float().cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+    whole = to_picture(picture)
     scale = cell / max(whole.size)
     size = tuple(max(round(side * scale), 1) for side in whole.size)
     fitted = whole if size == whole.size else whole.resize(size, Image.Resampling.LANCZOS)
