@@ -16,7 +16,8 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and that unit's end.
 
     Noise and v prediction on discrete timesteps: the host's own timestep, T = 1000. Flow models: the shifted time
-    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1.
+    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1. Stable Cascade, Cosmos and continuous v:
+    the model's own time, which goes from 0 to 1, T = 1.
     A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is never
     guessed.
     """
