@@ -97,9 +97,11 @@ class Adapter(nn.Module):
 
     @property
     def rank(self) -> int:
+        """r, the number of components that a schedule counts."""
         return self.A.shape[0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """(up [out, group * r], down [group * r, in]) of the contract, differentiable in the parameters."""
         raise NotImplementedError
 
     @torch.no_grad()

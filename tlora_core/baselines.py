@@ -28,6 +28,7 @@ class RotationAdapter(Adapter):
 
     @property
     def rank(self) -> int:
+        """The layer's width: the update is of full rank."""
         return self.weight.shape[1]
 
     def rotation(self) -> Tensor:
@@ -40,6 +41,7 @@ class RotationAdapter(Adapter):
         return rotation
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """(W [out, in], R - I [in, in])."""
         return self.weight, self.rotation() - torch.eye(self.rank, device=self.Q.device)
 
 
@@ -55,9 +57,11 @@ class SVDiffAdapter(Adapter):
 
     @property
     def rank(self) -> int:
+        """The number of singular values."""
         return len(self.s)
 
     def factors(self) -> tuple[Tensor, Tensor]:
+        """(U diag(change) [out, k], V^T [k, in])."""
         return self.U * (torch.relu(self.s + self.shift) - self.s), self.V
 
 

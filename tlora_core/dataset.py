@@ -36,6 +36,7 @@ class Framed:
 
     @property
     def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
         return self.pixels.shape[1], self.pixels.shape[0]
 
 

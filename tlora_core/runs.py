@@ -94,9 +94,11 @@ class RunFolder:
                 f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.') from error
 
     def forget_checkpoint(self) -> None:
+        """Of a run that has nothing more to go on with."""
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def save_losses(self, losses: Sequence[float]) -> None:
+        """That of each step, from the first. Raises TLoRAError when the disk does not take it, as all that saves here does."""
         text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
         write_whole(self.path / LOSS, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -109,6 +111,7 @@ class RunFolder:
             return []
 
     def save_picture(self, step: int, picture: Image.Image) -> None:
+        """A validation picture; a later one of the same step takes its place."""
         folder = self.path / "validation"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step:06}.png", lambda path: picture.save(path, "PNG"))

@@ -23,6 +23,7 @@ class Sample:
 
     @property
     def shape(self) -> torch.Size:
+        """The latent's, without a batch's dimension."""
         return self.mean.shape
 
 
@@ -35,10 +36,12 @@ class Encoder:
         self._texts: dict[str, list] = {}
 
     def check_resolution(self, resolution: int) -> None:
+        """Raises TLoRAError unless it is a multiple of the VAE's cell, both in pixels."""
         if resolution % self.unit:
             raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit}, as this VAE needs.")
 
     def sample(self, picture: Framed, caption: str) -> Sample:
+        """Raises TLoRAError when VAE or CLIP make values of it that are no numbers, or its mask leaves nothing to learn."""
         mean, deviation = posterior(self.vae, picture.pixels[None])
         # Here, as all that a training sees of it is a loss that is no number.
         if not _is_finite(mean, deviation):

@@ -23,6 +23,7 @@ def lora_names() -> list[str]:
 
 
 def lora_path(name: str) -> Path:
+    """Where a file of the loras list lies. Raises TLoRAError when it is not there any more, and for a name that climbs out."""
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise TLoRAError(f'file: "{name}" is not in the loras folders any more; press R to refresh the list and choose another.')

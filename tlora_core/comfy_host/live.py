@@ -35,6 +35,8 @@ Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 @dataclass(frozen=True)
 class ValidationPicture:
+    """A picture of `step` as a page gets it: the bytes of a PNG or JPEG, and what its prompts were, from left to right."""
+
     step: int
     captions: tuple[str, ...]
     content: bytes
@@ -83,6 +85,7 @@ class LiveRun:
 
     @classmethod
     def find(cls, run_id: str) -> "LiveRun | None":
+        """The kept run with that id."""
         with cls._registry_lock:
             return cls._runs.get(run_id)
 
@@ -164,6 +167,7 @@ class LiveRun:
         return True
 
     def picture(self, index: int) -> ValidationPicture | None:
+        """By the index that `state` tells of it; None for one that was thinned out."""
         with self._lock:
             return self._pictures.get(index)
 

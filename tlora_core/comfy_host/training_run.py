@@ -163,6 +163,8 @@ class TrainingRun:
             self.live.note(f"going on from step {first} of an earlier run")
 
     def go(self) -> Outcome:
+        """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it on record, and
+        lets the host's interrupt through."""
         try:
             while self.trainer.step < self.steps and not self.live.stop_requested:
                 self.personalization.train(self._next_pause(), self._on_step)
