@@ -40,9 +40,10 @@ class RankSchedule:
         try:
             pairs = [point.split(":") for point in curve.replace(";", ",").split(",") if point.strip()]
             points = tuple((float(level), int(active)) for level, active in pairs)
+            min_rank = min(active for _, active in points)  # of no points at all, as of commas alone, an error too
         except ValueError as error:
             raise TLoRAError(f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".') from error
-        return cls(rank, min((active for _, active in points), default=0), 1.0, points)
+        return cls(rank, min_rank, 1.0, points)
 
     def __post_init__(self) -> None:
         if self.points:
