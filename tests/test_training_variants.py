@@ -35,6 +35,26 @@ def test_methods_without_a_mask_need_no_min_rank():
     assert [TrainRequest("sks", "dog", method=method, rank=8).schedule.min_rank for method in ("lora", "oft")] == [8, 8]
 
 
+def test_starts_of_the_weights_have_one_of_them_at_a_time_in_float32(base, monkeypatch):
+    import weakref
+
+    from tlora_core.comfy_host.families import TargetLayer
+    from tlora_core.comfy_host.personalize import Personalization
+
+    made, most, weight = [], [], TargetLayer.weight.fget
+
+    def counted(layer):
+        copy = weight(layer).clone()  # as it is of a model in half precision
+        made.append(weakref.ref(copy))
+        most.append(sum(known() is not None for known in made))
+        return copy
+
+    monkeypatch.setattr(TargetLayer, "weight", property(counted))
+    with torch.inference_mode():
+        p = Personalization(*base, images(), request(start="principal_weight"))
+    assert len(made) >= len(p.adapters) > 9 and max(most) <= 3
+
+
 @pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
 def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
     from tlora_core.comfy_host.draw import draw

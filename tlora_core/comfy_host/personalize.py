@@ -1,6 +1,6 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
@@ -232,8 +232,23 @@ class Personalization:
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
         with training_session(self.model):
-            weights = {name: layer.weight for name, layer in layers.items()}
-            return make_adapters(request.method, request.start, weights, request.rank, request.config.seed, device=device)
+            return make_adapters(request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device)
+
+
+class _Weights(Mapping):
+    """The weight of each layer, made when it is asked for: all of them in float32 would take more memory than the model has left."""
+
+    def __init__(self, layers: Mapping[str, TargetLayer]):
+        self.layers = layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.layers[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
 
 
 def ran_out_of_memory(error: Exception) -> bool:
