@@ -2,7 +2,6 @@
 import logging
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -57,16 +56,23 @@ def new_lora_path(prefix: str) -> Path:
         raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
     try:
         parent, stem, counter, _, _ = folder_paths.get_save_image_path(prefix.strip(), folder)
-        path = Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
-        with suppress(FileNotFoundError):
-            os.lstat(path)  # asked now, as a name that is too long would only be noticed when the file is there to be named
-    except (OSError, ValueError) as error:  # ValueError: a zero in the name
-        raise TLoRAError(
-            f'file_name is "{prefix[:300]}", which cannot be made here ({getattr(error, "strerror", None) or error}); give a short name '
-            'such as "tlora/sks_dog".') from error
+    except OSError as error:
+        raise _cannot_be_made(prefix, error) from error
     except Exception as error:  # the host raises a bare Exception
         raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".') from error
+    path = Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
+    try:
+        os.lstat(path)  # asked now, as a name that is too long would only be noticed when the file is there to be named
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # ValueError: a zero in the name
+        raise _cannot_be_made(prefix, error) from error
     return path
+
+
+def _cannot_be_made(prefix: str, error: Exception) -> TLoRAError:
+    reason = getattr(error, "strerror", None) or error
+    return TLoRAError(f'file_name is "{prefix[:300]}", which cannot be made here ({reason}); give a short name such as "tlora/sks_dog".')
 
 
 def runs_folder() -> Path:
