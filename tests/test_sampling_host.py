@@ -156,6 +156,24 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
 
+    def test_layers_are_folded_again_after_a_lora_that_the_host_injects_beside_them(self, tlora, tmp_path, monkeypatch):
+        """Taken out again, it leaves each layer's own forward as if it stood in for it."""
+        import comfy.sd
+        import comfy.utils
+
+        from tlora_core.comfy_host.training import training_session
+
+        unet = models.random_unet()
+        models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
+        bypassed = comfy.sd.load_bypass_lora_for_models(unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
+        wanted = runs.sample(runs.apply(unet, tlora), *runs.texts())
+        runs.sample(bypassed, *runs.texts())
+        ways = runs.Ways(monkeypatch)
+        assert torch.equal(runs.sample(runs.apply(unet, tlora), *runs.texts()), wanted) and ways.used == {"weight", "output"}
+        with training_session(unet):
+            assert all("Frozen" in repr(unet.get_model_object(f"diffusion_model.{path}").forward) for path in tlora.layers)
+
+
 class TestHiddenTimestep:
     def test_sigma_that_is_not_a_number_stops_the_sampling(self, unet, tlora):
         from tlora_core import TLoRAError

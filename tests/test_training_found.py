@@ -98,3 +98,22 @@ def test_what_only_tells_the_page_is_no_other_model(base):
     told = base[0].clone()
     told.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-live-x", _Teller(RankSchedule(4, 2), "7", None))
     assert fingerprint(told) == fingerprint(told.clone())
+
+
+def test_a_lora_that_the_host_injects_beside_the_layers_is_trained_on_and_no_other_taken_for_it(base, output):
+    """Its node Load LoRA (Bypass)."""
+    import comfy.sd
+    import comfy.utils
+    import host_models as models
+
+    models.random_tlora(base[0], 4, 4, 1.0).save(output / "lora.safetensors", torch.float32)
+
+    def losses(load, strength):
+        with torch.inference_mode():  # as in a node
+            model = load(base[0], None, comfy.utils.load_torch_file(str(output / "lora.safetensors")), strength, 0)[0]
+        return run((model, *base[1:]), request(2)).losses
+
+    bypassed = [losses(comfy.sd.load_bypass_lora_for_models, strength) for strength in (1.0, 0.5)]
+    assert bypassed[0] == pytest.approx(losses(comfy.sd.load_lora_for_models, 1.0), rel=1e-4)
+    assert bypassed[1] == pytest.approx(losses(comfy.sd.load_lora_for_models, 0.5), rel=1e-4)
+    assert bypassed[0] != pytest.approx(bypassed[1], rel=1e-2)

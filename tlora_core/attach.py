@@ -37,6 +37,12 @@ class Attachment(NamedTuple):
     row: int = 0
 
 
+def is_replaced(layer: nn.Module) -> bool:
+    """Whether something stands in for the layer's own forward. Others may have put that itself there when they were done."""
+    forward = layer.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+
+
 @contextmanager
 def replaced_forward():
     """Gives a function that replaces a layer's forward until the block ends, however it ends."""

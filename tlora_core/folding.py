@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attach import replaced_forward
+from .attach import is_replaced, replaced_forward
 
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum stays
 # under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
@@ -67,7 +67,7 @@ class Folded:
         """False once the host has given the layer another weight or moved it off, or while something else stands in for its
         forward, which folding would drop."""
         is_there = self.layer.weight is self.source and self.source.device == self.device
-        return is_there and self.layer.__dict__.get("forward", self.forward) == self.forward
+        return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
 
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError

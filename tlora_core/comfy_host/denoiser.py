@@ -8,7 +8,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
 from torch import Tensor
 
 from ..adapters import Adapter
@@ -57,16 +57,16 @@ class HostDenoiser:
         self.adapter_bytes = sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters())
         self.samples, self.prior = normal(list(samples)), normal(list(prior))
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
-        patched = model.clone()
         # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.
         self.levels = copy.deepcopy(self.sampling).cpu()
         self.patch = TrainingPatch(lambda device, dtype: adapters, schedule)
-        patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-training", self.patch)
         self.options = {
-            **patched.model_options.get("transformer_options", {}), "wrappers": patched.wrappers, "uuids": [],
+            **model.model_options.get("transformer_options", {}), "wrappers": copy_nested_dicts(model.wrappers), "uuids": [],
             # The host may have chosen an attention kernel without a backward.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
+        # Not on a clone: as that ends, the host takes out of the model what nodes have injected into it.
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-training", self.patch, self.options)
         # By sample and size of the latent, which some models' inputs have too, such as those for inpainting.
         self._conditions: dict[tuple, dict] = {}
         self._alone: dict[tuple, dict] = {}

@@ -91,4 +91,5 @@ def _add_model(digest, model: ModelPatcher) -> None:
     transformer = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if v and k != "wrappers"}
     _add(digest, (options, transformer, model.object_patches))
     _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in model.wrappers.values() if keyed])
-    _add(digest, [key for key, injections in model.injections.items() if injections])
+    # Which nobody can look into: a bypass LoRA's strength and file are in no place but its functions.
+    _add(digest, [injection for injections in model.injections.values() for injection in injections])

@@ -23,7 +23,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ..adapters import LowRank
-from ..attach import Attachment, Factors, attached
+from ..attach import Attachment, Factors, attached, is_replaced
 from ..file import TLoRAFile
 from ..folding import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
 from ..names import split_name
@@ -140,7 +140,7 @@ class Folds:
 def _is_constant(layer: torch.nn.Module) -> bool:
     """Whether nothing else, which might follow the timestep too, has a hand in what the layer makes of its input."""
     functions = getattr(layer, "weight_function", ()), getattr(layer, "bias_function", ())
-    return "forward" not in layer.__dict__ and not any(functions)
+    return not is_replaced(layer) and not any(functions)
 
 
 _PRECISE = (torch.float32, torch.bfloat16, torch.float16)

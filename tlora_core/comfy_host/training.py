@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ..attach import replaced_forward
+from ..attach import is_replaced, replaced_forward
 from ..autograd import Frozen
 from ..checkpointing import Checkpointed
 from .layers import TEXT_LAYER, fetched, forget_modules, is_cast
@@ -79,7 +79,7 @@ Replace = Callable[[nn.Module, Callable], None]
 
 def _freeze(network: nn.Module, replace: Replace) -> None:
     for path, module in network.named_modules():
-        if "forward" in module.__dict__ or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
+        if is_replaced(module) or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
             continue
         if isinstance(module, nn.Linear) or is_cast(module):
             keeps_output = bool(TEXT_LAYER.search(path)) and isinstance(network, UNetModel)
@@ -117,6 +117,10 @@ def _leave_inference_mode(module: nn.Module) -> None:
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_inference():
             module._buffers[name] = _same_storage(buffer)
+    # Of a LoRA that the host adds beside the layer (its bypass LoRA).
+    lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
+    if isinstance(weights := getattr(lora, "weights", None), tuple | list):
+        lora.weights = type(weights)(_same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights)
 
 
 def _same_storage(tensor: Tensor) -> Tensor:
