@@ -64,6 +64,21 @@ def test_what_the_result_depends_on_changes_the_key(base, output):
     assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
 
 
+def test_what_acts_only_while_sampling_makes_no_other_training_except_where_it_draws_class_pictures(base, output):
+    from comfy_extras.nodes_easycache import EasyCacheNode
+    from comfy_extras.nodes_model_advanced import RescaleCFG
+
+    def steered():
+        model = RescaleCFG().patch(base[0], 0.7)[0]
+        return EasyCacheNode.execute(model, 0.2, 0.15, 0.95, False)[0], *base[1:]
+
+    first = run(steered())
+    assert run(steered()).file == run(base).file == first.file
+    assert run(base, rerun="restart").losses == first.losses
+    drawing = request(2, config={"prior_weight": 1.0, "prior_count": 1})
+    assert run(steered(), drawing).file != run(base, drawing).file
+
+
 @pytest.mark.parametrize("size", [64, 512, 1024])
 def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
     from tlora_core.comfy_host.fingerprint import fingerprint

@@ -8,7 +8,7 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key, copy_nested_dicts
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..adapters import Adapter
@@ -31,6 +31,18 @@ def normal(value):
     if isinstance(value, Sample):
         return Sample(**{field.name: normal(getattr(value, field.name)) for field in fields(value)})
     return value
+
+
+_CACHES = ("easycache",)  # of the host, also for its LazyCache: they skip steps of a sampling, and would give one picture's result for another
+_IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # a sampler calls the others
+
+
+def training_options(model: ModelPatcher) -> dict:
+    """The model's transformer_options, with the wrappers that nodes have put on it, as far as training has to do with them."""
+    options = {key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES}
+    wrappers = {kind: {key: list(each) for key, each in keyed.items() if key not in _CACHES}
+                for kind, keyed in model.wrappers.items() if kind in _IN_TRAINING}
+    return {**options, "wrappers": wrappers}
 
 
 class TrainingPatch(TimestepAwarePatch):
@@ -61,7 +73,7 @@ class HostDenoiser:
         self.levels = copy.deepcopy(self.sampling).cpu()
         self.patch = TrainingPatch(lambda device, dtype: adapters, schedule)
         self.options = {
-            **model.model_options.get("transformer_options", {}), "wrappers": copy_nested_dicts(model.wrappers), "uuids": [],
+            **training_options(model), "uuids": [],
             # The host may have chosen an attention kernel without a backward.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }

@@ -6,19 +6,27 @@ moment where hashing gigabytes would take as long as training some steps. Someth
 import hashlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ..dataset import TrainingImage
+from .denoiser import training_options
 from .layers import stored
 from .sampling import SamplingPatch
 
 WHOLE = 1 << 16  # elements up to which a weight is hashed whole
 TAKEN = 64  # elements taken of a larger one
 _PLAIN = (str, int, float, bool, type(None))
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """Stands for a model without what acts only while sampling, such as a node's guidance: no training depends on it."""
+
+    model: ModelPatcher
 
 
 def fingerprint(*parts) -> str:
@@ -38,6 +46,8 @@ def _add(digest, value) -> None:
         digest.update(f"{value};".encode())
     elif isinstance(value, ModelPatcher):
         _add_model(digest, value)
+    elif isinstance(value, AsTrained):
+        _add_model(digest, value.model, {}, training_options(value.model))
     elif isinstance(value, SamplingPatch):
         _add(digest, ("tlora", value.adapters.strength, value.schedule, dict(value.adapters.layers)))
     elif isinstance(value, torch.nn.Module):
@@ -79,7 +89,7 @@ def _as_loaded(model, key, tensor):
     return model.backup[key].weight if key in model.backup else tensor
 
 
-def _add_model(digest, model: ModelPatcher) -> None:
+def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, transformer: Mapping | None = None) -> None:
     """Weights as they were loaded, even where patches are written into them just now, and what is patched."""
     for key, tensor in model.model_state_dict().items():
         digest.update(key.encode())
@@ -87,9 +97,11 @@ def _add_model(digest, model: ModelPatcher) -> None:
             _add(digest, part)
         for strength, patch, strength_model, offset, _ in model.patches.get(key, ()):
             _add(digest, (strength, patch, strength_model, offset))
-    options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
-    transformer = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if v and k != "wrappers"}
-    _add(digest, (options, transformer, model.object_patches))
-    _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in model.wrappers.values() if keyed])
+    if options is None:
+        options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
+        transformer = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
+    _add(digest, (options, {k: v for k, v in transformer.items() if v and k != "wrappers"}, model.object_patches))
+    wrappers = [keyed for keyed in transformer["wrappers"].values() if keyed]
+    _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in wrappers])
     # Which nobody can look into: a bypass LoRA's strength and file are in no place but its functions.
     _add(digest, [injection for injections in model.injections.values() for injection in injections])

@@ -23,7 +23,7 @@ from ..writing import write_whole
 from .class_pictures import ClassPictures
 from .draw import strip
 from .files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder
-from .fingerprint import fingerprint
+from .fingerprint import AsTrained, fingerprint
 from .live import LiveRun
 from .personalize import Personalization, TrainRequest
 
@@ -81,7 +81,9 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     Raises TLoRAError, and lets the host's interrupt through; `model` is as it was in every case.
     """
     path = new_lora_path(file_name)  # a name that cannot be is refused before any work
-    key = fingerprint(__version__, model, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
+    draws = request.config.prior_weight and not prior  # pictures of the class, with the sampler
+    base = model if draws else AsTrained(model)
+    key = fingerprint(__version__, base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
     found = None if keeping.rerun == "restart" else RunFolder.find(runs_folder(), key)
     if found is not None:
         outcome = _finished(found, file_name, keeping)
