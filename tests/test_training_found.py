@@ -79,6 +79,23 @@ def test_what_acts_only_while_sampling_makes_no_other_training_except_where_it_d
     assert run(steered(), drawing).file != run(base, drawing).file
 
 
+def test_a_merged_model_is_known_again_and_told_from_other_merges(base):
+    import host_models as models
+    from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+    from tlora_core.comfy_host.fingerprint import fingerprint
+
+    def merged(seed, ratio=0.7, strength=0.0):
+        other = models.random_unet(seed)
+        key = next(k for k in other.model.state_dict() if k.endswith("attn1.to_q.weight"))
+        other.add_patches({key: (torch.ones(1),)}, strength)
+        return ModelMergeSimple().merge(base[0], other, ratio)[0]
+
+    assert fingerprint(merged(3)) == fingerprint(merged(3))
+    made = merged(3), merged(4), merged(3, 0.6), merged(3, strength=0.5), base[0]
+    assert len({fingerprint(model) for model in made}) == len(made)
+
+
 @pytest.mark.parametrize("size", [64, 512, 1024])
 def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
     from tlora_core.comfy_host.fingerprint import fingerprint

@@ -89,14 +89,24 @@ def _as_loaded(model, key, tensor):
     return model.backup[key].weight if key in model.backup else tensor
 
 
+def _add_patches(digest, patches) -> None:
+    for strength, patch, strength_model, offset, _ in patches:
+        if isinstance(patch, list):  # another model's weight, as merging nodes give it, with how the host reads it; and that one's patches
+            (weight, _), *others = patch
+            for part in stored(weight):
+                _add(digest, part)
+            _add_patches(digest, others)
+            patch = "weight"
+        _add(digest, (strength, patch, strength_model, offset))
+
+
 def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, transformer: Mapping | None = None) -> None:
     """Weights as they were loaded, even where patches are written into them just now, and what is patched."""
     for key, tensor in model.model_state_dict().items():
         digest.update(key.encode())
         for part in stored(_as_loaded(model, key, tensor)):
             _add(digest, part)
-        for strength, patch, strength_model, offset, _ in model.patches.get(key, ()):
-            _add(digest, (strength, patch, strength_model, offset))
+        _add_patches(digest, model.patches.get(key, ()))
     if options is None:
         options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
         transformer = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
