@@ -310,6 +310,19 @@ def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothi
     assert not record(output)["files"] and not list((output / "loras").rglob("*.safetensors"))
 
 
+def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another_models(base, output):
+    """As of IP-Adapter, whose tensors were made by its node."""
+    from tlora_core import TLoRAError
+
+    patched = base[0].clone()
+    with torch.inference_mode():
+        scale = torch.full((1,), 1.1)
+    patched.set_model_attn2_output_patch(lambda output, options: output * scale)
+    with pytest.raises(TLoRAError, match="model has a patch on it that cannot be trained through .* connect the model from before"):
+        run((patched, *base[1:]))
+    assert run(base).file
+
+
 @pytest.mark.parametrize("broken", ["vae", "clip"])
 def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, output, monkeypatch, broken):
     from tlora_core import TLoRAError

@@ -160,6 +160,10 @@ class Personalization:
             except RuntimeError as error:
                 if self.trainer.step or ran_out_of_memory(error):
                     raise
+                if "nference tensors cannot" in str(error):  # torch's words for what another node has made, when it is to be trained through
+                    raise TLoRAError(
+                        f"model has a patch on it that cannot be trained through ({one_line(error)}); connect the model from before the "
+                        "node that puts it there, and let that node come after Train.") from error
                 raise TLoRAError(
                     f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
                     "and vae of one checkpoint.") from error
