@@ -112,17 +112,19 @@ def test_a_fused_update_is_split_for_diffusers(tmp_path):
     assert len(written.tlora.layers) == 7
 
 
-def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(tmp_path):
+@pytest.mark.parametrize("path", [
+    "blocks.0", "input_blocks.3.1.transformer_blocks.0.attn1.to_q"])  # the second in U-Nets of one residual block a level, such as the tiny base
+def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(tmp_path, path):
     save_file(
         {
-            "diffusion_model.blocks.0.lora_up.weight": torch.ones(4, 2),
-            "diffusion_model.blocks.0.lora_down.weight": torch.ones(2, 4),
+            f"diffusion_model.{path}.lora_up.weight": torch.ones(4, 2),
+            f"diffusion_model.{path}.lora_down.weight": torch.ones(2, 4),
         },
         tmp_path / "a.safetensors",
     )
     tlora = load_any(tmp_path / "a.safetensors").tlora
     for layout in ("diffusers", "reference"):
-        with pytest.raises(TLoRAError, match='"blocks.0" is not known; choose the layout kohya'):
+        with pytest.raises(TLoRAError, match=f'"{path}" is not known; choose the layout kohya'):
             export(tlora, tmp_path / "out.safetensors", layout)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 

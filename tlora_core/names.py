@@ -151,6 +151,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
         if side is None:
             return f"mid_block.attentions.0.{rest}"
         block, attention = divmod(int(number) - (side == "input"), 3)
+        if side == "input" and attention == 2:
+            return None  # the third of a level is its downsampling: the U-Net has not two residual blocks a level
         return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}.{rest}"
     if match := _FLUX_PATH.fullmatch(path):
         kind, number, rest = match.groups()
