@@ -8,6 +8,7 @@ import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import pytest
+import torch
 from training_runs import folders, record, request, run, same
 
 PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
