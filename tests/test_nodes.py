@@ -142,6 +142,27 @@ def test_load_without_a_model_gives_the_tlora_and_says_that_model_is_missing(ser
     assert "connect a model to use its MODEL output" in error_of(server, graph)
 
 
+def test_files_with_other_endings_that_can_be_read_are_listed_and_loaded(server, loras, trained, good):
+    ours = loras / trained[0]
+    (loras / "tests" / "ending.sft").write_bytes(ours.read_bytes())
+    torch.save(load_file(ours), loras / "tests" / "ending.bin")  # without metadata a plain LoRA
+    (_, same), (bare, plain) = (bare_and_adapted(server, f"tests/ending.{ending}") for ending in ("sft", "bin"))
+    assert (same == good[1]).all() and difference(bare, plain) > 0
+
+
+def test_hosts_own_training_node_gets_a_fresh_copy_of_the_tiny_base(server):
+    graph = TinyGraph()
+    text = graph.add("CLIPTextEncode", clip=graph.clip, text="a photo of sks flower")
+    latent = graph.add("VAEEncode", pixels=graph.concept(), vae=graph.vae)
+    trained = graph.add(
+        "TrainLoraNode", model=graph.model, latents=latent[0], positive=text[0], batch_size=1, grad_accumulation_steps=1, steps=2,
+        learning_rate=0.01, rank=2, optimizer="AdamW", loss_function="MSE", seed=0, training_dtype="fp32", lora_dtype="fp32",
+        quantized_backward=False, algorithm="LoRA", gradient_checkpointing=False, checkpoint_depth=1, offloading=False,
+        existing_lora="[None]", bucket_mode=False, bypass_mode=False)
+    graph.add("SaveLoRA", lora=trained[0], prefix="loras/host", steps=2)
+    server.run(graph)
+
+
 def test_branches_with_two_tloras_and_a_bare_branch_do_not_see_each_other(server, trained):
     graph = TinyGraph()
     alone = [bare_and_adapted(server, name)[1] for name in trained]

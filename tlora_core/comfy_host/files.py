@@ -13,7 +13,7 @@ from .progress import counting
 from .targets import target_of
 
 EXTENSION = ".safetensors"
-READABLE = (EXTENSION, ".pt")  # the reference writes FLUX checkpoints as lora.pt
+READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 
 def lora_names() -> list[str]:

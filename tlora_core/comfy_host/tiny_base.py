@@ -134,7 +134,16 @@ def load(path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.s
     text = {f"clip_l.{k}": v for k, v in part("conditioner.embedders.0.").items()}
     clip = comfy.sd.CLIP(config.clip_target(), tokenizer_data={}, parameters=sum(v.numel() for v in text.values()))
     clip.cond_stage_model.load_state_dict(text, strict=False)
-    return model, clip, _load_vae(part("first_stage_model."))
+    vae = _load_vae(part("first_stage_model."))
+    for number, patcher in enumerate((model, clip.patcher, vae.patcher)):
+        patcher.cached_patcher_init = _loaded_again, (path, number)
+    return model, clip, vae
+
+
+def _loaded_again(path, number: int, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """A copy with weights of its own, which the host asks for: its Train LoRA node, and a second GPU. These are never dynamic."""
+    model, clip, vae = load(path)
+    return (model, clip.patcher, vae.patcher)[number]
 
 
 def _load_vae(weights) -> comfy.sd.VAE:
