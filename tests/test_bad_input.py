@@ -80,6 +80,14 @@ def empty_image(width, height):
     return lambda graph: graph.add("EmptyImage", width=width, height=height, batch_size=1, color=255)[0]
 
 
+def clip_that_changes_over_a_sampling(graph):
+    hook = graph.add("CreateHookLora", lora_name="tests/good.safetensors", strength_model=1.0, strength_clip=1.0)[0]
+    off = graph.add("CreateHookKeyframe", strength_mult=0.0, start_percent=0.0)[0]
+    on = graph.add("CreateHookKeyframe", strength_mult=1.0, start_percent=0.5, prev_hook_kf=off)[0]
+    hooks = graph.add("SetHookKeyframes", hooks=hook, hook_kf=on)[0]
+    return graph.add("SetClipHooks", clip=graph.clip, apply_to_conds=True, schedule_clip=True, hooks=hooks)[0]
+
+
 def diffusion_transformer(graph):
     return graph.add("UNETLoader", unet_name="tests_sd3.safetensors", weight_dtype="default")[0]
 
@@ -152,6 +160,7 @@ BAD = {
     "no prompts": (single("TLoRAPrompts", prompts=" \n\n", subject="sks dog"), "prompts is empty; write at least one line"),
     "sigmas without their model": (preview_of_sigmas_without_a_model, "model is not connected"),
     "preview with min_rank above rank": (single("TLoRASchedulePreview", rank=4, min_rank=5, alpha=1.0), "min_rank is 5"),
+    "clip that changes over a sampling": (bad_training(clip=clip_that_changes_over_a_sampling), "clip reads prompts in 2 ways"),
     "training into a folder above": (bad_training(file_name="../x"), r'file_name is "\.\./x", which leaves the loras'),
     "file in a folder above": (saving_as("../x"), "which leaves the loras folder"),
     "file at an absolute path": (saving_as(str(OUTSIDE / "x")), "which leaves the loras folder"),

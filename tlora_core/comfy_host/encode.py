@@ -60,6 +60,9 @@ class Encoder:
 
     def _encoded(self, caption: str) -> list:
         texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
+        if len(texts) > 1:
+            raise TLoRAError(f"clip reads prompts in {len(texts)} ways, each for a part of a sampling, and a training needs one; switch "
+                             "schedule_clip off in Set CLIP Hooks, or connect the CLIP from before that node.")
         if not all(_is_finite(tensor, options.get("pooled_output")) for tensor, options in texts):
             raise TLoRAError(
                 f'clip turns "{caption}" into values that are no numbers; start ComfyUI with --fp32-text-enc, or connect another CLIP.')

@@ -121,8 +121,9 @@ def new_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
     return base, text
 
 
-def load(path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of the tiny base from its safetensors file, ready for the stock nodes."""
+def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of the tiny base from its safetensors file, ready for the stock nodes. disable_dynamic: without the host's
+    way of moving weights in as they are used, which only the CLIP has here."""
     weights = {k: v.float() for k, v in comfy.utils.load_torch_file(path, safe_load=True).items()}
     part = lambda prefix: {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}  # noqa: E731
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -132,7 +133,8 @@ def load(path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.s
     base.diffusion_model.load_state_dict(part("model.diffusion_model."), strict=True)
     model = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
     text = {f"clip_l.{k}": v for k, v in part("conditioner.embedders.0.").items()}
-    clip = comfy.sd.CLIP(config.clip_target(), tokenizer_data={}, parameters=sum(v.numel() for v in text.values()))
+    clip = comfy.sd.CLIP(config.clip_target(), tokenizer_data={}, parameters=sum(v.numel() for v in text.values()),
+                         disable_dynamic=disable_dynamic)
     clip.cond_stage_model.load_state_dict(text, strict=False)
     vae = _load_vae(part("first_stage_model."))
     for number, patcher in enumerate((model, clip.patcher, vae.patcher)):
@@ -141,8 +143,8 @@ def load(path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.s
 
 
 def _loaded_again(path, number: int, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A copy with weights of its own, which the host asks for: its Train LoRA node, and a second GPU. These are never dynamic."""
-    model, clip, vae = load(path)
+    """A copy with weights of its own, which the host asks for: its Train LoRA node, hooks on a CLIP, and a second GPU."""
+    model, clip, vae = load(path, disable_dynamic)
     return (model, clip.patcher, vae.patcher)[number]
 
 
