@@ -232,6 +232,25 @@ def test_checkpoint_that_cannot_be_written_ends_no_training(base, output, monkey
     assert len(run(base, checkpoint_every=2).losses) == 6
 
 
+def test_the_file_is_handed_on_where_the_disk_takes_nothing_after_it(base, output, monkeypatch, caplog):
+    replace, record_path = os.replace, []
+
+    def full(source, target):
+        if record_path and Path(target).parent == record_path[0]:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with monkeypatch.context() as patch, caplog.at_level("WARNING"):
+        Wish(patch, 6, lambda live: record_path.append(folders(output)[-1]))
+        done = run(base)
+    assert shown() == ("done", "") and len(done.losses) == 6 and (output / "loras" / done.file).exists()
+    assert "loss.csv" in caplog.text and "run.json" in caplog.text and not list(output.rglob("*.tmp"))
+    record_path.clear()
+    again = run(base)
+    assert again.losses == done.losses and same(again.tlora, done.tlora) and len(folders(output)) == 2
+
+
 @pytest.mark.parametrize("end", ["stop", "cancel"])
 def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, output, monkeypatch, end):
     import comfy.model_management

@@ -2,7 +2,7 @@
 import hashlib
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -240,9 +240,16 @@ class TrainingRun:
         path, tlora = new_lora_path(self.file_name), self.personalization.tlora()
         tlora.save(path, DTYPE)
         name = name_of(path)
-        self.folder.save_losses(self.trainer.losses)
-        self.folder.update(files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step)
+        self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
+        self._note_down(lambda: self.folder.update(files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step))
         return name, tlora.note
+
+    def _note_down(self, write: Callable[[], None]) -> None:
+        """What a file that is there can do without: where the disk has no more room, this run is not found again, and no more is lost."""
+        try:
+            write()
+        except TLoRAError as error:
+            logging.warning("[T-LoRA] %s", error)
 
     def _end(self, state: str, message: str = "") -> Outcome:
         if state == "stopped":
@@ -250,7 +257,7 @@ class TrainingRun:
             message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
         name, note = self._save()
         message = f"{message} {note}".strip()
-        self.folder.update(state=state, message=message)
+        self._note_down(lambda: self.folder.update(state=state, message=message))
         self.is_kept = True
         try:
             if state == "done":
@@ -293,7 +300,4 @@ class TrainingRun:
     def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
         """The page first, as the disk may be what has failed."""
         self.live.finish(state, message, file)
-        try:
-            self.folder.update(state=state, message=message, **more)
-        except TLoRAError as error:
-            logging.warning("[T-LoRA] %s", error)
+        self._note_down(lambda: self.folder.update(state=state, message=message, **more))
