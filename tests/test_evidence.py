@@ -65,8 +65,11 @@ def test_every_study_has_the_full_size_and_shares_trainings():
 
 def test_fresh_trainings_are_of_other_seeds_and_have_references_of_their_own():
     cells, others = (study.cells_of([name], FULL, study.usual_rates()) for name in ("fresh", "methods"))
-    assert {cell.seed for cell in cells}.isdisjoint(cell.seed for cell in others) and len(cells) == len(others)
-    assert {(c.concept, c.seed) for c in cells if c.method == "none"} == {(c.concept, c.seed) for c in cells if c.method != "none"}
+    assert {cell.seed for cell in cells}.isdisjoint(cell.seed for cell in others)
+    assert len([cell for cell in cells if cell.base == "noise"]) == len(others)
+    for base in ("noise", "flow"):
+        references, trained = ({(c.concept, c.seed) for c in cells if c.base == base and (c.method == "none") == bare} for bare in (True, False))
+        assert references == trained and len(references) == len(FULL.concepts) * len(FULL.seeds)
 
 
 def test_free_curves_are_ones_that_training_takes():

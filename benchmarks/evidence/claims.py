@@ -92,8 +92,10 @@ def of_likeness(given: Sequence[Point]) -> list[Claim]:
     """What `by_likeness` made one think, judged by trainings made after that: at IS REPRODUCED, without the gate."""
     of_fresh = [point for point in given if point.cell.seed in FRESH]
     made = []
-    for who, ours in (("T-LoRA", _TLORA), ("Vanilla T-LoRA (mask without start)", _VANILLA), ("Ortho-LoRA (start without mask)", _ORTHO)):
-        a, b = _lines(of_fresh, ours, _LORA)
+    for who, ours, others in (("T-LoRA", _TLORA, _LORA), ("Vanilla T-LoRA (mask without start)", _VANILLA, _LORA),
+                              ("Ortho-LoRA (start without mask)", _ORTHO, _LORA),
+                              ("on the flow-matching base, Vanilla T-LoRA", {**_VANILLA, **_FLOW}, {**_LORA, **_FLOW})):
+        a, b = _lines(of_fresh, ours, others)
         found = difference(*(at_level(lines, REPRODUCED, lambda point: point.ts) for lines in (a, b)))
         made.append(_claim(f"{who} obeys better than LoRA where both first reach IS {REPRODUCED:g}", Differences(found, found, a.keys() & b.keys())))
     return made

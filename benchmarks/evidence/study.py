@@ -210,8 +210,9 @@ def main_methods(scale, chosen):
 
 
 def fresh(scale, chosen):
-    """Further trainings of these, for what was thought of after seeing the others."""
-    return main_methods(replace(scale, seeds=FRESH[:len(scale.seeds)]), chosen)
+    """Further trainings, for what was thought of after seeing the others."""
+    of_fresh = replace(scale, seeds=FRESH[:len(scale.seeds)])
+    return main_methods(of_fresh, chosen) + _cells(of_fresh, chosen, [{"method": m, "base": "flow"} for m in ("lora", "vanilla_tlora")])
 
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
