@@ -388,7 +388,8 @@ def _limits():
             "so neutral pictures of the bare base can be broken; the control prompts, which say everything, are not touched by that. "
             "All pictures of one kind start from the same few noises, whatever the concept, the seed and the method, and a seed is one seed "
             "of training in every concept: intervals do not cover other ones. Learning rates were swept at one rank and on two concepts. "
-            "Of variants of which too few concepts could be compared, further seeds were trained after that was seen. "
+            "Of variants of which too few concepts could be compared, further seeds were trained after that was seen; and seeds "
+            f"{FRESH[0]} to {FRESH[-1]} after all else, which count in every comparison of the methods that they are of. "
             "TS and IS are this world's own and cannot be compared with the paper's CLIP figures, only their order can. "
             "IS cannot tell a copied pose from a new one; the columns on copying and spread do. A level of IS that a training never "
             "reaches leaves its unit out of that column, so columns may stand on different units; differences always pair them.")
