@@ -9,7 +9,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, plots, report, run, study  # noqa: E402
+from evidence import analysis, claims, plots, report, run, study, tables  # noqa: E402
 
 
 def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
@@ -63,11 +63,11 @@ def test_flow_trainings_are_measured_from_the_flow_base_and_stand_in_no_other_ta
                             record(distance=0.15, min_share=1.0, base="flow")])
     of_noise, of_flow = (p for p in made if p.cell.method == "lora")
     assert of_noise.is_ == pytest.approx(0.75) and of_flow.is_ == pytest.approx(0.5)
-    for table in report.TABLES:
+    for table in tables.TABLES:
         lines = analysis.curves(made, table.variant)
         found = [point for units in lines.values() for line in units.values() for point in line]
         assert all((point.cell.base == "flow") == (table.name == "table5") for point in found), table.name
-    assert analysis.curves(made, report._flow).keys() == {"lora, rank 32"}
+    assert analysis.curves(made, tables._flow).keys() == {"lora, rank 32"}
     with pytest.raises(SystemExit, match="bare base \\(flow\\)"):
         analysis.points([base(), record(base="flow")])
 
@@ -100,7 +100,7 @@ def test_what_has_not_learnt_the_concept_by_its_last_checkpoint_is_gone_on_with(
 
 def test_another_pace_is_another_row_and_no_part_of_a_methods_own():
     given = analysis.points([base(), *run_of("lora", (1, 1), min_share=1.0), *run_of("lora", (0.5, 0.5), min_share=1.0, pace=0.5)])
-    for table in report.TABLES:
+    for table in tables.TABLES:
         lines = analysis.curves(given, table.variant)
         assert all(len(line) == 3 for units in lines.values() for line in units.values())
         assert ("lora, 0.5 times its rate" in lines) == (table.name == "paces"), table.name
@@ -257,12 +257,12 @@ def test_each_row_is_compared_with_the_one_that_differs_only_in_what_the_table_i
               "figure5": {"middle_weight, rank 4": "last_random, rank 4"}, "figure6": {"r_min 100%": "r_min 50%", "r_min 0%": "r_min 50%"},
               "curves": {"rising": "alpha 1", "alpha 0.5": "alpha 1"},
               "paces": {"tlora, 2 times its rate": "lora, 0.5 times its rate", "lora": "lora, 0.5 times its rate"}}
-    for table in report.TABLES:
+    for table in tables.TABLES:
         lines = analysis.curves(made, table.variant)
         others = {name: table.other(units) for name, units in lines.items()}
         assert others.items() >= wanted[table.name].items() and set(others.values()) <= set(lines), table.name
         assert report._in_order(lines).keys() == lines.keys()
-    assert len(report.TABLES) == len(wanted)
+    assert len(tables.TABLES) == len(wanted)
 
 
 def test_gate_sees_reproduction_and_damage():
