@@ -251,6 +251,69 @@ def test_the_file_is_handed_on_where_the_disk_takes_nothing_after_it(base, outpu
     assert again.losses == done.losses and same(again.tlora, done.tlora) and len(folders(output)) == 2
 
 
+def test_training_whose_file_cannot_be_saved_is_kept_and_the_next_run_only_writes_the_file(base, output, monkeypatch):
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.errors import TLoRAError
+    from tlora_core.file import TLoRAFile
+
+    straight = run(base, request(config={"seed": 1}))
+    (output / "loras" / straight.file).unlink()
+
+    def full(*args):
+        raise TLoRAError("the disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TLoRAFile, "save", full)
+        with pytest.raises(TLoRAError, match="the disk is full. The training is kept in .* press Run again"):
+            run(base, request(config={"seed": 1}), checkpoint_every=0)
+    folder = folders(output)[-1]
+    assert record(output)["state"] == "failed"
+    assert len((folder / "loss.csv").read_text().splitlines()) == 7
+
+    trained = []
+    monkeypatch.setattr(Personalization, "train", lambda *args: trained.append(args))
+    again = run(base, request(config={"seed": 1}), checkpoint_every=0)
+    assert not trained and same(again.tlora, straight.tlora) and again.losses == straight.losses
+    assert record(output)["state"] == "done" and not (folder / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("missing", ["clip", "vae"])
+def test_checkpoint_file_without_clip_or_vae_is_told_before_any_step(base, output, missing):
+    from types import SimpleNamespace
+
+    from tlora_core.errors import TLoRAError
+
+    model, clip, vae = base
+    # What the host's Load Checkpoint gives for a file without them: None, and a VAE without a network.
+    parts = (model, None, vae) if missing == "clip" else (model, clip, SimpleNamespace())
+    with pytest.raises(TLoRAError, match=f"^{missing} is empty.*connect the {missing} of a Load {missing.upper()} node"):
+        run(parts)
+    assert not (output / "tlora_runs").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_saved_files_have_the_permissions_that_the_umask_leaves(base, output):
+    before = os.umask(0o027)
+    try:
+        made = run(base)
+    finally:
+        os.umask(before)
+    made_file = output / "loras" / made.file
+    assert made_file.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in made_file.parent.iterdir()) == [made_file.name]
+
+
+def test_both_separators_of_a_file_name_make_folders_on_every_system(output):
+    from tlora_core.comfy_host.files import new_lora_path
+    from tlora_core.errors import TLoRAError
+
+    assert new_lora_path("a\\b/dog") == new_lora_path("a/b/dog")
+    assert new_lora_path("a\\b\\dog").parent == output / "loras" / "a" / "b"
+    for climbing in ("..\\dog", "a\\..\\..\\dog"):
+        with pytest.raises(TLoRAError, match="leaves the loras folder"):
+            new_lora_path(climbing)
+
+
 @pytest.mark.parametrize("end", ["stop", "cancel"])
 def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, output, monkeypatch, end):
     import comfy.model_management

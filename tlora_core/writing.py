@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with open(temporary, "r+b") as written:
             os.fsync(written.fileno())
+        os.chmod(temporary, _usual_mode(temporary))
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise TLoRAError(
@@ -35,6 +37,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _usual_mode(beside: Path) -> int:
+    """The permissions that a new file gets in this folder. safetensors makes its files readable by their owner alone."""
+    # Python can read the umask only by setting it, which other threads would see; a file made here shows it.
+    probe = beside.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -52,10 +52,11 @@ def new_lora_path(prefix: str) -> Path:
     Raises TLoRAError, naming file_name, for a prefix that leaves the folder or that no file or folder can have here.
     """
     folder = folder_paths.get_folder_paths("loras")[0]
-    if not prefix.strip() or prefix.strip().endswith(("/", "\\")):
+    wanted = prefix.strip().replace("\\", "/")  # a workflow made on Windows names the same file here
+    if not wanted or wanted.endswith("/"):
         raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
     try:
-        parent, stem, counter, _, _ = folder_paths.get_save_image_path(prefix.strip(), folder)
+        parent, stem, counter, _, _ = folder_paths.get_save_image_path(wanted, folder)
     except OSError as error:
         raise _cannot_be_made(prefix, error) from error
     except Exception as error:  # the host raises a bare Exception

@@ -80,6 +80,7 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
 
     Raises TLoRAError, and lets the host's interrupt through; `model` is as it was in every case.
     """
+    _check_parts(clip, vae)
     path = new_lora_path(file_name)  # a name that cannot be is refused before any work
     draws = request.config.prior_weight and not prior  # pictures of the class, with the sampler
     base = model if draws else AsTrained(model)
@@ -100,6 +101,13 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         personalization.go_on_from(state)
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id).go()
+
+
+def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
+    """The host's loaders give None, or a VAE without a network, for what a checkpoint file does not hold."""
+    for name, part, node in (("clip", clip, "Load CLIP"), ("vae", vae, "Load VAE")):
+        if getattr(part, "patcher", None) is None:
+            raise TLoRAError(f"{name} is empty, as the checkpoint file holds none; connect the {name} of a {node} node.")
 
 
 def stopped_runs() -> int:
@@ -255,7 +263,8 @@ class TrainingRun:
         if state == "stopped":
             TrainingRun.stopped += 1
             message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
-        name, note = self._save()
+        # After a divergence the last run state stays: the optimizer is not at the step that the adapters went back to.
+        name, note = self._save() if state == "failed" else self._save_or_keep_state()
         message = f"{message} {note}".strip()
         self._note_down(lambda: self.folder.update(state=state, message=message))
         self.is_kept = True
@@ -268,6 +277,16 @@ class TrainingRun:
             self.live.finish(state, message, name)
         # What the file gives, not what it was made from: the next run of the graph finds the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
+
+    def _save_or_keep_state(self) -> tuple[str, str]:
+        """As _save; where the loras folder does not take the file, the run's state is on disk and the same graph only writes the file."""
+        try:
+            return self._save()
+        except TLoRAError as error:
+            missing = self._checkpoint_of_the_end()
+            self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
+            kept = missing or f'The training is kept in "{self.folder.path.name}"; when there is room, press Run again, which only writes the file.'
+            raise TLoRAError(f"{error} {kept}") from error
 
     def _saved_all_the_same(self, message: str) -> str:
         """The last good state of a training that has failed, in a file where the disk takes it; says which."""
