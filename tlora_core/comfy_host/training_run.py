@@ -279,13 +279,14 @@ class TrainingRun:
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
     def _save_or_keep_state(self) -> tuple[str, str]:
-        """As _save; where the loras folder does not take the file, the run's state is on disk and the same graph only writes the file."""
+        """As _save; where the loras folder does not take the file, the run's state is on disk for the same graph to take up."""
         try:
             return self._save()
         except TLoRAError as error:
             missing = self._checkpoint_of_the_end()
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
-            kept = missing or f'The training is kept in "{self.folder.path.name}"; when there is room, press Run again, which only writes the file.'
+            rest = "only writes the file" if self.trainer.step == self.steps else f"goes on from step {self.trainer.step}"
+            kept = missing or f'The training is kept in "{self.folder.path.name}"; when there is room, press Run again, which {rest}.'
             raise TLoRAError(f"{error} {kept}") from error
 
     def _saved_all_the_same(self, message: str) -> str:
