@@ -115,15 +115,18 @@ def move(model):
 
 
 def adapters_on_meta(model, method, rank):
-    from tlora_core.adapters import LoRAAdapter, OrthoAdapter, in_stacks
+    from tlora_core.adapters import Adapters
+    from tlora_core.bank import LoRABank, OrthoBank
     from tlora_core.comfy_host.families import target_layers
-    made = {}
+    of_shapes = {}
     for name, layer in target_layers(model).items():
-        rows, columns = layer.shape
-        with META:
-            made[name] = (OrthoAdapter(torch.empty(rows, rank), torch.empty(rank), torch.empty(rank, columns)) if method == "tlora"
-                          else LoRAAdapter(rows, columns, rank).to(META))
-    return in_stacks(made)
+        of_shapes.setdefault(layer.shape, []).append(name)
+    made = {}
+    for (rows, columns), names in of_shapes.items():
+        B, S, A = (torch.empty(len(names), *shape, device=META) for shape in ((rows, rank), (1, rank), (rank, columns)))
+        bank = OrthoBank(B, S, A) if method == "tlora" else LoRABank(B, A)
+        made |= {name: bank[i] for i, name in enumerate(names)}
+    return Adapters(made)
 
 
 def step(model, tokens, size, rank, checkpointing):
@@ -145,7 +148,7 @@ def step(model, tokens, size, rank, checkpointing):
     weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
     trainer = Trainer(adapters, TrainConfig(steps=9, optimizer=usual.optimizer))
     trainer.step = 1  # the first loss of all is read
-    tensors = [*trainer.parameters, *(b for adapter in adapters.values() for b in adapter.buffers())]
+    tensors = [*trainer.parameters, *adapters.buffers()]
     sample = Sample(torch.zeros(base.latent_format.latent_channels, size, size), None, None, random_models.conditioning(model, tokens))
     update, kernels = trainer._update, []
 

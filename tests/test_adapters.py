@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from tlora_core import (
     METHODS,
     STARTS,
-    LoRAAdapter,
     LowRank,
-    OrthoAdapter,
     TLoRAError,
     add_low_rank,
     make_adapters,
     orthogonal_start,
 )
+
+from tlora_core.bank import ortho_bank
 
 LOW_RANK = [name for name, method in METHODS.items() if not method.of_weight]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,19 +36,23 @@ def low_rank_delta(x, up, down, active, group):
 
 def ortho(seed=0, moved=0.0, start=None):
     """An adapter whose factors each moved from their start by `moved` times their norm."""
-    adapter = OrthoAdapter(*(start or start_of("last_random")))
+    bank = ortho_bank([start or start_of("last_random")])
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in adapter.parameters():
+        for p in bank.parameters():
             p.add_(moved * p.norm() / p.numel() ** 0.5 * torch.randn(p.shape, generator=g))
-    return adapter
+    return bank[0]
 
 
 def paper_update(a, active):
     """B S M A - B0 S0 M A0 in float64 (equation 6)."""
     M = (torch.arange(a.rank) < active).double()
-    B, S, A, B0, S0, A0 = (t.detach().double() for t in (a.B, a.S, a.A, a.B0, a.S0, a.A0))
+    B, S, A, B0, S0, A0 = (t.detach().double() for t in (a.B, a.S, a.A, *start_buffers(a)))
     return (B * (S * M)) @ A - (B0 * (S0 * M)) @ A0
+
+
+def start_buffers(a):
+    return a.module.B0[a.index], a.module.S0[a.index, 0], a.module.A0[a.index]
 
 
 def relative_error(got, expected):
@@ -89,38 +93,47 @@ def test_every_orthogonal_start_has_an_update_of_exactly_zero_and_learns():
         y = low_rank_delta(x, *adapter.factors(), 8, adapter.group)
         assert torch.equal(y, torch.zeros(2, 48)), start
         y.sum().backward()
-        assert all(p.grad.abs().max() > 0 for p in adapter.parameters()), start
+        assert all(p.grad.abs().max() > 0 for p in adapter.module.parameters()), start
 
 
 def test_gradients_are_those_of_the_masked_product():
-    adapter = ortho(moved=0.3).double()
+    adapter = ortho(moved=0.3)
+    bank = adapter.module.double()
     x = torch.randn(2, 64, dtype=torch.float64)
     low_rank_delta(x, *adapter.factors(), 5, 2).square().sum().backward()
-    got = [p.grad.clone() for p in (adapter.A, adapter.S, adapter.B)]
-    adapter.zero_grad()
+    got = [p.grad.clone() for p in bank.parameters()]
+    bank.zero_grad()
     M = (torch.arange(16) < 5).double()
-    update = (adapter.B * (adapter.S * M)) @ adapter.A - (adapter.B0 * (adapter.S0 * M)) @ adapter.A0
+    B0, S0, A0 = start_buffers(adapter)
+    update = (adapter.B * (adapter.S * M)) @ adapter.A - (B0 * (S0 * M)) @ A0
     (x @ update.T).square().sum().backward()
-    for grad, p in zip(got, (adapter.A, adapter.S, adapter.B)):
+    for grad, p in zip(got, bank.parameters()):
         torch.testing.assert_close(grad, p.grad)
 
 
 def test_lora_starts_as_the_reference_draws_it():
-    adapter = LoRAAdapter(96, 4096, 16, torch.Generator().manual_seed(0))
+    adapter = make_adapters("lora", "last_random", {"x": (96, 4096)}, 16, 0)["x"]
     assert adapter.group == 1 and torch.equal(adapter.B, torch.zeros(96, 16))
     assert adapter.A.mean().abs() < 1e-3 and abs(adapter.A.std().item() * 16 - 1) < 0.01
     up, down = adapter.factors()
-    assert up is adapter.B and down is adapter.A
+    assert torch.equal(up, adapter.B) and torch.equal(down, adapter.A)
 
 
 def test_start_is_a_buffer_that_neither_trains_nor_is_saved():
-    adapter = ortho()
-    assert set(adapter.state_dict()) == {"A", "S", "B"} == {n for n, _ in adapter.named_parameters()}
-    before = adapter.A0.clone()
+    bank = ortho().module
+    assert set(bank.state_dict()) == {"A", "S", "B"} == {n for n, _ in bank.named_parameters()}
+    before = bank.A0.clone()
     with torch.no_grad():
-        adapter.A.add_(1)
-    assert torch.equal(adapter.A0, before)
-    assert adapter.to(torch.float64).A0.dtype == torch.float64
+        bank.A.add_(1)
+    assert torch.equal(bank.A0, before)
+    assert bank.to(torch.float64).A0.dtype == torch.float64
+
+
+def test_adapters_of_one_shape_share_their_parameters():
+    layers = {"a": (8, 6), "b": (6, 8), "c": (8, 6)}
+    made = make_adapters("tlora", "last_random", layers, 2, 0)
+    assert list(made) == list(layers) and made["a"].module is made["c"].module is not made["b"].module
+    assert [tuple(p.shape) for p in made.parameters()] == [(2, 2, 6), (2, 1, 2), (2, 8, 2), (1, 2, 8), (1, 1, 2), (1, 6, 2)]
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3, 1.0])
@@ -136,12 +149,12 @@ def test_detached_update_is_balanced_and_apart(moved):
     assert (layer.rank, layer.group, layer.up.requires_grad) == (16, 2, False)
     before = layer.up.clone()
     with torch.no_grad():
-        adapter.B.add_(1)
+        adapter.module.B.add_(1)
     assert torch.equal(layer.up, before)
 
 
 def test_untrained_lora_detaches_to_a_zero_update():
-    layer = LoRAAdapter(8, 6, 2, torch.Generator().manual_seed(0)).detach()
+    layer = make_adapters("lora", "last_random", {"x": (8, 6)}, 2, 0)["x"].detach()
     assert torch.equal(layer.up @ layer.down, torch.zeros(8, 6)) and layer.rank == 2
 
 
@@ -162,7 +175,8 @@ def test_factory_is_seeded_and_each_layer_depends_on_its_name_alone(method):
 def test_factory_uses_the_weights_it_is_given():
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
     adapter = make_adapters("ortho_lora", "principal_weight", {"layer": weight}, 8, seed=0)["layer"]
-    top = torch.linalg.svdvals(weight - (adapter.B0 * adapter.S0) @ adapter.A0)[0]
+    B0, S0, A0 = start_buffers(adapter)
+    top = torch.linalg.svdvals(weight - (B0 * S0) @ A0)[0]
     torch.testing.assert_close(top, torch.linalg.svdvals(weight)[8])
 
 

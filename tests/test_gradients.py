@@ -27,8 +27,8 @@ class Setting:
             cast_to(self.model, storage)
         self.layers = target_layers(self.model)
         shapes = {name: layer.shape for name, layer in self.layers.items()}
-        self.adapters = {name: a.to(dtype) for name, a in make_adapters("tlora", "last_random", shapes, 4, 0).items()}
-        self.parameters = [p for adapter in self.adapters.values() for p in adapter.parameters()]
+        self.adapters = make_adapters("tlora", "last_random", shapes, 4, 0).to(dtype)
+        self.parameters = self.adapters.parameters()
         self.generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters:
@@ -84,10 +84,13 @@ def cast_to(model, storage):
 def slope(setting, name, levels, step=1e-2):
     """(what the gradients say, what the loss does) when one layer's adapter moves along its gradient. The host gives its output
     in float32, so the step must not be too small."""
-    parameters = list(setting.adapters[name].parameters())
-    length = sum(p.grad.square().sum() for p in parameters).sqrt()
+    adapter = setting.adapters[name]
+    whole = list(adapter.module.parameters())
+    parameters = [p[adapter.index] for p in whole]
+    gradients = [p.grad[adapter.index].clone() for p in whole]
+    length = sum(g.square().sum() for g in gradients).sqrt()
     # SD3's last block makes a query of the text that nothing looks at: no gradient, and no direction to go in.
-    directions = [p.grad.clone() / length.clamp(min=1e-12) for p in parameters]
+    directions = [g / length.clamp(min=1e-12) for g in gradients]
     values = []
     with torch.no_grad():
         for sign in (1, -2, 1):

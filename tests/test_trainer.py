@@ -7,7 +7,8 @@ import pytest
 import torch
 from training_runs import OutOfMemory
 
-from tlora_core import LoRAAdapter, OrthoAdapter, TLoRAError
+from tlora_core import Adapters, TLoRAError, make_adapters
+from tlora_core.bank import ortho_bank
 from tlora_core.config import TrainConfig
 from tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS, STATE_SIZES
 from tlora_core.trainer import SNAPSHOT_EVERY, Batches, Trainer, TrainingDiverged, divergence, generator_for, orthogonality, train
@@ -32,14 +33,18 @@ class Toy:
         yield (noise @ (up @ down - self.target).T).square().mean()
 
 
+def one_lora(width, rank, seed=0):
+    return make_adapters("lora", "last_random", {"layer": (width, width)}, rank, seed)["layer"]
+
+
 def new_adapter():
-    return LoRAAdapter(6, 6, 4, torch.Generator().manual_seed(0))
+    return one_lora(6, 4)
 
 
 def run(config, buckets=((0,),), on_step=lambda step, loss: None, toy=Toy):
     adapter = new_adapter()
     denoiser = toy(adapter, buckets)
-    return train({"layer": adapter}, denoiser, config, on_step), adapter, denoiser
+    return train(Adapters({"layer": adapter}), denoiser, config, on_step), adapter, denoiser
 
 
 def test_training_reduces_the_loss_and_reports_each_step():
@@ -97,10 +102,10 @@ def test_every_optimizer_learns(optimizer):
 
 @pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
 def test_state_of_an_optimizer_is_as_large_as_said(optimizer):
-    adapter = LoRAAdapter(640, 640, 64, torch.Generator().manual_seed(0))
+    adapter = one_lora(640, 64)
     with torch.no_grad():
-        adapter.B.normal_()  # Prodigy remembers no start of zeros
-    trainer = Trainer({"layer": adapter}, TrainConfig(optimizer=optimizer))
+        adapter.module.B.normal_()  # Prodigy remembers no start of zeros
+    trainer = Trainer(Adapters({"layer": adapter}), TrainConfig(optimizer=optimizer))
     for parameter in trainer.parameters:
         parameter.grad = torch.ones_like(parameter)
     trainer.optimizer.step()
@@ -118,17 +123,17 @@ def test_schedules_of_other_names_are_others():
     rates = {}
     for name in LR_SCHEDULES:
         adapter = new_adapter()
-        trainer, rates[name] = Trainer({"layer": adapter}, TrainConfig(steps=40, lr_schedule=name)), []
+        trainer, rates[name] = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=40, lr_schedule=name)), []
         trainer.run(Toy(adapter), 40, lambda *_, t=trainer, r=rates[name]: r.append(t.optimizer.param_groups[0]["lr"]))
     assert len({tuple(each) for each in rates.values()}) == len(LR_SCHEDULES)
     with pytest.raises(TLoRAError, match="above 1e-07"):
-        Trainer({"layer": new_adapter()}, TrainConfig(learning_rate=1e-8, lr_schedule="polynomial"))
+        Trainer(Adapters({"layer": new_adapter()}), TrainConfig(learning_rate=1e-8, lr_schedule="polynomial"))
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)
 def test_learning_rate_follows_its_schedule(name):
     adapter = new_adapter()
-    trainer = Trainer({"layer": adapter}, TrainConfig(steps=40, lr_schedule=name, warmup_steps=10))
+    trainer = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=40, lr_schedule=name, warmup_steps=10))
     rates = []
     trainer.run(Toy(adapter), 40, lambda step, loss: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     assert rates[4] == pytest.approx(0.5e-4) and rates[9] == pytest.approx(1e-4)
@@ -144,11 +149,11 @@ HARD = [TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer="adamw
 def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_interrupted(config):
     buckets = ((0, 1, 2), (3,))
     adapter = new_adapter()
-    whole = Trainer({"layer": adapter}, config)
+    whole = Trainer(Adapters({"layer": adapter}), config)
     whole.run(Toy(adapter, buckets), config.steps)
 
     adapter = new_adapter()
-    first, saved = Trainer({"layer": adapter}, config), io.BytesIO()
+    first, saved = Trainer(Adapters({"layer": adapter}), config), io.BytesIO()
     assert first.run(Toy(adapter, buckets), 23)
     with first.result():  # as a validation does
         pass
@@ -157,8 +162,8 @@ def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_in
 
     saved.seek(0)
     torch.manual_seed(99)
-    adapter = LoRAAdapter(6, 6, 4)
-    second = Trainer({"layer": adapter}, config)
+    adapter = one_lora(6, 4, 99)
+    second = Trainer(Adapters({"layer": adapter}), config)
     second.load_state_dict(torch.load(saved, weights_only=True))
     second.run(Toy(adapter, buckets), config.steps)
     assert second.losses == whole.losses and len(whole.losses) == 60
@@ -176,7 +181,7 @@ def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_kno
 
     def trained(operation):
         adapter = new_adapter()
-        toy, trainer = Toy(adapter), Trainer({"layer": adapter}, config)
+        toy, trainer = Toy(adapter), Trainer(Adapters({"layer": adapter}), config)
         toy.needs_loss_scaling = is_scaled
         with monkeypatch.context() as patch:
             shortage = OutOfMemory(patch, step, operation)
@@ -207,28 +212,28 @@ def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_kno
 @pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)
 def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
     adapter = new_adapter()
-    trainer = Trainer({"layer": adapter}, config)
+    trainer = Trainer(Adapters({"layer": adapter}), config)
     trainer.run(Toy(adapter), 30)
     before = [p.detach().clone() for p in trainer.parameters]
     with trainer.result():
-        assert not torch.equal(adapter.B, before[1])
+        assert not torch.equal(adapter.module.B, before[1])
         if trainer.average is not None:
-            assert torch.equal(adapter.B, trainer.average[1])
+            assert torch.equal(adapter.module.B, trainer.average[1])
     assert all(torch.equal(a, b) for a, b in zip(trainer.parameters, before))
 
 
 def test_average_forgets_the_start_faster_than_later_weights():
     adapter = new_adapter()
-    trainer, average = Trainer({"layer": adapter}, TrainConfig(steps=5, learning_rate=0.02, ema_decay=0.3)), adapter.B.detach().clone()
+    trainer, average = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=5, learning_rate=0.02, ema_decay=0.3)), adapter.B.detach().clone()
     for step in range(5):
         trainer.run(Toy(adapter), step + 1)
         average = torch.lerp(average, adapter.B.detach(), 1 - min(0.3, (step + 1) / (step + 10)))
-    torch.testing.assert_close(trainer.average[1], average)
+    torch.testing.assert_close(trainer.average[1][0], average)
 
 
 def test_a_true_answer_ends_the_run_after_that_step():
     adapter = new_adapter()
-    trainer = Trainer({"layer": adapter}, TrainConfig(steps=50))
+    trainer = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=50))
     assert not trainer.run(Toy(adapter), 50, lambda step, loss: step == 7)
     assert trainer.step == len(trainer.losses) == 7
     assert trainer.run(Toy(adapter), 50) and trainer.losses == run(TrainConfig(steps=50))[0]
@@ -244,35 +249,35 @@ def test_accumulated_batches_are_one_large_batch():
     small = run(TrainConfig(steps=1, batch_size=2, gradient_accumulation=2, learning_rate=0.1), buckets, toy=Fixed)
     assert len(small[2].rows) == 0 and small[0][0] > 0
     adapter = new_adapter()
-    trainer = Trainer({"layer": adapter}, TrainConfig(steps=1, batch_size=2, gradient_accumulation=2))
+    trainer = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=1, batch_size=2, gradient_accumulation=2))
     trainer.run(Fixed(adapter, buckets), 1)
-    got = adapter.B.grad
+    got = adapter.module.B.grad
     other = new_adapter()
     up, down = other.factors()
     rows = Batches(buckets, 2, 0)
     for i in range(2):
         ((torch.tensor(rows[i]).float().mean() * (up @ down - Toy(other).target)).square().mean() / 2).backward(retain_graph=True)
-    torch.testing.assert_close(got, other.B.grad)
+    torch.testing.assert_close(got, other.module.B.grad)
 
 
 def test_gradients_are_clipped_to_the_norm():
     adapter = new_adapter()
-    trainer = Trainer({"layer": adapter}, TrainConfig(steps=1, max_grad_norm=1e-3))
+    trainer = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=1, max_grad_norm=1e-3))
     trainer.run(Toy(adapter), 1)
     assert torch.cat([p.grad.flatten() for p in trainer.parameters]).norm() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_orthogonality_is_equation_4():
     A0, B0 = torch.linalg.qr(torch.randn(8, 3))[0].T, torch.linalg.qr(torch.randn(7, 3))[0]
-    ortho = OrthoAdapter(B0, torch.ones(3), A0)
-    assert orthogonality({"x": ortho}).item() == pytest.approx(0, abs=1e-5)
+    ortho = ortho_bank([(B0, torch.ones(3), A0)])[0]
+    assert orthogonality(Adapters({"x": ortho})).item() == pytest.approx(0, abs=1e-5)
     lora = new_adapter()
     A, B = lora.A.detach().double(), lora.B.detach().double()
     eye = torch.eye(4, dtype=torch.float64)
     expected = (A @ A.T - eye).square().sum() + (B.T @ B - eye).square().sum()
-    assert orthogonality({"x": lora, "y": ortho}).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert orthogonality(Adapters({"x": lora, "y": ortho})).item() == pytest.approx(expected.item(), rel=1e-5)
     without, with_it = (run(TrainConfig(steps=300, learning_rate=0.01, orthogonality=x))[1] for x in (0.0, 1.0))
-    assert orthogonality({"x": with_it}) < 0.1 * orthogonality({"x": without})
+    assert orthogonality(Adapters({"x": with_it})) < 0.1 * orthogonality(Adapters({"x": without}))
 
 
 class Breaking(Toy):
@@ -292,7 +297,7 @@ class Breaking(Toy):
     (math.nan, SNAPSHOT_EVERY + 7), (1e4, SNAPSHOT_EVERY + 7), (math.nan, 2 * SNAPSHOT_EVERY)])
 def test_loss_that_diverges_stops_at_the_last_good_state(factor, bad_step):
     adapter = new_adapter()
-    denoiser, trainer = Breaking(adapter, bad_step, factor), Trainer({"layer": adapter}, TrainConfig(steps=100))
+    denoiser, trainer = Breaking(adapter, bad_step, factor), Trainer(Adapters({"layer": adapter}), TrainConfig(steps=100))
     with pytest.raises(TrainingDiverged, match="lower learning_rate") as raised:
         trainer.run(denoiser, 100)
     assert raised.value.kept_step == trainer.step == len(trainer.losses) == SNAPSHOT_EVERY
@@ -307,7 +312,7 @@ def test_result_of_a_run_that_diverged_is_that_of_the_last_good_state(config, fa
     results = []
     for bad_step, steps in ((1000, SNAPSHOT_EVERY), (SNAPSHOT_EVERY + 3, 100)):
         adapter = new_adapter()
-        trainer = Trainer({"layer": adapter}, config)
+        trainer = Trainer(Adapters({"layer": adapter}), config)
         try:
             trainer.run(Breaking(adapter, bad_step, factor), steps)
         except TrainingDiverged as error:
@@ -321,10 +326,10 @@ def test_result_of_a_run_that_diverged_is_that_of_the_last_good_state(config, fa
 
 def test_run_that_was_taken_up_and_diverges_is_back_where_it_was_taken_up():
     first = new_adapter()
-    before = Trainer({"layer": first}, TrainConfig(steps=100))
+    before = Trainer(Adapters({"layer": first}), TrainConfig(steps=100))
     before.run(Toy(first), 7)
     second = new_adapter()
-    after = Trainer({"layer": second}, TrainConfig(steps=100))
+    after = Trainer(Adapters({"layer": second}), TrainConfig(steps=100))
     after.load_state_dict(before.state_dict())
     with pytest.raises(TrainingDiverged, match="back at step 7"):
         after.run(Breaking(second, 3, math.nan), 100)
@@ -338,8 +343,8 @@ def test_noisy_losses_are_no_divergence():
 
 
 def test_state_of_another_run_is_refused():
-    state = Trainer({"layer": new_adapter()}, TrainConfig()).state_dict()
-    other = Trainer({"layer": LoRAAdapter(6, 6, 2)}, TrainConfig())
+    state = Trainer(Adapters({"layer": new_adapter()}), TrainConfig()).state_dict()
+    other = Trainer(Adapters({"layer": one_lora(6, 2)}), TrainConfig())
     with pytest.raises(TLoRAError, match="another rank"):
         other.load_state_dict(state)
 
@@ -355,6 +360,6 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 def test_what_an_optimizer_cannot_do_is_said():
     with pytest.raises(TLoRAError, match="GPU"):
-        Trainer({"layer": new_adapter()}, TrainConfig(optimizer="adamw8bit"))
+        Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):
-        Trainer({"layer": new_adapter()}, TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))
+        Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))

@@ -508,7 +508,7 @@ def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
 
 
 def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
-    from tlora_core import LoRAAdapter, TLoRAError
+    from tlora_core import TLoRAError, make_adapters
     from tlora_core.comfy_host.training_run import Keeping
     from tlora_core.config import TrainConfig
     from tlora_core.trainer import Trainer
@@ -518,9 +518,9 @@ def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatc
     with pytest.raises(TLoRAError, match="input wandb needs the Python package wandb .* pip install wandb.$"):
         Keeping(wandb=True)
     with pytest.raises(TLoRAError, match="optimizer prodigy needs the Python package prodigyopt"):
-        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(optimizer="prodigy"))
+        Trainer(make_adapters("lora", "last_random", {"x": (4, 4)}, 2, 0), TrainConfig(optimizer="prodigy"))
     with pytest.raises(TLoRAError, match='lr_schedule cosine needs the Python package diffusers .* pip install "diffusers>=[0-9.]+,<[0-9.]+".$'):
-        Trainer({"x": LoRAAdapter(4, 4, 2)}, TrainConfig(lr_schedule="cosine"))
+        Trainer(make_adapters("lora", "last_random", {"x": (4, 4)}, 2, 0), TrainConfig(lr_schedule="cosine"))
 
 
 def test_weights_and_biases_gets_the_loss_and_the_drawings_when_asked(base, output, monkeypatch):

@@ -1,7 +1,8 @@
 """T-LoRA (Soboleva et al. 2025) in plain torch: adapters, their orthogonal starts, the rank schedule, the file."""
 
-from .adapters import METHODS, Adapter, LoRAAdapter, LowRank, Method, OrthoAdapter, make_adapters
+from .adapters import METHODS, Adapter, Adapters, LowRank, Method
 from .errors import TLoRAError
+from .factory import make_adapters
 from .file import TLoRAFile
 from .masking import add_low_rank
 from .orthogonal import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
@@ -14,10 +15,9 @@ __all__ = [
     "METHODS",
     "STARTS",
     "Adapter",
-    "LoRAAdapter",
+    "Adapters",
     "LowRank",
     "Method",
-    "OrthoAdapter",
     "RankSchedule",
     "TLoRAError",
     "TLoRAFile",

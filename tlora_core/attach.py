@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol
 
 from torch import LongTensor, Tensor, nn
 
-from .adapters import LoRAAdapter, OrthoAdapter
 from .autograd import Evaluation, Part, Trained
+from .bank import BankAdapter
 from .masking import add_low_rank
 
 _ABSENT = object()
@@ -64,15 +64,15 @@ def replaced_forward():
 
 @contextmanager
 def attached(attachments: Iterable[Attachment]):
-    """Within the block each layer gives layer(x) + up M_t down x. The layers are as before afterwards, also after an
-    error. Attachments nest: an inner one adds to what the outer one gives."""
+    """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x. The layers are as before
+    afterwards, also after an error. Attachments nest: an inner one adds to what the outer one gives."""
     of_layers = defaultdict(list)
     for layer, *part in attachments:
         of_layers[layer].append(Part(*part))
     evaluation = Evaluation()
     with replaced_forward() as replace:
         for layer, parts in of_layers.items():
-            in_training = all(isinstance(part.adapter, LoRAAdapter | OrthoAdapter) for part in parts)
+            in_training = all(isinstance(part.adapter, BankAdapter) for part in parts)
             replace(layer, Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts))
         yield
 

@@ -5,18 +5,34 @@ that the host streams from memory) the cast copy, of an adapter every factor it 
 have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and fetches its weight
 anew for the backward pass, and an adapter saves its layer's input, which layers side by side share, and r numbers a token.
 """
-from collections import defaultdict
+import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.grad
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 
-from .adapters import Adapter
-from .products import Group, Kept, Part, group_of
+from .bank import BankAdapter, Branch, TextBranch, branches_of
+from .masking import components_on
 
 _INPUTS_KEPT = 4  # captions whose turn comes again and again
+
+
+class _Kept:
+    """What a frozen layer makes of an input that comes back as it is, for as long as that lives."""
+
+    def __init__(self, x: Tensor, output: Tensor):
+        self._input, self._version, self.output = weakref.ref(x), x._version, output
+
+    def is_of(self, x: Tensor) -> bool:
+        return self._input() is x and self._version == x._version
+
+    @property
+    def is_alive(self) -> bool:
+        return self._input() is not None
 
 
 class Frozen:
@@ -32,7 +48,7 @@ class Frozen:
                  keeps_output: bool = False):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
-        self._kept: list[Kept] = []
+        self._kept: list[_Kept] = []
 
     def __call__(self, x: Tensor, **options) -> Tensor:
         if options or self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
@@ -41,13 +57,13 @@ class Frozen:
             return _FrozenLayer.apply(x, self)
         return _Rerun.apply(x, self.run)
 
-    def kept(self, x: Tensor) -> Kept | None:
+    def kept(self, x: Tensor) -> _Kept | None:
         """What is kept of this input; None where nothing is."""
         if not self.keeps_output or x.requires_grad:
             return None
         known = next((kept for kept in self._kept if kept.is_of(x)), None)
         if known is None:
-            known = Kept(x, self.run(x))
+            known = _Kept(x, self.run(x))
             self._kept = [known, *(kept for kept in self._kept[:_INPUTS_KEPT - 1] if kept.is_alive)]
         return known
 
@@ -96,112 +112,115 @@ class _Rerun(torch.autograd.Function):
             return torch.autograd.grad(ctx.run(x), x, gradient)[0], None
 
 
-class Evaluation:
-    """The adapters of one evaluation of a model, those of one kind, shape and rank together.
+class Part(NamedTuple):
+    """An adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B], best on the CPU,
+    for samples that differ."""
 
-    There are hundreds, each with a few small products, so what comes before and after these is done for a group at a time: the
-    factors are made when the first layer asks for one, and the gradients of the parameters after the last layer's backward pass.
-    For that autograd sees one function of all parameters; what it gives, `token`, is an input of every layer.
-    """
+    adapter: BankAdapter
+    active: int | LongTensor
+    row: int
+
+
+class Evaluation:
+    """The branches of one evaluation of a model, prepared for a whole bank when the first of its layers asks. Each is handed out
+    once: what is still needed of it afterwards, autograd has, and gives up as it goes back."""
 
     def __init__(self):
-        self.parts: list[Part] = []
-        self._places: dict[torch.dtype, dict[Adapter, tuple[Group, int]]] = {}
-        self._token: Tensor | None = None
+        self._prepared: dict[tuple, list] = {}
+        self._masks: dict[tuple, Tensor] = {}
+        self._seen: list[Tensor] = []  # held, as they are told apart by their identity
 
-    @property
-    def token(self) -> Tensor:
-        if self._token is None:
-            self._token = _Gradients.apply(self, *self.parameters())
-        return self._token
+    def branch(self, part: Part, x: Tensor, is_text: bool) -> Branch | TextBranch:
+        """Of a part of a layer with the input x. is_text: x is the same tensor for all layers of the bank."""
+        bank, index, active = part.adapter.bank, part.adapter.index, part.active
+        columns, on = (active, None) if isinstance(active, int) else (int(active.max()), self._mask(active, x))
+        key = bank, active if on is None else id(active), x.dtype
+        up = self._take((*key, "up"), index, lambda: bank.ups(columns, x.dtype))
+        if is_text:
+            self._seen.append(x)
+            return TextBranch(*up, *self._take((*key, id(x)), index, lambda: bank.on_text(columns, x, on)), on)
+        return Branch(*up, *self._take((*key, "down"), index, lambda: bank.downs(columns, x.dtype)), on)
 
-    def parameters(self) -> list[Tensor]:
-        return [p for part in self.parts for p in part.adapter.parameters()]
+    def _take(self, key: tuple, index: int, make: Callable[[], list]):
+        prepared = self._prepared.get(key)
+        if prepared is None or prepared[index] is None:  # a layer that is called twice
+            with torch.enable_grad():  # a checkpointed block asks before it records anything
+                prepared = self._prepared[key] = make()
+        found, prepared[index] = prepared[index], None
+        return found
 
-    @contextmanager
-    def without_gradients(self):
-        """Within the block a layer's backward pass is not followed by that of `token`, as other layers are yet to come."""
-        token, self._token = self._token, torch.zeros(0, requires_grad=True)
-        try:
-            yield
-        finally:
-            self._token = token
-
-    def place(self, adapter: Adapter, dtype: torch.dtype) -> tuple["Group", int]:
-        """Where to find the adapter's factors in this dtype: its group, and its number there."""
-        if dtype not in self._places:
-            members = defaultdict(dict)
-            for part in self.parts:
-                members[type(part.adapter), part.adapter.A.shape, part.adapter.B.shape, part.columns][part.adapter] = None
-            groups = [group_of(list(adapters), key[-1], dtype) for key, adapters in members.items()]
-            self._places[dtype] = {a: (group, i) for group in groups for i, a in enumerate(group.adapters)}
-        return self._places[dtype][adapter]
-
-    def forget(self) -> None:
-        """The parameters are about to change."""
-        self._places, self._token = {}, None
-
-    def groups(self) -> list["Group"]:
-        return list({id(group): group for places in self._places.values() for group, _ in places.values()}.values())
-
-
-class _Gradients(torch.autograd.Function):
-    """What autograd knows of the adapters' parameters: that something depends on them."""
-
-    @staticmethod
-    def forward(ctx, evaluation: Evaluation, *parameters: Tensor) -> Tensor:
-        ctx.evaluation = evaluation
-        return torch.zeros(0)
-
-    @staticmethod
-    def backward(ctx, _):
-        of_adapters: dict[Adapter, tuple[Tensor, ...]] = {}
-        for group in ctx.evaluation.groups():  # an adapter is in one for each dtype of its layers' inputs
-            for adapter, found in group.gradients().items():
-                before = of_adapters.get(adapter)
-                of_adapters[adapter] = found if before is None else tuple(a + b for a, b in zip(before, found))
-        ctx.evaluation.forget()
-        return None, *(g for part in ctx.evaluation.parts
-                       for g in of_adapters.get(part.adapter) or [None] * len(list(part.adapter.parameters())))
+    def _mask(self, active: LongTensor, like: Tensor) -> Tensor:
+        key = id(active), like.dtype
+        if key not in self._masks:
+            self._seen.append(active)
+            self._masks[key] = components_on(active, int(active.max()), like.dtype, like.device)[:, None, None]
+        return self._masks[key]
 
 
 class Trained:
     """The forward of a layer with adapters in training: forward(x) + up M_t down x for each part, as `masking.add_low_rank`
-    gives it. `forward` is the layer's own, or whatever stands in for it."""
+    gives it. `forward` is the layer's own, or whatever stands in for it.
+
+    branches: None, or what a checkpointed block uses again when it is run again: the branches by what the inputs are.
+    """
 
     def __init__(self, forward: Callable[[Tensor], Tensor], parts: Sequence[Part], evaluation: Evaluation):
         self.forward, self.parts, self.evaluation = forward, parts, evaluation
         self.frozen = forward if isinstance(forward, Frozen) else None
-        evaluation.parts += parts
+        self.branches: dict[tuple, list[Branch | TextBranch]] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _AddAdapters.apply(x, None if self.frozen else self.forward(x), self.evaluation.token, self)
+        kept = self.frozen and self.frozen.kept(x)
+        branches = self._branches(x, is_text=kept is not None)
+        base = None if self.frozen else self.forward(x)
+        factors = [tensor for branch in branches for tensor in branch]
+        return _AddBranches.apply(x, base, self, kept, type(branches[0]), torch.is_grad_enabled(), *factors)
+
+    def _branches(self, x: Tensor, is_text: bool) -> list[Branch | TextBranch]:
+        key = x.dtype, is_text
+        if self.branches is not None and key in self.branches:
+            return self.branches[key]
+        made = [self.evaluation.branch(part, x, is_text) for part in self.parts]
+        if self.branches is not None:
+            self.branches[key] = made
+        return made
+
+    def base_output(self, x: Tensor, base: Tensor | None, kept: _Kept | None) -> Tensor:
+        """What the layer gives without its adapters, to write on. base: the same where the layer is not frozen."""
+        if base is not None:
+            return base.clone()
+        return self.frozen.run(x) if kept is None else kept.output.clone()
+
+    def own_rows(self, of_layer: Tensor) -> list[Tensor]:
+        """The columns of [tokens, n] that belong to each part: a model may keep several projections in one layer."""
+        return [of_layer[:, part.row:part.row + part.adapter.bank.B.shape[1]] for part in self.parts]
 
 
-class _AddAdapters(torch.autograd.Function):
+class _AddBranches(torch.autograd.Function):
+    """The output of a layer with its branches. Keeps the layer's input, which layers side by side share, and c numbers a token
+    for each branch; the factors are views of what their bank has prepared."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | None, token: Tensor, layer: Trained) -> Tensor:
-        kept = layer.frozen and layer.frozen.kept(x)
-        if kept:
-            output = kept.output.clone()
-        else:
-            output = layer.frozen.run(x) if base is None else base.clone()
-        tokens, rows = x.flatten(0, -2), output.view(-1, output.shape[-1])
-        places = [layer.evaluation.place(part.adapter, x.dtype) for part in layer.parts]
-        saved = [group.add(i, group.rows_of(rows, part.row), tokens, kept, part.mask)
-                 for part, (group, i) in zip(layer.parts, places)]
-        ctx.layer, ctx.places = layer, places
-        ctx.save_for_backward(x, *saved)
+    def forward(ctx, x: Tensor, base: Tensor | None, layer: Trained, kept: _Kept | None, kind: type, is_recorded: bool,
+                *factors: Tensor | None) -> Tensor:
+        output = layer.base_output(x, base, kept)
+        tokens, rows = x.flatten(0, -2), layer.own_rows(output.view(-1, output.shape[-1]))
+        for_backward = [branch.add(own, tokens, is_recorded, ctx.needs_input_grad[0])
+                        for branch, own in zip(branches_of(kind, factors), rows)]
+        ctx.layer, ctx.kind = layer, kind
+        ctx.save_for_backward(x, *chain.from_iterable(for_backward))
         return output
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
-        x, *saved = ctx.saved_tensors
-        layer, tokens, rows = ctx.layer, x.flatten(0, -2), gradient.flatten(0, -2)
-        of_input = None
+    def backward(ctx, grad: Tensor):
+        layer, (x, *saved) = ctx.layer, ctx.saved_tensors
+        tokens, rows = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            of_input = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
-        for part, (group, i), hidden in zip(layer.parts, ctx.places, saved):
-            group.back(i, group.rows_of(rows, part.row), tokens, hidden, part.mask, of_input)
-        of_input = None if of_input is None else of_input.view(x.shape)
-        return of_input, gradient if ctx.needs_input_grad[1] else None, None, None
+            grad_x = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
+        grads = []
+        for i, own in enumerate(layer.own_rows(rows)):
+            grad_P, grad_A = ctx.kind.backward(saved[4 * i:4 * i + 4], own, tokens, grad_x)
+            grads += [grad_P, None, grad_A, None, None]
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, *grads

@@ -13,7 +13,15 @@ from .adapters import Adapter
 from .errors import TLoRAError
 
 
-class RotationAdapter(Adapter):
+class _OwnModule(nn.Module, Adapter):
+    """An adapter that holds its own parameters."""
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+
+class RotationAdapter(_OwnModule):
     """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two such
     matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not copied."""
 
@@ -45,7 +53,7 @@ class RotationAdapter(Adapter):
         return self.weight, self.rotation() - torch.eye(self.rank, device=self.Q.device)
 
 
-class SVDiffAdapter(Adapter):
+class SVDiffAdapter(_OwnModule):
     """relu(s + shift) - s on the singular values s of the weight; the shift starts at zero."""
 
     group = 1

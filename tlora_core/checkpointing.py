@@ -5,14 +5,17 @@ what is computed again would start from what was written. So a block that does g
 an ordinary one, in which autograd notices any other tensor that was overwritten and raises an error.
 """
 import dataclasses
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from .attach import replaced_forward
 from .autograd import Trained
+from .bank import branches_of
 
 
 class Checkpointed:
@@ -30,11 +33,12 @@ class Checkpointed:
         forwards = [(layer, layer.__dict__["forward"]) for layer in self.layers if "forward" in layer.__dict__]
         call = _Call(self, (args, kwargs), forwards)
         tensors = _tensors(call.arguments)
-        if not call.evaluations and not any(t.requires_grad for t in tensors):
+        if not call.trained and not any(t.requires_grad for t in tensors):
             return self.run(*args, **kwargs)
-        outputs = _Checkpoint.apply(call, torch.cat([torch.zeros(0), *(e.token for e in call.evaluations)]), *tensors)
-        output, call.output = call.output, None  # else the backward pass, which holds the call, would hold its own output
-        return _replaced(output, outputs)
+        with torch.no_grad(), call.given({}):
+            output = call(tensors)
+            factors = call.take_factors()
+        return _replaced(output, _Checkpoint.apply(call, _tensors(output), *tensors, *factors))
 
 
 class _Call:
@@ -43,10 +47,33 @@ class _Call:
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
         self.arguments = _replaced(arguments, iter(_tensors(arguments)))  # the host changes its dictionaries as it goes on
-        self.evaluations = list({id(f.evaluation): f.evaluation for _, f in forwards if isinstance(f, Trained)}.values())
-        self.output = None
+        self.count = len(_tensors(arguments))
+        self.trained = [forward for _, forward in forwards if isinstance(forward, Trained)]
 
-    def __call__(self, tensors: Iterable[Tensor]):
+    def take_factors(self) -> list[Tensor | None]:
+        """Those of all branches that the call has used, as inputs of the block like any other."""
+        self.used = [(forward, key, len(branches), type(branches[0])) for forward in self.trained for key, branches in forward.branches.items()]
+        return [tensor for forward, key, *_ in self.used for branch in forward.branches[key] for tensor in branch]
+
+    def branches(self, factors: Sequence[Tensor | None]) -> dict[Trained, dict]:
+        """The branches of each layer, from what `take_factors` gave."""
+        following, found = iter(factors), defaultdict(dict)
+        for forward, key, count, kind in self.used:
+            found[forward][key] = branches_of(kind, list(islice(following, count * len(kind._fields))))
+        return found
+
+    @contextmanager
+    def given(self, branches: Mapping[Trained, dict]):
+        """Within the block the layers use these branches, and note which others they use."""
+        try:
+            for forward in self.trained:
+                forward.branches = branches.get(forward, {})
+            yield
+        finally:
+            for forward in self.trained:
+                forward.branches = None
+
+    def __call__(self, tensors: Sequence[Tensor]):
         overwritten = self.block.overwritten
         given = [t.clone() if overwritten is None or i in overwritten else t for i, t in enumerate(tensors)]
         before = [t._version for t in given]
@@ -61,26 +88,33 @@ class _Call:
 
 
 class _Checkpoint(torch.autograd.Function):
+    """What autograd knows of a block: what it is given, factors of adapters included, and what it gives."""
+
     @staticmethod
-    def forward(ctx, call: _Call, token: Tensor, *tensors: Tensor):
+    def forward(ctx, call: _Call, outputs: Sequence[Tensor], *inputs: Tensor | None):
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        call.output = call(tensors)
-        return tuple(_tensors(call.output))
+        ctx.save_for_backward(*inputs)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor | None):
-        wanted = ctx.needs_input_grad[2:]
-        tensors = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
-        with ExitStack() as stack:
-            for evaluation in ctx.call.evaluations:
-                stack.enter_context(evaluation.without_gradients())
-            with torch.enable_grad():
-                outputs = _tensors(ctx.call(tensors))
-            pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
-            torch.autograd.backward(*zip(*pairs))
-        return None, None, *(t.grad if needs else None for t, needs in zip(tensors, wanted))
+        wanted, count = ctx.needs_input_grad[2:], ctx.call.count
+        inputs = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
+        with ctx.call.given(ctx.call.branches(inputs[count:])), torch.enable_grad():
+            outputs = _tensors(ctx.call(inputs[:count]))
+        pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
+        leaves = [t for t, needs in zip(inputs, wanted) if needs]
+        found = iter(_gradients(pairs, leaves))
+        return None, None, *(next(found) if needs else None for needs in wanted)
+
+
+def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Those of the leaves, for pairs of an output and its gradient."""
+    if not pairs:
+        return [None] * len(leaves)
+    outputs, gradients = zip(*pairs)
+    return torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
 
 
 def _tensors(value) -> list[Tensor]:

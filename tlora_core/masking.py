@@ -1,4 +1,4 @@
-"""The one masked low-rank product, used by training and sampling alike."""
+"""The rank mask, and the masked low-rank product."""
 
 import torch
 import torch.nn.functional as F
@@ -33,3 +33,15 @@ def add_low_rank(
         return output + F.pad(F.linear(hidden, up), (row, output.shape[-1] - row - up.shape[0]))
     # One fused product and sum: the update is never written out by itself.
     return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.t()).view(output.shape)
+
+
+def components_on(active: LongTensor, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B, columns] of ones for the first `active` [B] components of each sample and zeros for the others."""
+    return moved((torch.arange(columns, device=active.device) < active[:, None]).to(dtype), device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

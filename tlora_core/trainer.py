@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapters
 from .config import TrainConfig
 from .errors import TLoRAError
 from .optimizers import make_lr_schedule, make_optimizer
@@ -55,9 +55,9 @@ class Trainer:
     has failed half-way and cannot be taken back.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter], config: TrainConfig):
+    def __init__(self, adapters: Adapters, config: TrainConfig):
         self.adapters, self.config = adapters, config
-        self.parameters = [p for adapter in adapters.values() for p in adapter.parameters()]
+        self.parameters = adapters.parameters()
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(self.parameters, config)
         self.lr_schedule = make_lr_schedule(self.optimizer, config)
@@ -180,7 +180,7 @@ class Trainer:
         """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""
         return {
             "step": self.step, "losses": self.losses, "parameters": [p.detach() for p in self.parameters],
-            "buffers": [b for adapter in self.adapters.values() for b in adapter.buffers()],
+            "buffers": self.adapters.buffers(),
             "optimizer": self.optimizer.state_dict(), "average": self.average,
             "lr_schedule": None if self.lr_schedule is None else self.lr_schedule.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -188,7 +188,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up a run of the same adapters and settings. Raises TLoRAError when the state is another run's."""
-        buffers = [b for adapter in self.adapters.values() for b in adapter.buffers()]
+        buffers = self.adapters.buffers()
         pairs = [*zip(self.parameters, state["parameters"]), *zip(buffers, state["buffers"])]
         if len(pairs) != len(self.parameters) + len(buffers) or any(a.shape != b.shape for a, b in pairs):
             raise TLoRAError("The checkpoint is of a run with other layers or another rank; train again from the start.")
@@ -224,7 +224,7 @@ class Trainer:
         self.step = self._good_step
 
 
-def train(adapters: Mapping[str, Adapter], denoiser: Denoiser, config: TrainConfig,
+def train(adapters: Adapters, denoiser: Denoiser, config: TrainConfig,
           on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> list[float]:
     """A whole run at once; returns the loss of each step. See Trainer.run."""
     trainer = Trainer(adapters, config)
@@ -293,13 +293,13 @@ def divergence(losses: Sequence[float], loss: float) -> str | None:
     return None
 
 
-def orthogonality(adapters: Mapping[str, Adapter]) -> Tensor:
+def orthogonality(adapters: Adapters) -> Tensor:
     """Equation 4 of the paper without its lambda: |A A^T - I|^2 + |B^T B - I|^2, summed over the layers."""
     total = 0.0
-    for adapter in adapters.values():
-        for gram in (adapter.A @ adapter.A.T, adapter.B.T @ adapter.B):
+    for bank in adapters.modules:
+        for gram in (bank.A @ bank.A.mT, bank.B.mT @ bank.B):
             # |G - I|^2 without writing out the difference.
-            total = total + gram.square().sum() - 2 * gram.trace() + len(gram)
+            total = total + gram.square().sum() - 2 * gram.diagonal(dim1=1, dim2=2).sum() + gram.shape[:2].numel()
     return total
 
 

@@ -11,9 +11,9 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapters
 from ..config import TrainConfig
-from ..products import moved
+from ..masking import moved
 from ..schedule import RankSchedule
 from .encode import Sample, buckets
 from .noise import draw_sigmas, min_snr_weight, noise_level, output_scale
@@ -61,12 +61,12 @@ class HostDenoiser:
     config: its timesteps, Min-SNR, fresh latents and prior weight are this class's part.
     """
 
-    def __init__(self, model: ModelPatcher, adapters: Mapping[str, Adapter], schedule: RankSchedule,
+    def __init__(self, model: ModelPatcher, adapters: Adapters, schedule: RankSchedule,
                  samples: Sequence[Sample], config: TrainConfig, prior: Sequence[Sample] = ()):
         self.model, self.base, self.device, self.config = model, model.model, model.load_device, config
         self.sampling = self.base.model_sampling
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
-        self.adapter_bytes = sum(p.nbytes for adapter in adapters.values() for p in adapter.parameters())
+        self.adapter_bytes = sum(p.nbytes for p in adapters.parameters())
         self.samples, self.prior = normal(list(samples)), normal(list(prior))
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.

@@ -10,11 +10,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ..adapters import METHODS, Adapter, make_adapters
+from ..adapters import METHODS, Adapters
 from ..config import TrainConfig
 from ..container import check_line, one_line
 from ..dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ..errors import TLoRAError
+from ..factory import make_adapters
 from ..file import TLoRAFile
 from ..report import B_KEY, effective_rank_of_b
 from ..schedule import RankSchedule
@@ -229,7 +230,7 @@ class Personalization:
                 samples.append(encoder.sample(mirrored, caption))
         return samples
 
-    def _adapters(self, layers: Mapping[str, TargetLayer]) -> dict[str, Adapter]:
+    def _adapters(self, layers: Mapping[str, TargetLayer]) -> Adapters:
         request, device = self.request, self.model.load_device
         shapes = {name: layer.shape for name, layer in layers.items()}
         method = METHODS[request.method]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapters import LowRank, OrthoAdapter
+from ..adapters import LowRank, difference_form
 from ..container import Contents
 from ..errors import TLoRAError
 from .modules import Parts, is_convolution, matrix, number, require, scale_of
@@ -50,15 +50,6 @@ def read_orthogonal(
             tell(without_base.index(module) + 1, len(without_base))
 
 
-def difference_form(trained: Triple, base: Triple) -> LowRank:
-    """The update B S A - B0 S0 A0 of (B [out, r], S [r], A [r, in]) and (B0, S0, A0), float32."""
-    adapter = OrthoAdapter(*base)
-    with torch.no_grad():
-        for name, value in zip("BSA", trained):
-            getattr(adapter, name).copy_(value)
-    return adapter.detach()
-
-
 def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matches: Matches) -> None:
     trained = _triple(tensors, module, parts, _PARTS)
     out_features, in_features = trained[0].shape[0], trained[2].shape[1]
@@ -72,7 +63,8 @@ def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matche
         base = name and _recompute_base(name, trained, matches)
     if name is not None:
         scale = scale_of(tensors, parts, trained[2].shape[0])
-        matches.layers[name] = difference_form(_scaled(trained, scale), _scaled(base, scale))
+        factors = difference_form(_scaled(trained, scale), _scaled(base, scale))
+        matches.layers[name] = LowRank(*factors, group=2).balanced()
 
 
 def _triple(tensors: Mapping[str, Tensor], module: str, parts: Parts, wanted: tuple[str, ...]) -> Triple:
