@@ -1,4 +1,6 @@
 """Which training on the tiny base is the same as an earlier one, whose T-LoRA is then taken."""
+import json
+
 import pytest
 import torch
 from training_runs import folders, images, record, request, run, same
@@ -28,6 +30,32 @@ def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_
     name = run(base).file
     run(base)
     assert said == [(state, TLoRAFile.note, name) for state in ("done", "found")] and record(output)["message"] == TLoRAFile.note
+
+
+def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(base, output, monkeypatch):
+    from tlora_core.comfy_host.live import LiveRun
+
+    whole = run(base)
+    unfinished = folders(output)[0]
+    said, note = [], LiveRun.note
+    monkeypatch.setattr(LiveRun, "note", lambda live, text: (said.append(text), note(live, text))[1])
+    # It had no "format", and the parameters of each layer apart.
+    state = {"step": 3, "losses": [0.1] * 3, "parameters": [torch.zeros(4, 8)], "buffers": [], "optimizer": {}, "average": None,
+             "lr_schedule": None, "scaler": None}
+    torch.save(state, unfinished / "checkpoint.pt")
+    kept = json.loads((unfinished / "run.json").read_text())
+    (unfinished / "run.json").write_text(json.dumps({**kept, "state": "cancelled", "files": {}}))
+    again = run(base)
+    assert len(folders(output)) == 2 and again.losses == whole.losses and same(again.tlora, whole.tlora)
+    assert said == ["Its first 3 steps were trained by an older version, which this one cannot go on from: it is trained anew."]
+
+
+def test_a_finished_run_of_the_first_version_is_found(base, output, monkeypatch):
+    from tlora_core.comfy_host import training_run
+
+    first = run(base)
+    monkeypatch.setattr("tlora_core.version.__version__", "9.9.9")
+    assert training_run.RESULTS_OF == "0.1.0" and run(base).file == first.file and len(folders(output)) == 1
 
 
 def test_run_whose_file_was_changed_is_trained_again(base, output):

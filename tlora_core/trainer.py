@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .errors import TLoRAError
 from .optimizers import make_lr_schedule, make_optimizer
 
+STATE_FORMAT = 2  # of what Trainer.state_dict gives; 1, of version 0.1.0, had the parameters of each layer apart
 SNAPSHOT_EVERY = 25  # steps between copies of the adapters, to fall back on when the loss diverges
 RUNAWAY = 5.0  # so many times the largest loss of the first steps is no noise any more
 _FIRST, _LAST = 20, 10  # losses that say what is usual, and what is now
@@ -179,7 +180,7 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""
         return {
-            "step": self.step, "losses": self.losses, "parameters": [p.detach() for p in self.parameters],
+            "format": STATE_FORMAT, "step": self.step, "losses": self.losses, "parameters": [p.detach() for p in self.parameters],
             "buffers": self.adapters.buffers(),
             "optimizer": self.optimizer.state_dict(), "average": self.average,
             "lr_schedule": None if self.lr_schedule is None else self.lr_schedule.state_dict(),

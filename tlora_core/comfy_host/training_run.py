@@ -17,8 +17,7 @@ from ..errors import TLoRAError
 from ..file import TLoRAFile
 from ..packages import required
 from ..runs import Recorder, RunFolder
-from ..trainer import TrainingDiverged
-from ..version import __version__
+from ..trainer import STATE_FORMAT, TrainingDiverged
 from ..writing import write_whole
 from .class_pictures import ClassPictures
 from .draw import strip
@@ -28,6 +27,7 @@ from .live import LiveRun
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
+RESULTS_OF = "0.1.0"  # the version since which equal requests give equal results; another one would find no run of an earlier version
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
@@ -84,7 +84,7 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     path = new_lora_path(file_name)  # a name that cannot be is refused before any work
     draws = request.config.prior_weight and not prior  # pictures of the class, with the sampler
     base = model if draws else AsTrained(model)
-    key = fingerprint(__version__, base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
+    key = fingerprint(RESULTS_OF, base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
     found = None if keeping.rerun == "restart" else RunFolder.find(runs_folder(), key)
     if found is not None:
         outcome = _finished(found, file_name, keeping)
@@ -94,13 +94,18 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory,
                                       ClassPictures(class_pictures_folder(), node_id))
     state = None if found is None else found.load_checkpoint()
+    remark = ""
+    if state is not None and state.get("format") != STATE_FORMAT:
+        remark = f"Its first {state['step']} steps were trained by an older version, which this one cannot go on from: it is trained anew."
+        logging.warning("[T-LoRA] %s", remark)
+        state = None
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
     else:
         personalization.go_on_from(state)
         found.update(state="running", message="")
-    return TrainingRun(personalization, found, keeping, file_name, node_id).go()
+    return TrainingRun(personalization, found, keeping, file_name, node_id, remark).go()
 
 
 def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
@@ -157,7 +162,7 @@ class TrainingRun:
     stopped = 0  # runs of this process
 
     def __init__(self, personalization: Personalization, folder: RunFolder, keeping: Keeping, file_name: str,
-                 node_id: str | None):
+                 node_id: str | None, remark: str = ""):
         self.personalization, self.trainer = personalization, personalization.trainer
         self.request, self.folder, self.keeping, self.file_name = personalization.request, folder, keeping, file_name
         self.steps, first = self.request.config.steps, self.trainer.step
@@ -169,8 +174,8 @@ class TrainingRun:
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
         self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
-        if first:
-            self.live.note(f"going on from step {first} of an earlier run")
+        if first or remark:
+            self.live.note(remark or f"going on from step {first} of an earlier run")
 
     def go(self) -> Outcome:
         """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it on record, and
