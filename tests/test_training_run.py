@@ -314,6 +314,42 @@ def test_both_separators_of_a_file_name_make_folders_on_every_system(output):
             new_lora_path(climbing)
 
 
+def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_path_factory):
+    import folder_paths
+
+    from tlora_core.comfy_host.files import lora_path, name_of, new_lora_path
+    from tlora_core.errors import TLoRAError
+
+    disk, loras = tmp_path_factory.mktemp("disk"), output / "loras"
+    (loras / "tlora").symlink_to(disk, target_is_directory=True)
+    (loras / "own").mkdir()
+    (loras / "own" / "deep").symlink_to(disk, target_is_directory=True)
+    for name, place in (("tlora/dog", disk), ("tlora/a/dog", disk / "a"), ("own/deep/cat", disk)):
+        path = new_lora_path(name)
+        path.write_bytes(b"x")
+        assert (place / path.name).read_bytes() == b"x"
+        listed = folder_paths.recursive_search(str(loras))[0]
+        assert name_of(path) in listed and lora_path(name_of(path)) == path
+        assert new_lora_path(name).name.endswith("_00002_.safetensors")
+    # ".." is of the name, not of the disk behind the link.
+    assert new_lora_path("tlora/../dog").parent == loras
+    for climbing in ("tlora/../../dog", "../dog", str(disk / "dog"), "own/../../dog"):
+        with pytest.raises(TLoRAError, match="leaves the loras folder"):
+            new_lora_path(climbing)
+    (loras / "gone").symlink_to(disk / "unplugged")
+    with pytest.raises(TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which is not there; connect that disk'):
+        new_lora_path("gone/dog")
+    assert not (disk / "unplugged").exists() and not (disk.parent / "dog_00001_.safetensors").exists()
+
+
+def test_dates_in_a_file_name_are_filled_in_folder_by_folder(output):
+    from tlora_core.comfy_host.files import new_lora_path
+
+    path = new_lora_path("%year%/x%year%/dog")
+    year = path.parent.parent.name
+    assert year.isdecimal() and path.relative_to(output / "loras").parts == (year, f"x{year}", "dog_00001_.safetensors")
+
+
 @pytest.mark.parametrize("end", ["stop", "cancel"])
 def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, output, monkeypatch, end):
     import comfy.model_management

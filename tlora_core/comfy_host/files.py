@@ -1,4 +1,5 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from .progress import counting
 from .targets import target_of
 
 EXTENSION = ".safetensors"
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the folder, whatever the name
 READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 
@@ -48,31 +50,59 @@ def file_stamp(name: str) -> str:
 
 def new_lora_path(prefix: str) -> Path:
     """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number. Makes the sub-folder.
+    Links to folders are followed, as the host's list of files follows them.
 
-    Raises TLoRAError, naming file_name, for a prefix that leaves the folder or that no file or folder can have here.
+    Raises TLoRAError, naming file_name, for a prefix that climbs out of the folder or that no file or folder can have here.
     """
-    folder = folder_paths.get_folder_paths("loras")[0]
-    wanted = prefix.strip().replace("\\", "/")  # a workflow made on Windows names the same file here
-    if not wanted or wanted.endswith("/"):
-        raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
+    parts = _parts(prefix)
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
     try:
-        parent, stem, counter, _, _ = folder_paths.get_save_image_path(wanted, folder)
-    except OSError as error:
-        raise _cannot_be_made(prefix, error) from error
-    except Exception as error:  # the host raises a bare Exception
-        raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".') from error
-    path = Path(parent) / f"{stem}_{counter:05}_{EXTENSION}"
-    try:
+        for part in parts[:-1]:
+            folder = folder / _with_date(part, folder)
+            _require_target(prefix, folder)
+        path = new_path(folder, parts[-1], EXTENSION)
         os.lstat(path)  # asked now, as a name that is too long would only be noticed when the file is there to be named
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:  # ValueError: a zero in the name
-        raise _cannot_be_made(prefix, error) from error
+        raise _cannot_be_made(prefix, folder, error) from error
     return path
 
 
-def _cannot_be_made(prefix: str, error: Exception) -> TLoRAError:
+def new_path(folder: Path, name: str, ending: str) -> Path:
+    """A path in `folder`, which is made where it is not there, that no file has yet: `name` with a number, and `ending`. Raises OSError."""
+    _, stem, counter, _, _ = folder_paths.get_save_image_path(name, str(folder))
+    return folder / f"{stem}_{counter:05}_{ending}"
+
+
+def _parts(prefix: str) -> list[str]:
+    """The names that `prefix` is made of, "." and ".." worked out. Raises TLoRAError for a prefix that is no path below a folder."""
+    wanted = prefix.strip().replace("\\", "/")  # a workflow made on Windows names the same file here
+    if not wanted or wanted.endswith(("/", "/.")) or wanted == ".":
+        raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
+    # By the names alone: what lies behind a link is no reason to refuse it, and ".." after a link would lead out of the folder.
+    parts = os.path.normpath(wanted).replace("\\", "/").split("/")
+    if Path(wanted).anchor or parts[0] in ("..", "."):  # "a/.." is the folder itself
+        raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".')
+    return parts
+
+
+def _with_date(name: str, folder: Path) -> str:
+    """`name` with the host's %year% and the like filled in, by the host itself, one name at a time: of a whole path it refuses links."""
+    return folder_paths.get_save_image_path(name, str(folder))[1]
+
+
+def _require_target(prefix: str, folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise TLoRAError(
+            f'file_name is "{prefix}", but "{folder}" is a link to "{os.readlink(folder)}", which is not there; connect that disk, or '
+            "choose another folder.")
+
+
+def _cannot_be_made(prefix: str, folder: Path, error: Exception) -> TLoRAError:
     reason = getattr(error, "strerror", None) or error
+    if getattr(error, "errno", None) in REFUSED:
+        return TLoRAError(f'The folder "{folder}" cannot be written to ({reason}); make it writable, or choose another with file_name.')
     return TLoRAError(f'file_name is "{prefix[:300]}", which cannot be made here ({reason}); give a short name such as "tlora/sks_dog".')
 
 
