@@ -1,20 +1,20 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
-import errno
 import logging
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from pathlib import Path, PureWindowsPath
 
 import folder_paths
 from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
 from ..foreign import Loaded, load_any
+from ..runs import as_file_name
 from .progress import counting
+from .room import LORAS_ADVICE, REFUSED, RUNS_ADVICE, refusal
 from .targets import target_of
 
 EXTENSION = ".safetensors"
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the folder, whatever the name
 READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 
@@ -102,15 +102,33 @@ def _require_target(prefix: str, folder: Path) -> None:
 def _cannot_be_made(prefix: str, folder: Path, error: Exception) -> TLoRAError:
     reason = getattr(error, "strerror", None) or error
     if getattr(error, "errno", None) in REFUSED:
-        return TLoRAError(f'The folder "{folder}" cannot be written to ({reason}); make it writable, or choose another with file_name.')
+        return refusal(folder, error, LORAS_ADVICE)
     return TLoRAError(f'file_name is "{prefix[:300]}", which cannot be made here ({reason}); give a short name such as "tlora/sks_dog".')
 
 
 def runs_folder() -> Path:
-    """Where the folders of training runs are: tlora_runs in the host's output folder."""
+    """Where the folders of training runs are: tlora_runs in the host's output folder. Raises TLoRAError where it cannot be made."""
     folder = Path(folder_paths.get_output_directory()) / "tlora_runs"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(folder, error, RUNS_ADVICE) from error
     return folder
+
+
+def save_elsewhere(file_name: str, save: Callable[[Path], object]) -> str:
+    """Calls `save` with a path in the output folder, else in the temp folder, for a file that the loras folder does not take under
+    `file_name`; says where it is now and what to do with it."""
+    name = as_file_name(PureWindowsPath(file_name).name, "tlora")  # both separators
+    for place, until in ((folder_paths.get_output_directory(), ""),
+                         (folder_paths.get_temp_directory(), " before ComfyUI is closed, which empties that folder")):
+        try:
+            path = new_path(Path(place), name, EXTENSION)
+            save(path)
+            return f'It is kept as "{path}"; move that file to "{folder_paths.get_folder_paths("loras")[0]}"{until}.'
+        except (TLoRAError, OSError) as error:
+            logging.warning("[T-LoRA] %s", error)
+    return "The output folder and the temp folder do not take it either, so it is not kept; free some space before the next run."
 
 
 def class_pictures_folder() -> Path:
