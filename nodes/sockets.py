@@ -2,6 +2,8 @@
 from comfy_api.latest import io
 
 CATEGORY = "T-LoRA"
+# What people type who look for Train, Load or Apply; web/search.js has these ranked.
+SEARCH = ("lora", "t-lora", "tlora", "subject", "single image", "character", "concept")
 TLORA = io.Custom("TLORA")
 IMAGES = io.Custom("TLORA_IMAGES")
 OPTIONS = io.Custom("TLORA_OPTIONS")

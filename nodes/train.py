@@ -11,7 +11,7 @@ from ..tlora_core.dataset import FRAMINGS, training_images
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
 from ..tlora_core.plot import loss_curve
-from .sockets import CATEGORY, IMAGES, OPTIONS, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
+from .sockets import CATEGORY, IMAGES, OPTIONS, SEARCH, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
 
 
 class TrainTLoRAFromImage(io.ComfyNode):
@@ -20,7 +20,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return io.Schema(
             node_id="TLoRATrainFromImage", display_name="Train T-LoRA from Image", category=CATEGORY,
             is_output_node=True,  # it saves a file: a graph may end here
-            search_aliases=["lora training", "dreambooth", "personalize", "finetune"],
+            search_aliases=[*SEARCH, "lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without copying "
                         "that image's pose and background.",
             # Saved workflows keep values by the order of inputs: a new one comes last.

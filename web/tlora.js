@@ -7,6 +7,7 @@ import { changed, forgetClosed } from "./graph.js";
 import { TrainingPanel } from "./panel.js";
 import { follow } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
+import { rankNodes } from "./search.js";
 
 const SCHEDULED = ["TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"];
 
@@ -14,6 +15,7 @@ document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css"
 
 app.registerExtension({
   name: "ComfyUI-T-LoRA",
+  addCustomNodeDefs: rankNodes,
   setup() {
     followSampling();
     // Nodes that write files tell their names; a training that was stopped tells it when it ends.
