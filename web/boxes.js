@@ -24,6 +24,7 @@ export function nameBoxes(node) {
   for (const box of boxes) {
     box.options.margin = MARGIN;
     box.options.getMinHeight = () => LEAST;
+    box.element.placeholder = ""; // its name in English
     box.element.setAttribute("aria-label", box.label ?? box.name);
   }
   const own = node.onDrawForeground;
