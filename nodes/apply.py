@@ -10,7 +10,7 @@ from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.progress import say
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.images import thumbnail as make_thumbnail
-from .sockets import CATEGORY, TLORA, file_name_input, strength_input
+from .sockets import CATEGORY, SEARCH, TLORA, file_name_input, strength_input
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -19,7 +19,7 @@ class LoadTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRALoad", display_name="Load T-LoRA", category=CATEGORY, search_aliases=["lora", "tlora"],
+            node_id="TLoRALoad", display_name="Load T-LoRA", category=CATEGORY, search_aliases=list(SEARCH),
             description="Loads a T-LoRA file and applies it to a model: ours, the reference's, LyCORIS' or SimpleTuner's, "
                         "or a plain LoRA. Rank, minimum rank and alpha come from the file where it holds them.",
             inputs=[
@@ -57,7 +57,7 @@ class ApplyTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRAApply", display_name="Apply T-LoRA", category=CATEGORY, search_aliases=["lora", "tlora", "model patcher"],
+            node_id="TLoRAApply", display_name="Apply T-LoRA", category=CATEGORY, search_aliases=[*SEARCH, "model patcher"],
             description="Makes a model sample with a T-LoRA: at each evaluation the ranks of that evaluation's noise level "
                         "are on, whatever the sampler and scheduler. The given model itself is not changed.",
             inputs=[

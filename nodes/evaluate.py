@@ -36,7 +36,8 @@ class TLoRAEvaluate(io.ComfyNode):
                                 tooltip='The prompt whose pictures count for IS, such as "a photo of sks dog", so that what other prompts '
                                         "change is not held against it, as in the paper. Empty: all pictures."),
                 io.Float.Input("tolerance", default=0.02, min=0.0, max=1.0, step=0.005, round=False,
-                               tooltip="The best is the one with the highest TS among those whose IS is at most this much below the highest."),
+                               tooltip="The best is the one with the highest TS among those whose IS is at most this much below the highest. "
+                                       "More lets obedience count for more, 0 likeness alone."),
                 io.Mask.Input("mask", optional=True, tooltip="Where the subject is in each batch: the background is grey for IS, as in the paper."),
                 io.Mask.Input("concept_mask", optional=True, tooltip="The same for the concept's pictures."),
                 SCORES.Input("before", optional=True,

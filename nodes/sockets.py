@@ -2,6 +2,8 @@
 from comfy_api.latest import io
 
 CATEGORY = "T-LoRA"
+# What people type who look for Train, Load or Apply; web/search.js has these ranked.
+SEARCH = ("lora", "t-lora", "tlora", "subject", "single image", "character", "concept")
 TLORA = io.Custom("TLORA")
 IMAGES = io.Custom("TLORA_IMAGES")
 OPTIONS = io.Custom("TLORA_OPTIONS")
@@ -18,28 +20,25 @@ def rank_inputs(rank: int = 64, min_rank: int = 32):
     return [
         io.Int.Input(
             "rank", default=rank, min=1, max=4096,
-            tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file."),
+            tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file; fewer take less memory."),
         io.Int.Input(
             "min_rank", default=min_rank, min=0, max=4096,
             tooltip="Components that stay on at pure noise, where pose and layout are decided. Half of rank is the paper's choice. Fewer: "
-                    "freer scenes, but the subject may be lost. As many as rank: the mask is off. On the tiny base 0 copied less of the "
-                    "background; half of rank not measurably."),
+                    "freer scenes, but the subject may be lost. More: closer to the picture. As many as rank: the mask is off."),
     ]
 
 
 def alpha_input():
     return io.Float.Input(
         "alpha", default=1.0, min=0.05, max=10.0, step=0.05, advanced=True,
-        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer ranks are on at middle noise, below 1 more. "
-                "On the tiny base 0.5 and 2 made no difference that could be told.")
+        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer components are on at middle noise, below 1 more.")
 
 
 def curve_input():
     return io.String.Input(
         "curve", default="", optional=True, advanced=True,
         tooltip='A free curve in place of min_rank and alpha: noise level:rank at some points, 0 clean and 1 pure noise, such as '
-                '"0:64, 0.5:48, 1:32"; straight lines between. Empty: the formula. On the tiny base other shapes from half the rank up made '
-                'no difference that could be told; one down to 0 hardly learnt.')
+                '"0:64, 0.5:48, 1:32"; straight lines between. Higher: more components are on there. Empty: the formula.')
 
 
 def file_name_input():

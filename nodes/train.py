@@ -11,7 +11,7 @@ from ..tlora_core.dataset import FRAMINGS, training_images
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
 from ..tlora_core.plot import loss_curve
-from .sockets import CATEGORY, IMAGES, OPTIONS, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
+from .sockets import CATEGORY, IMAGES, OPTIONS, SEARCH, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
 
 
 class TrainTLoRAFromImage(io.ComfyNode):
@@ -20,7 +20,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return io.Schema(
             node_id="TLoRATrainFromImage", display_name="Train T-LoRA from Image", category=CATEGORY,
             is_output_node=True,  # it saves a file: a graph may end here
-            search_aliases=["lora training", "dreambooth", "personalize", "finetune"],
+            search_aliases=[*SEARCH, "lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without copying "
                         "that image's pose and background.",
             # Saved workflows keep values by the order of inputs: a new one comes last.
@@ -80,19 +80,20 @@ def _training():
         *rank_inputs(),
         io.Int.Input("steps", default=0, min=0, max=100000,
                      tooltip="Training steps. 0: the paper's, 800 on U-Nets (lora, vanilla_tlora 500), 500 on FLUX and the like (lora 400). "
-                             "Too few do not learn the subject, too many copy the image."),
+                             "Fewer may not learn the subject, more may copy the image."),
         io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
                        tooltip="Size of the steps; 0: 1e-4 on U-Nets, found by Prodigy on FLUX and the like, where a value of your own means AdamW. "
-                               "Higher learns faster and breaks sooner."),
+                               "Higher learns faster and breaks sooner; lower needs more steps."),
         io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
-                     tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. Lower needs less memory."),
+                     tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. "
+                             "Lower needs less memory and learns less detail."),
         io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
                      tooltip="The same seed trains the same T-LoRA; another one another."),
         file_name_input(),
         alpha_input(),
         io.Combo.Input("start", options=list(STARTS), default="last_random", advanced=True,
                        tooltip="Where the orthogonal factors come from: the last, middle or principal singular vectors of a random "
-                               "matrix or of the layer's weight. last_random is the paper's; on the tiny base principal_weight obeyed prompts less."),
+                               "matrix or of the layer's weight. last_random is the paper's. Those of the weight take longer to prepare."),
         io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True,
                      tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory."),
     ]
@@ -126,7 +127,8 @@ def _run():
         io.Int.Input("validate_every", default=0, min=0, max=100000, optional=True,
                      tooltip="Steps between such drawings. More often shows more and takes longer. 0: never."),
         io.Int.Input("checkpoint_every", default=100, min=0, max=100000, optional=True, advanced=True,
-                     tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. 0: none."),
+                     tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. Fewer: less is "
+                             "lost then, and it writes more often. 0: none."),
         io.Boolean.Input("checkpoint_files", default=False, optional=True, advanced=True,
                          tooltip="Save a T-LoRA file at each checkpoint too, to compare them later."),
         io.Boolean.Input("save_on_cancel", default=False, optional=True, advanced=True,
@@ -138,6 +140,6 @@ def _run():
         io.Boolean.Input("wandb", default=False, optional=True, advanced=True,
                          tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login."),
         io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
-                       tooltip="fast keeps what a step needs. low computes parts of it again, for a fraction of the memory and a third more "
-                               "time. auto: fast where it fits, else low."),
+                       tooltip="fast keeps what a step needs. low computes parts of it again: less memory, more time. "
+                               "auto: fast where it fits, else low."),
     ]

@@ -82,6 +82,27 @@ def test_translations_are_translated_and_keep_numbers_names_and_places(language)
         assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", told[key])), key
 
 
+# Names that Chinese has no other word for, and what the host calls so too.
+AS_IN_ENGLISH = {"CLIP", "VAE", "T-LoRA", "Sigmas", "Weights & Biases", "Min-SNR γ", "IS", "TS"}
+
+
+def test_names_of_inputs_and_outputs_are_chinese_in_chinese():
+    for node, one in entries("zh").items():
+        names = [slot["name"] for slot in (*one.get("inputs", {}).values(), *one["outputs"].values())]
+        assert [name for name in names if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)] == [], node
+        assert len(set(names[:len(one.get("inputs", {}))])) == len(one.get("inputs", {})), node
+
+
+LABORATORY = ("tiny base", "could be told", "measurabl", "微型基础模型上", "内置小模型")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_texts_say_what_an_input_does_and_not_what_an_experiment_found(language):
+    for node, one in entries(language).items():
+        for name, slot in one.get("inputs", {}).items():
+            assert not any(word in slot.get("tooltip", "") for word in LABORATORY), (node, name)
+
+
 def test_the_host_serves_both_languages(server):
     served = server.client.get_json("/i18n")
     assert all(served[language]["nodeDefs"]["TLoRATrainFromImage"] and served[language]["tlora"] for language in LANGUAGES)
@@ -93,11 +114,16 @@ def test_the_interface_in_chinese_speaks_chinese_on_the_nodes(server, chromium):
         try:
             page = new_page(browser)
             open_interface(page, server)
-            load_workflow(page, json.loads((LOCALES.parent / "workflows" / "quickstart.json").read_text(encoding="utf-8")))
+            load_workflow(page, json.loads((LOCALES.parent / "workflows" / "01 Quickstart.json").read_text(encoding="utf-8")))
             page.get_by_role("button", name="停止并保留").wait_for()
             titles = page.evaluate("() => [...document.querySelectorAll('.tlora-buttons button')].map(button => button.textContent)")
             assert titles == ["停止并保留", "立即保存检查点"]
             assert page.evaluate("() => window.LiteGraph.registered_node_types.TLoRALoad.title") == "加载 T-LoRA"
+            shown = page.evaluate("""() => window.app.graph.nodes.filter(node => node.type.startsWith("TLoRA"))
+                .flatMap(({widgets, inputs, outputs}) => [...(widgets ?? []), ...inputs, ...outputs])
+                .filter(({name}) => !name.startsWith("tlora_"))
+                .map(({label, localized_name: translated, name}) => label ?? translated ?? name)""")
+            assert [name for name in shown if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)] == []
             assert ours_only(page.complaints) == []
         finally:
             server.client.request("/settings/Comfy.Locale", "en")

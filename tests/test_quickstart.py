@@ -11,7 +11,7 @@ from tlora_core import TLoRAFile
 from tlora_core.tiny import world
 from tlora_core.tiny.scorer import ConceptMatcher
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json"
+QUICKSTART = Path(__file__).resolve().parents[1] / "workflows" / "01 Quickstart.json"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
 from graphs import TinyGraph, bake, difference, pixels
 
-QUICKSTART = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
+QUICKSTART = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "01 Quickstart.json").read_text())
 TRAIN = next(node for node in QUICKSTART["nodes"] if node["type"] == "TLoRATrainFromImage")["id"]
 # What the panel of a node says: {state, step, steps, points of the curve, numbers, message, buttons}.
 PANEL = """id => {

@@ -11,7 +11,7 @@ from test_file import make
 
 from tlora_core import METHODS, RankSchedule, TLoRAError
 
-WORKFLOW = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "quickstart.json").read_text())
+WORKFLOW = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "01 Quickstart.json").read_text())
 # As a user's change of a widget does.
 SET = """([type, values]) => {
     const node = window.app.graph.nodes.find(node => node.type === type);

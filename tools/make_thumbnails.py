@@ -1,48 +1,101 @@
-"""Write the templates' thumbnails, workflows/*.jpg: what a template has made, or, where it needs a model that does not come with
-the pack, a card with its title over the paper's rank schedule.
+"""Write the templates' thumbnails, workflows/*.jpg: square, of pictures that each template has really made on the tiny base.
 
-    python3 tools/host.py run workflows/NAME.json --out FOLDER       for each template that needs no model
-    python3 tools/host.py python tools/make_thumbnails.py NAME=FOLDER/compare_00001_.png ...
+    python3 tools/host.py python tools/make_thumbnails.py [NUMBER ...]
+
+Templates for SDXL and FLUX run with the tiny base in the place of their checkpoint, and its objects in the place of your pictures.
+All of them take half an hour on two CPU cores; the numbers are those that the names of some begin with.
 """
+import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from hostlib.build import Host
+from hostlib.server import Server
+from PIL import Image
+from templates import SCENES, TEMPLATES, TINY
 
-from tlora_core.plot import schedule_curve
-from tlora_core.schedule import RankSchedule
+from tlora_core.tiny import world
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
-WIDTH, HEIGHT = 856, 640  # at most
-TITLES = {
-    "train_sdxl_on_one_image": "SDXL: train on one picture", "train_sdxl_on_several_images": "SDXL: pictures with masks",
-    "train_flux_on_one_image": "FLUX: train on one picture",
-    "generate_with_a_file": "Generate with a T-LoRA file", "use_a_file_from_elsewhere": "A LoRA or T-LoRA from elsewhere",
-    "which_checkpoint_to_keep": "Which checkpoint to keep?"}
+SIDE, GAP = 480, 6
+# By the number of a template: the object that it is shown with, and how many pictures stand in a row.
+SHOWN = {"01": ("lime circle", 2), "02": ("teal flower", 2), "03": ("olive heart", 2), "04": ("maroon star", 2), "05": ("teal flower", 1),
+         "06": ("olive heart", 1), "07": ("lime circle", 3), "08": ("lime circle", 3), "09": ("lime circle", 4), "10": ("teal flower", 3),
+         "11": ("lime circle", 2), "12": ("lime circle", 2)}
+WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12")  # that it learns from, before those that it makes
+NOT_NEEDED = ("TLoRAEvaluate", "PreviewAny", "PreviewImage", "SaveImage", "TLoRASave", "TLoRAExport", "TLoRABake", "TLoRAInfo")
 
 
-def card(title: str) -> Image.Image:
-    curve = schedule_curve(RankSchedule(64, 32), size=(640, 300))
-    whole = Image.new("RGB", (640, 360), curve.getpixel((0, 0)))
-    whole.paste(curve, (0, 60))
-    ImageDraw.Draw(whole).text((64, 22), title, "white", font=ImageFont.load_default(28))
+def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
+    """The prompt with the tiny base, `concept` and trained `files` in the place of what a user would choose; all pictures are saved."""
+    prompt = {number: node for number, node in prompt.items() if node["class_type"] not in NOT_NEEDED}
+    backgrounds = iter(("beach", "brick", "meadow"))
+    files = iter(files)
+    for number, node in list(prompt.items()):
+        kind, given = node["class_type"], node["inputs"]
+        if kind == "CheckpointLoaderSimple":
+            node.update(class_type="TLoRATinyBaseModel", inputs={})
+        elif kind == "LoadImage":
+            node.update(class_type="TLoRATinySampleConcept", inputs={
+                "concept": concept.name, "background": next(backgrounds), "place": "centre", "count": 1, "seed": int(number)})
+        elif kind == "TLoRATinySampleConcept":
+            given["concept"] = concept.name
+        elif kind == "TLoRATrainFromImage":
+            kept = {name: given[name] for name in ("method", "min_rank", "rank") if given["resolution"] == TINY["resolution"]}
+            given.update({**TINY, **kept, "class_word": concept.shape, "validate_every": 0, "checkpoint_every": 100, "checkpoint_files": True})
+        elif kind == "TLoRAPrompts":
+            given.update(prompts=SCENES, subject=f"sks {concept.shape}", prompt_set="own")
+        elif kind in ("EmptyLatentImage", "EmptySD3LatentImage"):
+            node.update(class_type="EmptyLatentImage", inputs={"width": 64, "height": 64, "batch_size": 1})
+        elif kind == "KSampler":
+            given.update(steps=20, cfg=4.0)
+        elif kind == "TLoRALoad":
+            given["file"] = next(files)
+        elif kind == "VAEDecode":
+            prompt[f"saved{number}"] = {"class_type": "SaveImage", "inputs": {"images": [number, 0], "filename_prefix": f"new/{int(number):03}"}}
+    drawn = [number for number, node in prompt.items() if node["class_type"] == "TLoRATinySampleConcept"]
+    for node in prompt.values():
+        if node["inputs"].get("mask", [None])[0] in drawn:
+            del node["inputs"]["mask"]  # Load Image gives one too
+    for number in drawn:
+        prompt[f"seen{number}"] = {"class_type": "SaveImage", "inputs": {"images": [number, 0], "filename_prefix": f"seen/{int(number):03}"}}
+    return prompt
+
+
+def mosaic(pictures: list[Image.Image], across: int) -> Image.Image:
+    """A square of `across` times `across` of the pictures, row after row."""
+    whole = Image.new("RGB", (SIDE, SIDE), "white")
+    side = (SIDE - GAP * (across - 1)) // across
+    for i, picture in enumerate(pictures[:across * across]):
+        place = (i % across * (side + GAP), i // across * (side + GAP))
+        whole.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), place)
     return whole
 
 
-def save(name: str, picture: Image.Image) -> None:
-    picture = picture.convert("RGB")
-    picture.thumbnail((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
-    picture.save(WORKFLOWS / f"{name}.jpg", quality=88)
-    print(f"workflows/{name}.jpg {picture.width}x{picture.height}")
+def pictures(result, kind: str) -> list[Image.Image]:
+    return [Image.open(image.path) for image in sorted(result.images, key=lambda image: image.path) if image.subfolder == kind]
 
 
-def main(made: list[str]) -> None:
-    for name, title in TITLES.items():
-        save(name, card(title))
-    for one in made:
-        name, path = one.split("=", 1)
-        with Image.open(path) as picture:
-            save(name, picture)
+def main(numbers: list[str]) -> None:
+    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
+    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server:
+        files = {}  # of the first training of each object: its checkpoints, and itself
+        for title in TEMPLATES:
+            number = title[:2]
+            name, across = SHOWN[number]
+            if numbers and number not in numbers:
+                continue
+            concept = next(one for one in world.CONCEPTS if one.name == name)
+            result = server.run(on_tiny_base(server.to_prompt(WORKFLOWS / f"{title}.json"), concept, files.get(name, [])))
+            loras = server.workspace / "models" / "loras"
+            made = sorted(loras.glob("**/*.safetensors"), key=lambda path: path.stat().st_mtime)
+            files.setdefault(name, [path.relative_to(loras).as_posix() for path in made[-3:]][::-1])
+            seen = pictures(result, "seen") if number in WITH_ITS_PICTURES else []
+            seen = seen[::2] if len(seen) > 3 else seen
+            whole = mosaic(seen + pictures(result, "new"), across)
+            whole.save(WORKFLOWS / f"{title}.jpg", quality=90)
+            print(f"workflows/{title}.jpg of {len(seen)} and {len(pictures(result, 'new'))} pictures", flush=True)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def run(page) -> None:
 
 def panel(page) -> None:
     """The Train node in the middle of the quickstart's training."""
-    load_workflow(page, workflow("quickstart"))
+    load_workflow(page, workflow("01 Quickstart"))
     page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}])
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     run(page)
@@ -87,7 +87,7 @@ def panel(page) -> None:
 
 def schedule(page) -> None:
     """The Apply node while a sampler runs, and a curve bent by hand."""
-    load_workflow(page, workflow("quickstart"))
+    load_workflow(page, workflow("01 Quickstart"))
     page.evaluate(SET, ["TLoRATrainFromImage", {"steps": 20, "batch_size": 1, "validate_every": 0, "file_name": "screenshots/schedule"}])
     run(page)
     page.evaluate(LOOK_AT, ["Apply T-LoRA", 1.0])
@@ -102,7 +102,7 @@ def schedule(page) -> None:
 
 def comparison(page) -> None:
     """The sheet that the template comparing LoRA with T-LoRA makes."""
-    load_workflow(page, workflow("compare_lora_with_tlora"))
+    load_workflow(page, workflow("07 LoRA against T-LoRA"))
     run(page)
     page.wait_for_function("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length", timeout=6 * RUN_MS)
     source = page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs[0].src")

@@ -1,19 +1,25 @@
 // Puts the pack's panels on its nodes.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
+import { nameBoxes } from "./boxes.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
 import { changed, forgetClosed } from "./graph.js";
 import { TrainingPanel } from "./panel.js";
 import { follow } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
+import { rankNodes } from "./search.js";
+import { orderTemplates } from "./templates.js";
 
 const SCHEDULED = ["TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"];
 
 document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css", import.meta.url).href }));
 
+orderTemplates();
+
 app.registerExtension({
   name: "ComfyUI-T-LoRA",
+  addCustomNodeDefs: rankNodes,
   setup() {
     followSampling();
     // Nodes that write files tell their names; a training that was stopped tells it when it ends.
@@ -32,5 +38,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (SCHEDULED.includes(node.comfyClass)) addSchedule(node);
     if (node.comfyClass === "TLoRATrainFromImage") new TrainingPanel(node);
+    if (/^TLoRA[A-Z]/.test(node.comfyClass)) nameBoxes(node);
   },
 });

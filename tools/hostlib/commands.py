@@ -18,7 +18,7 @@ from .progress import ProgressLine, format_time
 from .results import OutputFile, RunResult
 from .server import Server
 
-QUICKSTART = REPO / "workflows" / "quickstart.json"
+QUICKSTART = REPO / "workflows" / "01 Quickstart.json"
 TESTS = REPO / "tests"
 
 
