@@ -22,9 +22,10 @@ def last_completed_rows(m: int, haar: Tensor, generators: Sequence[Generator], d
 
     haar: [L, r, n], independent Haar-distributed rows; it is used up. generators: one for each of the L matrices.
 
-    The first n columns and the last m - n each have U's distribution. Of what they have in common this keeps their Gram matrices
-    (which add up to 1) and takes the direction of the first for independent of the last, which is so but for how a triangular
-    Gaussian's singular vectors prefer some columns to others: too little for the tests to see.
+    The first n columns and the last m - n each have U's distribution, the first but for the signs of singular vectors, which are
+    LAPACK's choice and random here. Of what the two have in common this keeps their Gram matrices, which add up to 1, and takes the
+    directions of the first for independent of the last: so they are but for how a triangular Gaussian's singular vectors prefer
+    some columns to others, too little for two-sample tests of 4,000 decompositions.
     """
     count, rank, n = haar.shape
     rows = torch.zeros(count, rank, m, device=device)
@@ -58,6 +59,6 @@ def _reflect(rows: Tensor, count: int, generators: Sequence[Generator]) -> None:
 
 def _orthonormal(rows: Tensor) -> Tensor:
     """Without what rounding has added up: one Newton step towards the nearest orthonormal rows."""
-    gram = (rows.double() @ rows.mT.double())
+    gram = rows.double() @ rows.mT.double()
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return ((1.5 * eye - 0.5 * gram).float() @ rows).contiguous()
