@@ -9,10 +9,10 @@ from comfy.model_patcher import ModelPatcher
 
 from ..errors import TLoRAError
 from ..foreign import Loaded, load_any
+from ..writing import EXTENSION
 from .progress import counting
 from .targets import target_of
 
-EXTENSION = ".safetensors"
 READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 
