@@ -28,14 +28,17 @@ class Template:
         self.name, self.info = name, info
         self.nodes, self.links, self.groups = [], [], []
 
-    def add(self, class_type: str, pos, size, heading: str = "", models=(), **inputs) -> "Added":
-        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`."""
+    def add(self, class_type: str, pos, size, heading: str = "", models=(), folded: bool = False,
+            **inputs) -> "Added":
+        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`. Of a
+        `folded` one only the title is seen."""
         declared = {name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()}
         unknown = inputs.keys() - declared.keys()
         if unknown:
             raise SystemExit(f"{self.name}: {class_type} has no input {', '.join(unknown)}")
-        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size), "flags": {},
-                "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "widgets_values": [],
+        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size),
+                "flags": {"collapsed": True} if folded else {}, "order": len(self.nodes), "mode": 0,
+                "inputs": [], "outputs": [], "widgets_values": [],
                 "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})}}
         if heading:
             node["title"] = heading

@@ -8,7 +8,8 @@ const setting = (name) => app.extensionManager?.setting?.get(name);
 /** Whether the frontend draws nodes as elements; it then has a button of its own for advanced inputs. */
 export const drawsElements = () => Boolean(globalThis.LiteGraph?.vueNodesMode);
 
-const isFolded = (node, widget) => Boolean(widget.options?.advanced) && !drawsElements() && !node.showAdvanced
+/** As the other renderer decides; asked there too, when it reckons a node's size. */
+const isFolded = (node, widget) => Boolean(widget.options?.advanced) && !node.showAdvanced
   && !setting("Comfy.Node.AlwaysShowAdvancedWidgets") && !isLinked(node, widget.name);
 
 /** Folds the advanced inputs of a node, and puts the widget `first` above all. Values keep their order: it is the saved one. */
