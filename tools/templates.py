@@ -226,7 +226,8 @@ def _real_pictures(template, model, clip, vae, prompts, x, side, latent="EmptyLa
     decoded = column.add("VAEDecode", 55, folded=True, samples=sampled["LATENT"], vae=vae)
     last = Column(template, column.beside, min(WIDTH - column.beside, 640))
     last.rest("SaveImage", images=decoded["IMAGE"], filename_prefix="tlora/picture")
-    column.group("New pictures", RED, last)
+    column.group("Prompts and a sampler", PURPLE)
+    last.group("New pictures", RED)
 
 
 def _train_on_one_image(template, checkpoint, note, subject, **settings):

@@ -3,6 +3,8 @@
 import { app } from "../../scripts/app.js";
 import { after, isLinked } from "./graph.js";
 
+const WIDTH = 340; // pixels of a fresh node, for the panel's line and buttons
+
 const setting = (name) => app.extensionManager?.setting?.get(name);
 
 /** Whether the frontend draws nodes as elements; it then has a button of its own for advanced inputs. */
@@ -24,6 +26,7 @@ export function keepShort(node, first) {
     const others = getLayoutWidgets.call(node).filter((widget) => widget !== first && !isFolded(node, widget));
     return [first, ...others];
   };
+  node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]); // as long as all its inputs, when it was made
 }
 
 /** An advanced text that says something about the data stays in sight: it is true of some pictures and not of others. */
