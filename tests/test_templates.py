@@ -135,8 +135,7 @@ def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page
             page.get_by_test_id("advanced-inputs-button").click()
         else:
             page.locator(".tlora-fold").click()
-        page.wait_for_timeout(500)
-        assert page.evaluate(measure)["height"] > seen["height"] + 300
+        page.wait_for_function("least => window.app.graph.nodes[0].size[1] > least", arg=seen["height"] + 300, timeout=20_000)
     finally:
         set_setting(page, "Comfy.VueNodes.Enabled", False)
 
