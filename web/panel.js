@@ -3,6 +3,7 @@ import { addPanel, html, path, setText, svg } from "./dom.js";
 import { drawsElements, keepShort, toggleAdvanced } from "./fold.js";
 import { followNode } from "./graph.js";
 import { showLarge } from "./lightbox.js";
+import { planOf } from "./plan.js";
 import { ask, mark, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
 
@@ -173,6 +174,15 @@ export class TrainingPanel {
     if (this.run && !(await ask(this.run, wish))) setText(this.state, t("not_reached"));
   }
 
+  async tellPlan() {
+    const at = (this.latest = {}); // answers may overtake one another
+    const { text, isWrong } = await planOf(this.node);
+    if (at !== this.latest) return;
+    setText(this.plan, text);
+    this.plan.title = text;
+    this.plan.classList.toggle("tlora-wrong", isWrong);
+  }
+
   toggle() {
     toggleAdvanced(this.node);
     this.update();
@@ -181,6 +191,7 @@ export class TrainingPanel {
   update() {
     this.fold.hidden = drawsElements();
     setText(this.fold, t(this.node.showAdvanced ? "fold" : "unfold"));
+    this.tellPlan();
     const run = runOf(this.node);
     if (run === this.run) return;
     this.run = run;
