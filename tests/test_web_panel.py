@@ -164,6 +164,24 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     assert ours(page.complaints) == []
 
 
+def test_the_panel_says_what_zero_stands_for_before_the_run(page):
+    load_workflow(page, QUICKSTART)
+    says = "text => document.querySelector('.tlora-plan').textContent === text"
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers")
+    change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets) if (widget.name in values) {
+        widget.value = values[widget.name];
+        widget.callback?.(widget.value);
+    } }"""
+    page.evaluate(change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}])
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers")
+    page.evaluate(change, [TRAIN, {"min_rank": 9}])
+    page.wait_for_function(says, arg="min_rank is 9; set it to a whole number from 0 to the rank, which is 8.")
+    page.evaluate(change, [TRAIN, {"min_rank": 4}])
+    page.evaluate("id => window.app.graph.getNodeById(id).disconnectInput(0)", TRAIN)
+    page.wait_for_function("() => /loaded/.test(document.querySelector('.tlora-plan').textContent)")
+    assert ours(page.complaints) == []
+
+
 MARKED = """() => window.app.graph.nodes.flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
 
 
