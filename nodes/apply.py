@@ -5,6 +5,7 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..tlora_core.comfy_host.before_run import wrong_file_name
 from ..tlora_core.comfy_host.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
 from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.progress import say
@@ -93,6 +94,10 @@ class SaveTLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")],
             hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def validate_inputs(cls, file_name=None):
+        return wrong_file_name(file_name) or True
 
     @classmethod
     def execute(cls, tlora, file_name, dtype, thumbnail=None):

@@ -2,6 +2,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from ..tlora_core.comfy_host.before_run import wrong_file_name
 from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
 from ..tlora_core.writing import numbered
 from .apply import DTYPES
@@ -33,6 +34,10 @@ class BakeTLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="files",
                                       tooltip="One file a line; with steps also when to switch it on.")])
+
+    @classmethod
+    def validate_inputs(cls, file_name=None):
+        return wrong_file_name(file_name) or True
 
     @classmethod
     def execute(cls, tlora, mode, interval_start, interval_end, noise_level, parts, file_name, dtype):

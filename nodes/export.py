@@ -3,6 +3,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.bake import bake_interval
+from ..tlora_core.comfy_host.before_run import wrong_file_name
 from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
 from ..tlora_core.export import LAYOUTS, export
 from .apply import DTYPES
@@ -47,6 +48,10 @@ class ExportTLoRA(io.ComfyNode):
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The name below the loras folder.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, file_name=None):
+        return wrong_file_name(file_name) or True
 
     @classmethod
     def execute(cls, tlora, layout, ranks, file_name, dtype):

@@ -54,8 +54,8 @@ def mask_input():
                 "pictures or one for each.")
 
 
-def captions_input():
+def captions_input(advanced: bool = False):
     return io.String.Input(
-        "captions", default="", multiline=True, optional=True,
+        "captions", default="", multiline=True, optional=True, advanced=advanced or None,
         tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs, {} for both. "
                 'Empty: "a photo of {token} {class_word}".')

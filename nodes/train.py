@@ -2,7 +2,9 @@
 from comfy_api.latest import io
 
 from ..tlora_core.adapters import METHODS
+from ..tlora_core.comfy_host.before_run import wrong_training
 from ..tlora_core.comfy_host.files import told_of
+from ..tlora_core.comfy_host.live import shown_when_it_fails
 from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
@@ -39,6 +41,14 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return stopped_runs() if rerun == "continue" else 0
 
     @classmethod
+    def validate_inputs(cls, token=None, class_word=None, method=None, rank=None, min_rank=None, file_name=None, curve="",
+                        validation_prompts="", validate_every=0):
+        return wrong_training({
+            "token": token, "class_word": class_word, "method": method, "rank": rank, "min_rank": min_rank, "file_name": file_name,
+            "curve": curve, "validation_prompts": validation_prompts, "validate_every": validate_every}) or True
+
+    @classmethod
+    @shown_when_it_fails
     def execute(cls, model, clip, vae, image, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
                 seed, file_name, alpha, start, batch_size, mask=None, more_images=(), options=({}, ()), captions="",
                 curve="", layers="attention", framing=FRAMINGS[0], flip=False, **keeping):
@@ -73,7 +83,7 @@ def _models_and_subject():
 def _training():
     """How it is trained: what every training needs."""
     return [
-        io.Combo.Input("method", options=[*METHODS, "auto"], default="auto",
+        io.Combo.Input("method", options=[*METHODS, "auto"], default="auto", advanced=True,
                        tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora (plain start with the mask) for FLUX, SD3 and "
                                "their like. ortho_lora: orthogonal start without the mask. lora: neither. oft, gsoft (rank: their "
                                "blocks), svdiff (no rank): to compare with; large files."),
@@ -81,13 +91,13 @@ def _training():
         io.Int.Input("steps", default=0, min=0, max=100000,
                      tooltip="Training steps. 0: the paper's, 800 on U-Nets (lora, vanilla_tlora 500), 500 on FLUX and the like (lora 400). "
                              "Fewer may not learn the subject, more may copy the image."),
-        io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False,
+        io.Float.Input("learning_rate", default=0.0, min=0.0, max=1.0, step=1e-6, round=False, advanced=True,
                        tooltip="Size of the steps; 0: 1e-4 on U-Nets, found by Prodigy on FLUX and the like, where a value of your own means AdamW. "
                                "Higher learns faster and breaks sooner; lower needs more steps."),
-        io.Int.Input("resolution", default=0, min=0, max=4096, step=8,
+        io.Int.Input("resolution", default=0, min=0, max=4096, step=8, advanced=True,
                      tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. "
                              "Lower needs less memory and learns less detail."),
-        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False, advanced=True,
                      tooltip="The same seed trains the same T-LoRA; another one another."),
         file_name_input(),
         alpha_input(),
@@ -106,7 +116,7 @@ def _data():
         IMAGES.Input("more_images", optional=True,
                      tooltip="More pictures of the subject, from T-LoRA Images: of other sizes, with captions or masks of their own."),
         OPTIONS.Input("options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."),
-        captions_input(),
+        captions_input(advanced=True),
         curve_input(),
         io.String.Input("layers", default="attention", optional=True, advanced=True,
                         tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", with '

@@ -117,7 +117,7 @@ def test_the_interface_in_chinese_speaks_chinese_on_the_nodes(server, chromium):
             load_workflow(page, json.loads((LOCALES.parent / "workflows" / "01 Quickstart.json").read_text(encoding="utf-8")))
             page.get_by_role("button", name="停止并保留").wait_for()
             titles = page.evaluate("() => [...document.querySelectorAll('.tlora-buttons button')].map(button => button.textContent)")
-            assert titles == ["停止并保留", "立即保存检查点"]
+            assert titles == ["停止并保留", "立即保存检查点", "更多设置"]
             assert page.evaluate("() => window.LiteGraph.registered_node_types.TLoRALoad.title") == "加载 T-LoRA"
             shown = page.evaluate("""() => window.app.graph.nodes.filter(node => node.type.startsWith("TLoRA"))
                 .flatMap(({widgets, inputs, outputs}) => [...(widgets ?? []), ...inputs, ...outputs])

@@ -31,7 +31,8 @@ def test_template_has_a_thumbnail_a_note_groups_and_every_node_apart(name):
         assert thumbnail.format == "JPEG" and 200 <= min(thumbnail.size) and TEMPLATES[name].with_suffix(".jpg").stat().st_size < 100_000
     assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"]) and len(workflow["groups"]) >= 3
     assert len({json.loads(path.read_text(encoding="utf-8"))["id"] for path in TEMPLATES.values()}) == len(TEMPLATES)
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + node["size"][1]) for node in workflow["nodes"]]
+    height = {node["id"]: 0 if node["flags"].get("collapsed") else node["size"][1] for node in workflow["nodes"]}
+    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + height[node["id"]]) for node in workflow["nodes"]]
     for i, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:i]:
             # A node's title is above its position.
@@ -76,10 +77,67 @@ def test_template_opens_in_the_interface_as_it_is_meant(server, page, name):
             node["inputs"] = {name: value for name, value in node["inputs"].items() if name not in ("preview", "previewMode")}
     assert {node: shown[node]["inputs"] for node in shown} == {node: meant[node]["inputs"] for node in meant}
     # Nothing had to grow, so that nothing covers its neighbour.
-    grown = page.evaluate("""sizes => window.app.graph.nodes.filter(node => node.size[1] > sizes[node.id] + 1)
+    grown = page.evaluate("""sizes => window.app.graph.nodes.filter(node => !node.flags.collapsed && node.size[1] > sizes[node.id] + 1)
         .map(node => [node.type, node.size[1], sizes[node.id]])""", {node["id"]: node["size"][1] for node in workflow["nodes"]})
     assert grown == []
     assert ours(page.complaints) == []
+
+
+LAPTOP = {"width": 1366, "height": 768}
+# Opens a workflow as the template browser does; gives the zoom, the one below which no text is drawn, and the nodes' heights.
+OPEN_AS_TEMPLATE = """async ([workflow, name]) => {
+    const {app} = window, frames = count => new Promise(resolve => {
+        const next = () => count-- ? requestAnimationFrame(next) : resolve();
+        next();
+    });
+    await app.loadGraphData(workflow, true, true, name, {openSource: "template"});
+    await frames(20);
+    const {canvas} = app, least = canvas.min_font_size_for_lod / (window.LiteGraph.NODE_TEXT_SIZE * Math.sqrt(window.devicePixelRatio));
+    return {scale: canvas.ds.scale, least, isLow: canvas.low_quality, heights: app.graph.nodes.map(node => [node.type, node.size[1]])};
+}"""
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "elements"])
+def test_every_template_is_readable_when_it_opens_on_a_laptop(page, renderer):
+    set_setting(page, "Comfy.VueNodes.Enabled", renderer == "elements")
+    before = page.viewport_size
+    page.set_viewport_size(LAPTOP)
+    try:
+        for name, path in TEMPLATES.items():
+            seen = page.evaluate(OPEN_AS_TEMPLATE, [json.loads(path.read_text(encoding="utf-8")), name])
+            assert seen["scale"] >= seen["least"] > 0 and not seen["isLow"], (name, seen)
+            tall = [height for kind, height in seen["heights"] if kind == "TLoRATrainFromImage"]
+            # Captions that a template fills in are one text box more.
+            assert all(height <= (700 if "several" in name else 620) for height in tall), (name, tall)
+    finally:
+        page.set_viewport_size(before)
+        set_setting(page, "Comfy.VueNodes.Enabled", False)
+
+
+@pytest.mark.parametrize("renderer", ["canvas", "elements"])
+def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page, renderer):
+    set_setting(page, "Comfy.VueNodes.Enabled", renderer == "elements")
+    try:
+        page.evaluate("""() => { window.app.graph.clear(); const node = window.LiteGraph.createNode("TLoRATrainFromImage");
+            window.app.graph.add(node); node.pos = [100, 100]; window.app.canvas.ds.scale = 1; window.app.canvas.ds.offset = [0, 0]; }""")
+        page.wait_for_timeout(700)
+        measure = """() => {
+            const [node] = window.app.graph.nodes, top = element => element?.getBoundingClientRect().top;
+            const named = name => node.widgets.find(widget => widget.name === name);
+            return {height: node.size[1], panel: named("tlora_training").y, token: named("token").y, last: node.widgets.at(-1).name,
+                    tops: [top(named("tlora_training").element), top(document.querySelector('[data-node-id] .lg-node-widgets input'))]};
+        }"""
+        seen = page.evaluate(measure)
+        assert seen["height"] <= 620, seen
+        assert seen["panel"] < seen["token"] and seen["last"] == "tlora_training"  # values are saved in the order of widgets
+        if renderer == "elements":
+            assert seen["tops"][0] < seen["tops"][1]
+            page.get_by_test_id("advanced-inputs-button").click()
+        else:
+            page.locator(".tlora-fold").click()
+        page.wait_for_function("least => window.app.graph.nodes[0].size[1] > least", arg=seen["height"] + 300, timeout=20_000)
+    finally:
+        set_setting(page, "Comfy.VueNodes.Enabled", False)
 
 
 def test_captions_that_a_template_fills_in_are_seen_where_advanced_inputs_are_not(page):

@@ -1,5 +1,6 @@
 """The training panel in the real interface, on real trainings: what it shows, what outlives a reload, and its buttons."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ PANEL = """id => {
     return {
         state: panel.dataset.state, step, steps, numbers: text(".tlora-numbers"), message: text(".tlora-message"),
         points: (panel.querySelector(".tlora-raw").getAttribute("d") ?? "").split("L").length,
-        connected: panel.isConnected, enabled: [...panel.querySelectorAll(".tlora-buttons button")].map(button => !button.disabled)};
+        connected: panel.isConnected, enabled: [...panel.querySelectorAll(".tlora-buttons button:not(.tlora-fold)")].map(button => !button.disabled)};
 }"""
 ARE_LISTED = """names => {
     const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
@@ -38,7 +39,7 @@ ONLY_TRAINING = """([steps, seed]) => {
 
 
 # A run as the server tells of it.
-RUN = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "title": "Train", "state": "running", "step": 3, "steps": 9,
+RUN = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "owner": "this graph's", "title": "Train", "state": "running", "step": 3, "steps": 9,
        "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]], "rate": 0.5, "left": 12, "memory": 2048, "memory_kind": "device peak",
        "pictures": [], "wishes": [], "message": "", "file": ""}
 
@@ -72,9 +73,11 @@ def begin(page, steps: int, seed: int) -> None:
 
 
 def tell(page, run: dict) -> None:
-    """As an event of the server does."""
-    page.evaluate("""run => import("/scripts/api.js").then(({api}) =>
-        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run})))""", run)
+    """As an event of the server does, of a run that the open graph has begun."""
+    page.evaluate("""run => import("/scripts/api.js").then(({api}) => {
+        window.app.graph.getNodeById(run.node).properties.tlora_run = run.owner;
+        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run}));
+    })""", run)
 
 
 def press(page, text: str) -> None:
@@ -84,8 +87,7 @@ def press(page, text: str) -> None:
 def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usable_file(page, browser, server):
     load_workflow(page, QUICKSTART)
     idle = page.evaluate(PANEL, TRAIN)
-    # A run that was queued without the interface belongs to whichever workflow is open, and may be shown here.
-    assert idle["state"] != "running" and idle["enabled"] == [False, False]
+    assert idle["state"] == "idle" and idle["enabled"] == [False, False]
     begin(page, 5000, seed=1)
     first = wait_for(page, "panel.state === 'running' && panel.step > 2")
     assert first["steps"] == 5000 and first["enabled"] == [True, True] and "RAM" in first["numbers"] and "left" in first["numbers"]
@@ -103,11 +105,11 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
     page.evaluate("id => window.app.graph.getNodeById(id).collapse()", TRAIN)
     wait_for(page, "panel.connected && panel.step > 0")
 
-    # Another workflow's node of the same number is another node; coming back, all is there.
-    page.evaluate("workflow => window.app.loadGraphData(workflow)", {**QUICKSTART, "id": "5b3f7c9e-0000-4000-8000-000000000000"})
-    page.wait_for_function("() => window.app.rootGraph.id.startsWith('5b3f7c9e')")
-    assert page.evaluate(PANEL, TRAIN)["state"] != "running"
+    # The same template opened again has had no training, though its ids are the same; coming back to the graph, all is there.
+    saved = page.evaluate("() => window.app.graph.serialize()")
     load_workflow(page, QUICKSTART)
+    assert page.evaluate(PANEL, TRAIN)["state"] == "idle"
+    load_workflow(page, saved)
     wait_for(page, f"panel.state === 'running' && panel.points > {later['step']}")
 
     # The other renderer shows the same element, and the reload finds the curve from its first step.
@@ -119,7 +121,7 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
     set_setting(page, "Comfy.VueNodes.Enabled", False)
     second = new_page(browser)
     open_interface(second, server)
-    load_workflow(second, QUICKSTART)
+    load_workflow(second, saved)
     seen = wait_for(second, "panel.state === 'running'")
     assert seen["points"] >= back["step"] - 3
 
@@ -158,7 +160,64 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     server.client.interrupt()
     cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
     assert cancelled["enabled"] == [False, False]
+    assert re.fullmatch(r"Cancelled at step \d+\. Run (goes on from step \d+|trains from the start, .*)\.", cancelled["message"])
     assert ours(page.complaints) == []
+
+
+def test_the_panel_says_what_zero_stands_for_before_the_run(page):
+    load_workflow(page, QUICKSTART)
+    says = "text => document.querySelector('.tlora-plan').textContent === text"
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers")
+    change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets) if (widget.name in values) {
+        widget.value = values[widget.name];
+        widget.callback?.(widget.value);
+    } }"""
+    page.evaluate(change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}])
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers")
+    page.evaluate(change, [TRAIN, {"min_rank": 9}])
+    page.wait_for_function(says, arg="min_rank is 9; set it to a whole number from 0 to the rank, which is 8.")
+    page.evaluate(change, [TRAIN, {"min_rank": 4}])
+    page.evaluate("id => window.app.graph.getNodeById(id).disconnectInput(0)", TRAIN)
+    page.wait_for_function("() => /loaded/.test(document.querySelector('.tlora-plan').textContent)")
+    assert ours(page.complaints) == []
+
+
+MARKED = """() => window.app.graph.nodes.flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
+
+
+def set_widgets(page, values: dict) -> None:
+    page.evaluate("""([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+        if (widget.name in values) widget.value = values[widget.name]; }""", [TRAIN, values])
+
+
+def test_what_is_wrong_is_said_in_the_panel_and_marks_the_inputs_that_it_is_about(page, server):
+    load_workflow(page, QUICKSTART)
+    page.evaluate(ONLY_TRAINING, [5, 3])
+    # Known before the run.
+    set_widgets(page, {"min_rank": 5})
+    page.get_by_test_id("queue-button").click()
+    refused = wait_for(page, "panel.state === 'failed'")
+    assert refused["message"] == "min_rank is 5; set it to a whole number from 0 to the rank, which is 4."
+    page.wait_for_function(f"() => ({MARKED})().length")
+    assert page.evaluate(MARKED) == ["min_rank", "rank"]
+    # Known when the model is there, and no run has begun.
+    set_widgets(page, {"rank": 97, "min_rank": 2})
+    page.get_by_test_id("queue-button").click()
+    failed = wait_for(page, "panel.state === 'failed' && panel.message.includes('97')")
+    assert failed["message"].startswith("rank is 97, but the layer") and failed["enabled"] == [False, False]
+    page.reload()
+    assert wait_for(page, "panel.state === 'failed'")["message"] == failed["message"]
+    set_widgets(page, {"rank": 4})
+    page.get_by_test_id("queue-button").click()
+    wait_for(page, "panel.state === 'done'")
+    # A copy of the template that the host answers from its memory says so, and shows no run of the other graph's.
+    load_workflow(page, QUICKSTART)
+    assert page.evaluate(PANEL, TRAIN)["state"] == "idle"
+    page.evaluate(ONLY_TRAINING, [5, 3])
+    page.get_by_test_id("queue-button").click()
+    assert "panel/trained" in wait_for(page, "panel.state === 'found'")["message"]
+    # The interface itself logs what the server has refused.
+    assert [text for text in ours(page.complaints) if "/prompt" not in text] == []
 
 
 def test_files_that_a_node_has_saved_are_looked_for_once(page, server):

@@ -15,12 +15,10 @@ from pathlib import Path
 from hostlib.build import Host
 from hostlib.server import Server
 from hostlib.widgets import DYNAMIC_COMBO, GROUPS, SEED_NAMES, WIDGET_TYPES
-from templates import HEIGHTS, TEMPLATES
+from templates import TEMPLATES
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CONTROL = "fixed"  # of a seed, after each run
-TOP = 80  # of the first node in a column, under its group's title
-TITLE, GAP = 30, 25  # height of a node's title, which is above its position, and of the room between two nodes
 
 
 class Template:
@@ -30,20 +28,17 @@ class Template:
         self.name, self.info = name, info
         self.nodes, self.links, self.groups = [], [], []
 
-    def add(self, class_type: str, pos, size, heading: str = "", models=(), **inputs) -> "Added":
-        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`.
-
-        `pos` is (x, y), or x alone for a node under the last one there, or at the top. `size` is a width, for a node as high as HEIGHTS says, or
-        (width, height) for one that may be of any height.
-        """
-        pos = (pos, self._free_below(pos)) if isinstance(pos, int) else pos
-        size = (size, HEIGHTS[class_type]) if isinstance(size, int) else size
+    def add(self, class_type: str, pos, size, heading: str = "", models=(), folded: bool = False,
+            **inputs) -> "Added":
+        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`. Of a
+        `folded` one only the title is seen."""
         declared = {name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()}
         unknown = inputs.keys() - declared.keys()
         if unknown:
             raise SystemExit(f"{self.name}: {class_type} has no input {', '.join(unknown)}")
-        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size), "flags": {},
-                "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "widgets_values": [],
+        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size),
+                "flags": {"collapsed": True} if folded else {}, "order": len(self.nodes), "mode": 0,
+                "inputs": [], "outputs": [], "widgets_values": [],
                 "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})}}
         if heading:
             node["title"] = heading
@@ -54,10 +49,6 @@ class Template:
         node["outputs"] = [{"name": name, "type": kind, "links": []}
                            for name, kind in zip(outputs["output_name"], outputs["output"])]
         return Added(self, node)
-
-    def _free_below(self, x: int) -> int:
-        ends = [node["pos"][1] + node["size"][1] + GAP + TITLE for node in self.nodes if node["pos"][0] == x]
-        return max(ends, default=TOP)
 
     def _declare(self, node: dict, name: str, spec: list, given) -> None:
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
@@ -89,19 +80,11 @@ class Template:
             "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {"Node name for S&R": "MarkdownNote"},
             "widgets_values": [text], "color": "#432", "bgcolor": "#653"})
 
-    def group(self, title: str, corner, width: int, color: str) -> None:
-        """A frame from `corner` (x, y) down to below the last node in it."""
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": [*corner, width, 0], "color": color,
+    def group(self, title: str, bounding, color: str) -> None:
+        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": list(bounding), "color": color,
                             "font_size": 24, "flags": {}})
 
-    def _close_groups(self) -> None:
-        for group in self.groups:
-            left, top, width, _ = group["bounding"]
-            inside = [node for node in self.nodes if left < node["pos"][0] < left + width and node["pos"][1] > top]
-            group["bounding"][3] = max(node["pos"][1] + node["size"][1] for node in inside) + GAP - top
-
     def as_json(self) -> dict:
-        self._close_groups()
         return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ComfyUI-T-LoRA/{self.name}")), "revision": 0,
                 "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
                 "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [420, 110]}}, "version": 0.4}

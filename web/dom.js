@@ -25,7 +25,7 @@ export function setText(element, text) {
 
 /**
  * Puts `element` on a node as its last widget, in both renderers. It holds no value: nothing of it is saved or queued.
- * Returns a function that changes the least height, in pixels of the graph.
+ * Returns it, and a function `resize` that changes the least height, in pixels of the graph.
  */
 export function addPanel(node, name, element, height) {
   let least = height;
@@ -42,13 +42,15 @@ export function addPanel(node, name, element, height) {
   for (const kind of ["pointerdown", "dblclick", "contextmenu", "keydown", "keyup", "copy", "paste", "cut"]) {
     element.addEventListener(kind, (event) => event.stopPropagation());
   }
-  return (pixels) => {
+  const resize = (pixels) => {
     if (pixels === least) return;
+    const shrunk = Math.min(pixels - least, 0); // what it gave back, so that a node is not left with a hole
     setHeight(pixels);
     const [width, wanted] = node.computeSize();
-    if (node.size[1] < wanted) node.setSize([Math.max(node.size[0], width), wanted]);
+    node.setSize([Math.max(node.size[0], width), Math.max(wanted, node.size[1] + shrunk)]);
     node.setDirtyCanvas?.(true, true);
   };
+  return { widget, resize };
 }
 
 const MARGIN = 8;

@@ -38,6 +38,20 @@ export function nodeAt({ node, workflow }) {
   return graph?.getNodeById(ids.at(-1)) ?? null;
 }
 
+/** What `nodeAt` finds the node by: of a sub-graph that is used several times, the first use. Null in no open graph. */
+export function pathOf({ id, graph }) {
+  const root = app.rootGraph ?? app.graph;
+  const within = (inner) => {
+    if (inner === graph) return [id];
+    for (const node of inner.nodes ?? []) {
+      const path = node.subgraph && within(node.subgraph);
+      if (path) return [node.id, ...path];
+    }
+    return null;
+  };
+  return within(root)?.join(":") ?? null;
+}
+
 /** What the node's widgets hold, by name. */
 export const values = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
 

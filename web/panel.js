@@ -1,12 +1,15 @@
 // The training panel of the Train node: loss, pace, time left, memory, validation pictures, and the two buttons.
 import { addPanel, html, path, setText, svg } from "./dom.js";
+import { drawsElements, keepShort, toggleAdvanced } from "./fold.js";
 import { followNode } from "./graph.js";
 import { showLarge } from "./lightbox.js";
-import { ask, picturePath, runOf } from "./runs.js";
+import { planOf } from "./plan.js";
+import { ask, mark, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
 
 const WIDTH = 1000, HEIGHT = 300; // of the chart's own coordinates, stretched to the element
-const HEIGHT_IDLE = 210, HEIGHT_STRIP = 96, HEIGHT_MESSAGE = 38;
+const HEIGHT_IDLE = 122, HEIGHT_RUN = 128, HEIGHT_STRIP = 96, HEIGHT_LINE = 16; // pixels
+const MOST_LINES = 6, CHARACTERS = 46; // of a message; more of it is scrolled. Characters fit a line of the usual node.
 
 export function duration(seconds) {
   const whole = Math.round(seconds);
@@ -150,11 +153,16 @@ export class TrainingPanel {
     this.message = html("div", { class: "tlora-message", role: "status" });
     this.stop = this.button("stop");
     this.checkpoint = this.button("checkpoint");
+    this.fold = html("button", { class: "tlora-button tlora-fold", onclick: () => this.toggle() });
+    this.plan = html("div", { class: "tlora-plan" });
     this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training") },
-                        html("div", { class: "tlora-row" }, this.state, this.step), this.bar, this.pace, this.chart.element,
+                        html("div", { class: "tlora-row" }, this.state, this.step), this.plan, this.bar, this.pace, this.chart.element,
                         this.strip.element, this.message,
-                        html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint));
-    this.resize = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
+                        html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint, this.fold));
+    const { widget, resize } = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
+    this.resize = resize;
+    widget.beforeQueued = () => mark(node);
+    keepShort(node, widget);
     followNode(node, () => this.update());
   }
 
@@ -166,21 +174,40 @@ export class TrainingPanel {
     if (this.run && !(await ask(this.run, wish))) setText(this.state, t("not_reached"));
   }
 
+  async tellPlan() {
+    const at = (this.latest = {}); // answers may overtake one another
+    const { text, isWrong } = await planOf(this.node);
+    if (at !== this.latest) return;
+    setText(this.plan, text);
+    this.plan.title = text;
+    this.plan.classList.toggle("tlora-wrong", isWrong);
+  }
+
+  toggle() {
+    toggleAdvanced(this.node);
+    this.update();
+  }
+
   update() {
+    this.fold.hidden = drawsElements();
+    setText(this.fold, t(this.node.showAdvanced ? "fold" : "unfold"));
+    this.tellPlan();
     const run = runOf(this.node);
     if (run === this.run) return;
     this.run = run;
     const state = run?.state ?? "idle", runs = state === "running", wishes = run?.wishes ?? [];
     this.element.dataset.state = state;
     setText(this.state, t(`state_${state}`));
-    setText(this.step, run ? `${run.step} / ${run.steps}` : "");
+    setText(this.step, run?.steps ? `${run.step} / ${run.steps}` : "");
     this.pace.replaceChildren(...(run ? numbers(run) : []).map((text) => html("span", {}, text)));
     this.bar.setAttribute("aria-valuemax", run?.steps ?? 0);
     this.bar.setAttribute("aria-valuenow", run?.step ?? 0);
-    this.filled.style.width = run ? `${(100 * run.step) / run.steps}%` : "0";
+    this.filled.style.width = run?.steps ? `${(100 * run.step) / run.steps}%` : "0";
     this.chart.show(run);
     this.strip.show(run);
-    const said = [run?.message, run?.file && t("saved_as", { file: run.file })].filter(Boolean).join(" ");
+    for (const part of [this.bar, this.pace, this.chart.element]) part.hidden = !run?.steps;
+    const isNamed = run?.message.includes(run.file);
+    const said = [run?.message, run?.file && !isNamed && t("saved_as", { file: run.file })].filter(Boolean).join(" ");
     setText(this.message, said);
     this.message.title = said;
     this.message.hidden = !said;
@@ -189,12 +216,14 @@ export class TrainingPanel {
       setText(button, t(asked ? `${wish}_asked` : wish));
       button.disabled = !runs || asked;
     }
-    this.resize(HEIGHT_IDLE + (run?.pictures.length ? HEIGHT_STRIP : 0) + (said ? HEIGHT_MESSAGE : 0));
+    const lines = Math.min(Math.ceil(said.length / CHARACTERS), MOST_LINES);
+    this.resize(HEIGHT_IDLE + (run?.steps ? HEIGHT_RUN : 0) + (run?.pictures.length ? HEIGHT_STRIP : 0) + (lines ? 6 + lines * HEIGHT_LINE : 0));
   }
 }
 
 function numbers({ state, rate, left, memory: megabytes, memory_kind: kind }) {
   const pace = rate == null ? [] : [rate >= 1 ? t("rate", { rate: rate.toFixed(1) }) : t("seconds", { seconds: (1 / rate).toFixed(1) })];
+  const held = megabytes == null ? [] : [t(kind === "process" ? "memory_process" : "memory_device", { memory: memory(megabytes) })];
   const time = left == null || state !== "running" ? [] : [t("left", { time: duration(left) })];
-  return [...pace, ...time, t(kind === "process" ? "memory_process" : "memory_device", { memory: memory(megabytes) })];
+  return [...pace, ...time, ...held];
 }

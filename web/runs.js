@@ -1,13 +1,48 @@
 // The training runs that the server keeps: fetched once, then followed by its events.
+import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { changed, nodeAt } from "./graph.js";
+import { changed, nodeAt, pathOf } from "./graph.js";
 
 const MOST_POINTS = 2000; // of a curve; far more than a panel has pixels
 
 const runs = new Map(); // oldest first
 
-/** The newest run of a node, or null. */
-export const runOf = (node) => [...runs.values()].reverse().find((run) => nodeAt(run) === node) ?? null;
+const OWNER = "tlora_run"; // the property by which a node knows its runs; see comfy_host/queued.py
+
+const isOf = (run, node) => Boolean(run.owner) && run.owner === node.properties?.[OWNER] && nodeAt({ node: run.node }) === node;
+
+/** The newest run of a node, or null. Ids do not tell whose it is: they are the same whenever a template is opened. */
+export const runOf = (node) => [...runs.values()].reverse().find((run) => isOf(run, node)) ?? null;
+
+/**
+ * Before the graph is queued: the node gets a mark that its runs carry. It is saved with the graph, so that a graph that is opened
+ * again finds its runs; a copy of the node or of the graph finds them too, until it is run itself and gets a mark of its own.
+ */
+export function mark(node) {
+  const place = `@${(app.rootGraph ?? app.graph).id}/${node.id}`;
+  if (node.properties[OWNER]?.endsWith(place)) return;
+  const random = crypto.getRandomValues(new Uint32Array(4)); // and not randomUUID, which plain http may not use
+  node.properties[OWNER] = [...random].map((part) => part.toString(16)).join("-") + place;
+}
+
+/** What no run of the server's tells of a node; it stands until one does. */
+function tell(node, state) {
+  const owner = node.properties?.[OWNER];
+  const empty = { sequence: 0, step: 0, steps: 0, points: [], pictures: [], wishes: [], message: "", file: "" };
+  const place = { owner, node: pathOf(node), workflow: (app.rootGraph ?? app.graph).id };
+  runs.delete(owner);
+  runs.set(owner, { ...empty, ...place, id: owner, isLocal: true, ...state });
+  changed();
+}
+
+/** A training that the host answered from its memory. */
+export function remembered(node, file) {
+  const run = runOf(node);
+  if (node.properties?.[OWNER] && (!run || run.isLocal)) tell(node, { state: "found", file });
+}
+
+/** A training that the server did not begin, and why. */
+export const refused = (node, message) => node.comfyClass === "TLoRATrainFromImage" && tell(node, { state: "failed", message });
 
 function take(state) {
   const known = runs.get(state.id);
@@ -18,7 +53,7 @@ function take(state) {
     // Every second one, and always the newest.
     if (state.points.length > MOST_POINTS) state.points = state.points.filter((_, i, all) => (all.length - 1 - i) % 2 === 0);
   } else {
-    for (const [id, run] of runs) if (run.node === state.node && run.workflow === state.workflow) runs.delete(id);
+    for (const [id, run] of runs) if (run.node === state.node && run.workflow === state.workflow && run.owner === state.owner) runs.delete(id);
   }
   runs.set(state.id, state);
 }

@@ -69,7 +69,8 @@ class SchedulePanel {
       curve.value = textOf(points);
       curve.callback?.(curve.value);
     });
-    addPanel(node, "tlora_schedule", this.element, HEIGHT_CHART + (this.card ? HEIGHT_CARD : 0));
+    const { widget } = addPanel(node, "tlora_schedule", this.element, HEIGHT_CHART + (this.card ? HEIGHT_CARD : 0));
+    if (curve) widget.options.advanced = true; // with the inputs that bend it
     panels.set(node, this);
     followNode(node, () => this.update());
   }

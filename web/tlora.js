@@ -4,14 +4,16 @@ import { api } from "../../scripts/api.js";
 import { nameBoxes } from "./boxes.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
-import { changed, forgetClosed } from "./graph.js";
+import { changed, forgetClosed, nodeAt } from "./graph.js";
 import { TrainingPanel } from "./panel.js";
-import { follow } from "./runs.js";
+import { followRefusals } from "./refusals.js";
+import { follow, remembered } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
 import { rankNodes } from "./search.js";
 import { orderTemplates } from "./templates.js";
 
-const SCHEDULED = ["TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"];
+const TRAIN = "TLoRATrainFromImage";
+const SCHEDULED = [TRAIN, "TLoRALoad", "TLoRAApply"];
 
 document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css", import.meta.url).href }));
 
@@ -22,8 +24,13 @@ app.registerExtension({
   addCustomNodeDefs: rankNodes,
   setup() {
     followSampling();
+    followRefusals();
     // Nodes that write files tell their names; a training that was stopped tells it when it ends.
-    api.addEventListener("executed", ({ detail }) => refreshFor(detail.output?.tlora_names ?? []));
+    api.addEventListener("executed", ({ detail }) => {
+      const names = detail.output?.tlora_names ?? [], node = nodeAt(detail);
+      if (node?.comfyClass === TRAIN && names.length) remembered(node, names[0]);
+      return refreshFor(names);
+    });
     return follow((run) => run.file && refreshFor([run.file]));
   },
   afterConfigureGraph() {
@@ -37,7 +44,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     if (SCHEDULED.includes(node.comfyClass)) addSchedule(node);
-    if (node.comfyClass === "TLoRATrainFromImage") new TrainingPanel(node);
+    if (node.comfyClass === TRAIN) new TrainingPanel(node);
     if (/^TLoRA[A-Z]/.test(node.comfyClass)) nameBoxes(node);
   },
 });

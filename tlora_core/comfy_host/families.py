@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
@@ -85,12 +86,17 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, Targ
     """
     linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items()
               if is_linear(module)}
+    return layers_among(linear, which, type(model.model).__name__)
+
+
+def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[str, TargetLayer]:
+    """As target_layers, among a model's linear layers by module path; `kind` names the model in errors."""
     attention, feed_forward = _attention(linear), _feed_forward(linear)
     if which not in (ATTENTION, WITH_FEED_FORWARD):
         return _matching(which, linear, {**attention, **feed_forward})
     if not attention:
         raise TLoRAError(
-            f"model is a {type(model.model).__name__}, whose attention layers T-LoRA does not know by name; give patterns of "
+            f"model is a {kind}, whose attention layers T-LoRA does not know by name; give patterns of "
             f"layer names instead, or use another model. {_examples(linear)}")
     return attention if which == ATTENTION else {**attention, **feed_forward}
 
@@ -98,11 +104,15 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, Targ
 def defaults_for(model: ModelPatcher) -> Defaults:
     """The settings to start from with this kind of model."""
     network = model.model.diffusion_model
-    network = getattr(network, "_orig_mod", network)
-    config = model.model.model_config
+    return defaults_of(model.model.model_config, isinstance(getattr(network, "_orig_mod", network), UNetModel))
+
+
+def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
+    """The same by the host's config of a model. is_unet: whether it is a U-Net of the kind of SDXL's; None where there is no network
+    to ask yet, and the config says it."""
     if isinstance(config, TinySDXL):
         return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
-    if isinstance(network, UNetModel):
+    if is_unet or (is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config):
         # Text as wide as 768 is SD1's, 1024 SD2's; what is wider was trained on pictures of 1024.
         resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
         return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})

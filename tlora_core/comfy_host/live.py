@@ -4,22 +4,25 @@ The latest run of each node is kept here while the server lives, of RUNS_KEPT no
 pictures, so that a page that is opened later, or again, can be told all of it; see `live_routes` for how a page asks. Training runs in the host's
 prompt thread and the routes in its event loop, so a run locks itself. Without a server a run only keeps its record.
 """
+import functools
 import io
 import math
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import comfy.model_management
 import psutil
 import torch
-from comfy_execution.utils import get_executing_context
+from comfy.model_management import InterruptProcessingException
 from PIL import Image
 from server import PromptServer
+
+from .queued import owner_of, queued_workflow
 
 EVENT = "tlora.training"
 EVENT_EVERY = 0.25  # seconds
@@ -50,9 +53,10 @@ class LiveRun:
     _registry_lock = threading.Lock()
     _runs: dict[str, "LiveRun"] = {}  # oldest first
 
-    def __init__(self, node_id: str | None, workflow_id: str | None, steps: int, first_step: int, title: str):
+    def __init__(self, node_id: str | None, workflow: Mapping[str, Any], steps: int, first_step: int, title: str):
         self.id = secrets.token_urlsafe(12)
-        self.node_id, self.workflow_id, self.steps, self.title = node_id, workflow_id, steps, title
+        self.node_id, self.steps, self.title = node_id, steps, title
+        self.workflow_id, self.owner = workflow.get("id"), owner_of(workflow, node_id)
         self._lock = threading.Lock()
         self._state: State = "running"
         self._step = self._first_step = first_step
@@ -70,9 +74,9 @@ class LiveRun:
     def begin(cls, node_id: str | None, steps: int, first_step: int = 0, title: str = "") -> "LiveRun":
         """A new run of `steps` steps in all, of which `first_step` are already done. It takes the place of the node's
         earlier one. `node_id` is the host's, "3:7" in a sub-graph; None keeps a run without a node."""
-        run = cls(node_id, workflow_id(), steps, first_step, title)
+        run = cls(node_id, queued_workflow(), steps, first_step, title)
         with cls._registry_lock:
-            for old in [r for r in cls._runs.values() if (r.node_id, r.workflow_id) == (run.node_id, run.workflow_id)]:
+            for old in [r for r in cls._runs.values() if r.place == run.place]:
                 del cls._runs[old.id]
             cls._runs[run.id] = run
             for old_id in list(cls._runs)[:-RUNS_KEPT]:
@@ -82,6 +86,11 @@ class LiveRun:
             torch.cuda.reset_peak_memory_stats(device)
         run._tell()
         return run
+
+    @property
+    def place(self) -> tuple[str | None, ...]:
+        """The node in the graph that ran it: each has one run here, its latest."""
+        return self.node_id, self.workflow_id, self.owner
 
     @classmethod
     def find(cls, run_id: str) -> "LiveRun | None":
@@ -176,6 +185,14 @@ class LiveRun:
         with self._lock:
             return self._as_json(thinned(self._points))
 
+    @classmethod
+    def of(cls, node_id: str | None) -> "LiveRun | None":
+        """The newest run of this node in the workflow that is being run."""
+        workflow = queued_workflow()
+        place = node_id, workflow.get("id"), owner_of(workflow, node_id)
+        with cls._registry_lock:
+            return next((run for run in reversed(cls._runs.values()) if run.place == place), None)
+
     def _tell(self) -> None:
         """One event to all pages, with the points since the last one."""
         with self._lock:
@@ -193,11 +210,38 @@ class LiveRun:
         rate = (last - first) / (ended - began) if last > first and ended > began else None
         kind, memory = _memory()
         return {
-            "id": self.id, "sequence": self._sequence, "node": self.node_id, "workflow": self.workflow_id, "title": self.title, "state": self._state,
+            "id": self.id, "sequence": self._sequence, "node": self.node_id, "workflow": self.workflow_id,
+            "owner": self.owner, "title": self.title, "state": self._state,
             "step": self._step, "steps": self.steps, "points": points, "rate": rate,
             "left": (self.steps - self._step) / rate if rate else None, "memory": memory, "memory_kind": kind,
             "pictures": [{"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()],
             "wishes": sorted(self._wishes), "message": self._message, "file": self._file}
+
+
+def shown_when_it_fails(execute: Callable) -> Callable:
+    """For a node's `execute`, below its @classmethod: what ends it before a run begins, or past the run's own notice, is that node's
+    run to the page too, which would else show an older one. The node has `hidden.unique_id`."""
+    @functools.wraps(execute)
+    def shown(node, *args, **inputs):
+        before = LiveRun.of(node.hidden.unique_id)
+        try:
+            return execute(node, *args, **inputs)
+        except InterruptProcessingException:
+            _end_of(node.hidden.unique_id, before, "cancelled", "Cancelled before the first step; press Run to start.")
+            raise
+        except Exception as error:
+            _end_of(node.hidden.unique_id, before, "failed", str(error) or type(error).__name__)
+            raise
+
+    return shown
+
+
+def _end_of(node_id: str | None, before: LiveRun | None, state: State, message: str) -> None:
+    run = LiveRun.of(node_id)
+    if run is None or run is before:
+        run = LiveRun.begin(node_id, steps=0)
+    if run.state()["state"] == "running":
+        run.finish(state, message)
 
 
 def thinned(points: Sequence[Point], most: int = CURVE_POINTS) -> list[Point]:
@@ -214,14 +258,3 @@ def _memory() -> tuple[str, float]:
         return "device peak", torch.cuda.max_memory_allocated(device) / 2**20
     return "process", psutil.Process().memory_info().rss / 2**20
 
-
-def workflow_id() -> str | None:
-    """The id of the workflow that is being run: node ids are unique only within one. None where the prompt came without."""
-    context, server = get_executing_context(), getattr(PromptServer, "instance", None)
-    if context is None or server is None:
-        return None
-    for item in server.prompt_queue.get_current_queue_volatile()[0]:
-        if item[1] == context.prompt_id:
-            workflow = (item[3].get("extra_pnginfo") or {}).get("workflow") or {}
-            return workflow.get("id")
-    return None

@@ -8,8 +8,8 @@ from comfy.patcher_extension import WrappersMP
 from server import PromptServer
 
 from ..schedule import RankSchedule
-from .live import workflow_id
 from .noise import noise_level
+from .queued import workflow_id
 
 EVENT = "tlora.sampling"
 EVENT_EVERY = 0.1  # seconds; evaluations in between are not looked at

@@ -1,7 +1,10 @@
 """The routes by which a page asks for training runs and has its say in them. Nothing that a page sends is used as a path."""
+import asyncio
+
 from aiohttp import web
 
 from .live import LiveRun
+from .plan import asked_plan
 
 RUN = "/tlora/runs/{run_id}"
 
@@ -12,6 +15,14 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.get("/tlora/runs")
     async def runs(_request):
         return web.json_response(LiveRun.states())
+
+    @routes.post("/tlora/plan")
+    async def plan(request):
+        try:
+            answer = await asyncio.to_thread(asked_plan, await request.json())
+        except (ValueError, KeyError, TypeError) as error:
+            raise web.HTTPBadRequest(text="These are not a node's inputs.") from error
+        return web.json_response(answer)
 
     @routes.get(RUN + "/validation/{index:[0-9]{1,9}}")
     async def validation(request):

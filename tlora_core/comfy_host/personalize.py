@@ -24,7 +24,7 @@ from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .draw import draw
 from .encode import Encoder
-from .families import ATTENTION, TargetLayer, defaults_for, is_flux, target_layers
+from .families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
 from .memory import should_checkpoint
 from .noise import domain, draw_sigmas, min_snr_weight, noise_level
 from .sampling import apply_tlora
@@ -92,7 +92,12 @@ class TrainRequest:
 def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
     """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits the model;
     where the optimizer is, so is the clipping of gradients."""
-    usual, config = defaults_for(model), dict(config)
+    return completed(defaults_for(model), config, **fields)
+
+
+def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
+    """As filled_in, with what is usual for a kind of model."""
+    config = dict(config)
     if config.get("optimizer", "auto") == "auto":
         # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
         config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer

@@ -199,6 +199,7 @@ class TrainingRun:
         self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
         # Of a run that was at its end but for its file, or that the user had stopped.
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
+        self.checkpoint_step = first  # of the last state on disk; 0 where there is none
         if first:
             remark = f"going on from step {first} of an earlier run" if not self.is_over else "writing the file of an earlier run"
         if remark:
@@ -249,7 +250,7 @@ class TrainingRun:
     def _checkpoint(self, file: bool) -> None:
         """A disk that is full ends no training: the user is told, and the final save may find room."""
         try:
-            self.folder.save_checkpoint(self.trainer.state_dict())
+            self._save_state()
             message = f"checkpoint at step {self.trainer.step}"
             if file:
                 path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
@@ -259,6 +260,10 @@ class TrainingRun:
             logging.warning("[T-LoRA] %s", error)
             message = str(error)
         self.live.note(message)
+
+    def _save_state(self) -> None:
+        self.folder.save_checkpoint(self.trainer.state_dict())
+        self.checkpoint_step = self.trainer.step
 
     def _validate(self) -> None:
         """Pictures that cannot be drawn or saved end no training either."""
@@ -345,22 +350,30 @@ class TrainingRun:
     def _checkpoint_of_the_end(self) -> str:
         """Where the disk takes no checkpoint, it may still take the T-LoRA's file, which is a fraction of it; says so then."""
         try:
-            self.folder.save_checkpoint(self.trainer.state_dict())
+            self._save_state()
             return ""
         except TLoRAError as error:
             logging.warning("[T-LoRA] %s", error)
             return f"There is no checkpoint of step {self.trainer.step} to go on from: {error}"
 
     def _cancelled(self) -> None:
-        message, file = "", ""
-        if self.keeping.save_on_cancel and self.trainer.step:
+        step, file, missing = self.trainer.step, "", ""
+        message = f"Cancelled at step {step}"
+        if self.keeping.save_on_cancel and step:
             missing = self._checkpoint_of_the_end()
             try:
                 file, note = self._save()
-                message = ". ".join(filter(None, (f"cancelled at step {self.trainer.step} and saved as {file}", note, missing)))
+                message = ". ".join(filter(None, (f"{message} and saved as {file}", note.rstrip("."))))
             except TLoRAError as error:
-                message = f"cancelled at step {self.trainer.step} and not saved: {error} {self._kept('cancelled')}"
-        self._ended_badly("cancelled", message, file)
+                message = f"{message} and not saved: {str(error).rstrip('.')}"
+        self._ended_badly("cancelled", " ".join(filter(None, (f"{message}.", self._what_run_does(), missing))), file)
+
+    def _what_run_does(self) -> str:
+        if self.keeping.rerun == "restart":
+            return "Run trains from the start, as rerun is restart."
+        if not self.checkpoint_step:
+            return "Run trains from the start, as there was no checkpoint yet."
+        return f"Run goes on from step {self.checkpoint_step}."
 
     def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
         """The page first, as the disk may be what has failed."""

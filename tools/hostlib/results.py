@@ -71,8 +71,8 @@ def refusal_in_words(answer: dict, prompt: dict) -> list[str]:
     """The sentences for a prompt that failed validation."""
     sentences = []
     for node_id, found in (answer.get("node_errors") or {}).items():
-        for error in found.get("errors", []):
-            sentences.append(f"{node_name(node_id, prompt)}: {_sentence(error)}")
+        told = dict.fromkeys(_sentence(error) for error in found.get("errors", []))  # once, however many inputs it marks
+        sentences += [f"{node_name(node_id, prompt)}: {sentence}" for sentence in told]
     if not sentences:
         error = answer.get("error") or {"message": "The server refused the workflow"}
         sentences.append(_sentence(error) if isinstance(error, dict) else str(error))
@@ -81,6 +81,8 @@ def refusal_in_words(answer: dict, prompt: dict) -> list[str]:
 
 def _sentence(error: dict) -> str:
     message, details = error.get("message", ""), str(error.get("details") or "")
+    if error.get("type") == "custom_validation_failed" and " - " in details:
+        return details.partition(" - ")[2]  # the node's own words, after the input's name
     if len(details) > LONGEST_DETAIL:
         details = details[:LONGEST_DETAIL] + " ..."
     return f"{message} ({details})" if details and details not in message else message

@@ -1,0 +1,51 @@
+// What the Train node's inputs stand for, where 0 and auto leave it to the model: asked of the server before the run.
+import { api } from "../../scripts/api.js";
+import { isLinked, source, values } from "./graph.js";
+import { t } from "./texts.js";
+
+const LOADERS = { CheckpointLoaderSimple: "ckpt_name", UNETLoader: "unet_name", TLoRATinyBaseModel: null };
+const INPUTS = ["token", "class_word", "method", "rank", "min_rank", "alpha", "curve", "start", "resolution", "layers", "steps", "learning_rate",
+                "batch_size", "seed"];
+
+const answers = new Map(); // what was asked -> promise
+
+/** The node that loads the model which comes in, seen through nodes that change it; null where there is none that is known. */
+function loaderOf(node) {
+  for (let hops = 0; node && hops < 30; hops++) {
+    node = source(node, "model");
+    if (node && node.type in LOADERS) return node;
+  }
+  return null;
+}
+
+function asked(node) {
+  const loader = loaderOf(node), file = loader && LOADERS[loader.type];
+  if (!loader || (file && isLinked(loader, file)) || INPUTS.some((name) => isLinked(node, name))) return null;
+  const options = source(node, "options"), all = values(node);
+  const optimizer = options ? values(options).optimizer : "auto";
+  if (!optimizer || INPUTS.some((name) => all[name] === undefined)) return null;
+  const own = Object.fromEntries(INPUTS.map((name) => [name, all[name]]));
+  return JSON.stringify({ ...own, optimizer, loader: loader.type, file: file ? values(loader)[file] : "" });
+}
+
+function ask(body) {
+  if (!answers.has(body)) {
+    const request = { method: "POST", body, headers: { "Content-Type": "application/json" } };
+    answers.set(body, api.fetchApi("/tlora/plan", request).then((answer) => (answer.ok ? answer.json() : {})).catch(() => ({})));
+    if (answers.size > 50) answers.delete(answers.keys().next().value);
+  }
+  return answers.get(body);
+}
+
+const rate = ({ optimizer, learning_rate }) => (optimizer === "prodigy" ? t("plan_prodigy")
+  : t("plan_rate", { rate: Number(learning_rate.toPrecision(3)).toExponential() }));
+
+/** {text, isWrong} for the panel's line. */
+export async function planOf(node) {
+  const body = asked(node), plan = body ? await ask(body) : {};
+  if (plan.wrong) return { text: plan.wrong, isWrong: true };
+  if (!plan.steps) return { text: t("plan_unknown"), isWrong: false };
+  const { steps, resolution, method, rank, min_rank, layers } = plan;
+  return { text: [t("steps", { steps }), rate(plan), `${resolution} px`, `${method} ${rank === min_rank ? rank : `${rank}/${min_rank}`}`,
+                  t("plan_layers", { layers })].join(", "), isWrong: false };
+}
