@@ -34,9 +34,10 @@ class Loaded:
     @property
     def report(self) -> str:
         """A few lines for the user."""
+        s = self.tlora.schedule
         lines = [
-            f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {self.tlora.schedule.rank}, "
-            f"min_rank {self.tlora.schedule.min_rank}, {'a curve' if self.tlora.schedule.points else f'alpha {self.tlora.schedule.alpha:g}'}."
+            f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {s.rank}, min_rank {s.min_rank}, "
+            f"{'a curve' if s.points else f'alpha {s.alpha:g}'}."
         ]
         for reason, count in Counter(self.unmatched.values()).most_common():
             example = next(key for key, why in self.unmatched.items() if why == reason)
