@@ -215,3 +215,37 @@ def test_a_run_belongs_to_the_workflow_that_is_being_run(live, pages):
         other = live.LiveRun.begin("7", steps=1)
     assert [state["workflow"] for state in live.LiveRun.states()] == ["workflow 1", None]
     assert live.LiveRun.find(run.id) is run and live.LiveRun.find(other.id) is other
+
+
+def test_a_run_has_the_mark_that_the_page_wrote_into_its_node_also_in_a_subgraph(live):
+    from tlora_core.comfy_host.queued import owner_of
+
+    node = {"id": 7, "type": "TLoRATrainFromImage", "properties": {"tlora_run": "a mark"}}
+    inner = {"id": 3, "type": "sub", "properties": {}}
+    workflow = {"nodes": [{**node, "properties": {"tlora_run": "another"}}, inner], "definitions": {"subgraphs": [{"id": "sub", "nodes": [node]}]}}
+    assert owner_of(workflow, "7") == "another" and owner_of(workflow, "3:7") == "a mark"
+    for strange in ({}, {"nodes": None}, {"nodes": [None]}, {"nodes": [{"id": 7}]}, {"definitions": 3, "nodes": []},
+                    {"nodes": [{"id": 7, "type": "x", "properties": {"tlora_run": {"no": "text"}}}]}):
+        assert owner_of(strange, "7") is None
+
+
+def test_what_ends_a_node_before_its_run_begins_is_its_run(live):
+    from types import SimpleNamespace
+
+    from comfy.model_management import InterruptProcessingException
+
+    node = SimpleNamespace(hidden=SimpleNamespace(unique_id="7"))
+
+    def ending(error):
+        @live.shown_when_it_fails
+        def execute(node):
+            raise error
+        with pytest.raises(type(error)):
+            execute(node)
+        [state] = live.LiveRun.states()
+        return state["state"], state["message"], state["steps"]
+
+    live.LiveRun.begin("7", steps=9).finish("done")
+    assert ending(ValueError("image has 4 channels.")) == ("failed", "image has 4 channels.", 0)
+    assert ending(KeyError()) == ("failed", "KeyError", 0)
+    assert ending(InterruptProcessingException())[0] == "cancelled"
