@@ -21,6 +21,8 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from server import PromptServer
 
+from .pages import tell
+
 EVENT = "tlora.training"
 EVENT_EVERY = 0.25  # seconds
 RATE_OVER = 10.0  # seconds of steps that make the steps per second
@@ -183,10 +185,8 @@ class LiveRun:
             state = self._as_json(self._points[self._sent:])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
-            server = getattr(PromptServer, "instance", None)
-            if server is not None:
-                # Only queued there; inside the lock, so that events leave in order.
-                server.send_sync(EVENT, state)
+            # Only queued there; inside the lock, so that events leave in order.
+            tell(EVENT, state)
 
     def _as_json(self, points: Sequence[Point]) -> dict[str, Any]:
         (began, first), (ended, last) = self._pace[0], self._pace[-1]

@@ -10,6 +10,7 @@ from server import PromptServer
 from ..schedule import RankSchedule
 from .live import workflow_id
 from .noise import noise_level
+from .pages import tell
 
 EVENT = "tlora.sampling"
 EVENT_EVERY = 0.1  # seconds; evaluations in between are not looked at
@@ -47,7 +48,7 @@ class _Teller:
         elif sigmas is not self._sigmas:
             # The last sigma is where the sampler ends: the model is not evaluated there.
             self._sigmas, self._steps = sigmas, self._ranks(sampling, sigmas[:-1])
-        PromptServer.instance.send_sync(EVENT, {
+        tell(EVENT, {
             "node": self.node_id, "workflow": self.workflow, "level": level, "rank": rank, "steps": self._steps,
             "schedule": asdict(self.schedule)})
 

@@ -2,6 +2,7 @@
 from aiohttp import web
 
 from .live import LiveRun
+from .pages import listen
 
 RUN = "/tlora/runs/{run_id}"
 
@@ -10,7 +11,8 @@ def add_routes(routes: web.RouteTableDef) -> None:
     """Adds to the host's routes; it serves each of them also below /api."""
 
     @routes.get("/tlora/runs")
-    async def runs(_request):
+    async def runs(request):
+        listen(request.query.get("client"))  # before it is told what there is, so that it misses nothing
         return web.json_response(LiveRun.states())
 
     @routes.get(RUN + "/validation/{index:[0-9]{1,9}}")
