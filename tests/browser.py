@@ -13,6 +13,8 @@ UNKNOWN_NODES = """() => window.app.graph.nodes
     .filter(node => node.has_errors || !(node.type in window.LiteGraph.registered_node_types)).map(node => node.type)"""
 IS_READY = """() => window.app?.extensionManager?.workflow?.activeWorkflow
     && window.LiteGraph.registered_node_types.TLoRALoad"""
+# A warning is ours when our code led to it.
+WARNINGS_SAY_WHERE = "const warn = console.warn; console.warn = (...words) => warn(...words, new Error().stack);"
 
 
 @contextmanager
@@ -28,17 +30,18 @@ def new_page(browser, pixels: int = 1):
     page = browser.new_page(viewport={"width": 1800, "height": 1050}, device_scale_factor=pixels)
     page.set_default_timeout(STEP_MS)
     page.complaints = []
+    page.add_init_script(WARNINGS_SAY_WHERE)
     page.on("pageerror", lambda error: page.complaints.append(f"{error}\n{error.stack}"))
     page.on("console", lambda message: page.complaints.append(f"{message.text} ({message.location['url']})")
-            if message.type == "error" else None)
+            if message.type in ("error", "warning") else None)
     page.on("response", lambda answer: page.complaints.append(f"{answer.status} {answer.url}")
             if answer.status >= 400 and (PACK_NAME in answer.url or "/tlora/" in answer.url) else None)
     return page
 
 
 def ours(complaints: list[str]) -> list[str]:
-    """Those that name the pack's files or nodes; an offline machine gives the interface others of its own."""
-    return [text for text in complaints if PACK_NAME in text or "TLoRA" in text or "/tlora/" in text]
+    """Those that name the pack's files, nodes or events; an offline machine gives the interface others of its own."""
+    return [text for text in complaints if PACK_NAME in text or "TLoRA" in text or "/tlora/" in text or "tlora." in text]
 
 
 def open_interface(page, server) -> None:

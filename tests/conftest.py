@@ -56,6 +56,22 @@ def server(host, tmp_path_factory):
         yield running
 
 
+@pytest.fixture(scope="session")
+def newest_frontend_server(host, tmp_path_factory):
+    """Another one, with the newest interface and not the host's own."""
+    folder = os.environ.get("TLORA_NEWEST_FRONTEND")
+    if not folder:
+        pytest.skip("The newest interface is set up by: python3 tools/host.py test")
+    with Server(host, tmp_path_factory.mktemp("newest_frontend"), frontend=Path(folder)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["pinned", "newest"])
+def frontend(request):
+    """The server with the host's own interface, then the one with the newest."""
+    return request.getfixturevalue("server" if request.param == "pinned" else "newest_frontend_server")
+
+
 @pytest.fixture(scope="module")
 def loras(server) -> Path:
     """The server's loras folder."""

@@ -21,6 +21,7 @@ class Pages:
 
     def __init__(self):
         self.sent = []
+        self.sockets = {"page": object(), "still loading": object()}
 
     def send_sync(self, event, data, sid=None):
         self.sent.append((event, json.loads(json.dumps(data, allow_nan=False)), sid))
@@ -28,8 +29,17 @@ class Pages:
 
 @pytest.fixture
 def pages(live, monkeypatch):
-    monkeypatch.setattr(live.PromptServer, "instance", Pages(), raising=False)
-    return live.PromptServer.instance
+    return opened_pages(monkeypatch)
+
+
+def opened_pages(monkeypatch):
+    """Two pages, of which one listens."""
+    from tlora_core.comfy_host import pages
+
+    monkeypatch.setattr(pages, "_listening", {})
+    monkeypatch.setattr(pages.PromptServer, "instance", Pages(), raising=False)
+    pages.listen("page")
+    return pages.PromptServer.instance
 
 
 def ask(*requests, add_routes=None):
@@ -103,7 +113,7 @@ def test_resumed_run_measures_its_pace_from_its_own_first_step(live, monkeypatch
     assert run.state()["rate"] == pytest.approx(1.0) and run.state()["left"] == pytest.approx(49.0)
 
 
-def test_events_go_to_all_pages_are_throttled_and_leave_out_no_step(live, pages, monkeypatch):
+def test_events_go_to_pages_that_listen_are_throttled_and_leave_out_no_step(live, pages, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
     run = live.LiveRun.begin("3:7", steps=100)
@@ -111,12 +121,27 @@ def test_events_go_to_all_pages_are_throttled_and_leave_out_no_step(live, pages,
         now[0] += 0.05
         run.report(step, 0.5)
     run.finish("done", file="tlora/x.safetensors")
-    assert {(event, sid) for event, _, sid in pages.sent} == {("tlora.training", None)}
+    assert {(event, sid) for event, _, sid in pages.sent} == {("tlora.training", "page")}
     states = [data for _, data, _ in pages.sent]
     assert 15 <= len(states) <= 25
     assert [point[0] for state in states for point in state["points"]] == list(range(1, 101))
     assert states[0]["state"] == "running" and states[0]["node"] == "3:7"
     assert (states[-1]["state"], states[-1]["file"], states[-1]["step"]) == ("done", "tlora/x.safetensors", 100)
+
+
+def test_a_page_listens_from_when_it_asks_for_the_runs_until_its_socket_closes(live, pages):
+    from tlora_core.comfy_host.pages import tell
+
+    for client in ("still loading", "never seen", ""):
+        [(status, _)] = ask(("GET", f"/tlora/runs?client={client}", {}))
+        assert status == 200
+    assert ask(("GET", "/tlora/runs", {}))[0][0] == 200
+    tell("tlora.training", {})
+    assert [sid for _, _, sid in pages.sent] == ["page", "still loading"]
+    pages.sockets["page"] = object()  # loaded again: the same client, which is deaf until it asks
+    pages.sent.clear()
+    tell("tlora.training", {})
+    assert [sid for _, _, sid in pages.sent] == ["still loading"]
 
 
 def test_loss_that_is_no_number_does_not_reach_the_page(live, pages):

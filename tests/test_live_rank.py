@@ -2,16 +2,13 @@
 import host_models as models
 import pytest
 import torch
-from test_live import Pages
+from test_live import opened_pages
 from test_sampling_patch import sample
 
 
 @pytest.fixture
 def pages(comfy, monkeypatch):
-    from tlora_core.comfy_host import live_rank
-
-    monkeypatch.setattr(live_rank.PromptServer, "instance", Pages(), raising=False)
-    return live_rank.PromptServer.instance
+    return opened_pages(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,7 @@ def test_after_the_server_was_away_the_page_shows_what_it_has_now(page):
     tell(page, RUN)
     wait_for(page, "panel.step === 3")
     asked = []
-    page.route("**/tlora/runs", lambda route: asked.append(route))
+    page.route("**/tlora/runs?*", lambda route: asked.append(route))
 
     def come_back():
         """The page's request for the runs, which is not answered yet."""

@@ -2,33 +2,35 @@
 import math
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from .lettering import Lettering
 from .schedule import RankSchedule
 
 _BACKGROUND, _GRID, _TEXT = (24, 26, 31), (58, 62, 72), (205, 208, 214)
 _FAINT, _LINE, _MARK = (70, 110, 150), (100, 180, 255), (255, 176, 80)
+_FINE = 3  # pixels of the drawing in one of the picture, in each direction
 
 
 class _Axes:
-    """A plot area with ticks; `xy` maps data to pixels."""
+    """A plot area with ticks; `xy` maps data to pixels of the drawing, which is `_FINE` times as large as the picture."""
 
     def __init__(self, size: tuple[int, int], x_range, y_range, title: str, x_label: str, x_ticks, y_ticks):
-        self.image = Image.new("RGB", size, _BACKGROUND)
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(14)
-        self.left, self.top, self.right, self.bottom = 64, 40, size[0] - 20, size[1] - 52
+        self.size = size
+        self.drawing = Image.new("RGB", (size[0] * _FINE, size[1] * _FINE), _BACKGROUND)
+        self.draw = ImageDraw.Draw(self.drawing)
+        self.left, self.top, self.right, self.bottom = (at * _FINE for at in (64, 40, size[0] - 20, size[1] - 52))
         self.x_range, self.y_range = x_range, y_range
-        self.draw.text((self.left, 12), title, _TEXT, font=self.font)
-        self.draw.text(((self.left + self.right) / 2, size[1] - 12), x_label, _TEXT, font=self.font, anchor="ms")
+        letters = Lettering(14)
+        self.texts = [(64, 10, letters.cut(title, size[0] - 64 - 8), "la"), ((44 + size[0]) / 2, size[1] - 12, x_label, "ms")]
         for value, text in x_ticks:
             x, _ = self.xy(value, y_range[0])
-            self.draw.line([(x, self.top), (x, self.bottom)], _GRID)
-            self.draw.text((x, self.bottom + 6), text, _TEXT, font=self.font, anchor="mt")
+            self.draw.line([(x, self.top), (x, self.bottom)], _GRID, _FINE)
+            self.texts.append((x / _FINE, self.bottom / _FINE + 5, text, "ma"))
         for value, text in y_ticks:
             _, y = self.xy(x_range[0], value)
-            self.draw.line([(self.left, y), (self.right, y)], _GRID)
-            self.draw.text((self.left - 8, y), text, _TEXT, font=self.font, anchor="rm")
+            self.draw.line([(self.left, y), (self.right, y)], _GRID, _FINE)
+            self.texts.append((self.left / _FINE - 8, y / _FINE, text, "rm"))
 
     def xy(self, x, y):
         fx = (x - self.x_range[0]) / ((self.x_range[1] - self.x_range[0]) or 1)
@@ -37,11 +39,19 @@ class _Axes:
 
     def line(self, points, colour, width=1):
         if len(points) > 1:
-            self.draw.line([self.xy(*p) for p in points], colour, width, joint="curve")
+            self.draw.line([self.xy(*p) for p in points], colour, width * _FINE, joint="curve")
 
     def dot(self, x, y, colour, radius=4):
-        cx, cy = self.xy(x, y)
-        self.draw.ellipse([cx - radius, cy - radius, cx + radius, cy + radius], colour)
+        (cx, cy), r = self.xy(x, y), radius * _FINE
+        self.draw.ellipse([cx - r, cy - r, cx + r, cy + r], colour)
+
+    def picture(self) -> Image.Image:
+        """Reduced, so that lines have smooth edges, and lettered after that, as text is sharper so."""
+        image = self.drawing.reduce(_FINE)
+        draw, letters = ImageDraw.Draw(image), Lettering(14)
+        for x, y, text, anchor in self.texts:
+            letters.write(draw, (x, y), text, _TEXT, anchor)
+        return image
 
 
 def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360)) -> Image.Image:
@@ -56,22 +66,27 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360)) -> I
     top = max(ordered[int(0.98 * (len(ordered) - 1))], *smooth, 1e-12) * 1.05 if losses else 1.0
     last = smooth[-1] if smooth else float("nan")
     axes = _Axes(size, (1, max(len(losses), 2)), (0, top), f"loss, now {last:.4f} (running mean)", "step",
-                 [(v, str(v)) for v in _round_steps(len(losses))], [(top * k / 4, f"{top * k / 4:.3g}") for k in range(5)])
+                 [(v, str(v)) for v in _step_ticks(len(losses))], _round_ticks(top))
     axes.line([(i + 1, min(v, top)) for i, v in enumerate(losses)], _FAINT)
     axes.line([(i + 1, min(v, top)) for i, v in enumerate(smooth)], _LINE, 3)
-    return axes.image
+    return axes.picture()
 
 
-def _round_steps(count: int) -> list[int]:
-    """1, the last step, and a few in between."""
-    return sorted({1, *(round(count * k / 4) for k in range(1, 5))} - {0}) if count else [1]
+def _step_ticks(count: int) -> list[int]:
+    """1, round numbers of steps, and the last step where it stands apart from them."""
+    if count < 6:
+        return list(range(1, max(count, 1) + 1))
+    ticks = [round(tick) for tick, _ in _round_ticks(count)][1:]
+    return [1, *(tick for tick in ticks if tick < count - 0.4 * ticks[0]), count]
 
 
 def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = (),
                    size: tuple[int, int] = (640, 360)) -> Image.Image:
     """r(t) over the noise level t/T, from noise on the left to the picture on the right as a sampler goes; `steps`
     holds (t/T, rank) of each step of a sampler."""
-    ticks = sorted({0, schedule.min_rank, schedule.rank})
+    # Labels of ranks that lie closer than this would touch.
+    ticks = [rank for rank in {0, schedule.min_rank} if rank < 0.92 * schedule.rank and (not rank or rank > 0.08 * schedule.rank)]
+    ticks = sorted({*ticks, schedule.rank})
     shape = "a free curve" if schedule.points else f"alpha {schedule.alpha:g}"
     title = f"active rank r(t): {schedule.active_rank(1, 1)} at pure noise, {schedule.active_rank(0, 1)} at the end, {shape}"
     axes = _Axes(size, (1, 0), (0, schedule.rank * 1.08), title, "noise level t/T",
@@ -79,9 +94,9 @@ def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = 
     axes.line([(u, rank) for u, rank in schedule.curve(size[0], num_timesteps=1)], _LINE, 3)
     for u, rank in steps:
         x, y = axes.xy(u, rank)
-        axes.draw.line([(x, axes.bottom), (x, y)], _FAINT)
+        axes.draw.line([(x, axes.bottom), (x, y)], _FAINT, _FINE)
         axes.dot(u, rank, _MARK)
-    return axes.image
+    return axes.picture()
 
 
 def bar_chart(labels: Sequence[str], values: Sequence[float], title: str, x_label: str,
@@ -100,7 +115,7 @@ def bar_chart(labels: Sequence[str], values: Sequence[float], title: str, x_labe
     for i, dot in enumerate(dots):
         if dot is not None:
             axes.dot(i + 0.5, dot, _MARK)
-    return axes.image
+    return axes.picture()
 
 
 def _round_ticks(top: float) -> list[tuple[float, str]]:

@@ -1,11 +1,12 @@
 """Pictures side by side, to compare settings: a column for each setting, a row for each prompt."""
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .errors import TLoRAError
 from .images import check_images, to_picture
+from .lettering import Lettering
 
 MAX_PIXELS = 2**27  # 400 MB as the host's IMAGE would be more than most can use
 _BACKGROUND, _TEXT, _FAINT = (24, 26, 31), (235, 237, 240), (165, 170, 180)
@@ -16,38 +17,40 @@ def comparison_sheet(columns: Sequence[Tensor], labels: Sequence[str], prompts: 
                      title: str = "") -> Image.Image:
     """One picture of all `columns` [N, H, W, 3] in 0..1, with `labels` above them and N `prompts` on the left, if any.
 
-    Each picture is scaled to fit a square of `cell` pixels. Raises TLoRAError when numbers of pictures, labels or
+    Each picture is scaled to fit a square of `cell` pixels; a prompt that needs more room than its row has, and a title of more than
+    two lines, end in an ellipsis. Raises TLoRAError when numbers of pictures, labels or
     prompts do not fit together, or the sheet would be too large.
     """
     _check(columns, labels, prompts)
     rows = len(columns[0])
-    font = ImageFont.load_default(max(13, cell // 14))
-    line = round(font.size * 1.3)
+    letters = Lettering(max(13, cell // 14))
+    line = letters.line
     side = round(cell * 0.9) if prompts else 0
-    heads = [_wrapped(label, font, cell - 8) for label in labels]
-    top = _MARGIN + (line * 2 if title else 0)
-    below = top + line * max(map(len, heads)) + 8
     left = _MARGIN + side
     width = left + len(columns) * (cell + _GAP) - _GAP + _MARGIN
+    heads = [letters.wrapped(label, cell - 8) for label in labels]
+    titles = letters.wrapped(title, width - 2 * _MARGIN, most=2) if title else []
+    top = _MARGIN + line * (len(titles) + bool(titles))
+    below = top + line * max(map(len, heads)) + 8
     height = below + rows * (cell + _GAP) - _GAP + _MARGIN
     if width * height > MAX_PIXELS:
         raise TLoRAError(f"The sheet would have {width}x{height} pixels; set cell to less, or compare fewer pictures.")
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((_MARGIN, _MARGIN), title, _TEXT, font=font)
+    for i, text in enumerate(titles):
+        letters.write(draw, (_MARGIN, _MARGIN + i * line), text, _TEXT)
     for x, (column, head) in enumerate(zip(columns, heads)):
         at = left + x * (cell + _GAP)
         for i, text in enumerate(head):
             # The last lines of all labels stand just above the pictures.
-            draw.text((at + cell / 2, below - 8 - line * (len(head) - i)), text, _TEXT, font=font, anchor="ma")
+            letters.write(draw, (at + cell / 2, below - 8 - line * (len(head) - i)), text, _TEXT, "ma")
         for y, picture in enumerate(column):
             sheet.paste(*_fitted(picture, at, below + y * (cell + _GAP), cell))
     for y, prompt in enumerate(prompts):
-        lines = _wrapped(prompt, font, side - 12)[:max(cell // line, 1)]
+        lines = letters.wrapped(prompt, side - 12, most=max(cell // line, 1))
         middle = below + y * (cell + _GAP) + cell / 2
         for i, text in enumerate(lines):
-            draw.text((_MARGIN, middle + (i - len(lines) / 2) * line), text, _FAINT, font=font)
+            letters.write(draw, (_MARGIN, middle + (i - len(lines) / 2) * line), text, _FAINT)
     return sheet
 
 
@@ -70,18 +73,3 @@ def _fitted(picture: Tensor, x: int, y: int, cell: int) -> tuple[Image.Image, tu
     size = tuple(max(round(side * scale), 1) for side in whole.size)
     fitted = whole if size == whole.size else whole.resize(size, Image.Resampling.LANCZOS)
     return fitted, (x + (cell - size[0]) // 2, y + (cell - size[1]) // 2)
-
-
-def _wrapped(text: str, font, width: float) -> list[str]:
-    """Lines of at most `width` pixels; a longer word is broken."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and font.getlength(f"{lines[-1]} {word}") > width:
-            lines.append("")
-        joined = f"{lines[-1]} {word}".strip()
-        while font.getlength(joined) > width and len(joined) > 1:
-            fits = next((n for n in range(len(joined) - 1, 1, -1) if font.getlength(joined[:n]) <= width), 1)
-            lines[-1:] = [joined[:fits], ""]
-            joined = joined[fits:]
-        lines[-1] = joined
-    return lines

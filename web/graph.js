@@ -56,11 +56,17 @@ export function pathOf({ id, graph }) {
 export const values = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
 
 /** Whether an input's value comes from another node and not from its widget. */
-export const isLinked = (node, inputName) => Boolean(node.inputs?.some(({ name, link }) => name === inputName && link != null));
+export function isLinked(node, inputName) {
+  const slot = slotOf(node, inputName);
+  return slot >= 0 && node.isInputConnected(slot);
+}
+
+/** An input's number; -1 where there is none, and while the node is in no graph and so has no links either. */
+const slotOf = (node, inputName) => (node.graph && node.inputs?.findIndex(({ name }) => name === inputName)) ?? -1;
 
 /** The node at the other end of an input's link, seen through reroutes; null where nothing is connected. */
 export function source(node, inputName) {
-  let slot = node.inputs?.findIndex((input) => input.name === inputName) ?? -1;
+  let slot = slotOf(node, inputName);
   for (let hops = 0; slot >= 0 && hops < 100; hops++) {
     node = node.getInputNode(slot);
     if (node?.type !== "Reroute") return node ?? null;

@@ -59,10 +59,15 @@ function take(state) {
 }
 
 let waiting = null; // events that came while the runs were being fetched
+let socket = null; // through which the server sends its events to this page, once it has been asked to
 
-async function fetchAll() {
+let fetching = Promise.resolve();
+const fetchAll = () => (fetching = fetching.then(fetchRuns)); // one after the other, for the sake of what waits
+
+async function fetchRuns() {
   waiting = [];
-  const answer = await api.fetchApi("/tlora/runs").catch(() => null);
+  if (isOpen()) ({ socket } = api);
+  const answer = await api.fetchApi(`/tlora/runs?client=${encodeURIComponent(api.clientId ?? "")}`).catch(() => null);
   if (answer?.ok) {
     const states = await answer.json();
     runs.clear();
@@ -72,6 +77,8 @@ async function fetchAll() {
   waiting = null;
   changed();
 }
+
+const isOpen = () => Boolean(api.clientId) && api.socket?.readyState === WebSocket.OPEN;
 
 /** Begins to follow the server; `ended(run)` is called when a run ends while this page looks on. */
 export function follow(ended) {
@@ -84,6 +91,8 @@ export function follow(ended) {
   });
   // Events of the time between are lost; after a restart of the server, so are the runs.
   api.addEventListener("reconnected", fetchAll);
+  // The first that the server says through a socket: with another one it takes the page for one that cannot listen yet.
+  api.addEventListener("status", () => isOpen() && api.socket !== socket && fetchAll());
   return fetchAll();
 }
 

@@ -22,6 +22,7 @@ from comfy.model_management import InterruptProcessingException
 from PIL import Image
 from server import PromptServer
 
+from .pages import tell
 from .queued import owner_of, queued_workflow
 
 EVENT = "tlora.training"
@@ -200,10 +201,8 @@ class LiveRun:
             state = self._as_json(self._points[self._sent:])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
-            server = getattr(PromptServer, "instance", None)
-            if server is not None:
-                # Only queued there; inside the lock, so that events leave in order.
-                server.send_sync(EVENT, state)
+            # Only queued there; inside the lock, so that events leave in order.
+            tell(EVENT, state)
 
     def _as_json(self, points: Sequence[Point]) -> dict[str, Any]:
         (began, first), (ended, last) = self._pace[0], self._pace[-1]

@@ -9,6 +9,7 @@ from server import PromptServer
 
 from ..schedule import RankSchedule
 from .noise import noise_level
+from .pages import tell
 from .queued import workflow_id
 
 EVENT = "tlora.sampling"
@@ -47,7 +48,7 @@ class _Teller:
         elif sigmas is not self._sigmas:
             # The last sigma is where the sampler ends: the model is not evaluated there.
             self._sigmas, self._steps = sigmas, self._ranks(sampling, sigmas[:-1])
-        PromptServer.instance.send_sync(EVENT, {
+        tell(EVENT, {
             "node": self.node_id, "workflow": self.workflow, "level": level, "rank": rank, "steps": self._steps,
             "schedule": asdict(self.schedule)})
 

@@ -4,6 +4,7 @@ import asyncio
 from aiohttp import web
 
 from .live import LiveRun
+from .pages import listen
 from .plan import asked_plan
 
 RUN = "/tlora/runs/{run_id}"
@@ -13,7 +14,8 @@ def add_routes(routes: web.RouteTableDef) -> None:
     """Adds to the host's routes; it serves each of them also below /api."""
 
     @routes.get("/tlora/runs")
-    async def runs(_request):
+    async def runs(request):
+        listen(request.query.get("client"))  # before it is told what there is, so that it misses nothing
         return web.json_response(LiveRun.states())
 
     @routes.post("/tlora/plan")

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from .cache import build_once, cache_root, is_complete, key_of
 from .errors import HostError
-from .pins import REPO, HostPins, host_pins, lone_test_pins, pack_pins, test_pins
+from .pins import REPO, HostPins, host_pins, lone_test_pins, newest_frontend_pin, pack_pins, test_pins
 from .pip import create_venv, pip, site_folders, venv_python
 
 # NVIDIA, AMD, Intel and AMD, and whatever Windows lends to its Linux subsystem.
@@ -129,6 +129,16 @@ def ensure_test_packages(python: Path) -> Path:
         pip(python, "install", "--target", str(folder / "site"), "--no-deps", *lone, purpose="install the test packages")
 
     return build_once(folder, build) / "site"
+
+
+def ensure_newest_frontend(python: Path) -> Path:
+    """The folder of the newest interface, for ComfyUI's --front-end-root; no environment holds it."""
+    pin = newest_frontend_pin()
+
+    def build(folder: Path) -> None:
+        pip(python, "install", "--target", str(folder / "site"), "--no-deps", pin, purpose="install the newest interface")
+
+    return build_once(cache_root() / f"frontend-{key_of(frontend=pin)}", build) / "site" / "comfyui_frontend_package" / "static"
 
 
 def user_host(comfyui: str, python: str | None) -> Host:

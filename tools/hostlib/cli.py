@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(run)
     serve = add("serve", commands.serve, "start ComfyUI with the pack linked in")
     serve.add_argument("--port", type=int, default=0, help="the port on 127.0.0.1 (default: a free one)")
+    serve.add_argument("--newest-frontend", action="store_true", help="with the newest interface and not the host's own")
     add("test", commands.test, "run the tests; further arguments go to pytest")
     bench = add("bench", commands.bench, "run benchmarks/NAME.py with the host importable")
     bench.add_argument("name", metavar="NAME")

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from .build import Host, ensure_host, ensure_test_packages, user_host
+from .build import Host, ensure_host, ensure_newest_frontend, ensure_test_packages, user_host
 from .cache import cache_root
 from .chromium import ABSENT, find_chromium
 from .errors import HostError
@@ -32,10 +32,10 @@ def chosen_host(args: argparse.Namespace) -> Host:
     return ensure_host(args.host_version)
 
 
-def make_server(host: Host, port: int = 0, log_to_terminal: bool = False) -> Server:
+def make_server(host: Host, port: int = 0, log_to_terminal: bool = False, frontend: Path | None = None) -> Server:
     """Our own host works in the cache; the user's ComfyUI keeps using its own folders."""
     workspace = cache_root() / "workspace" if host.ours else None
-    return Server(host, workspace, port, log_to_terminal)
+    return Server(host, workspace, port, log_to_terminal, frontend)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -100,7 +100,8 @@ def _copy(name: str, data: bytes, out: str) -> Path:
 
 def serve(args: argparse.Namespace) -> int:
     host = chosen_host(args)
-    with make_server(host, args.port, log_to_terminal=True) as server:
+    frontend = ensure_newest_frontend(host.python) if args.newest_frontend else None
+    with make_server(host, args.port, log_to_terminal=True, frontend=frontend) as server:
         _say(f"ComfyUI {host.version} with the pack is running at {server.url} - press Ctrl-C to stop it.")
         return server.wait()
 
@@ -113,6 +114,7 @@ def test(args: argparse.Namespace) -> int:
     browser = find_chromium()
     if browser:
         env["CHROMIUM"] = browser
+        env["TLORA_NEWEST_FRONTEND"] = str(ensure_newest_frontend(host.python))
     else:
         _say(f"{ABSENT} The browser tests will be SKIPPED.")
     arguments = list(args.arguments)

@@ -50,6 +50,11 @@ def pack_pins() -> tuple[str, ...]:
     return tuple(read_pins()["pack"])
 
 
+def newest_frontend_pin() -> str:
+    """The interface that users have who update it by itself, ahead of every pinned host."""
+    return read_pins()["newest_frontend"]
+
+
 def test_pins() -> tuple[str, ...]:
     return tuple(read_pins()["tests"])
 

@@ -62,16 +62,19 @@ class Server:
     """A ComfyUI process on a free loopback port.
 
     With `workspace`, models, input, output and user data live there; without it ComfyUI's own folders are used, and
-    nothing is written into ComfyUI's program folder either way. With `log_to_terminal` its log is shown as it comes.
+    nothing is written into ComfyUI's program folder either way. With `log_to_terminal` its log is shown as it comes. `frontend`
+    is a folder with another interface than the host's own.
     """
 
-    def __init__(self, host: Host, workspace: Path | None = None, port: int = 0, log_to_terminal: bool = False):
+    def __init__(self, host: Host, workspace: Path | None = None, port: int = 0, log_to_terminal: bool = False,
+                 frontend: Path | None = None):
         self.host = host
         self.workspace = workspace
         self.port = port or free_port()
         base = workspace or host.comfyui
         self.client = Client(self.port, {kind: base / kind for kind in ("output", "temp", "input")}, self.check_alive)
         self._log_to_terminal = log_to_terminal
+        self._frontend = frontend
         self._process = None
         self._scratch: Path | None = None
         self._node_info: dict | None = None
@@ -113,6 +116,8 @@ class Server:
         command += ["--database-url", f"sqlite:///{(self._scratch / 'comfyui.db').as_posix()}"]
         if not has_accelerator(self.host.python):
             command.append("--cpu")
+        if self._frontend:
+            command += ["--front-end-root", str(self._frontend)]
         if self.workspace:
             for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
                 (self.workspace / name).mkdir(parents=True, exist_ok=True)
