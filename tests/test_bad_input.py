@@ -3,11 +3,12 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import tempfile
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -278,9 +279,9 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
 
 
 @contextmanager
-def small_disk(server, folder: Path):
-    """A file system of 64 KiB at `folder`."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True).returncode:
+def small_disk(server, folder: Path, size: str = "64k", mode: str = "rw"):
+    """A small file system at `folder`."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"{mode},size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
         pytest.skip("mounting a file system needs more rights")
     try:
         yield
@@ -313,8 +314,77 @@ def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, 
     with obstacle(server, folder):
         message = error_of(server, case())
         left = files_below(folder)
-    assert re.match(r'"x_00001_\.safetensors" was not saved \(.+\); free some disk space', message)
+    if (what, obstacle) == ("training", small_disk):
+        assert re.match(r'The disk of ".+/small_disk_training" has .+ free and the training needs .+ there for the T-LoRA file; free', message)
+    else:
+        assert re.match(r'"x_00001_\.safetensors" was not saved \(.+\); free some disk space', message)
     assert "\n" not in message and left == set()
     server.run(case())
     assert len(files_below(folder)) >= 1
     assert np.array_equal(bare_and_adapted(server, trained[0])[1], good[1])
+
+
+class FillsDisk(CancelAt):
+    """Fills a folder's disk, which had room when the training began, when it hears of a step."""
+
+    def __init__(self, server, folder: Path):
+        super().__init__(server, step=0)
+        self.ballast = folder / "ballast"
+
+    def step(self, _node, _title, _value, _total):
+        if not self.ballast.exists():
+            with open(self.ballast, "wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+
+def longer_training(file_name: str):
+    """Long enough for a disk to fill meanwhile; always the same."""
+    graph = TinyGraph()
+    return graph, graph.train(steps=80, learning_rate=0.01, seed=5, file_name=file_name).id
+
+
+@pytest.fixture(scope="module")
+def straight(server, loras):
+    """The file of longer_training where nothing is in its way."""
+    graph, node = longer_training("tests/straight")
+    return loras / server.run(graph).outputs[node]["text"][0]
+
+
+def test_disk_that_fills_up_during_a_training_loses_nothing_and_run_again_only_writes_the_file(server, loras, tmp_path):
+    folder = loras / "filled_disk"
+    folder.mkdir()
+    with small_disk(server, folder, "1m"):
+        (graph, node), filling, again = longer_training("filled_disk/x"), FillsDisk(server, folder), CancelAt(server, step=10**9)
+        (message,) = server.run(graph, check=False, listener=filling).errors
+        assert re.search(r'"x_00001_\.safetensors" was not saved .* The training is kept in "x-\w+"; when there is room, .* press Run again, '
+                         r"which only writes the file\.$", message)
+        filling.ballast.unlink()
+        name = server.run(graph, listener=again).outputs[node]["text"][0]
+        assert again.last_step == 0 and files_below(folder) == {Path(name).name}
+        shutil.copy(loras / name, tmp_path / "x.safetensors")
+    graph, node = longer_training("tests/after")  # which trains it, as the file is gone with its disk
+    assert same_tensors(tmp_path / "x.safetensors", loras / server.run(graph).outputs[node]["text"][0])
+
+
+def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_user_is_told(server, loras, straight):
+    folder, output = loras / "taken_nowhere", server.workspace / "output"
+    folder.mkdir()
+    with small_disk(server, folder, "1m"), small_disk(server, output / "tlora_runs"):
+        (message,) = server.run(longer_training("taken_nowhere/x")[0], check=False, listener=FillsDisk(server, folder)).errors
+    path = output / "x_00001_.safetensors"
+    assert message.endswith(f'It is kept as "{path}"; move that file to "{loras}".') and "no checkpoint of step 80" in message
+    assert same_tensors(path, straight)
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["trained", "found"])
+def test_folder_that_cannot_be_written_to_is_told_before_any_step(server, loras, straight, found):
+    folder, none = loras / f"read_only{found}", CancelAt(server, step=10**9)
+    folder.mkdir()
+    graph, node = longer_training(f"{folder.name}/x")
+    graph[node]["inputs"]["seed"] = 5 if found else 6
+    with small_disk(server, folder, mode="ro"):
+        message = server.run(graph, check=False, listener=none).errors[0].partition(": ")[2]
+    assert none.last_step == 0 and "\n" not in message
+    assert re.search('"x_00001_.safetensors" was not saved .*Read-only file system' if found else
+                     f'^The folder "{folder}" cannot be written to .Read-only file system.; make it writable, or choose another', message)

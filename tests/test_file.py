@@ -109,6 +109,10 @@ def test_others_read_a_plain_lora_of_scale_one(saved):
         metadata = f.metadata()
     assert metadata["ss_network_dim"] == metadata["ss_network_alpha"] == "8"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    # As sd-scripts writes them for a folder of pictures named after the words.
+    assert json.loads(metadata["ss_tag_frequency"]) == {"sks dog": {"sks dog": 1}}
+    (dataset,) = json.loads(metadata["ss_datasets"])
+    assert dataset["tag_frequency"] == {"sks dog": {"sks dog": 1}} and dataset["subsets"][0]["class_tokens"] == "sks dog"
     assert metadata["modelspec.trigger_phrase"] == "sks dog" and "sks dog" in metadata["modelspec.title"]
     assert json.loads(metadata["tlora"])["format"] == 1
 
@@ -120,6 +124,14 @@ def test_lora_managers_find_the_hash_of_the_tensors(saved):
         metadata = f.metadata()
     assert metadata["sshs_model_hash"] == digest and metadata["modelspec.hash_sha256"] == f"0x{digest}"
     assert "min_rank 2" in metadata["modelspec.description"] and metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+
+
+def test_number_of_pictures_is_told_with_the_words_and_nothing_where_there_are_none(tmp_path):
+    for words, training, want in (("sks", {"images": 3}, {"sks dog": {"sks dog": 3}}), ("", {"images": 3}, None), ("sks", {"images": "x"}, 1)):
+        make(token=words, class_word="dog" if words else "", training=training).save(tmp_path / "a.safetensors")
+        with safe_open(tmp_path / "a.safetensors", framework="pt") as f:
+            told = f.metadata().get("ss_tag_frequency")
+        assert (told and json.loads(told)) == ({"sks dog": {"sks dog": 1}} if want == 1 else want)
 
 
 def test_a_thumbnail_is_in_the_file_only_when_given(tmp_path, saved):

@@ -8,6 +8,8 @@ from foreign_files import (
     NAMINGS,
     RANK,
     assert_close,
+    masked,
+    orthogonal_parts,
     plain_layers,
     plain_state,
     target_with,
@@ -16,7 +18,8 @@ from foreign_files import (
 )
 from safetensors.torch import save_file
 
-from tlora_core import RankSchedule, TLoRAError
+from tlora_core import RankSchedule, TLoRAError, TLoRAFile
+from tlora_core.export import LAYOUTS, export
 from tlora_core.foreign import load_any
 
 
@@ -108,3 +111,58 @@ def test_layers_of_another_shape_and_files_without_a_match_are_refused(tmp_path)
         load_any(tmp_path / "a.safetensors", target_with({first: torch.zeros(13, 12)}))
     with pytest.raises(TLoRAError, match="none of its 32 keys fits; .* the model has no such layer"):
         load_any(tmp_path / "a.safetensors", target_with({"x": weights[first]}))
+
+
+# Plain LoRAs made of a T-LoRA.
+
+
+def stacked(path, order=lambda rank: [*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)], minus="up", moved=0.05, naming="comfyui", plain=0):
+    """A plain LoRA of both terms of a T-LoRA, [P, -P0] [A; A0] but for `order`; the first `plain` layers are not of that kind. Returns
+    {name: (trained, base)}."""
+    layers, pairs = {}, plain_layers()
+    for index, (_, name, o, i) in enumerate(unet_layers()):
+        trained, base = layers[name] = orthogonal_parts(o, i, moved=moved)
+        P, P0 = trained[0] * trained[1], base[0] * base[1]
+        sign = (-1, 1) if minus == "up" else (1, -1)
+        up, down = torch.stack((P, sign[0] * P0), 2).flatten(1), torch.stack((trained[2], sign[1] * base[2]), 1).flatten(0, 1)
+        if index >= plain:
+            pairs[name] = up[:, order(RANK)].float().contiguous(), down[order(RANK)].float().contiguous()
+    save_file(plain_state(naming, pairs, alpha=2.0 * RANK), path, {"format": "pt"})
+    return layers
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"order": lambda rank: list(range(2 * rank))}, {"minus": "down"}, {"moved": 1e-4}, {"moved": 0.1}, {"naming": "kohya"}], ids=str)
+def test_both_terms_of_a_tlora_in_a_plain_lora_are_recognised_and_masked_together(tmp_path, options):
+    layers = stacked(tmp_path / "a.safetensors", **options)
+    loaded = load_any(tmp_path / "a.safetensors")
+    assert (loaded.tlora.method, loaded.tlora.schedule) == ("ortho_lora", RankSchedule(RANK, RANK))
+    assert "made of an orthogonal one" in loaded.report and "set min_rank; 2, half the rank" in loaded.report
+    scheduled = load_any(tmp_path / "a.safetensors", min_rank=1).tlora
+    assert (scheduled.method, scheduled.schedule) == ("tlora", RankSchedule(RANK, 1))
+    for name, (trained, base) in layers.items():
+        for r in range(1, RANK + 1):
+            want = masked(trained, r) - masked(base, r)
+            size = masked(base, r).norm()  # what float32 can tell apart, as the file holds the two large terms
+            assert (update(scheduled.layers[name], r) - want).norm() <= 1e-6 * size
+
+
+def test_no_schedule_is_put_on_a_file_of_which_only_some_layers_hold_both_terms(tmp_path):
+    stacked(tmp_path / "a.safetensors", plain=3)
+    loaded = load_any(tmp_path / "a.safetensors")
+    assert loaded.tlora.method == "lora" and "set min_rank" not in loaded.report and "partly made of" in loaded.report
+    for asked in ({"min_rank": 2}, {"alpha": 2.0}):
+        with pytest.raises(TLoRAError, match='"a.safetensors": 13 of its 16 layers hold both terms .* no schedule can be put on it; set min_rank'):
+            load_any(tmp_path / "a.safetensors", **asked)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "reference"])
+def test_no_schedule_is_put_on_an_export_of_ours_whose_ranks_are_pairs(tmp_path, layout):
+    stacked(tmp_path / "a.safetensors")
+    ours = load_any(tmp_path / "a.safetensors", min_rank=2).tlora
+    ours.save(tmp_path / "ours.safetensors")
+    export(TLoRAFile.load(tmp_path / "ours.safetensors"), tmp_path / "b.safetensors", layout)
+    loaded = load_any(tmp_path / "b.safetensors")
+    assert "load that T-LoRA to have its schedule" in loaded.report and "set min_rank" not in loaded.report
+    with pytest.raises(TLoRAError, match='"b.safetensors": It was made of a T-LoRA of this pack, .*no schedule can be put on it'):
+        load_any(tmp_path / "b.safetensors", min_rank=2)

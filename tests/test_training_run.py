@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -277,10 +278,132 @@ def test_training_whose_file_cannot_be_saved_is_kept_and_the_next_run_only_write
     assert record(output)["state"] == "done" and not (folder / "checkpoint.pt").exists()
 
 
+def no_file(monkeypatch, *folders):
+    """Files are not saved in these folders, but may be in folders below them; the room there was enough before."""
+    from tlora_core.errors import TLoRAError
+    from tlora_core.file import TLoRAFile
+
+    save = TLoRAFile.save
+
+    def full(file, path, *args):
+        if path.parent in folders:
+            raise TLoRAError("the disk is full.")
+        save(file, path, *args)
+
+    monkeypatch.setattr(TLoRAFile, "save", full)
+
+
+@pytest.mark.parametrize("rerun, more", [("auto", 0), ("continue", 3), ("restart", 0)])
+def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_says(base, output, monkeypatch, rerun, more):
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.errors import TLoRAError
+
+    with monkeypatch.context() as patch:
+        no_file(patch, output / "loras" / "run")
+        Wish(patch, 3, lambda live: live.request("stop"))
+        does = "goes on from step 3" if more else "only writes the file"
+        press = '"auto" and press' if rerun == "restart" else "press"
+        with pytest.raises(TLoRAError, match=f"the disk is full. The training is kept in .*{press} Run again, which {does}.$"):
+            run(base, rerun=rerun)
+    trained, train = [], Personalization.train
+    monkeypatch.setattr(Personalization, "train", lambda *args: (trained.append(args), train(*args))[1])
+    again = run(base, rerun="continue" if more else "auto")
+    assert len(again.losses) == 3 + more and bool(trained) == bool(more)
+    assert again.tlora.training["steps_done"] == 3 + more and (output / "loras" / again.file).exists()
+    assert record(output)["state"] == ("done" if more else "stopped") and len(folders(output)) == 1
+    assert len(run(base, rerun="continue").losses) == 6, "a stopped one that was saved goes on when asked, as always"
+
+
+@pytest.mark.parametrize("taken", ["output", "temp", "none"])
+@pytest.mark.parametrize("end", ["done", "stop", "cancel", "divergence"])
+def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(base, output, monkeypatch, tmp_path, end, taken):
+    import folder_paths
+    import comfy.model_management
+
+    from tlora_core import TLoRAError, TLoRAFile
+    from tlora_core.runs import RunFolder
+
+    def full(*args):
+        raise TLoRAError("no checkpoint, the disk is full.")
+
+    temp = tmp_path / "temp"
+    monkeypatch.setattr(folder_paths, "temp_directory", str(temp))
+    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    no_file(monkeypatch, output / "loras" / "run", *{"output": [], "temp": [output], "none": [output, temp]}[taken])
+    wishes = {"stop": lambda live: live.request("stop"), "cancel": cancel}
+    if end in wishes:
+        Wish(monkeypatch, 3, wishes[end])
+    elif end == "divergence":
+        no_number_after(monkeypatch, 27)
+    with pytest.raises(comfy.model_management.InterruptProcessingException if end == "cancel" else TLoRAError) as raised:
+        run(base, request(60 if end == "divergence" else 6), rerun="restart", save_on_cancel=True)
+    state, message = shown()
+    assert state == record(output)["state"] == ("cancelled" if end == "cancel" else "failed")
+    assert end == "cancel" or str(raised.value) in message
+    kept = [*output.glob("*.safetensors"), *temp.glob("*.safetensors")]
+    if taken == "none":
+        assert not kept and "so it is not kept; free some space" in message
+        return
+    (path,) = kept
+    assert path == (output if taken == "output" else temp) / "heart_00001_.safetensors"
+    told = f'It is kept as "{path}"; move that file to "{output / "loras"}"'
+    assert told + ("." if taken == "output" else " before ComfyUI is closed, which empties that folder.") in message
+    assert TLoRAFile.load(path).training["steps_done"] == {"done": 6, "divergence": 25}.get(end, 3)
+
+
+@pytest.mark.parametrize("method", ["tlora", "vanilla_tlora", "oft", "svdiff"])
+@pytest.mark.parametrize("config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str)
+def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, output, monkeypatch, method, config):
+    from tlora_core.comfy_host import training_run
+
+    asked, told = training_run._needs, []
+    monkeypatch.setattr(training_run, "_needs", lambda *args: told.extend(asked(*args)) or told)
+    forget = []
+    monkeypatch.setattr(training_run.RunFolder, "forget_checkpoint", lambda folder: forget.append((folder.path / "checkpoint.pt").stat().st_size))
+    done = run(base, request(3, method=method, config=config), checkpoint_every=2)
+    file, checkpoint = told
+    size = (output / "loras" / done.file).stat().st_size
+    assert size <= file.size <= 1.02 * size + 200_000
+    assert forget[0] <= checkpoint.size <= 1.02 * forget[0] + 1_500_000
+
+
+@pytest.mark.parametrize("place", ["loras", "tlora_runs"])
+@pytest.mark.parametrize("lack", ["room", "rights"])
+def test_place_that_will_not_take_the_training_is_told_before_its_first_step(base, output, monkeypatch, place, lack):
+    from tlora_core.comfy_host import room
+    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.errors import TLoRAError
+
+    make, usage = room.tempfile.NamedTemporaryFile, room.shutil.disk_usage
+
+    def is_there(folder):
+        return place in Path(folder).parts
+
+    def refused(dir, **options):
+        if is_there(dir):
+            raise PermissionError(13, "Permission denied")
+        return make(dir=dir, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Personalization, "train", lambda *args: pytest.fail("it trains"))
+        if lack == "rights":
+            patch.setattr(room.tempfile, "NamedTemporaryFile", refused)
+            wanted = f'^The folder "{output}/{place}.* cannot be written to .Permission denied.; make it writable, or '
+        else:
+            patch.setattr(room.shutil, "disk_usage", lambda path: (10**9, 10**9, 65536) if is_there(path) else usage(path))
+            # Two disks.
+            patch.setattr(room, "os", SimpleNamespace(fsync=os.fsync, stat=lambda path: SimpleNamespace(st_dev=is_there(path))))
+            wanted = f'^The disk of "{output}/{place}.* has 64 KiB free and the training needs [0-9.]+ [KM]iB there for .*; free some space, or '
+        advice = {"loras": "choose another folder with file_name.$",
+                  "tlora_runs": "(set checkpoint_every to 0|start ComfyUI with another --output-directory).$"}[place]
+        with pytest.raises(TLoRAError, match=wanted + advice):
+            run(base, checkpoint_every=2)
+    assert not list(output.rglob("run.json")) and not list(output.rglob("*.tmp"))
+    assert run(base, checkpoint_every=2).file
+
+
 @pytest.mark.parametrize("missing", ["clip", "vae"])
 def test_checkpoint_file_without_clip_or_vae_is_told_before_any_step(base, output, missing):
-    from types import SimpleNamespace
-
     from tlora_core.errors import TLoRAError
 
     model, clip, vae = base
@@ -312,6 +435,42 @@ def test_both_separators_of_a_file_name_make_folders_on_every_system(output):
     for climbing in ("..\\dog", "a\\..\\..\\dog"):
         with pytest.raises(TLoRAError, match="leaves the loras folder"):
             new_lora_path(climbing)
+
+
+def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_path_factory):
+    import folder_paths
+
+    from tlora_core.comfy_host.files import lora_path, name_of, new_lora_path
+    from tlora_core.errors import TLoRAError
+
+    disk, loras = tmp_path_factory.mktemp("disk"), output / "loras"
+    (loras / "tlora").symlink_to(disk, target_is_directory=True)
+    (loras / "own").mkdir()
+    (loras / "own" / "deep").symlink_to(disk, target_is_directory=True)
+    for name, place in (("tlora/dog", disk), ("tlora/a/dog", disk / "a"), ("own/deep/cat", disk)):
+        path = new_lora_path(name)
+        path.write_bytes(b"x")
+        assert (place / path.name).read_bytes() == b"x"
+        listed = folder_paths.recursive_search(str(loras))[0]
+        assert name_of(path) in listed and lora_path(name_of(path)) == path
+        assert new_lora_path(name).name.endswith("_00002_.safetensors")
+    # ".." is of the name, not of the disk behind the link.
+    assert new_lora_path("tlora/../dog").parent == loras
+    for climbing in ("tlora/../../dog", "../dog", str(disk / "dog"), "own/../../dog"):
+        with pytest.raises(TLoRAError, match="leaves the loras folder"):
+            new_lora_path(climbing)
+    (loras / "gone").symlink_to(disk / "unplugged")
+    with pytest.raises(TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which is not there; connect that disk'):
+        new_lora_path("gone/dog")
+    assert not (disk / "unplugged").exists() and not (disk.parent / "dog_00001_.safetensors").exists()
+
+
+def test_dates_in_a_file_name_are_filled_in_folder_by_folder(output):
+    from tlora_core.comfy_host.files import new_lora_path
+
+    path = new_lora_path("%year%/x%year%/dog")
+    year = path.parent.parent.name
+    assert year.isdecimal() and path.relative_to(output / "loras").parts == (year, f"x{year}", "dog_00001_.safetensors")
 
 
 @pytest.mark.parametrize("end", ["stop", "cancel"])

@@ -214,9 +214,21 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
         PHRASE_KEY: phrase,
         "modelspec.tags": "t-lora",
     }
+    metadata |= _tags(phrase, file.training.get("images"))
     if file.base_model in _ARCHITECTURES:
         metadata["ss_base_model_version"], metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model]
     return metadata
+
+
+def _tags(phrase: str, images: Any) -> dict[str, str]:
+    """Where LoRA managers look for trigger words: in what kohya's trainer tells of captions, as if the phrase were the only one."""
+    if not phrase:
+        return {}
+    count = images if type(images) is int and images > 0 else 1
+    frequency = {phrase: {phrase: count}}  # by the folder of the pictures, which kohya's users name after the words
+    subset = {"img_count": count, "num_repeats": 1, "class_tokens": phrase, "is_reg": False}
+    dataset = {"is_dreambooth": True, "num_train_images": count, "subsets": [subset], "tag_frequency": frequency}
+    return {"ss_tag_frequency": json.dumps(frequency), "ss_datasets": json.dumps([dataset])}
 
 
 def _read(path: Path) -> TLoRAFile:

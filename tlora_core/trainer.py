@@ -16,10 +16,11 @@ from torch import Tensor
 from .adapters import Adapter
 from .config import TrainConfig
 from .errors import TLoRAError
-from .optimizers import make_lr_schedule, make_optimizer
+from .optimizers import STATE_SIZES, make_lr_schedule, make_optimizer
 
 SNAPSHOT_EVERY = 25  # steps between copies of the adapters, to fall back on when the loss diverges
 RUNAWAY = 5.0  # so many times the largest loss of the first steps is no noise any more
+_OF_A_TENSOR = 512  # bytes that a tensor of a checkpoint takes beside its values, at most
 _FIRST, _LAST = 20, 10  # losses that say what is usual, and what is now
 
 
@@ -175,6 +176,15 @@ class Trainer:
             if free:
                 self.optimizer.train()
             _write(self.parameters, training)
+
+    @property
+    def state_bytes(self) -> int:
+        """About how many bytes `state_dict` takes on disk, and not less, once the optimizer has its state too."""
+        own = sum(p.nbytes for p in self.parameters)
+        buffers = [b for adapter in self.adapters.values() for b in adapter.buffers()]
+        kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(b.nbytes for b in buffers)
+        tensors = 6 * len(self.parameters) + len(buffers)
+        return int(kept) + _OF_A_TENSOR * tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""

@@ -5,6 +5,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,7 +37,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             "A file of that name is as it was."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def _usual_mode(beside: Path) -> int:
@@ -47,7 +48,13 @@ def _usual_mode(beside: Path) -> int:
         probe.touch(exist_ok=False)
         return stat.S_IMODE(probe.stat().st_mode)
     finally:
-        probe.unlink(missing_ok=True)
+        _remove(probe)
+
+
+def _remove(path: Path) -> None:
+    """Where it is there and can be removed: on a read-only disk even what is not there cannot, which would hide the error before it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

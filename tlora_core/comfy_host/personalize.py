@@ -32,6 +32,7 @@ from .training import checkpointed, training_session
 # "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
 # fits into the memory that is free.
 MEMORY = ("auto", "fast", "low")
+_OF_A_FILE, _OF_A_LAYER = 8192, 1024  # bytes of a file's header, at most
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Personalization:
         if request.config.prior_weight and not prior:
             seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
             prior = (class_pictures or ClassPictures()).of(model, clip, vae, request.class_word, request.resolution, seeds)
-        self.images = len(images)
+        self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
         # Nodes run in inference mode, whose tensors autograd refuses.
@@ -185,6 +186,11 @@ class Personalization:
             return self.request.schedule
         widest = max(adapter.rank for adapter in self.adapters.values())
         return RankSchedule(widest, widest)
+
+    def file_bytes(self, dtype: torch.dtype) -> int:
+        """How many bytes the T-LoRA's file takes in dtype, or a few less."""
+        values = sum(adapter.group * adapter.rank * sum(self.shapes[name]) for name, adapter in self.adapters.items())
+        return values * dtype.itemsize + _OF_A_LAYER * len(self.adapters) + _OF_A_FILE
 
     def go_on_from(self, state: Mapping) -> None:
         """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""

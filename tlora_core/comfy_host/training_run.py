@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -22,10 +23,11 @@ from ..version import __version__
 from ..writing import write_whole
 from .class_pictures import ClassPictures
 from .draw import strip
-from .files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder
+from .files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder, save_elsewhere
 from .fingerprint import AsTrained, fingerprint
 from .live import LiveRun
 from .personalize import Personalization, TrainRequest
+from .room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 
 RERUNS = ("auto", "continue", "restart")
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
@@ -91,14 +93,18 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
         if outcome is not None:
             _show_found(outcome, request, node_id)
             return outcome
+    require_writable(path.parent, LORAS_ADVICE)
+    require_writable(runs_folder(), RUNS_ADVICE)
     personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory,
                                       ClassPictures(class_pictures_folder(), node_id))
     state = None if found is None else found.load_checkpoint()
+    if state is not None:
+        personalization.go_on_from(state)
+    require_room(_needs(personalization, keeping, path, found if state else None))
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
     else:
-        personalization.go_on_from(state)
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id).go()
 
@@ -108,6 +114,17 @@ def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
     for name, part, node in (("clip", clip, "Load CLIP"), ("vae", vae, "Load VAE")):
         if getattr(part, "patcher", None) is None:
             raise TLoRAError(f"{name} is empty, as the checkpoint file holds none; connect the {name} of a {node} node.")
+
+
+def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken_up: RunFolder | None) -> list[Need]:
+    """What the rest of a training writes: its file at `path`, and checkpoints. taken_up: the run whose checkpoint it goes on from."""
+    trainer, every = personalization.trainer, keeping.checkpoint_every
+    to_come = (personalization.request.config.steps - 1) // every - trainer.step // every if every else 0
+    files = 1 + (to_come if keeping.checkpoint_files else 0)
+    # One takes the place of the other when it is written whole, so that for a while there are two.
+    checkpoints = min(to_come, 2 if taken_up is None else 1)
+    return [Need(path.parent, files * personalization.file_bytes(DTYPE), "the T-LoRA file" if files == 1 else "T-LoRA files", LORAS_ADVICE),
+            Need(runs_folder(), checkpoints * trainer.state_bytes, "checkpoints", "set checkpoint_every to 0")]
 
 
 def stopped_runs() -> int:
@@ -169,14 +186,16 @@ class TrainingRun:
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
         self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
+        # Of a run that was at its end but for its file, or that the user had stopped.
+        self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
         if first:
-            self.live.note(f"going on from step {first} of an earlier run")
+            self.live.note(f"going on from step {first} of an earlier run" if not self.is_over else "writing the file of an earlier run")
 
     def go(self) -> Outcome:
         """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it on record, and
         lets the host's interrupt through."""
         try:
-            while self.trainer.step < self.steps and not self.live.stop_requested:
+            while not self.is_over and self.trainer.step < self.steps and not self.live.stop_requested:
                 self.personalization.train(self._next_pause(), self._on_step)
                 self._pause()
             return self._end("done" if self.trainer.step == self.steps else "stopped")
@@ -249,7 +268,8 @@ class TrainingRun:
         tlora.save(path, DTYPE)
         name = name_of(path)
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
-        self._note_down(lambda: self.folder.update(files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step))
+        self._note_down(lambda: self.folder.update(
+            files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step, unsaved=0))
         return name, tlora.note
 
     def _note_down(self, write: Callable[[], None]) -> None:
@@ -263,8 +283,10 @@ class TrainingRun:
         if state == "stopped":
             TrainingRun.stopped += 1
             message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
-        # After a divergence the last run state stays: the optimizer is not at the step that the adapters went back to.
-        name, note = self._save() if state == "failed" else self._save_or_keep_state()
+        try:
+            name, note = self._save()
+        except TLoRAError as error:
+            raise TLoRAError(f"{error} {self._kept(state)}") from error
         message = f"{message} {note}".strip()
         self._note_down(lambda: self.folder.update(state=state, message=message))
         self.is_kept = True
@@ -278,16 +300,26 @@ class TrainingRun:
         # What the file gives, not what it was made from: the next run of the graph finds the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
-    def _save_or_keep_state(self) -> tuple[str, str]:
-        """As _save; where the loras folder does not take the file, the run's state is on disk for the same graph to take up."""
-        try:
-            return self._save()
-        except TLoRAError as error:
+    def _kept(self, ended: str) -> str:
+        """Keeps a T-LoRA that the loras folder has not taken, for the same graph to take up where a disk takes the run's state, else as a
+        file in another folder; says where. ended: the state in which the training has."""
+        missing = ""
+        if ended != "failed":  # after a divergence the last state stays: the optimizer is not at the step that the adapters went back to
             missing = self._checkpoint_of_the_end()
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
-            rest = "only writes the file" if self.trainer.step == self.steps else f"goes on from step {self.trainer.step}"
-            kept = missing or f'The training is kept in "{self.folder.path.name}"; when there is room, press Run again, which {rest}.'
-            raise TLoRAError(f"{error} {kept}") from error
+            if not missing:
+                return self._kept_for_the_next_run(ended)
+        elsewhere = save_elsewhere(self.file_name, lambda path: self.personalization.tlora().save(path, DTYPE))
+        return f"{missing} {elsewhere}".strip()
+
+    def _kept_for_the_next_run(self, ended: str) -> str:
+        step, rerun = self.trainer.step, self.keeping.rerun
+        only_writes = step == self.steps or (ended == "stopped" and rerun != "continue")
+        if only_writes:
+            self._note_down(lambda: self.folder.update(unsaved=step))
+        press = 'set rerun to "auto" and press Run again' if rerun == "restart" else "press Run again"
+        return (f'The training is kept in "{self.folder.path.name}"; when there is room, or with another file_name, {press}, which '
+                f"{'only writes the file' if only_writes else f'goes on from step {step}'}.")
 
     def _saved_all_the_same(self, message: str) -> str:
         """The last good state of a training that has failed, in a file where the disk takes it; says which."""
@@ -314,7 +346,7 @@ class TrainingRun:
                 file, note = self._save()
                 message = ". ".join(filter(None, (f"cancelled at step {self.trainer.step} and saved as {file}", note, missing)))
             except TLoRAError as error:
-                message = f"cancelled at step {self.trainer.step} and not saved: {error}"
+                message = f"cancelled at step {self.trainer.step} and not saved: {error} {self._kept('cancelled')}"
         self._ended_badly("cancelled", message, file)
 
     def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:

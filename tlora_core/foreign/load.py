@@ -11,9 +11,11 @@ from ..errors import TLoRAError
 from ..file import METADATA_KEY, TLoRAFile
 from ..schedule import RankSchedule
 from .hparams import find_hparams, read_hparams, real, whole
+from .kohya import told_schedule
 from .modules import Parts, modules_of
 from .orthogonal import Progress, is_orthogonal, read_orthogonal
 from .plain import read_plain
+from .stacked import put_together
 from .target import Matches, Target, model_of
 
 _MASKED = {"lora": "vanilla_tlora", "ortho_lora": "tlora"}
@@ -34,7 +36,7 @@ class Loaded:
         """A few lines for the user."""
         lines = [
             f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {self.tlora.schedule.rank}, "
-            f"min_rank {self.tlora.schedule.min_rank}, alpha {self.tlora.schedule.alpha:g}."
+            f"min_rank {self.tlora.schedule.min_rank}, {'a curve' if self.tlora.schedule.points else f'alpha {self.tlora.schedule.alpha:g}'}."
         ]
         for reason, count in Counter(self.unmatched.values()).most_common():
             example = next(key for key, why in self.unmatched.items() if why == reason)
@@ -44,7 +46,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Settings:
-    """A file's schedule and prompt, where it or its surroundings tell them."""
+    """A file's schedule and prompt, where it or its surroundings tell them. schedule: in place of min_rank and alpha. unfit: why it can
+    have no schedule."""
 
     is_masked: bool
     min_rank: int | None = None
@@ -52,6 +55,8 @@ class _Settings:
     token: str = ""
     class_word: str = ""
     notes: tuple[str, ...] = ()
+    schedule: RankSchedule | None = None
+    unfit: str = ""
 
 
 def load_any(
@@ -95,6 +100,8 @@ def _load(
     if not settings.token and not settings.class_word:  # which of the two its words are, no other program says
         settings = replace(settings, token=text_of(contents.metadata.get(PHRASE_KEY)).strip())
     _require_match(matches)
+    if settings.unfit and not (min_rank is None and alpha is None):
+        raise TLoRAError(settings.unfit)
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
     notes = settings.notes if min_rank is None else ()
@@ -110,13 +117,51 @@ def _read(
         read_orthogonal(contents, modules, matches, progress)
     else:
         read_plain(contents, modules, matches, path)
+    stacked = 0 if orthogonal else put_together(matches.layers)
     rank = max((layer.rank for layer in matches.layers.values()), default=0)
     if any(".processor." in module for module in modules):
         return _processors(path, rank, orthogonal, model_of(matches.layers)[0])
+    kind, settings = _kind(modules, rank, orthogonal, stacked, len(matches.layers))
+    if not stacked and _is_exported(contents.metadata):
+        note = "It was made of a T-LoRA of this pack for other programs, which apply all ranks; load that T-LoRA to have its schedule."
+        settings = _Settings(is_masked=False, notes=(note,), unfit=(
+            "It was made of a T-LoRA of this pack, whose ranks are pairs of columns here, so no schedule can be put on it; set min_rank to "
+            "-1 and alpha to 0, or load that T-LoRA."))
+    told, note = told_schedule(contents.metadata, rank)
+    if told is not None and not settings.unfit:
+        settings = replace(settings, is_masked=not told.is_constant, schedule=told, notes=(note,))
+    elif note:
+        settings = replace(settings, notes=(*settings.notes, note))
+    return kind, settings
+
+
+def _is_exported(metadata: Mapping[str, str]) -> bool:
+    """Whether a file without our metadata's main part was written by us from an orthogonal method; see file.plain_metadata."""
+    method = METHODS.get(text_of(metadata.get("modelspec.description")).partition(",")[0])
+    return metadata.get("modelspec.tags") == "t-lora" and method is not None and method.is_orthogonal
+
+
+def _kind(modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: int, layers: int) -> tuple[str, _Settings]:
+    """The kind of file that is not the reference's, and its settings as far as its tensors tell them."""
     if orthogonal:
-        return "LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank)
-    note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
-    return "plain LoRA", _Settings(is_masked=False, notes=(note,))
+        lycoris = not any("base_q" in parts for parts in modules.values())
+        return ("LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank)) if lycoris else \
+            ("T-LoRA of a kohya-like trainer", _assumed("its metadata does not tell it", rank))
+    if not stacked:
+        note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
+        return "plain LoRA", _Settings(is_masked=False, notes=(note,))
+    if stacked == layers:
+        note = (
+            "It holds both terms of an orthogonal T-LoRA or Ortho-LoRA, one after the other, which are put together again here. It has no "
+            f"schedule, so all ranks are on at every noise level; to put one on it set min_rank; {_half(rank)}, half the rank, is the paper's."
+        )
+        return "plain LoRA made of an orthogonal one", _Settings(is_masked=False, notes=(note,))
+    unfit = (
+        f"{stacked} of its {layers} layers hold both terms of an orthogonal T-LoRA, one after the other, and the others do not, so no "
+        "schedule can be put on it; set min_rank to -1 and alpha to 0, or load the T-LoRA that it was made of."
+    )
+    note = "It has no schedule, so all ranks are on at every noise level."
+    return "plain LoRA, partly made of an orthogonal one", _Settings(is_masked=False, notes=(note,), unfit=unfit)
 
 
 def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tuple[str, _Settings]:
@@ -191,7 +236,7 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
     return TLoRAFile(
         layers,
         method,
-        RankSchedule(rank, min_rank, settings.alpha),
+        settings.schedule or RankSchedule(rank, min_rank, settings.alpha),
         num_timesteps,
         noise_domain,
         base_model,

@@ -14,9 +14,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Part -> its suffixes; each is tried in this order, so that longer ones come before those they end in.
 _SUFFIXES = {
-    "base_q": ("_lora.base_q.weight",),
-    "base_p": ("_lora.base_p.weight",),
-    "base_lambda": ("_lora.base_lambda",),
+    "base_q": ("_lora.base_q.weight", ".base_q.weight"),
+    "base_p": ("_lora.base_p.weight", ".base_p.weight"),
+    "base_lambda": ("_lora.base_lambda", ".base_lambda", ".base_lambda_buf"),
     "q": ("_lora.q_layer.weight", ".q_layer.weight"),
     "p": ("_lora.p_layer.weight", ".p_layer.weight"),
     "lambda": ("_lora.lambda_layer", ".lambda_layer"),
