@@ -1,5 +1,9 @@
 """What the nodes share: the TLORA socket, the category, and inputs that stand on more than one node."""
+from collections.abc import Mapping, Sequence
+
 from comfy_api.latest import io
+
+from ..tlora_core.errors import TLoRAError
 
 CATEGORY = "T-LoRA"
 # What people type who look for Train, Load or Apply; web/search.js has these ranked.
@@ -8,6 +12,14 @@ TLORA = io.Custom("TLORA")
 IMAGES = io.Custom("TLORA_IMAGES")
 OPTIONS = io.Custom("TLORA_OPTIONS")
 AXES = io.Custom("TLORA_AXES")
+
+
+def unlisted(inputs: Mapping[str, Sequence]) -> dict:
+    """The inputs of a node that takes lists, where each has a single value. Raises TLoRAError, naming the input, for a list."""
+    for name, values in inputs.items():
+        if len(values) != 1:
+            raise TLoRAError(f"{name} is a list of {len(values)}; connect a single value, since one training is made of all pictures.")
+    return {name: values[0] for name, values in inputs.items()}
 
 
 def strength_input(more: str = ""):

@@ -9,11 +9,12 @@ from ..tlora_core.comfy_host.live_rank import show_active_rank
 from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
 from ..tlora_core.comfy_host.sampling import apply_tlora
 from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, stopped_runs, train_or_find
-from ..tlora_core.dataset import FRAMINGS, training_images
+from ..tlora_core.dataset import FRAMINGS, training_list
 from ..tlora_core.images import to_tensor
 from ..tlora_core.orthogonal import STARTS
 from ..tlora_core.plot import loss_curve
-from .sockets import CATEGORY, IMAGES, OPTIONS, SEARCH, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input, rank_inputs
+from .sockets import (CATEGORY, IMAGES, OPTIONS, SEARCH, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input,
+                      rank_inputs, unlisted)
 
 
 class TrainTLoRAFromImage(io.ComfyNode):
@@ -21,6 +22,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="TLoRATrainFromImage", display_name="Train T-LoRA from Image", category=CATEGORY,
+            is_input_list=True,  # one training of a list of pictures, not one of each
             is_output_node=True,  # it saves a file: a graph may end here
             search_aliases=[*SEARCH, "lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without copying "
@@ -36,9 +38,9 @@ class TrainTLoRAFromImage(io.ComfyNode):
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def fingerprint_inputs(cls, rerun=RERUNS[0], **others):
+    def fingerprint_inputs(cls, rerun=RERUNS[:1], **others):
         """To the host a graph that has not changed need not be run again; a training that was stopped is to go on all the same."""
-        return stopped_runs() if rerun == "continue" else 0
+        return stopped_runs() if "continue" in rerun else 0
 
     @classmethod
     def validate_inputs(cls, token=None, class_word=None, method=None, rank=None, min_rank=None, file_name=None, curve="",
@@ -49,22 +51,25 @@ class TrainTLoRAFromImage(io.ComfyNode):
 
     @classmethod
     @shown_when_it_fails
-    def execute(cls, model, clip, vae, image, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
-                seed, file_name, alpha, start, batch_size, mask=None, more_images=(), options=({}, ()), captions="",
-                curve="", layers="attention", framing=FRAMINGS[0], flip=False, **keeping):
-        settings, prior = options
-        request = filled_in(
-            model, token=token, class_word=class_word, method=method, rank=rank, min_rank=min_rank, alpha=alpha, start=start,
-            resolution=resolution, framing=framing, flip=flip, curve=curve, layers=layers,
-            config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed})
-        images = [*training_images(image, captions, mask), *more_images]
-        prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
-        done = train_or_find(model, clip, vae, images, request, Keeping(validation_prompts=prompts, **keeping), file_name,
-                             cls.hidden.unique_id, prior)
-        return io.NodeOutput(
-            done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, cls.hidden.unique_id), done.file,
-            to_tensor(loss_curve(done.losses)),
-            ui=told_of([done.file], done.file))
+    def execute(cls, image, captions=("",), mask=(), **lists):
+        return _trained(cls.hidden.unique_id, training_list(image, captions, mask), **unlisted(lists))
+
+
+def _trained(node_id, images, model, clip, vae, token, class_word, method, rank, min_rank, steps, learning_rate, resolution,
+             seed, file_name, alpha, start, batch_size, more_images=(), options=({}, ()), curve="", layers="attention",
+             framing=FRAMINGS[0], flip=False, **keeping):
+    settings, prior = options
+    request = filled_in(
+        model, token=token, class_word=class_word, method=method, rank=rank, min_rank=min_rank, alpha=alpha, start=start,
+        resolution=resolution, framing=framing, flip=flip, curve=curve, layers=layers,
+        config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed})
+    prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
+    done = train_or_find(model, clip, vae, [*images, *more_images], request, Keeping(validation_prompts=prompts, **keeping), file_name,
+                         node_id, prior)
+    return io.NodeOutput(
+        done.tlora, show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, node_id), done.file,
+        to_tensor(loss_curve(done.losses)),
+        ui=told_of([done.file], done.file))
 
 
 def _models_and_subject():
@@ -74,7 +79,7 @@ def _models_and_subject():
                                         "its own weights stay as they are."),
         io.Clip.Input("clip", tooltip="The model's text encoder; it is not trained."),
         io.Vae.Input("vae", tooltip="The model's VAE; it is not trained."),
-        io.Image.Input("image", tooltip="One picture of the subject, or a batch of several. Its centre square is used; see framing."),
+        io.Image.Input("image", tooltip="One picture of the subject, or a batch or list of several. Its centre square is used; see framing."),
         io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
         io.String.Input("class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'),
     ]

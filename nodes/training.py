@@ -2,9 +2,9 @@
 from comfy_api.latest import io
 
 from ..tlora_core.config import DENSITIES, TrainConfig
-from ..tlora_core.dataset import training_images
+from ..tlora_core.dataset import training_list
 from ..tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS
-from .sockets import CATEGORY, IMAGES, OPTIONS, captions_input, mask_input
+from .sockets import CATEGORY, IMAGES, OPTIONS, captions_input, mask_input, unlisted
 
 _DEFAULT = TrainConfig()
 
@@ -13,11 +13,12 @@ class TLoRAImages(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRAImages", display_name="T-LoRA Images", category=CATEGORY, search_aliases=["dataset", "caption"],
+            node_id="TLoRAImages", display_name="T-LoRA Images", category=CATEGORY, is_input_list=True,
+            search_aliases=["dataset", "caption"],
             description="Pictures with their captions and masks for Train T-LoRA. Chain several of these nodes for pictures of "
                         "different sizes.",
             inputs=[
-                io.Image.Input("image", tooltip="One picture, or a batch of several of one size."),
+                io.Image.Input("image", tooltip="One picture, or several: a batch of one size, or a list of any sizes."),
                 mask_input(),
                 captions_input(),
                 IMAGES.Input("before", optional=True, tooltip="Pictures of another T-LoRA Images node, to which these are added."),
@@ -25,8 +26,9 @@ class TLoRAImages(io.ComfyNode):
             outputs=[IMAGES.Output(display_name="images", tooltip="For Train T-LoRA, or the next T-LoRA Images.")])
 
     @classmethod
-    def execute(cls, image, mask=None, captions="", before=()):
-        return io.NodeOutput((*before, *training_images(image, captions, mask)))
+    def execute(cls, image, mask=(), captions=("",), before=((),)):
+        before = unlisted({"before": before})["before"]
+        return io.NodeOutput((*before, *training_list(image, captions, mask)))
 
 
 class TLoRATrainingOptions(io.ComfyNode):

@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tlora_core import TLoRAError
-from tlora_core.dataset import FRAMINGS, PROMPT, TrainingImage, bucket, caption_of, frame, loss_weights, training_images
+from tlora_core.dataset import FRAMINGS, PROMPT, TrainingImage, bucket, caption_of, frame, loss_weights, training_images, training_list
 from tlora_core.images import square
 
 SQUARE, ASPECT = FRAMINGS
@@ -41,6 +41,47 @@ def test_masks_are_one_for_all_or_one_for_each():
         training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
     with pytest.raises(TLoRAError, match="mask 1 is empty"):
         training_images(batch, mask=torch.zeros(1, 64, 64))  # the host's for a picture in which nothing was painted over
+
+
+def captions_of(*arguments):
+    return [image.caption for image in training_list(*arguments)]
+
+
+def test_a_list_of_pictures_of_any_sizes_is_one_set_with_captions_as_texts_or_lines():
+    listed = [pictures(1, 20, 30), pictures(1, 40, 20), pictures(2, 16, 16)]
+    assert [tuple(image.pixels.shape[:2]) for image in training_list(listed)] == [(20, 30), (40, 20), (16, 16), (16, 16)]
+    assert captions_of(listed) == [PROMPT] * 4 and captions_of(listed, ["a {token}"]) == ["a {token}"] * 4
+    assert captions_of(listed, ["a\nb\nc\nd"]) == captions_of(listed, ["a", "b", "c", "d"]) == ["a", "b", "c", "d"]
+    assert captions_of(listed, ["a", "b", "c"]) == ["a", "b", "c", "c"] and captions_of(listed, ["a", "b", "c\nd"])[2:] == ["c", "d"]
+    # The text of a picture's own file: none where there is no file, and one caption whatever its lines.
+    assert captions_of(listed, ["a dog,\non grass", "", " ", "d"]) == ["a dog, on grass", PROMPT, PROMPT, "d"]
+    assert captions_of(listed[2:], ["a", "b"]) == ["a", "b"]
+
+
+@pytest.mark.parametrize("captions, words", [
+    (["a", "b"], "captions has 2 texts for 4 pictures; give one for all or one for each"),
+    (["a\nb"], "captions has 2 lines for 4 pictures; give one for all or one for each"),
+    (["a", "b\nc", "d\ne\nf"], "captions has 2 lines for 1 picture;")])
+def test_captions_that_are_not_as_many_as_the_pictures_of_a_list_are_refused(captions, words):
+    with pytest.raises(TLoRAError, match=words):
+        training_list([pictures(1, 20, 30), pictures(1, 40, 20), pictures(2, 16, 16)], captions)
+    with pytest.raises(TLoRAError, match="image is an empty list"):
+        training_list([])
+
+
+def test_masks_of_a_list_are_one_for_all_or_each_picture_or_each_batch():
+    listed, same = [pictures(1, 20, 30), pictures(2, 16, 16)], [pictures(1, 16, 16), pictures(2, 16, 16)]
+    first, others = torch.ones(1, 20, 30), torch.stack([torch.full((16, 16), level) for level in (0.25, 0.5)])
+    levels = lambda *arguments: [float(image.mask.mean()) for image in training_list(*arguments)]  # noqa: E731
+    assert levels(listed, [""], [first, others]) == levels(listed, [""], [first, *others]) == [1, 0.25, 0.5]
+    assert levels(listed, [""], [first, others[0]]) == [1, 0.25, 0.25]
+    assert levels(same, [""], [others[:1]]) == [0.25] * 3
+    with pytest.raises(TLoRAError, match="mask has 4 masks for 3 pictures; connect one for all or one for each"):
+        training_list(listed, [""], [first, *others, first])
+    with pytest.raises(TLoRAError, match="mask has shape .*same height"):
+        training_list(listed, [""], [first])
+    with pytest.raises(TLoRAError, match="masks of several sizes for pictures of one size"):
+        training_list(same, [""], [others[0], others[1], first])
 
 
 def test_square_framing_is_the_papers():

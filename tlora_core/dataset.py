@@ -1,8 +1,10 @@
 """The pictures a T-LoRA is trained on: captions, masks, and how each is framed for the model."""
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -47,11 +49,77 @@ def training_images(images: Tensor, captions: str = "", mask: Tensor | None = No
     Raises TLoRAError when the numbers or sizes do not fit.
     """
     check_images(images)
-    lines = [line.strip() for line in captions.splitlines() if line.strip()] or [PROMPT]
+    lines = _lines(captions)
     if len(lines) not in (1, len(images)):
-        raise TLoRAError(f"captions has {len(lines)} lines for {len(images)} pictures; write one line for all or one for each.")
+        raise TLoRAError(f"captions has {len(lines)} lines for {_pictures(len(images))}; write one line for all or one for each.")
     masks = [None] * len(images) if mask is None else _masks(images, mask)
     return [TrainingImage(pixels, lines[i % len(lines)], masks[i]) for i, pixels in enumerate(images)]
+
+
+def training_list(images: Sequence[Tensor], captions: Sequence[str] = ("",), masks: Sequence[Tensor] = ()) -> list[TrainingImage]:
+    """A list of batches [N, H, W, 3], each of a size of its own, as one set of TrainingImages.
+
+    captions: a single text goes for all pictures as in `training_images`; of several, each is the caption of one picture, and those
+    of an item of `images` where there is one for each. masks: one for all pictures, one for each, or one for each item of `images`.
+    Raises TLoRAError when the numbers or sizes do not fit.
+    """
+    if not images:
+        raise TLoRAError("image is an empty list; connect at least one picture.")
+    for batch in images:
+        check_images(batch)
+    texts, masks = _dealt_captions(captions or ("",), images), _dealt_masks(masks, images)
+    return [image for batch in zip(images, texts, masks) for image in training_images(*batch)]
+
+
+def _dealt_captions(captions: Sequence[str], images: Sequence[Tensor]) -> list[str]:
+    """The captions of each batch, as `training_images` takes them."""
+    total = sum(map(len, images))
+    if len(captions) == 1:
+        lines = _lines(captions[0])
+        if len(lines) == 1:
+            return lines * len(images)
+        if len(lines) == total:
+            return ["\n".join(part) for part in _dealt(lines, images)]
+        if len(images) == 1:  # of whose lines `training_images` says what is wrong
+            return list(captions)
+    elif len(captions) == total:
+        one_line_each = [" ".join(text.split()) or PROMPT for text in captions]
+        return ["\n".join(part) for part in _dealt(one_line_each, images)]
+    elif len(captions) == len(images):
+        return list(captions)
+    else:
+        lines = captions
+    given = f"{len(lines)} {'lines' if len(captions) == 1 else 'texts'}"
+    raise TLoRAError(f"captions has {given} for {_pictures(total)}; give one for all or one for each.")
+
+
+def _dealt_masks(masks: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tensor | None]:
+    """The mask of each batch, as `training_images` takes it."""
+    if not masks or len(masks) == len(images):
+        return list(masks) or [None] * len(images)
+    single, total = [one for mask in masks for one in (mask[None] if mask.ndim == 2 else mask)], sum(map(len, images))
+    if len(single) == 1:
+        return single * len(images)
+    if len(single) != total:
+        raise TLoRAError(f"mask has {len(single)} masks for {_pictures(total)}; connect one for all or one for each.")
+    dealt = _dealt(single, images)
+    if any(len({one.shape for one in part}) > 1 for part in dealt):
+        raise TLoRAError("mask has masks of several sizes for pictures of one size; connect those of the pictures themselves.")
+    return [torch.stack(part) for part in dealt]
+
+
+def _dealt(values: Sequence, images: Sequence[Tensor]) -> list[list]:
+    """One value for each picture, as lists for each batch."""
+    values = iter(values)
+    return [list(itertools.islice(values, len(batch))) for batch in images]
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
+
+
+def _lines(captions: str) -> list[str]:
+    return [line.strip() for line in captions.splitlines() if line.strip()] or [PROMPT]
 
 
 def _masks(images: Tensor, mask: Tensor) -> list[Tensor]:

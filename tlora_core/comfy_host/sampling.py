@@ -30,6 +30,7 @@ from ..names import split_name
 from ..schedule import RankSchedule
 from .layers import TEXT_LAYER, bytes_to_come, check_layers, diffusion_modules, fetched, forget_modules, is_cast, is_compiled
 from .noise import noise_level
+from .weights import without_weights
 
 
 class TimestepAwarePatch:
@@ -206,7 +207,8 @@ class SamplingPatch(TimestepAwarePatch):
 
 
 def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
-    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch.
+    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch. Nodes that would
+    save or combine its weights stop with an error; see `weights`.
 
     Raises TLoRAError when the T-LoRA does not fit the model: a layer that is missing or has another shape, or a noise
     schedule whose timestep is unknown.
@@ -224,4 +226,4 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
     patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, patch.forget_copies)
     for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
         patched.add_callback_with_key(moment, key, Folds.forget)
-    return patched
+    return without_weights(patched)
