@@ -5,6 +5,7 @@ import { nameBoxes } from "./boxes.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
 import { changed, forgetClosed } from "./graph.js";
+import { mendLinks } from "./help.js";
 import { TrainingPanel } from "./panel.js";
 import { follow } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
@@ -15,6 +16,7 @@ const SCHEDULED = ["TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"];
 
 document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css", import.meta.url).href }));
 
+mendLinks();
 orderTemplates();
 
 app.registerExtension({
