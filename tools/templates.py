@@ -27,7 +27,7 @@ def _tiny_subject(template, top=400):
     return base, concept
 
 
-def _compared(template, base, settings, x, title, file_name, picture, scenes=SCENES):
+def _compared(template, base, settings, x, title, file_name, picture, scenes=SCENES, scheduler="simple"):
     """Prompts, then a sampler and a decoder for each (label, MODEL), and the sheet of all beside the training picture, from `x` on."""
     prompts = template.add("TLoRAPrompts", x, 280, "Scenes", prompts=scenes, subject="sks circle")
     positive = template.add("CLIPTextEncode", x, 280, "Prompts", clip=base["CLIP"], text=prompts["prompts"])
@@ -36,7 +36,7 @@ def _compared(template, base, settings, x, title, file_name, picture, scenes=SCE
     pictures = {}
     for number, (label, model) in enumerate(settings, 1):
         sampled = template.add("KSampler", x + 320, 260, label, model=model, positive=positive["CONDITIONING"],
-                               negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=20, cfg=4.0)
+                               negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=20, cfg=4.0, scheduler=scheduler)
         decoded = template.add("VAEDecode", x + 320, 260, samples=sampled["LATENT"], vae=base["VAE"])
         pictures[f"images_{number}"] = decoded["IMAGE"]
     template.group("Same prompts and seed for each", (x - 20, 0), 620, PURPLE)
@@ -69,7 +69,7 @@ With a model and a picture of your own, open *02 SDXL, train on one picture* or 
     template.group("3  Apply", (760, 0), 320, GREEN)
     _compared(template, base, [("with the T-LoRA", applied["MODEL"]), ("without it", base["MODEL"])], 1120,
               "One training picture, same prompts, same seed", "tlora/quickstart", concept["IMAGE"],
-              SCENES + "\na photo of {} on a plain grey background")
+              SCENES + "\na photo of {} on a plain grey background", scheduler="normal")
 
 
 def compare_lora_with_tlora(template):
