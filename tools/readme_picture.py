@@ -1,7 +1,7 @@
 """Lay out what the quickstart made as one picture: the training picture, then with the T-LoRA above without it.
 
-    python3 tools/host.py run workflows/quickstart.json --out FOLDER
-    python3 tools/host.py python tools/readme_picture.py FOLDER docs/quickstart.png
+    python3 tools/host.py run "workflows/01 Quickstart.json" --out FOLDER
+    python3 tools/host.py python tools/readme_picture.py FOLDER/quickstart_00001_.png docs/quickstart.png
 """
 import sys
 from pathlib import Path
@@ -14,6 +14,7 @@ from tlora_core.tiny import world
 SIDE, GAP, LABEL = 160, 8, 26
 SCENES = ("in a meadow", "in the snow", "yellow background", "grey background")
 CONCEPT = "lime circle"
+SHEET_GAP, SHEET_MARGIN = 6, 16  # of the sheet that the quickstart makes, with a column with the T-LoRA and one without
 
 
 def training_picture() -> Image.Image:
@@ -22,7 +23,15 @@ def training_picture() -> Image.Image:
     return Image.fromarray(np.round(world.render(scenes)[0] * 255).astype(np.uint8))
 
 
-def main(folder: Path, target: Path) -> None:
+def drawn(whole: Image.Image, column: int, row: int) -> Image.Image:
+    """A picture of the quickstart's sheet."""
+    left, top = (edge - SHEET_MARGIN - number * (SIDE + SHEET_GAP) + SHEET_GAP
+                 for edge, number in ((whole.width, 2 - column), (whole.height, len(SCENES) - row)))
+    return whole.crop((left, top, left + SIDE, top + SIDE))
+
+
+def main(made: Path, target: Path) -> None:
+    whole = Image.open(made).convert("RGB")
     sheet = Image.new("RGB", (GAP + 5 * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + LABEL), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
 
@@ -34,8 +43,8 @@ def main(folder: Path, target: Path) -> None:
 
     place(training_picture(), 0, 0, "the one picture")
     for column, scene in enumerate(SCENES):
-        for row, name in enumerate(("with", "without")):
-            place(Image.open(sorted(folder.glob(f"{name}_*.png"))[column]), column + 1, row, None if row else scene)
+        for row in range(2):
+            place(drawn(whole, row, column), column + 1, row, None if row else scene)
     draw.text((GAP + SIDE, LABEL + 1.5 * SIDE), "above: with the T-LoRA\nright: without it", "black", font=font, anchor="rm", align="right")
     sheet.save(target)
     print(target)

@@ -20,17 +20,20 @@ sys.path += [str(REPO / "tests"), str(ensure_test_packages(Path(sys.executable))
 
 from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, set_setting  # noqa: E402
 
-PAD = 14  # pixels around a node
-# Puts a node at one place of the window and gives its width and height there.
+PAD, TITLE = 14, 30  # pixels around a node, and its title's height
+SCREEN = {"width": 1366, "height": 768}
+LEFT, TOP = 400, 110  # of a node that is shot, beside and below the interface's own bars
+# Puts a node there, at most as large as `scale` and with its foot on the page, and gives the scale, its width and its height.
 LOOK_AT = """async ([title, scale]) => {
     const {graph, canvas} = window.app, node = graph.nodes.find(node => node.title === title);
     canvas.deselectAll();
+    scale = Math.min(scale, (innerHeight - 140) / node.size[1]);
     canvas.ds.scale = scale;
-    canvas.ds.offset = [400 / scale - node.pos[0], 110 / scale - node.pos[1]];
+    canvas.ds.offset = [LEFT / scale - node.pos[0], TOP / scale - node.pos[1]];
     canvas.setDirty(true, true);
     await new Promise(resolve => setTimeout(resolve, 700));
-    return [node.size[0] * scale, node.size[1] * scale];
-}"""
+    return [scale, node.size[0] * scale, node.size[1] * scale];
+}""".replace("LEFT", str(LEFT)).replace("TOP", str(TOP))
 # Moves the canvas until a panel is where nothing of the interface covers it.
 BRING = """async selector => {
     const {canvas} = window.app, frame = () => new Promise(requestAnimationFrame);
@@ -51,13 +54,13 @@ def workflow(name: str) -> dict:
     return json.loads((REPO / "workflows" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def shoot(page, name: str, title: str, scale: float = 1.0, above: float = 30) -> None:
-    """One node, by its title."""
-    width, height = page.evaluate(LOOK_AT, [title, scale])
-    page.mouse.move(20, 1600)
-    path = SCREENSHOTS / f"{name}.png"
+def shoot(page, name: str, title: str) -> None:
+    """One node, by its title, as large as the screen has room for."""
+    scale, width, height = page.evaluate(LOOK_AT, [title, 1.0])
+    page.mouse.move(20, 700)
+    path, above = SCREENSHOTS / f"{name}.png", TITLE * scale
     page.screenshot(path=path, clip={
-        "x": 400 - PAD, "y": 110 - above * scale - PAD, "width": width + 2 * PAD, "height": height + above * scale + 2 * PAD})
+        "x": LEFT - PAD, "y": TOP - above - PAD, "width": width + 2 * PAD, "height": height + above + 2 * PAD})
     print(path.relative_to(REPO))
 
 
@@ -122,7 +125,7 @@ def main(names: list[str]) -> None:
             opened_browser(find_chromium()) as browser:
         for name in names or SHOTS:
             page = new_page(browser, pixels=2)
-            page.set_viewport_size({"width": 1800, "height": 1700})  # the Train node is tall
+            page.set_viewport_size(SCREEN)
             open_interface(page, server)
             SHOTS[name](page)
             page.close()

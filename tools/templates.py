@@ -72,7 +72,7 @@ def _train(template, x, group="", heading="", **inputs):
     return column, node
 
 
-def _sampled(column, base, settings, opened=1, scenes=SCENES):
+def _sampled(column, base, settings, opened=1, scenes=SCENES, scheduler="simple"):
     """Prompts, then a sampler for each (label, MODEL), all but the first `opened` folded, down a column: (prompts, latents by label)."""
     prompts = column.add("TLoRAPrompts", 200, "Scenes", prompts=scenes, subject="sks circle")
     positive = column.add("CLIPTextEncode", TEXT, "Prompts", clip=base["CLIP"], text=prompts["prompts"])
@@ -81,7 +81,7 @@ def _sampled(column, base, settings, opened=1, scenes=SCENES):
     latents = {}
     for i, (label, model) in enumerate(settings):
         sampled = column.add("KSampler", SAMPLER, label, folded=i >= opened, model=model, positive=positive["CONDITIONING"],
-                             negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=20, cfg=4.0)
+                             negative=negative["CONDITIONING"], latent_image=latent["LATENT"], seed=7, steps=20, cfg=4.0, scheduler=scheduler)
         latents[label] = sampled["LATENT"]
     column.group("Same prompts and seed", PURPLE)
     return prompts, latents
@@ -127,7 +127,7 @@ With a model and a picture of your own, open *02 SDXL, train on one picture* or 
     column = Column(template, column.beside, 260)
     applied = column.add("TLoRAApply", 230, "3  Apply T-LoRA", model=base["MODEL"], tlora=trained["T-LoRA"])
     prompts, latents = _sampled(column, base, [("with the T-LoRA", applied["MODEL"]), ("without it", base["MODEL"])], opened=0,
-                                scenes=SCENES + "\na photo of {} on a plain grey background")
+                                scenes=SCENES + "\na photo of {} on a plain grey background", scheduler="normal")
     sheets = Column(template, column.beside, WIDTH - column.beside)
     picture = Column(template, sheets.x, 300)
     picture.add("PreviewImage", 464, "The one training picture", images=concept["IMAGE"])

@@ -5,6 +5,7 @@ import { nameBoxes } from "./boxes.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
 import { changed, forgetClosed, nodeAt } from "./graph.js";
+import { mendLinks } from "./help.js";
 import { TrainingPanel } from "./panel.js";
 import { followRefusals } from "./refusals.js";
 import { follow, remembered } from "./runs.js";
@@ -17,6 +18,7 @@ const SCHEDULED = [TRAIN, "TLoRALoad", "TLoRAApply"];
 
 document.head.append(html("link", { rel: "stylesheet", href: new URL("tlora.css", import.meta.url).href }));
 
+mendLinks();
 orderTemplates();
 
 app.registerExtension({
