@@ -70,7 +70,8 @@ def page(chromium, frontend):
         page = new_page(browser)
         open_interface(page, frontend)
         yield page
-        set_setting(page, "Comfy.ColorPalette", "dark")
+        set_setting(page, "Comfy.ColorPalette", "dark")  # the server keeps both for the next page
+        set_setting(page, "Comfy.VueNodes.Enabled", False)
 
 
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
