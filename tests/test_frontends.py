@@ -1,5 +1,6 @@
 """The host's own interface and the newest one: templates, nodes and panel, without an error or a warning that is ours."""
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def page(browser, frontend):
     # Otherwise a warning is given once, and whoever came first hides the others.
     page.evaluate("() => { window.LiteGraph.alwaysRepeatWarnings = true; }")
     yield page
+    set_setting(page, "Comfy.VueNodes.Enabled", False)  # the server keeps it for the next page
     page.close()
 
 
@@ -70,6 +72,8 @@ def test_panel_of_a_run_comes_back_after_a_reload_of_the_newest(browser, newest_
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     begin(page, 5000, seed=7)
     first = wait_for(page, "panel.state === 'running' && panel.step > 0 && panel.connected")
+    # Events of the run come while the page has its socket and our code has not begun to listen.
+    page.route("**/object_info", lambda route: (time.sleep(3), route.continue_()))
     page.reload()
     wait_for(page, f"panel.state === 'running' && panel.step > {first['step']} && panel.connected")
     newest_frontend_server.client.interrupt()

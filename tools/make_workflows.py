@@ -19,6 +19,7 @@ from templates import TEMPLATES
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CONTROL = "fixed"  # of a seed, after each run
+NOTE = "#432", "#392e1d"  # title and ground: browner than the host's, so that text can be read on it in dark and light palettes
 
 
 class Template:
@@ -75,10 +76,12 @@ class Template:
         return number
 
     def note(self, pos, size, text: str) -> None:
+        """`text` is Markdown; names in backticks become bold, as Nodes 2.0 writes code in blue, hard to read on any ground of its
+        palettes."""
         self.nodes.append({
             "id": len(self.nodes) + 1, "type": "MarkdownNote", "pos": list(pos), "size": list(size), "flags": {},
             "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {"Node name for S&R": "MarkdownNote"},
-            "widgets_values": [text], "color": "#432", "bgcolor": "#653"})
+            "widgets_values": [text.replace("`", "**")], "color": NOTE[0], "bgcolor": NOTE[1]})
 
     def group(self, title: str, bounding, color: str) -> None:
         self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": list(bounding), "color": color,

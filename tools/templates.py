@@ -112,7 +112,7 @@ Press **Run**. While it trains, the panel on *Train T-LoRA* shows the loss and w
 a thing the model had never seen, in four new scenes, learnt from the **one** picture above it.
 
 1. *Sample Concept* draws the training picture.
-2. *Train T-LoRA* teaches it to the tiny base model that comes with the pack. The thing becomes `sks circle`.
+2. *Train T-LoRA* teaches it to the tiny base model that comes with the pack. The thing becomes **sks circle**.
 3. *Apply T-LoRA* gives the sampler the ranks of each noise level.
 4. The same prompts and seed run with and without it.
 
@@ -156,9 +156,9 @@ along. A T-LoRA has few of them on there.""")
 def min_rank_sweep(template):
     column, base, concept = _tiny_subject(template, """# How low should min_rank be?
 
-Press **Run**: four trainings that differ in `min_rank` alone, a few minutes in all, then the same prompts with each.
+Press **Run**: four trainings that differ in **min_rank** alone, a few minutes in all, then the same prompts with each.
 
-`min_rank` ranks stay on at pure noise. Fewer follow the prompt more freely, too few lose the subject; at 32, the rank, the mask is off. \
+**min_rank** ranks stay on at pure noise. Fewer follow the prompt more freely, too few lose the subject; at 32, the rank, the mask is off. \
 With this small model, which settles most of a picture late, the four come out much alike. Three of the four trainings are folded up: a click on the dot before a \
 title opens one.""", 300)
     common = {"model": base["MODEL"], "clip": base["CLIP"], "vae": base["VAE"], "image": concept["IMAGE"]}
@@ -178,10 +178,10 @@ title opens one.""", 300)
 def xy_sheet(template):
     column, base, concept = _tiny_subject(template, """# An XY sheet
 
-Press **Run**: one training of a minute or two, then a picture for each cell: `strength` from left to right, `min_rank` from top to \
+Press **Run**: one training of a minute or two, then a picture for each cell: **strength** from left to right, **min_rank** from top to \
 bottom.
 
-*Sweep* gives the model of each cell, the sampler runs once for each, and *Compare* takes labels and grid from `axes`. Choose *file* \
+*Sweep* gives the model of each cell, the sampler runs once for each, and *Compare* takes labels and grid from **axes**. Choose *file* \
 to compare checkpoints.""")
     column, trained = _train(template, column.beside, "2  Train", model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
                              image=concept["IMAGE"], **TINY, file_name="tlora/xy_sheet")
@@ -239,10 +239,10 @@ def stop_and_go_on(template):
     column, base, concept = _tiny_subject(template, """# Stop, keep, go on
 
 1. Press **Run**, and **Stop and keep** in the training panel when you have seen enough: the sheet is made with what was learnt.
-2. Press **Run** again: with `rerun` on *continue* the training goes on from there to its last step. A cancel, a crash or a power \
+2. Press **Run** again: with **rerun** on *continue* the training goes on from there to its last step. A cancel, a crash or a power \
 cut costs at most the 50 steps since the last checkpoint.
 
-`checkpoint_files` keeps a file of each checkpoint, for *Load T-LoRA*.""", 300)
+**checkpoint_files** keeps a file of each checkpoint, for *Load T-LoRA*.""", 300)
     column, trained = _train(
         template, column.beside, "2  Train, in as many goes as you like", model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
         image=concept["IMAGE"], **TINY, file_name="tlora/stop_and_go_on", checkpoint_every=50, checkpoint_files=True,
@@ -291,11 +291,11 @@ def train_sdxl_on_one_image(template):
     loaded, trained, x = _train_on_one_image(template, SDXL, """# SDXL, one picture
 
 1. Choose an SDXL checkpoint, and your picture in *Load Image*. The centre square is used; a plain background helps.
-2. Set `class_word` to what it is: dog, mug, person.
+2. Set **class_word** to what it is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
-Steps, learning rate and resolution are 0: what suits the model. `rank` 64 and `min_rank` 32 are the paper's. If memory runs out, set \
-`rank` to 32 and `min_rank` to 16; then start ComfyUI with `--fp8_e4m3fn-unet`. It works \
+Steps, learning rate and resolution are 0: what suits the model. **rank** 64 and **min_rank** 32 are the paper's. If memory runs out, set \
+**rank** to 32 and **min_rank** to 16; then start ComfyUI with **--fp8_e4m3fn-unet**. It works \
 for SD1.5 and SD2 as well: then set *Empty Latent Image* to 512 or 768.""", "dog")
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], trained["T-LoRA"], x, 1024, steps=30, cfg=5.0)
 
@@ -307,8 +307,8 @@ def train_sdxl_on_several_images(template):
 1. Choose an SDXL checkpoint, and your pictures in *Load Image*, of any sizes; two to five are plenty.
 2. In each: right click, **Open in Mask Editor**, paint over the subject, save. The loss then counts inside the mask only. Where you \
 want no mask, unconnect it.
-3. Write what each picture shows besides the subject into its `captions`: what is named there is not taken for the subject.
-4. Set `class_word`, and press **Run**.""")
+3. Write what each picture shows besides the subject into its **captions**: what is named there is not taken for the subject.
+4. Set **class_word**, and press **Run**.""")
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
     loads, described = Column(template, column.beside, 230), Column(template, column.beside + 255, 240)
     picture = {}
@@ -332,11 +332,11 @@ def train_flux_on_one_image(template):
     loaded, trained, x = _train_on_one_image(template, FLUX, """# FLUX, one picture
 
 1. Choose a FLUX.1 dev checkpoint, and your picture in *Load Image*.
-2. Set `class_word` to what it is: dog, mug, person.
+2. Set **class_word** to what it is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
-`method` auto is *vanilla_tlora* here, and steps, learning rate and resolution are 0: what suits the model. If memory runs out, \
-set `rank` to 32 and `min_rank` to 16, then `resolution` to 512.""", "dog")
+**method** auto is *vanilla_tlora* here, and steps, learning rate and resolution are 0: what suits the model. If memory runs out, \
+set **rank** to 32 and **min_rank** to 16, then **resolution** to 512.""", "dog")
     _real_pictures(template, trained["MODEL"], loaded["CLIP"], loaded["VAE"], trained["T-LoRA"], x, 1024, "EmptySD3LatentImage",
                    negative=False, steps=20, cfg=1.0, scheduler="simple")
 
@@ -348,7 +348,7 @@ def generate_with_a_file(template):
 Choose the checkpoint that it was trained on, and the file in *Load T-LoRA*: it shows the file's picture, its trigger phrase, and \
 how many of its ranks are on at each noise level. While a sampler runs, a dot shows where it is.
 
-Use the trigger phrase in your prompts; `{}` stands for it.""")
+Use the trigger phrase in your prompts; **{}** stands for it.""")
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
     adapted = column.rest("TLoRALoad", model=loaded["MODEL"], file="")
     column.group("1  A model and a file", BLUE)
@@ -360,7 +360,7 @@ def use_a_file_from_elsewhere(template):
     column.note(260, """# A file from elsewhere
 
 *Load T-LoRA* reads the authors' checkpoints, LyCORIS and SimpleTuner files, and plain LoRAs; the report tells what matched and \
-what was assumed. Where a file says no schedule, set `min_rank`: on a plain LoRA it puts a T-LoRA's schedule.
+what was assumed. Where a file says no schedule, set **min_rank**: on a plain LoRA it puts a T-LoRA's schedule.
 
 Below, the same T-LoRA is saved as our own file, for another program, and as one plain LoRA, its mean over all noise levels. Delete what \
 you do not need.""")
@@ -384,12 +384,12 @@ def which_checkpoint_to_keep(template):
     column = Column(template, 0, 290)
     column.note(335, """# Which checkpoint to keep?
 
-For a training that kept its checkpoints (`checkpoint_every`, `checkpoint_files`): the same prompts with three of them, and *T-LoRA \
+For a training that kept its checkpoints (**checkpoint_every**, **checkpoint_files**): the same prompts with three of them, and *T-LoRA \
 Evaluate* says which obeys best among those that are about as alike as the most alike one.
 
 Choose the checkpoint that they were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model in each \
-*T-LoRA Evaluate* (its help says which, and where to put it). Set `neutral_prompt` to the first prompt. For the paper's own prompts \
-set `prompt_set` to live or object.""")
+*T-LoRA Evaluate* (its help says which, and where to put it). Set **neutral_prompt** to the first prompt. For the paper's own prompts \
+set **prompt_set** to live or object.""")
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
     image = column.rest("LoadImage", "The training picture", image="example.png")
     column.group("1  A model and the picture", BLUE)
