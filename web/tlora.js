@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js";
 import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
 import { changed, forgetClosed } from "./graph.js";
+import { keepOwnValues } from "./own_values.js";
 import { TrainingPanel } from "./panel.js";
 import { follow } from "./runs.js";
 import { addSchedule, followSampling } from "./schedules.js";
@@ -30,6 +31,7 @@ app.registerExtension({
     changed();
   },
   nodeCreated(node) {
+    if (node.comfyClass?.startsWith("TLoRA")) keepOwnValues(node);
     if (SCHEDULED.includes(node.comfyClass)) addSchedule(node);
     if (node.comfyClass === "TLoRATrainFromImage") new TrainingPanel(node);
   },
