@@ -157,4 +157,7 @@ def _run():
         io.Combo.Input("memory", options=list(MEMORY), default=MEMORY[0], optional=True, advanced=True,
                        tooltip="fast keeps what a step needs. low computes parts of it again: less memory, more time. "
                                "auto: fast where it fits, else low."),
+        io.Boolean.Input("thumbnail", default=True, optional=True, advanced=True,
+                         tooltip="Put the last picture of the first validation prompt into the file, where all who get it can see it. A "
+                                 "training picture is never put there."),
     ]

@@ -139,10 +139,11 @@ def test_a_thumbnail_is_in_the_file_only_when_given(tmp_path, saved):
     make().save(tmp_path / "a.safetensors", thumbnail=picture)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as f:
         kind, _, data = f.metadata()["modelspec.thumbnail"].partition(",")
+        assert json.loads(f.metadata()["ssmd_cover_images"]) == [data]
     assert kind == "data:image/jpeg;base64" and base64.b64decode(data) == picture
     assert Image.open(io.BytesIO(picture)).size == (256, 256)
     with safe_open(saved, framework="pt") as f:
-        assert "modelspec.thumbnail" not in f.metadata()
+        assert not {"modelspec.thumbnail", "ssmd_cover_images"} & f.metadata().keys()
     TLoRAFile.load(tmp_path / "a.safetensors")
 
 

@@ -17,6 +17,7 @@ from foreign_files import (
     update,
 )
 from safetensors.torch import save_file
+from test_file import make
 
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
 from tlora_core.export import LAYOUTS, export
@@ -166,3 +167,18 @@ def test_no_schedule_is_put_on_an_export_of_ours_whose_ranks_are_pairs(tmp_path,
     assert "load that T-LoRA to have its schedule" in loaded.report and "set min_rank" not in loaded.report
     with pytest.raises(TLoRAError, match='"b.safetensors": It was made of a T-LoRA of this pack, .*no schedule can be put on it'):
         load_any(tmp_path / "b.safetensors", min_rank=2)
+
+
+def test_report_says_which_schedule_is_used_and_why(tmp_path):
+    path, ours = tmp_path / "plain.safetensors", tmp_path / "ours.safetensors"
+    save_file(plain_state("kohya", plain_layers()), path)
+    make().save(ours)
+    for where, words, chosen in (
+            (ours, "The schedule is the file's own.", {}),
+            (ours, "The schedule is the file's own, but the node sets min_rank 3 in place of 2 and alpha 2 in place of 1.",
+             {"min_rank": 3, "alpha": 2.0}),
+            (path, "The schedule is a default, as the file tells none.", {}),
+            (path, "The schedule is a default, as the file tells none, but the node sets min_rank 1 in place of 4.", {"min_rank": 1})):
+        assert words in load_any(where, **chosen).report.splitlines()
+    make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 1:1")).save(ours)
+    assert "sets alpha 2 in place of the curve." in load_any(ours, alpha=2.0).report

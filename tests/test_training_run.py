@@ -1,5 +1,6 @@
 """A training run on the tiny base as the Train node makes it: checkpoints, stop, cancel, resume, and their record."""
 import csv
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from training_runs import folders, record, request, run, same
 
 PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
@@ -148,7 +150,6 @@ def test_a_long_name_makes_a_folder_that_is_found_again(tmp_path):
 
 def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monkeypatch):
     resource = pytest.importorskip("resource")
-    from PIL import Image
 
     from tlora_core import runs
 
@@ -504,7 +505,6 @@ def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, 
 
 
 def test_validation_changes_nothing_and_is_kept(base, output):
-    from PIL import Image
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plain = run(base, file_name="run/plain", rerun="restart")
@@ -523,6 +523,61 @@ def test_validation_changes_nothing_and_is_kept(base, output):
     from tlora_core import TLoRAFile
     (checkpoint,) = (output / "loras" / "run").glob("heart_step000003*")
     assert TLoRAFile.load(checkpoint).training["steps_done"] == 3
+
+
+def colour_of_thumbnail(path):
+    """Of its middle, or None where the file holds none."""
+    from tlora_core.card import read_thumbnail
+
+    content = read_thumbnail(path)
+    return None if content is None else Image.open(io.BytesIO(content)).getpixel((128, 128))
+
+
+@pytest.fixture
+def grey_by_step(monkeypatch):
+    """Validation pictures are as grey as their step, those of the second prompt black."""
+    from tlora_core.comfy_host.personalize import Personalization
+
+    monkeypatch.setattr(Personalization, "draw", lambda self, prompts, seed=0: torch.stack(
+        [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]))
+
+
+def is_of_step(path, step):
+    return colour_of_thumbnail(path) is not None and max(abs(level - 25.5 * step) for level in colour_of_thumbnail(path)) <= 2
+
+
+@pytest.mark.usefixtures("grey_by_step")
+def test_files_hold_the_last_validation_picture_where_the_user_agrees(base, output):
+    watch = {"validation_prompts": PROMPTS, "validate_every": 2, "checkpoint_every": 2, "checkpoint_files": True}
+    shown = run(base, **watch)
+    files = {path.name: path for path in (output / "loras" / "run").iterdir()}
+    assert is_of_step(output / "loras" / shown.file, 6)
+    assert is_of_step(files["heart_step000002_00001_.safetensors"], 2) and is_of_step(files["heart_step000004_00001_.safetensors"], 4)
+    hidden = run(base, thumbnail=False, **watch)  # found, not trained again
+    assert len(folders(output)) == 1 and colour_of_thumbnail(output / "loras" / hidden.file) is None and same(hidden.tlora, shown.tlora)
+    assert run(base, thumbnail=False, **watch).file == hidden.file and run(base, file_name="run/other", **watch).file.startswith("run/other")
+    assert len(folders(output)) == 1 and is_of_step(output / "loras" / shown.file, 6)
+
+
+@pytest.mark.usefixtures("grey_by_step")
+def test_without_validation_or_consent_no_picture_is_in_a_file(base, output):
+    for keeping in ({}, {"thumbnail": False, "validation_prompts": PROMPTS, "validate_every": 2}):
+        assert colour_of_thumbnail(output / "loras" / run(base, rerun="restart", **keeping).file) is None
+
+
+@pytest.mark.usefixtures("grey_by_step")
+def test_a_finished_file_without_room_for_its_last_picture_is_whole_and_found_again(base, output, monkeypatch):
+    from tlora_core import TLoRAError
+    from tlora_core.comfy_host import training_run
+
+    def full(path, write):
+        raise TLoRAError("the disk is full.")
+
+    watch = {"validation_prompts": PROMPTS, "validate_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(training_run, "write_whole", full)
+        done = run(base, **watch)
+    assert is_of_step(output / "loras" / done.file, 4) and run(base, **watch).file == done.file and len(folders(output)) == 1
 
 
 def test_checkpoint_now_makes_a_file_and_the_training_goes_on(base, output, monkeypatch):

@@ -75,6 +75,38 @@ def wait_for(page, node_type, shown) -> None:
     page.wait_for_function(f"([type, shown]) => JSON.stringify(({SHOWN})()[type]) === JSON.stringify(shown)", arg=[node_type, shown])
 
 
+# A node of the first type with these values, then Clear Workflow, then one of the second type, which gets the same id.
+AFTER_CLEAR = """([before, set, after]) => {
+    const add = type => {
+        window.app.graph.clear();
+        const node = window.LiteGraph.createNode(type);
+        window.app.graph.add(node);
+        return node;
+    };
+    const old = add(before);
+    for (const [name, value] of Object.entries(set)) old.widgets.find(widget => widget.name === name).value = value;
+    const node = add(after);
+    if (node.id !== old.id) throw Error("another id");
+    return Object.fromEntries(node.widgets.map(({name, value}) => [name, value]));
+}"""
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["canvas", "vue"])
+def test_a_new_node_after_clear_workflow_has_its_own_defaults(page, vue):
+    set_setting(page, "Comfy.VueNodes.Enabled", vue)
+    train = page.evaluate(AFTER_CLEAR, ["TLoRALoad", {}, "TLoRATrainFromImage"])
+    assert (train["min_rank"], train["alpha"], train["class_word"]) == (32, 1, "dog")
+    changed = {"rank": 96, "min_rank": 48, "alpha": 2.0, "class_word": "vase", "captions": "a vase", "flip": True}
+    load = page.evaluate(AFTER_CLEAR, ["TLoRATrainFromImage", changed, "TLoRALoad"])
+    assert (load["min_rank"], load["alpha"], load["strength"]) == (-1, 0, 1)
+    again = page.evaluate(AFTER_CLEAR, ["TLoRATrainFromImage", changed, "TLoRATrainFromImage"])
+    assert {name: again[name] for name in changed} == {name: train[name] for name in changed}
+    load_workflow(page, WORKFLOW)  # whose values are not its nodes' defaults
+    (steps,) = page.evaluate("() => app.graph.nodes.filter(n => n.type === 'TLoRATrainFromImage').map("
+                             "n => n.widgets.find(w => w.name === 'steps').value)")
+    assert steps and ours(page.complaints) == []
+
+
 def test_formula_is_that_of_the_python_code(page):
     curves = ["0:64, 0.5:48, 1:32", "0.2:7; 0.25:60, 0.9:0", "0:1, 1:64"]
     schedules = [(64, 32, 1.0), (64, 0, 1.0), (16, 16, 1.0), (7, 3, 0.5), (128, 1, 2.0), (33, 10, 0.35)]

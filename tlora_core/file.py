@@ -97,7 +97,7 @@ class TLoRAFile:
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
         """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
 
-        thumbnail: a small JPEG that LoRA managers show; everyone who gets the file can see it.
+        thumbnail: a small JPEG that LoRA managers and ComfyUI's list of models show; everyone who gets the file can see it.
         Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
         """
         path = Path(path)
@@ -112,7 +112,9 @@ class TLoRAFile:
             tensors[key + _ALPHA] = torch.tensor(float(stored.up.shape[1]))
         metadata = _metadata(self)
         if thumbnail is not None:
-            metadata["modelspec.thumbnail"] = "data:image/jpeg;base64," + base64.b64encode(thumbnail).decode()
+            encoded = base64.b64encode(thumbnail).decode()
+            metadata["modelspec.thumbnail"] = "data:image/jpeg;base64," + encoded
+            metadata["ssmd_cover_images"] = json.dumps([encoded])  # where ComfyUI's own list of models looks
         write_tensors(path, tensors, metadata)
 
     @classmethod

@@ -42,7 +42,7 @@ def as_file_name(text: str, otherwise: str) -> str:
 
 class RunFolder:
     """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once there
-    is a result its SHA-256 and `files`, the names under which it was saved, by the name that was asked for."""
+    is a result its SHA-256, `sha256_also`, those of its files with another thumbnail or none, and `files`, the names under which it was saved, by the name that was asked for."""
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path, self.record = path, record

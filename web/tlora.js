@@ -6,6 +6,7 @@ import { html } from "./dom.js";
 import { forgetCards, refreshFor } from "./files.js";
 import { changed, forgetClosed, nodeAt } from "./graph.js";
 import { mendLinks } from "./help.js";
+import { keepOwnValues } from "./own_values.js";
 import { TrainingPanel } from "./panel.js";
 import { followRefusals } from "./refusals.js";
 import { follow, remembered } from "./runs.js";
@@ -45,8 +46,10 @@ app.registerExtension({
     changed();
   },
   nodeCreated(node) {
+    const isOurs = /^TLoRA[A-Z]/.test(node.comfyClass);
+    if (isOurs) keepOwnValues(node);
     if (SCHEDULED.includes(node.comfyClass)) addSchedule(node);
     if (node.comfyClass === TRAIN) new TrainingPanel(node);
-    if (/^TLoRA[A-Z]/.test(node.comfyClass)) nameBoxes(node);
+    if (isOurs) nameBoxes(node);
   },
 });

@@ -13,10 +13,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy.utils import ProgressBar
 
+from ..card import read_card
 from ..container import one_line
 from ..dataset import TrainingImage, caption_of
 from ..errors import TLoRAError
 from ..file import TLoRAFile
+from ..images import thumbnail as make_thumbnail
 from ..packages import required
 from ..runs import Recorder, RunFolder
 from ..trainer import STATE_FORMAT, TrainingDiverged
@@ -44,6 +46,7 @@ class Keeping:
     rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
         unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
     wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
+    thumbnail: the first of the last validation pictures goes into the files, small; never a training picture.
     """
 
     validation_prompts: tuple[str, ...] = ()
@@ -54,6 +57,7 @@ class Keeping:
     rerun: str = RERUNS[0]
     wandb: bool = False
     memory: str = "auto"
+    thumbnail: bool = True
 
     def __post_init__(self) -> None:
         if self.rerun not in RERUNS:
@@ -157,26 +161,39 @@ def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | Non
     wanted = ("done",) if keeping.rerun == "continue" else ("done", "stopped")
     if run.record["state"] not in wanted:
         return None
-    intact = [name for name in run.record["files"].values() if _hash(name) == run.record["sha256"]]
+    intact = [name for name in run.record["files"].values() if _hash(name) in _hashes(run)]
     if not intact:
         return None
+    wished = [name for name in intact if keeping.thumbnail or not read_card(lora_path(name)).thumbnail]
     name = run.record["files"].get(file_name)
-    if name not in intact:
+    if name not in wished:
         path = new_lora_path(file_name)
-        write_whole(path, lambda temporary: shutil.copyfile(lora_path(intact[0]), temporary))
+        if wished:
+            write_whole(path, lambda temporary: shutil.copyfile(lora_path(wished[0]), temporary))
+        else:
+            TLoRAFile.load(lora_path(intact[0])).save(path, DTYPE)
         name = name_of(path)
-        run.update(files={**run.record["files"], file_name: name})
+        run.update(files={**run.record["files"], file_name: name}, sha256_also=sorted(_hashes(run) | {_hash(name)}))
     return Outcome(TLoRAFile.load(lora_path(name)), name, run.load_losses())
+
+
+def _hashes(run: RunFolder) -> set[str]:
+    """Of the files of its result, which may or may not hold a thumbnail."""
+    return {run.record["sha256"], *run.record.get("sha256_also", ())}
 
 
 def _hash(name: str) -> str:
     """SHA-256 of a file of the loras folders; empty where it is gone."""
     try:
-        with open(lora_path(name), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-                hashlib.sha256(file.read()).hexdigest()
+        return _file_hash(lora_path(name))
     except (TLoRAError, OSError):
         return ""
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(file.read()).hexdigest()
 
 
 class TrainingRun:
@@ -197,6 +214,7 @@ class TrainingRun:
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
         self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
+        self.picture: bytes | None = None  # for the files: of the last validation
         # Of a run that was at its end but for its file, or that the user had stopped.
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
         self.checkpoint_step = first  # of the last state on disk; 0 where there is none
@@ -241,21 +259,19 @@ class TrainingRun:
 
     def _pause(self) -> None:
         step, keeping = self.trainer.step, self.keeping
-        if self.asked_checkpoint or (keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps):
-            self._checkpoint(file=self.asked_checkpoint or keeping.checkpoint_files)
-            self.asked_checkpoint = False
+        due = self.asked_checkpoint or (keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps)
+        if due:
+            self._checkpoint(self._checkpoint_state)
         if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
             self._validate()
+        if self.asked_checkpoint or (due and keeping.checkpoint_files):  # after the pictures, one of which it is to hold
+            self._checkpoint(self._checkpoint_file)
+        self.asked_checkpoint = False
 
-    def _checkpoint(self, file: bool) -> None:
-        """A disk that is full ends no training: the user is told, and the final save may find room."""
+    def _checkpoint(self, save: Callable[[], str]) -> None:
+        """A disk that is full ends no training: the user is told, and the final save may find room. `save` gives what to tell."""
         try:
-            self._save_state()
-            message = f"checkpoint at step {self.trainer.step}"
-            if file:
-                path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
-                self.personalization.tlora().save(path, DTYPE)
-                message += f", saved as {name_of(path)}"
+            message = save()
         except TLoRAError as error:
             logging.warning("[T-LoRA] %s", error)
             message = str(error)
@@ -264,6 +280,21 @@ class TrainingRun:
     def _save_state(self) -> None:
         self.folder.save_checkpoint(self.trainer.state_dict())
         self.checkpoint_step = self.trainer.step
+
+    def _checkpoint_state(self) -> str:
+        self._save_state()
+        return f"checkpoint at step {self.trainer.step}"
+
+    def _checkpoint_file(self) -> str:
+        path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
+        self._write(path)
+        return f"checkpoint at step {self.trainer.step}, saved as {name_of(path)}"
+
+    def _write(self, path: Path) -> TLoRAFile:
+        """The T-LoRA as it stands, as the file at `path`."""
+        tlora = self.personalization.tlora()
+        tlora.save(path, DTYPE, self.picture)
+        return tlora
 
     def _validate(self) -> None:
         """Pictures that cannot be drawn or saved end no training either."""
@@ -274,6 +305,7 @@ class TrainingRun:
             picture = strip(drawn, self.prompts)
             self.recorder.picture(step, picture)
             self.folder.save_picture(step, picture)
+            self.picture = make_thumbnail(drawn) if self.keeping.thumbnail else None
         except InterruptProcessingException:
             raise
         except Exception as error:
@@ -282,9 +314,8 @@ class TrainingRun:
 
     def _save(self) -> tuple[str, str]:
         """(name of the file, what to tell the user about it)."""
-        path, tlora = new_lora_path(self.file_name), self.personalization.tlora()
-        tlora.save(path, DTYPE)
-        name = name_of(path)
+        path = new_lora_path(self.file_name)
+        tlora, name = self._write(path), name_of(path)
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
         self._note_down(lambda: self.folder.update(
             files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step, unsaved=0))
@@ -313,10 +344,22 @@ class TrainingRun:
                 self.folder.forget_checkpoint()
                 if self.keeping.validate_every:  # only now, as whoever cancels the last pictures is to keep the training
                     self._validate()
+                    self._note_down(lambda: self._renew_picture(name))
         finally:
             self.live.finish(state, message, name)
         # What the file gives, not what it was made from: the next run of the graph finds the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
+
+    def _renew_picture(self, name: str) -> None:
+        """Puts the last validation picture into the finished file, which is whole and known by the record at every moment."""
+        path = lora_path(name)
+
+        def write(temporary: Path) -> None:
+            TLoRAFile.load(path).save(temporary, DTYPE, self.picture)
+            self.folder.update(sha256_also=sorted(_hashes(self.folder) | {_file_hash(temporary)}))
+
+        if self.picture is not None:
+            write_whole(path, write)
 
     def _kept(self, ended: str) -> str:
         """Keeps a T-LoRA that the loras folder has not taken, for the same graph to take up where a disk takes the run's state, else as a
@@ -327,7 +370,7 @@ class TrainingRun:
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
             if not missing:
                 return self._kept_for_the_next_run(ended)
-        elsewhere = save_elsewhere(self.file_name, lambda path: self.personalization.tlora().save(path, DTYPE))
+        elsewhere = save_elsewhere(self.file_name, self._write)
         return f"{missing} {elsewhere}".strip()
 
     def _kept_for_the_next_run(self, ended: str) -> str:

@@ -24,12 +24,14 @@ _UNMASKED = {masked: method for method, masked in _MASKED.items()}
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the user."""
+    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the user;
+    schedule: a sentence that says where its schedule is from."""
 
     tlora: TLoRAFile
     kind: str
     unmatched: Mapping[str, str]
     notes: tuple[str, ...]
+    schedule: str
 
     @property
     def report(self) -> str:
@@ -42,7 +44,7 @@ class Loaded:
         for reason, count in Counter(self.unmatched.values()).most_common():
             example = next(key for key, why in self.unmatched.items() if why == reason)
             lines.append(f"{count} key{'s' if count > 1 else ''} unmatched, such as {example[:200]!r}: {reason}.")
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, self.schedule, *self.notes])
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def _load(
     path: Path, target: Target | None, min_rank: int | None, alpha: float | None, progress: Progress | None
 ) -> Loaded:
     if METADATA_KEY in read_metadata(path):
-        return Loaded(rescheduled(TLoRAFile.load(path), min_rank, alpha), "T-LoRA file", {}, ())
+        tlora = TLoRAFile.load(path)
+        return Loaded(rescheduled(tlora, min_rank, alpha), "T-LoRA file", {}, (), _origin(tlora.schedule, "the file's own", min_rank, alpha))
     contents = read_contents(path)
     matches = Matches(target)
     matches.reject(contents.others, "it is not a tensor")
@@ -106,7 +109,16 @@ def _load(
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
     notes = settings.notes if min_rank is None else ()
-    return Loaded(rescheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes)
+    source = "what hparams.yml beside the file says" if "with hparams.yml" in kind else "the file's own" if settings.schedule else \
+        "a default, as the file tells none"
+    return Loaded(rescheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes, _origin(tlora.schedule, source, min_rank, alpha))
+
+
+def _origin(own: RankSchedule, source: str, min_rank: int | None, alpha: float | None) -> str:
+    """Where the schedule in use is from. own: without what the inputs set in its place."""
+    chosen = [f"{name} {value:g} in place of {'the curve' if own.points else f'{before:g}'}"
+              for name, value, before in (("min_rank", min_rank, own.min_rank), ("alpha", alpha, own.alpha)) if value is not None]
+    return f"The schedule is {source}" + (f", but the node sets {' and '.join(chosen)}." if chosen else ".")
 
 
 def _read(
