@@ -58,9 +58,10 @@ def page(chromium, server):
 
 @pytest.fixture(params=[False, True], ids=["canvas", "vue"])
 def graph(page, request):
-    """The quickstart in either renderer."""
+    """The quickstart in either renderer, with Train's advanced inputs, and with them its schedule, folded out."""
     set_setting(page, "Comfy.VueNodes.Enabled", request.param)
-    load_workflow(page, WORKFLOW)
+    nodes = [{**node, "showAdvanced": True, "size": [340, 1310]} if node["type"] == "TLoRATrainFromImage" else node for node in WORKFLOW["nodes"]]
+    load_workflow(page, {**WORKFLOW, "nodes": nodes})
     yield page
     assert ours(page.complaints) == []
 

@@ -97,7 +97,11 @@ def schedule(page) -> None:
     page.wait_for_function("() => Number(document.querySelector('.tlora-live')?.style.left.replace('%', '')) > 40", timeout=RUN_MS)
     element(page, HELP / "schedule_sampling.png", ".tlora-panel:has(.tlora-live)")
     page.evaluate(SET, ["TLoRATrainFromImage", {"curve": "0:32, 0.35:28, 0.6:12, 1:6"}])
-    page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'TLoRATrainFromImage').widgets[0].callback?.()")
+    page.evaluate("""() => {
+        const node = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
+        node.showAdvanced = true; // where the curve is bent
+        node.widgets[0].callback?.();
+    }""")
     page.evaluate(BRING, ".tlora-panel:has(.tlora-handle)")
     page.wait_for_timeout(300)
     element(page, HELP / "schedule_curve.png", ".tlora-panel:has(.tlora-handle)")
