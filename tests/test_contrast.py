@@ -6,7 +6,7 @@ import pytest
 from browser import load_workflow, new_page, open_interface, opened_browser, set_setting
 from hostlib.server import PACK_NAME
 
-WORKFLOW = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "train_sdxl_on_one_image.json").read_text(encoding="utf-8"))
+WORKFLOW = json.loads((Path(__file__).resolve().parents[1] / "workflows" / "02 SDXL, train on one picture.json").read_text(encoding="utf-8"))
 PALETTES = ("light", "solarized", "nord", "arc", "github", "dark")
 LEAST = 4.5
 # All that a panel may ever show, at once: a text wherever one may be, and what is hidden.

@@ -52,7 +52,7 @@ def test_templates_open_and_all_nodes_can_be_made(page, renderer):
 
 
 def test_schedule_of_apply_follows_train_and_a_link_to_an_input_is_seen(page, renderer):
-    load_workflow(page, json.loads(TEMPLATES["quickstart"].read_text(encoding="utf-8")))
+    load_workflow(page, json.loads(TEMPLATES["01 Quickstart"].read_text(encoding="utf-8")))
     shown = """text => window.app.graph.nodes.find(node => node.type === "TLoRAApply").widgets
         .find(widget => widget.name === "tlora_schedule").element.querySelector("svg").getAttribute("aria-label").startsWith(text)"""
     page.wait_for_function(shown, arg="Active ranks: 16 at pure noise, 32 in")
