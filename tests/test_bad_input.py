@@ -93,6 +93,10 @@ def diffusion_transformer(graph):
     return graph.add("UNETLoader", unet_name="tests_sd3.safetensors", weight_dtype="default")[0]
 
 
+def part_of_a_model_only_checkpoint(slot):
+    return lambda graph: graph.add("CheckpointLoaderSimple", ckpt_name="tests_model_only.safetensors")[slot]
+
+
 def training_without_image():
     graph = bad_training()()
     (training,) = (node for node in graph.values() if node["class_type"] == "TLoRATrainFromImage")
@@ -154,6 +158,10 @@ BAD = {
     "token with a character that cannot be shown": (bad_training(token="sks\u200d"), r"token is 'sks\\u200d'; it must be one line of text, without"),
     "resolution that the VAE cannot encode": (bad_training(resolution=68), "resolution is 68; set it to a multiple of 8"),
     "model of another family": (bad_training(model=diffusion_transformer), "model could not be run on .* clip and vae of one checkpoint"),
+    "clip of a model-only checkpoint": (
+        bad_training(clip=part_of_a_model_only_checkpoint(1)), "^clip is empty, .* connect the clip of a Load CLIP node"),
+    "vae of a model-only checkpoint": (
+        bad_training(vae=part_of_a_model_only_checkpoint(2)), "^vae is empty, .* connect the vae of a Load VAE node"),
     "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),
     "file that is cut off": (load_of("tests/cut.safetensors"), '"cut.safetensors": it cannot be read as a safetensors file'),
     "file that is a pickle": (load_of("tests/pickle.safetensors"), '"pickle.safetensors": it cannot be read as a safetensors'),
@@ -199,6 +207,8 @@ def bad_files(server, loras, trained):
     save_file(plain, folder / "plain.safetensors")
     models = server.workspace / "models" / "diffusion_models"
     models.mkdir(parents=True, exist_ok=True)
+    checkpoints = server.workspace / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
     # The few tensors by which the host tells that a file is a Stable Diffusion 3 transformer, of one block.
     save_file(
         {
@@ -208,6 +218,7 @@ def bad_files(server, loras, trained):
             "pos_embed": torch.zeros(1, 16, 64),
         },
         models / "tests_sd3.safetensors")
+    (checkpoints / "tests_model_only.safetensors").write_bytes((models / "tests_sd3.safetensors").read_bytes())
     return trap
 
 
