@@ -1,4 +1,5 @@
 """The nodes on the real server: what they offer and what they make."""
+import io
 import json
 import re
 from pathlib import Path
@@ -361,3 +362,12 @@ def test_running_a_stopped_graph_again_goes_on_where_it_is_asked_to_and_then_no_
     assert 5 <= stop.last_step < 60
     assert (again.last_step == 60) == goes_on == (training.id not in cached_nodes(server, result))
     assert training.id in cached_nodes(server, server.run(graph))
+
+
+def test_last_validation_picture_is_shown_by_load_and_by_the_hosts_list_of_models(server):
+    graph = TinyGraph()
+    training = graph.train(seed=7, file_name="tests/pictured", validation_prompts="a photo of {}", validate_every=2)
+    name = server.run(graph).outputs[training.id]["text"][0]
+    assert server.client.get_json(f"/tlora/files?name={name}")["thumbnail"]
+    for path in (f"/tlora/thumbnail?name={name}", f"/experiment/models/preview/loras/0/{name}"):
+        assert Image.open(io.BytesIO(server.client.request(path))).size == (256, 256)
