@@ -128,7 +128,7 @@ def test_only_the_active_ranks_learn_at_the_noisiest_timestep(model, method, wan
             adapters, denoiser = denoiser_for(model, method, min_rank=8 if masked else 16)
             sigma = model.model.model_sampling.sigmas[999:].clone()
             output_error(denoiser, [0], noise_for(1), sigma).square().mean().backward()
-            return {int((a.A.grad.abs().sum(1) > 0).sum()) for a in adapters.values()}
+            return {int((a.module.A.grad[a.index].abs().sum(1) > 0).sum()) for a in adapters.values()}
 
     assert in_node(work) == {wanted}
 
