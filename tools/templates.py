@@ -64,6 +64,7 @@ With a model and a picture of your own, open *02 SDXL, train on one picture* or 
     trained = template.add("TLoRATrainFromImage", 380, 340, model=base["MODEL"], clip=base["CLIP"], vae=base["VAE"],
                            image=concept["IMAGE"], **{**TINY, "batch_size": 4}, file_name="tlora/quickstart", validate_every=100,
                            validation_prompts="a photo of {token} {class_word} in the snow\na photo of {token} {class_word} in a meadow")
+    template.add("PreviewImage", 0, (320, 250), "Loss", images=trained["loss"])
     template.group("2  Train", (360, 0), 380, GREEN)
     applied = template.add("TLoRAApply", 780, 280, model=base["MODEL"], tlora=trained["T-LoRA"])
     template.group("3  Apply", (760, 0), 320, GREEN)
