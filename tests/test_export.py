@@ -58,10 +58,10 @@ def test_export_is_read_back_the_same(tmp_path, kind, layout):
 @pytest.mark.parametrize("moved", [1e-3, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_reference_export_of_a_small_update_survives_half_precision(tmp_path, moved, dtype, tolerance):
-    from tlora_core.foreign.orthogonal import difference_form
+    from tlora_core.foreign.orthogonal import as_low_rank
 
     parts = orthogonal_parts(12, 12, moved=moved)
-    layer = difference_form(*(tuple(part.float() for part in triple) for triple in parts))
+    layer = as_low_rank(*(tuple(part.float() for part in triple) for triple in parts))
     tlora = TLoRAFile(
         {"middle_block.1.transformer_blocks.0.attn1.to_q": layer}, "tlora", RankSchedule(4, 2), 1000, "discrete", "sdxl"
     )

@@ -128,6 +128,7 @@ With a model and a picture of your own, open *02 SDXL, train on one picture* or 
     applied = column.add("TLoRAApply", 230, "3  Apply T-LoRA", model=base["MODEL"], tlora=trained["T-LoRA"])
     prompts, latents = _sampled(column, base, [("with the T-LoRA", applied["MODEL"]), ("without it", base["MODEL"])], opened=0,
                                 scenes=SCENES + "\na photo of {} on a plain grey background", scheduler="normal")
+    column.rest("PreviewImage", "Loss", images=trained["loss"])
     sheets = Column(template, column.beside, WIDTH - column.beside)
     picture = Column(template, sheets.x, 300)
     picture.add("PreviewImage", 464, "The one training picture", images=concept["IMAGE"])
