@@ -408,7 +408,8 @@ class TrainingRun:
                 file, note = self._save()
                 message = ". ".join(filter(None, (f"{message} and saved as {file}", note.rstrip("."))))
             except TLoRAError as error:
-                message = f"{message} and not saved: {str(error).rstrip('.')}"
+                self._ended_badly("cancelled", f"{message} and not saved: {error} {self._kept('cancelled')}")
+                return
         self._ended_badly("cancelled", " ".join(filter(None, (f"{message}.", self._what_run_does(), missing))), file)
 
     def _what_run_does(self) -> str:
