@@ -182,7 +182,7 @@ class Trainer:
     def state_bytes(self) -> int:
         """About how many bytes `state_dict` takes on disk, and not less, once the optimizer has its state too."""
         own = sum(p.nbytes for p in self.parameters)
-        buffers = [b for adapter in self.adapters.values() for b in adapter.buffers()]
+        buffers = self.adapters.buffers()
         kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(b.nbytes for b in buffers)
         tensors = 6 * len(self.parameters) + len(buffers)
         return int(kept) + _OF_A_TENSOR * tensors
