@@ -21,7 +21,7 @@ import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.export import export
-from tlora_core.foreign.orthogonal import difference_form, singular_vectors
+from tlora_core.foreign.orthogonal import as_low_rank, singular_vectors
 from tlora_core.orthogonal import orthogonal_starts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,7 +81,7 @@ def measure(rank, blocks=BLOCKS):
         folder = Path(name)
         for moved in MOVED:
             parts = layers(shapes, rank, moved)
-            updates = {path: difference_form(*both) for path, both in parts.items()}
+            updates = {path: as_low_rank(*both) for path, both in parts.items()}
             file = TLoRAFile(updates, "tlora", RankSchedule(rank, rank // 2), 1000, "discrete", "sdxl", "sks", "dog")
             for word, dtype in DTYPES.items():
                 path = folder / "tlora.safetensors"

@@ -79,7 +79,7 @@ class Floor:
     def seconds(self, steps):
         import torch
 
-        from tlora_core import RankSchedule
+        from tlora_core import Adapters, RankSchedule
         from tlora_core.comfy_host.denoiser import HostDenoiser
         from tlora_core.comfy_host.encode import Sample
         from tlora_core.comfy_host.noise import draw_sigmas
@@ -88,7 +88,7 @@ class Floor:
         setting, generator = self.setting, torch.Generator().manual_seed(0)
         with training_session(setting.model):
             sample = Sample(setting.latent[0], None, None, setting.text)
-            denoiser = HostDenoiser(setting.model, {}, RankSchedule(1, 1), [sample], TrainConfig())
+            denoiser = HostDenoiser(setting.model, Adapters({}), RankSchedule(1, 1), [sample], TrainConfig())
             base = setting.model.model
             inputs = denoiser._inputs(denoiser.samples, setting.latent)
 

@@ -3,6 +3,7 @@ from comfy_api.latest import io
 
 from ..tlora_core.bake import bake_at, bake_interval, save_all, split_steps, when_on
 from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
+from ..tlora_core.writing import numbered
 from .apply import DTYPES
 from .sockets import CATEGORY, TLORA, file_name_input
 
@@ -45,7 +46,7 @@ class BakeTLoRA(io.ComfyNode):
             baked, notes = [bake_interval(tlora, interval_start * T, interval_end * T)], [""]
         path = new_lora_path(file_name)
         # The number of the whole comes before the parts', so the next bake gets another.
-        paths = [path] if mode != "steps" else [path.with_stem(f"{path.stem}part{i + 1}") for i in range(len(baked))]
+        paths = [path] if mode != "steps" else [numbered(path, i + 1) for i in range(len(baked))]
         save_all(list(zip(baked, paths)), DTYPES[dtype])
         names = [name_of(path) for path in paths]
         text = "\n".join(name + note for name, note in zip(names, notes))

@@ -29,7 +29,7 @@ class ExportTLoRA(io.ComfyNode):
                     options=list(LAYOUTS),
                     default="diffusers",
                     tooltip="kohya, diffusers (also PEFT) and comfyui name a plain LoRA's layers as these do. "
-                    "reference: a folder as the T-LoRA authors' trainer writes it, with the schedule.",
+                    "reference: a folder that the T-LoRA authors' code loads, with the schedule; SDXL and FLUX.1 alone.",
                 ),
                 io.Combo.Input(
                     "ranks",

@@ -92,7 +92,7 @@ def _training():
         alpha_input(),
         io.Combo.Input("start", options=list(STARTS), default="last_random", advanced=True,
                        tooltip="Where the orthogonal factors come from: the last, middle or principal singular vectors of a random "
-                               "matrix or of the layer's weight. last_random is the paper's; on the tiny base principal_weight obeyed prompts less."),
+                               "matrix or of the layer's weight. last_random is the paper's; last_random_published is as its authors' code draws it."),
         io.Int.Input("batch_size", default=1, min=1, max=64, advanced=True,
                      tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory."),
     ]

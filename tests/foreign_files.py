@@ -92,6 +92,22 @@ train_data_dir: /home/someone/dog
 """
 
 
+FLUX_HPARAMS = """class_name: dog
+min_rank: {min_rank}
+placeholder_token: sks
+rank: {rank}
+resolution: 1024
+tlora: {tlora}
+"""
+
+
+def reference_flux_run(folder, state, tlora="true", rank=RANK, min_rank=1):
+    """The same of its FLUX trainer."""
+    path = reference_run(folder, lambda p: torch.save(state, p), name="lora.pt")
+    (path.parents[1] / "logs" / "hparams.yml").write_text(FLUX_HPARAMS.format(tlora=tlora, rank=rank, min_rank=min_rank))
+    return path
+
+
 def reference_run(
     folder,
     write,
@@ -137,6 +153,17 @@ def reference_flux():
         key = reference_key(name, flux=True)
         state[key + "up.weight"], state[key + "down.weight"] = layers[path]
     return state, layers
+
+
+def unused_of_single_blocks(flux_state):
+    """What the reference's FLUX checkpoint holds beside `flux_state`: adapters of single blocks as they began, which its code never uses."""
+    g, unused = generator(2), {}
+    for key, tensor in flux_state.items():
+        if key.startswith("single_transformer_blocks.") and ".to_q_lora." in key:
+            for name in ("to_out", "to_q_proj", "to_k_proj", "to_v_proj"):
+                drawn = torch.randn(tensor.shape, generator=g)
+                unused[key.replace("to_q", name)] = drawn if key.endswith("down.weight") else torch.zeros_like(tensor)
+    return unused
 
 
 # Comparing.

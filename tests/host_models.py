@@ -50,9 +50,9 @@ def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, 
     shapes = {path: layer.shape for path, layer in target_layers(model).items()}
     adapters = make_adapters("tlora", "last_random", shapes, rank, seed)
     with torch.no_grad():
-        for adapter in adapters.values():
-            for parameter in adapter.parameters():
-                parameter.add_(torch.randn_like(parameter) * scale * (1 if parameter.ndim == 1 else 0.3))
+        for parameter in adapters.parameters():
+            is_scale = parameter.shape[1] == 1
+            parameter.add_(torch.randn_like(parameter) * scale * (1 if is_scale else 0.3))
     layers = {path: adapter.detach() for path, adapter in adapters.items()}
     return TLoRAFile(layers, "tlora", RankSchedule(rank, min_rank, alpha), 1000, "discrete", "tinysdxl", "sks", "flower")
 

@@ -81,11 +81,11 @@ def sample(mean, **changes):
 
 
 def denoiser(model, samples, **config):
-    from tlora_core import RankSchedule
+    from tlora_core import Adapters, RankSchedule
     from tlora_core.comfy_host.denoiser import HostDenoiser
     from tlora_core.config import TrainConfig
 
-    return HostDenoiser(model, {}, RankSchedule(4, 2), samples, TrainConfig(**config))
+    return HostDenoiser(model, Adapters({}), RankSchedule(4, 2), samples, TrainConfig(**config))
 
 
 @pytest.fixture(scope="module")

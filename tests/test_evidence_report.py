@@ -255,7 +255,7 @@ def test_each_row_is_compared_with_the_one_that_differs_only_in_what_the_table_i
               "table4": {"tlora, images 3": "lora, images 1"}, "figure2": {"t/T 0.5 to 0.8": "t/T 0 to 1"},
               "table5": {"lora, rank 32, t up to 0.5": "lora, rank 32", "vanilla_tlora, rank 4, r_min 50%": "lora, rank 4"},
               "figure5": {"middle_weight, rank 4": "last_random, rank 4"}, "figure6": {"r_min 100%": "r_min 50%", "r_min 0%": "r_min 50%"},
-              "curves": {"rising": "alpha 1", "alpha 0.5": "alpha 1"},
+              "published": {"last_random_published": "last_random"}, "curves": {"rising": "alpha 1", "alpha 0.5": "alpha 1"},
               "paces": {"tlora, 2 times its rate": "lora, 0.5 times its rate", "lora": "lora, 0.5 times its rate"}}
     for table in tables.TABLES:
         lines = analysis.curves(made, table.variant)

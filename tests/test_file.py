@@ -31,7 +31,7 @@ def make(method="tlora", rank=4, **changes):
     adapters = make_adapters(method, "last_random", LAYERS, rank, seed=0)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in (p for a in adapters.values() for p in a.parameters()):
+        for p in adapters.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=g))
     fields = {
         "layers": {name: a.detach() for name, a in adapters.items()},

@@ -32,11 +32,13 @@ def boundary(t, rank, low, level=0.875, a=1.0):
 
 # network_module, network_args, other ss_ keys, r(t)
 TRAINERS = {
-    "sd-scripts fork": ("networks.tlora", {"tlora_min_rank": "3", "tlora_rank_schedule": "linear"}, {}, lambda t, r: rounded(t, r, 3, False)),
+    "sd-scripts fork": ("networks.tlora", {"tlora_min_rank": "3", "tlora_rank_schedule": "linear"}, {},
+                        lambda t, r: rounded(t, r, 3, False)),
     "its default": ("networks.tlora_flux", {"tlora_min_rank": "3"}, {}, lambda t, r: rounded(t, r, 3, True)),
     "its own keys": ("networks.lora", {}, {"tlora_min_rank": "2", "tlora_rank_schedule": "cosine"}, lambda t, r: rounded(t, r, 2, True)),
     "no arguments": ("networks.tlora_anima", None, {}, lambda t, r: rounded(t, r, 1, True)),
-    "fork for Anima": ("networks.lora_tlora_anima", {"tlora_min_rank": 5, "tlora_alpha_rank_scale": 0.5}, {}, lambda t, r: power(t, r, 5, 0.5)),
+    "fork for Anima": ("networks.lora_tlora_anima", {"tlora_min_rank": 5, "tlora_alpha_rank_scale": 0.5}, {},
+                       lambda t, r: power(t, r, 5, 0.5)),
     "its keys": ("networks.lora_tlora", None, {"tlora_min_rank": "5", "tlora_alpha_rank_scale": "2.0", "tlora_max_timestep": "1000"},
                  lambda t, r: power(t, r, 5, 2.0)),
     "another T": ("networks.lora_tlora", None, {"tlora_min_rank": "5", "tlora_max_timestep": "0.8"}, lambda t, r: power(t, r, 5, 1.0, 0.8)),
@@ -82,7 +84,8 @@ def test_file_gets_the_schedule_and_the_users_own_comes_first(tmp_path):
 
 @pytest.mark.parametrize("metadata", [
     {}, {"ss_network_module": "networks.lora", "ss_network_args": '{"min_rank": "2"}'}, {"ss_network_args": "[" * 10**5},
-    {"ss_network_args": "[1]", "ss_network_module": "networks.net_lora"}, {"ss_network_args": '{"use_timestep_mask": "false", "min_rank": 1}'}],
+    {"ss_network_args": "[1]", "ss_network_module": "networks.net_lora"},
+    {"ss_network_args": '{"use_timestep_mask": "false", "min_rank": 1}'}],
     ids=range(5))
 def test_other_files_are_as_they_were(tmp_path, metadata):
     save_file(plain_state("kohya", plain_layers()), tmp_path / "a.safetensors", metadata)

@@ -11,10 +11,12 @@ from foreign_files import (
     orthogonal_parts,
     pairs,
     reference_flux,
+    reference_flux_run,
     reference_key,
     reference_orthogonal,
     reference_plain,
     reference_run,
+    unused_of_single_blocks,
     update,
 )
 from safetensors.torch import save_file
@@ -77,7 +79,8 @@ def test_reference_without_hparams_gets_half_the_rank_and_a_note(tmp_path):
     loaded = load_any(tmp_path / "pytorch_lora_weights.safetensors")
     assert loaded.tlora.schedule == RankSchedule(4, 2)
     (note,) = loaded.notes
-    assert "min_rank is half the rank" in note and note in loaded.report
+    assert "it is assumed: min_rank 2, half the rank" in note and "own default is 1." in note and "set min_rank" in note
+    assert note in loaded.report
     given = load_any(tmp_path / "pytorch_lora_weights.safetensors", min_rank=3, alpha=0.5)
     assert given.tlora.schedule == RankSchedule(4, 3, 0.5) and not given.notes
 
@@ -95,7 +98,7 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
     loaded = load_any(path)
     assert (loaded.tlora.method, loaded.tlora.schedule) == ("lora", RankSchedule(4, 4))
     (note,) = loaded.notes
-    assert "all ranks are on" in note and "set min_rank; 2, half the rank" in note and note in loaded.report
+    assert "all ranks are on" in note and "set min_rank; 2, half the rank" in note and "own default is 1." in note and note in loaded.report
     assert "plain LoRA of older diffusers" in loaded.kind
     given = load_any(path, min_rank=2)
     assert (given.tlora.method, given.tlora.schedule) == ("vanilla_tlora", RankSchedule(4, 2)) and not given.notes
@@ -165,6 +168,43 @@ def test_reference_flux_pickle_is_split_into_the_fused_rows(tmp_path):
         assert_close(update(tlora.layers[name], RANK), up.double() @ down.double())
 
 
+def test_flux_without_hparams_says_what_the_trainer_does_by_default(tmp_path):
+    torch.save(reference_flux()[0], tmp_path / "lora.pt")
+    (note,) = load_any(tmp_path / "lora.pt").notes
+    assert "it is assumed: min_rank 2, half the rank" in note and "own default is 4." in note  # 16, and the rank is 4
+    state = {key: torch.cat([tensor] * 8, dim=int(key.endswith("up.weight"))) for key, tensor in reference_flux()[0].items()}
+    torch.save(state, tmp_path / "lora.pt")
+    (note,) = load_any(tmp_path / "lora.pt").notes
+    assert "it is assumed: min_rank 16, half the rank" in note and "own default is 16." in note
+
+
+@pytest.mark.parametrize(("tlora", "method", "schedule"), [
+    ("true", "vanilla_tlora", RankSchedule(4, 1)), ("false", "lora", RankSchedule(4, 4))])
+def test_flux_hparams_tell_whether_it_is_masked(tmp_path, tlora, method, schedule):
+    loaded = load_any(reference_flux_run(tmp_path, reference_flux()[0], tlora))
+    assert (loaded.tlora.method, loaded.tlora.schedule) == (method, schedule) and not loaded.notes
+    assert (loaded.tlora.token, loaded.tlora.class_word) == ("sks", "dog")
+
+
+def test_flux_hparams_of_another_run_are_not_used(tmp_path):
+    loaded = load_any(reference_flux_run(tmp_path, reference_flux()[0], "false", rank=16, min_rank=16))
+    assert (loaded.tlora.method, loaded.tlora.schedule) == ("vanilla_tlora", RankSchedule(4, 2))
+    assert "is for rank 16, not 4" in loaded.notes[0]
+
+
+def test_flux_hparams_that_are_neither_true_nor_false_are_one_sentence(tmp_path):
+    with pytest.raises(TLoRAError, match="tlora in the hparams.yml beside it is 'perhaps', not true or false"):
+        load_any(reference_flux_run(tmp_path, reference_flux()[0], "perhaps"))
+
+
+def test_what_single_blocks_save_and_never_use_is_left_out(tmp_path):
+    state, layers = reference_flux()
+    unused = unused_of_single_blocks(state)
+    loaded = load_any(reference_flux_run(tmp_path, state | unused))
+    assert loaded.tlora.layers.keys() == layers.keys() and loaded.unmatched.keys() == unused.keys() and len(unused) == 8
+    assert "8 keys unmatched" in loaded.report and "never uses it" in loaded.report
+
+
 def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
     import comfy.sd
     import comfy.utils
@@ -183,7 +223,7 @@ def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(
     for name, (up, down) in zip(FLUX_LAYERS, layers.values()):
         key = reference_key(name.replace("blocks.3", "blocks.0"), flux=True)
         state |= {key + "up.weight": up, key + "down.weight": down}
-    torch.save(state, tmp_path / "lora.pt")
+    torch.save(state | unused_of_single_blocks(state), tmp_path / "lora.pt")
     tlora = load_any(tmp_path / "lora.pt", target_of(model)).tlora
     assert (tlora.base_model, tlora.noise_domain, tlora.num_timesteps) == ("flux", "flow", 1.0)
     assert tlora.layers.keys() == layers.keys()

@@ -2,9 +2,10 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tlora_core import RankSchedule, TLoRAError
-from tlora_core.images import check_images, square, to_tensor
+from tlora_core.images import check_images, resized, square, to_tensor
 from tlora_core.plot import _round_ticks, loss_curve, schedule_curve
 
 
@@ -22,6 +23,28 @@ def test_crop_is_the_centre_square():
     image = torch.zeros(1, 40, 100, 3)
     image[:, :, 30:70] = 1
     assert torch.equal(square(image, 40), torch.ones(1, 40, 40, 3))
+
+
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (161, 96), (97, 97)])
+def test_a_picture_that_is_not_square_is_cut_before_it_is_resized(height, width):
+    """As the reference does it: else what lies beyond the cut shows at the border."""
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    side, picture = min(height, width), Image.fromarray(pixels)
+    left, top = (width - side) // 2, (height - side) // 2
+    wanted = picture.crop((left, top, left + side, top + side)).resize((64, 64), Image.Resampling.LANCZOS)
+    got = square(torch.from_numpy(pixels / 255)[None].float(), 64)
+    assert torch.equal(got, to_tensor(wanted))
+    mask = torch.zeros(height, width)
+    mask[top:top + side, left:left + side] = 1
+    assert resized(mask, (left, top, side, side), (64, 64), Image.Resampling.BOX).min() == 1
+
+
+def test_a_box_of_broken_pixels_keeps_its_place():
+    ramp = torch.linspace(0, 1, 101)[None, :, None].expand(50, 101, 3)
+    half = resized(ramp, (10.5, 0.25, 60.0, 49.5), (30, 25))
+    middle = (10.5 + 30) / 101 - 0.5 / 101  # a pixel's middle is half a pixel from its edge
+    assert half.mean().item() == pytest.approx(middle * 101 / 100, abs=0.003)
+    assert resized(ramp, (0, 0, 101, 50.000000001), (10, 5)).shape == (5, 10, 3)
 
 
 def test_resize_keeps_range_and_mean():

@@ -15,6 +15,13 @@ from training_runs import folders, record, request, run, same
 PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
 
 
+def test_a_run_is_named_like_its_file_without_the_number_that_was_added(comfy):
+    from tlora_core.comfy_host.training_run import _without_counter
+
+    assert [_without_counter(name) for name in ("dog_v1.5_00001_", "sks_dog2_00012_", "dog_123456_", "v2_0")] == [
+        "dog_v1.5", "sks_dog2", "dog", "v2_0"]
+
+
 class Wish:
     """Does something when a run has made a step."""
 

@@ -19,6 +19,7 @@ from .foreign import Loaded, load_any
 from .foreign.checkpoint import checkpoint_target
 from .report import blocks, report_text
 from .version import __version__
+from .writing import numbered, stem_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -115,7 +116,7 @@ def _convert(options: argparse.Namespace) -> None:
     loaded = _load(options)
     print(loaded.report, file=sys.stderr)
     layout, path = options.to, options.output
-    _require_free(path.with_suffix("") if layout == "reference" else path, options.force and layout != "reference")
+    _require_free(path.with_name(stem_of(path)) if layout == "reference" else path, options.force and layout != "reference")
     dtype = DTYPES[options.dtype]
     if layout == "tlora":
         loaded.tlora.save(path, dtype)
@@ -130,7 +131,7 @@ def _bake(options: argparse.Namespace) -> None:
     loaded = _load(options)
     print(loaded.report, file=sys.stderr)
     baked, path = _baked(loaded.tlora, options), options.output
-    paths = [path] if options.parts is None else [path.with_stem(f"{path.stem}part{i + 1}") for i in range(len(baked))]
+    paths = [path] if options.parts is None else [numbered(path, i + 1) for i in range(len(baked))]
     for one in paths:
         _require_free(one, options.force)
     save_all([(tlora, one) for (tlora, _), one in zip(baked, paths)], DTYPES[options.dtype])

@@ -1,5 +1,6 @@
 """Pictures in and out of training: checked, cut square and resized as the paper does; loss and schedule as pictures."""
 import io
+import math
 
 import numpy as np
 import torch
@@ -30,12 +31,17 @@ def check_images(images: Tensor | None, name: str = "image") -> Tensor:
 def resized(picture: Tensor, box: tuple[float, float, float, float], target: tuple[int, int],
             how: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
     """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, as large as `target` (width,
-    height); float32. What has the size already stays as it is."""
+    height); float32. Nothing outside the part shows in it. What has the size already stays as it is."""
     left, top, width, height = box
     picture = picture.float().cpu()
     if (width, height) == target and left == int(left) and top == int(top):
         return picture[int(top):int(top) + int(height), int(left):int(left) + int(width)].clone()
-    drawn = to_picture(picture).resize(target, how, box=(left, top, left + width, top + height))
+    # Cut first, as the reference does: PIL's box alone would blend in what lies beyond it. What is left of a pixel is its box's.
+    x, y = math.floor(left), math.floor(top)
+    part = picture[y:math.ceil(top + height), x:math.ceil(left + width)]
+    rows, columns = part.shape[:2]
+    drawn = to_picture(part).resize(
+        target, how, box=(left - x, top - y, min(left - x + width, columns), min(top - y + height, rows)))
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
 

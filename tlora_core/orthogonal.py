@@ -1,4 +1,4 @@
-"""The six orthogonal starts of Ortho-LoRA and T-LoRA (section 3.2 and figure 5 of the paper).
+"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and that of its published code.
 
 B0 diag(S0) A0 holds r consecutive terms of the singular value decomposition of a matrix: the principal,
 middle or last ones, of the layer's own weight W or of a random matrix R with entries N(0, std^2).
@@ -6,7 +6,12 @@ middle or last ones, of the layer's own weight W or of a random matrix R with en
 For R no decomposition is computed. The singular vectors of a Gaussian matrix are Haar-distributed and
 independent of its singular values, and those are distributed like the singular values of a bidiagonal
 matrix of independent chi variables (Golub-Kahan on a Gaussian; Dumitriu and Edelman 2002, "Matrix models
-for beta ensembles"). Both are drawn directly, so the start has the distribution of the published one.
+for beta ensembles"). Both are drawn directly, so the start has the distribution that the paper's words give it.
+
+The published code differs from these words in layers that are not square, such as cross-attention's keys and values, which read a
+text wider than they are (140 of SDXL's 560 layers): where the paper's A0 holds right singular vectors, the code takes rows of a
+completed square matrix, whose completed part is not Haar-distributed (`completion`). "last_random_published" is that start; in square
+layers it is "last_random". The code's starts from weights differ likewise in such layers, and are not offered.
 """
 
 import hashlib
@@ -19,14 +24,17 @@ import torch
 from torch import Generator, Tensor
 
 from .bidiagonal import chi_squares, singular_values
+from .completion import last_completed_rows
 from .errors import TLoRAError
 
 
 class Start(NamedTuple):
-    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight"."""
+    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight". completed: whether
+    the longer of the two factors is taken from a completed square matrix, as in the published code."""
 
     part: str
     source: str
+    completed: bool = False
 
 
 STARTS = {
@@ -36,6 +44,7 @@ STARTS = {
     "last_weight": Start("last", "weight"),
     "middle_weight": Start("middle", "weight"),
     "principal_weight": Start("principal", "weight"),  # PiSSA's
+    "last_random_published": Start("last", "random", completed=True),  # the published code's
 }
 DEFAULT_START = "last_random"
 
@@ -61,10 +70,10 @@ def orthogonal_start(
     B0's columns and A0's rows are orthonormal to about 1e-6. Raises TLoRAError for an unknown kind, a rank
     that the shape cannot hold, or a weight that is missing, misshapen or not finite.
     """
-    part, source = _parse(kind)
-    if source == "random":
+    start = _parse(kind)
+    if start.source == "random":
         generator = torch.default_generator if generator is None else generator
-        return _random_starts(part, [(out_features, in_features)], rank, [generator], std, "cpu")[0]
+        return _random_starts(start, [(out_features, in_features)], rank, [generator], std, "cpu")[0]
     _require_rank(out_features, in_features, rank)
     if weight is None or tuple(weight.shape) != (out_features, in_features):
         found = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
@@ -72,7 +81,7 @@ def orthogonal_start(
     if not torch.isfinite(weight).all():
         raise TLoRAError(f'The start "{kind}" got a weight with NaN or infinite values; use a "random" start.')
     U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    kept = _kept(part, S.shape[0], rank)
+    kept = _kept(start.part, S.shape[0], rank)
     return U[:, kept].contiguous(), S[kept].contiguous(), Vh[kept].contiguous()
 
 
@@ -95,16 +104,16 @@ def orthogonal_starts(
     Returns one (B0, S0, A0) per shape on device; see orthogonal_start for shapes, order and errors. The
     tensors of several layers may be views of one storage.
     """
-    part, source = _parse(kind)
-    if source != "random":
+    start = _parse(kind)
+    if start.source != "random":
         raise TLoRAError(f'The start "{kind}" decomposes weights one at a time; use orthogonal_start.')
     labels = range(len(shapes)) if names is None else names
     generators = [layer_generator(seed, label) for label in labels]
-    return _random_starts(part, shapes, rank, generators, std, device)
+    return _random_starts(start, shapes, rank, generators, std, device)
 
 
 def _random_starts(
-    part: str,
+    start: Start,
     shapes: Sequence[tuple[int, int]],
     rank: int,
     generators: Sequence[Generator],
@@ -117,9 +126,9 @@ def _random_starts(
     # The streams are read in a fixed order, chi variables first, so the two halves can then run side by side.
     chi = [chi_squares(max(shape), min(shape), g) for shape, g in zip(shapes, generators)]
     with ThreadPoolExecutor(1) as pool:
-        values = pool.submit(_all_singular_values, part, chi, rank)
-        B = _all_frames([out for out, _ in shapes], rank, generators, device, rows=False)
-        A = _all_frames([width for _, width in shapes], rank, generators, device, rows=True)
+        values = pool.submit(_all_singular_values, start.part, chi, rank)
+        B = _all_frames([_Side(*shape, start.completed) for shape in shapes], rank, generators, device, rows=False)
+        A = _all_frames([_Side(*shape[::-1], start.completed) for shape in shapes], rank, generators, device, rows=True)
     S = [(std * s).to(device) for s in values.result()]
     return list(zip(B, S, A))
 
@@ -135,15 +144,30 @@ def _all_singular_values(part: str, chi: list[tuple[Tensor, Tensor]], rank: int)
     return result
 
 
+class _Side(NamedTuple):
+    """One side of a layer, and the other; completed: as in Start."""
+
+    width: int
+    other: int
+    completed: bool
+
+    def frames(self, rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool) -> Tensor:
+        if not (self.completed and self.width > self.other):
+            return _haar_frames(self.width, rank, generators, device, rows)
+        haar = _haar_frames(self.other, rank, generators, device, rows=True)
+        completed = last_completed_rows(self.width, haar, generators, device)
+        return completed if rows else completed.mT.contiguous()
+
+
 def _all_frames(
-    widths: list[int], rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
+    sides: list[_Side], rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
 ) -> list[Tensor]:
-    """One Haar frame per width: orthonormal rows [r, width], or the transposed columns [width, r]."""
-    result: list[Tensor] = [torch.empty(0)] * len(widths)
-    for width, members in _by_key(widths).items():
+    """One frame per side: orthonormal rows [r, width], or the transposed columns [width, r]."""
+    result: list[Tensor] = [torch.empty(0)] * len(sides)
+    for side, members in _by_key(sides).items():
         for start in range(0, len(members), _CHUNK):
             chunk = members[start : start + _CHUNK]
-            frames = _haar_frames(width, rank, [generators[i] for i in chunk], device, rows)
+            frames = side.frames(rank, [generators[i] for i in chunk], device, rows)
             for i, frame in zip(chunk, frames):
                 result[i] = frame
     return result
@@ -191,7 +215,7 @@ def layer_generator(seed: int, label: object) -> Generator:
     return Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
-def _by_key(keys: list[int]) -> dict[int, list[int]]:
+def _by_key(keys: list) -> dict:
     groups = defaultdict(list)
     for i, key in enumerate(keys):
         groups[key].append(i)

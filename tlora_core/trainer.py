@@ -184,6 +184,8 @@ class Trainer:
         own = sum(p.nbytes for p in self.parameters)
         buffers = self.adapters.buffers()
         kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(b.nbytes for b in buffers)
+        # Adafactor's rows and columns, next to nothing of a large matrix.
+        kept += sum(p.element_size() * (p.shape[:-1].numel() + p.shape[:-2].numel() * p.shape[-1]) for p in self.parameters)
         tensors = 6 * len(self.parameters) + len(buffers)
         return int(kept) + _OF_A_TENSOR * tensors
 

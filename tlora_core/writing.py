@@ -14,7 +14,18 @@ from torch import Tensor
 
 from .errors import TLoRAError
 
+EXTENSION = ".safetensors"
 HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without ".safetensors". A dot elsewhere, as in "dog_v1.5", is part of the name."""
+    return path.stem if path.suffix.lower() == EXTENSION else path.name
+
+
+def numbered(path: Path, number: int) -> Path:
+    """The path of part `number` of several: "dog_v1.5part2.safetensors"."""
+    return path.with_name(f"{stem_of(path)}part{number}{path.name[len(stem_of(path)):]}")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

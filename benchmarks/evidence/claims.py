@@ -2,10 +2,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tlora_core.orthogonal import DEFAULT_START, STARTS
+from tlora_core.orthogonal import DEFAULT_START
 
 from .analysis import REPRODUCED, Estimate, Point, at_level, curves, difference, estimate, mean_over_levels, sound
-from .study import ALPHAS, FREE, FRESH, RANK, RANKS, SMALL, Cell, meaningful
+from .study import ALPHAS, FREE, FRESH, PAPERS_STARTS, PUBLISHED_START, RANK, RANKS, SMALL, Cell, meaningful
 
 Unit = tuple[str, int]
 _LORA, _TLORA, _VANILLA, _ORTHO = ({"method": name} for name in ("lora", "tlora", "vanilla_tlora", "ortho_lora"))
@@ -168,9 +168,10 @@ def _comparisons():
     yield "Figure 2: LoRA trained on t >= 800 alone obeys worse than on all", _LORA, {**_LORA, "noise_from": 0.8}
     yield ("Figure 2: LoRA trained on t < 500 alone obeys better than on all, on a flow-matching base",
            {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW})
-    for start in STARTS:
+    for start in PAPERS_STARTS:
         if start != DEFAULT_START:
             yield f"Figure 5: {DEFAULT_START} obeys better than {start}", _ORTHO, {**_ORTHO, "start": start}
+    yield f"Beyond the paper: T-LoRA from {PUBLISHED_START} obeys better than from {DEFAULT_START}", {**_TLORA, "start": PUBLISHED_START}, _TLORA
     yield "Figure 6: r_min 50% obeys better than 0%", _TLORA, {**_TLORA, "min_share": 0.0}
     yield "Figure 6: r_min 50% obeys better than 25%", _TLORA, {**_TLORA, "min_share": 0.25}
     for alpha in ALPHAS:

@@ -42,6 +42,8 @@ FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t
     "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE)),
     "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE))}
 ALPHAS = (0.5, 2.0)
+PUBLISHED_START = "last_random_published"
+PAPERS_STARTS = tuple(name for name, start in STARTS.items() if not start.completed)
 FRESH = (3, 4, 5)  # seeds of the study `fresh`
 
 
@@ -184,7 +186,12 @@ def figure4(scale, chosen):
 
 
 def figure5(scale, chosen):
-    return _cells(scale, chosen, [{"method": "ortho_lora", "rank": r, "start": s} for s in STARTS for r in (4, 32)])
+    return _cells(scale, chosen, [{"method": "ortho_lora", "rank": r, "start": s} for s in PAPERS_STARTS for r in (4, 32)])
+
+
+def published(scale, chosen):
+    """T-LoRA from the published code's start beside that from the paper's: they differ in keys and values of cross-attention."""
+    return _cells(scale, chosen, [{"method": "tlora", "start": s} for s in (DEFAULT_START, PUBLISHED_START)])
 
 
 def figure6(scale, chosen):
@@ -217,8 +224,8 @@ def fresh(scale, chosen):
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
-    "figure4": figure4, "figure5": figure5, "figure6": figure6, "figures10-12": figures10_12, "curves": curves, "paces": paces,
-    "fresh": fresh}
+    "figure4": figure4, "figure5": figure5, "published": published, "figure6": figure6, "figures10-12": figures10_12, "curves": curves,
+    "paces": paces, "fresh": fresh}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:

@@ -67,6 +67,10 @@ def _start(cell):
     return f"{cell.start}, rank {cell.rank}" if cell.method == "ortho_lora" and free(cell, "start", "rank") else None
 
 
+def _published(cell):
+    return cell.start if cell.method == "tlora" and free(cell, "start") else None
+
+
 def _r_min(cell):
     if cell.method == "ortho_lora" and free(cell):
         return "r_min 100%"  # the same adapter, never masked
@@ -97,5 +101,6 @@ TABLES = (
     Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, {"noise_from": 0.0, "noise_to": 1.0}, "t/T 0 to 1",
           ("noise_from", "noise_to")),
     Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, {"start": DEFAULT_START}, f"{DEFAULT_START} of the same rank", ("start",)),
+    Table("published", "Beyond the paper: the start that its published code draws", _published, {"start": DEFAULT_START}, DEFAULT_START, ("start",)),
     Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, {"method": "tlora", "min_share": 0.5}, "r_min 50%", ("min_share",)),
     Table("curves", "Beyond the paper: other shapes of r(t)", _curve, {"curve": "", "alpha": 1.0}, "alpha 1", ("curve", "alpha")))

@@ -10,11 +10,11 @@ from comfy.model_patcher import ModelPatcher
 from ..errors import TLoRAError
 from ..foreign import Loaded, load_any
 from ..runs import as_file_name
+from ..writing import EXTENSION
 from .progress import counting
 from .room import LORAS_ADVICE, REFUSED, RUNS_ADVICE, refusal
 from .targets import target_of
 
-EXTENSION = ".safetensors"
 READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 

@@ -1,6 +1,7 @@
 """A training run as a person goes through it: watched, paused for pictures and checkpoints, stopped, taken up, found again."""
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,7 @@ from ..file import TLoRAFile
 from ..packages import required
 from ..runs import Recorder, RunFolder
 from ..trainer import STATE_FORMAT, TrainingDiverged
-from ..writing import write_whole
+from ..writing import stem_of, write_whole
 from .class_pictures import ClassPictures
 from .draw import strip
 from .files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder, save_elsewhere
@@ -108,10 +109,15 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
     require_room(_needs(personalization, keeping, path, found if state else None))
     if state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
-        found = RunFolder.create(runs_folder(), path.stem.rstrip("_0123456789"), key, request.config.steps, settings)
+        found = RunFolder.create(runs_folder(), _without_counter(stem_of(path)), key, request.config.steps, settings)
     else:
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id, remark).go()
+
+
+def _without_counter(name: str) -> str:
+    """A new file's name without the number that `new_lora_path` put behind it; a number or a dot of the user's own stays."""
+    return re.sub(r"_\d{5,}_$", "", name)
 
 
 def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:

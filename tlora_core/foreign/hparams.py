@@ -58,3 +58,13 @@ def real(settings: dict[str, str], name: str, default: float) -> float:
         raise TLoRAError(
             f"{name} in the hparams.yml beside it is {value[:50]!r}, not a number; correct it or move it away."
         ) from error
+
+
+def flag(settings: dict[str, str], name: str, default: bool) -> bool:
+    """A setting that is true or false. Raises TLoRAError when it is something else."""
+    value = settings.get(name, "")
+    if value in ("", "null", "~", "None"):
+        return default
+    if value.lower() not in ("true", "false"):
+        raise TLoRAError(f"{name} in the hparams.yml beside it is {value[:50]!r}, not true or false; correct it or move it away.")
+    return value.lower() == "true"

@@ -65,8 +65,8 @@ def told_schedule(metadata: Mapping[str, str], rank: int) -> tuple[RankSchedule 
     try:
         schedule, remark = _schedule(told, rank)
     except (ValueError, OverflowError, TLoRAError):
-        return None, (f"Its metadata tells of a T-LoRA, but not a schedule that can be read ({', '.join(told.used)}); set min_rank to the one "
-                      "it was trained with.")
+        return None, (f"Its metadata tells of a T-LoRA, but not a schedule that can be read ({', '.join(told.used)}); set min_rank "
+                      "to the one it was trained with.")
     where = ", ".join(told.used) or f"only its network_module, {told.module}; min_rank {_USUAL_MIN_RANK} is what its trainer takes then"
     return schedule, (f"The schedule is what its trainer wrote into the file ({where}). Some of these trainers draw without the mask: "
                       f"for that set min_rank to the rank, {rank}.{remark}")

@@ -10,7 +10,7 @@ from ..container import PHRASE_KEY, Contents, one_line, printable, read_contents
 from ..errors import TLoRAError
 from ..file import METADATA_KEY, TLoRAFile
 from ..schedule import RankSchedule
-from .hparams import find_hparams, read_hparams, real, whole
+from .hparams import find_hparams, flag, read_hparams, real, whole
 from .kohya import told_schedule
 from .modules import Parts, modules_of
 from .orthogonal import Progress, is_orthogonal, read_orthogonal
@@ -34,9 +34,10 @@ class Loaded:
     @property
     def report(self) -> str:
         """A few lines for the user."""
+        s = self.tlora.schedule
         lines = [
-            f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {self.tlora.schedule.rank}, "
-            f"min_rank {self.tlora.schedule.min_rank}, {'a curve' if self.tlora.schedule.points else f'alpha {self.tlora.schedule.alpha:g}'}."
+            f"{self.kind}: {len(self.tlora.layers)} layers matched, rank {s.rank}, min_rank {s.min_rank}, "
+            f"{'a curve' if s.points else f'alpha {s.alpha:g}'}."
         ]
         for reason, count in Counter(self.unmatched.values()).most_common():
             example = next(key for key, why in self.unmatched.items() if why == reason)
@@ -167,21 +168,27 @@ def _kind(modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: in
 def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tuple[str, _Settings]:
     """Files named after attention processors: the reference's, and for U-Nets also plain LoRAs of diffusers before 0.22."""
     method = "orthogonal" if orthogonal else "plain"
-    may_be_plain = not orthogonal and base_model != "flux"
+    is_flux = base_model == "flux"
+    may_be_plain = not orthogonal and not is_flux
     kind = "plain LoRA of older diffusers, or reference checkpoint" if may_be_plain else f"reference checkpoint ({method})"
-    assumed = _assumed_plain if may_be_plain else _assumed
+    usual = 16 if is_flux else 1
+
+    def assumed(reason: str) -> tuple[str, _Settings]:
+        trainers = f" Their trainer's own default is {min(usual, rank)}."
+        return kind, _assumed_plain(reason, rank, trainers) if may_be_plain else _assumed(reason, rank, trainers)
+
     found = find_hparams(path)
     if found is None:
-        return kind, assumed("there is no logs/hparams.yml beside the checkpoint", rank)
+        return assumed("there is no logs/hparams.yml beside the checkpoint")
     hparams = read_hparams(found)
-    stored = whole(hparams, "lora_rank", rank)
+    stored = whole(hparams, "rank" if is_flux else "lora_rank", rank)
     if stored != rank:
-        return kind, assumed(f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used", rank)
-    # Without "tlora" in it, the trainer's class is the one that knows no mask.
-    masked = "tlora" in hparams.get("trainer_class", "tlora")
+        return assumed(f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used")
+    # Without "tlora" in it, the trainer's class, which only SDXL's has, is the one that knows no mask.
+    masked = flag(hparams, "tlora", "tlora" in hparams.get("trainer_class", "tlora"))
     settings = _Settings(
         masked,
-        whole(hparams, "min_rank", 1) if masked else None,
+        whole(hparams, "min_rank", min(usual, rank)) if masked else None,
         real(hparams, "alpha_rank_scale", 1.0) if masked else 1.0,
         _word(hparams.get("placeholder_token", "")),
         _word(hparams.get("class_name", "")),
@@ -193,18 +200,20 @@ def _word(text: str) -> str:
     return text if text.isprintable() and text != "null" else ""
 
 
-def _assumed(reason: str, rank: int) -> _Settings:
+def _assumed(reason: str, rank: int, trainers: str = "") -> _Settings:
+    """trainers: a sentence on what the trainer of such files does by default."""
     note = (
-        f"The schedule was not found ({reason}): min_rank is half the rank, the paper's choice. If it was trained with another, "
-        f"set min_rank; at the full rank, {rank}, the mask is off."
+        f"The schedule was not found ({reason}), so it is assumed: min_rank {_half(rank)}, half the rank, the paper's choice.{trainers} "
+        f"If it was trained with another, set min_rank; at the full rank, {rank}, the mask is off."
     )
     return _Settings(is_masked=True, notes=(note,))
 
 
-def _assumed_plain(reason: str, rank: int) -> _Settings:
+def _assumed_plain(reason: str, rank: int, trainers: str) -> _Settings:
     note = (
         f"No schedule was found ({reason}), so all ranks are on at every noise level, as in a plain LoRA of older diffusers, which "
-        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half the rank, is the paper's."
+        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half the rank, is the "
+        f"paper's.{trainers}"
     )
     return _Settings(is_masked=False, notes=(note,))
 

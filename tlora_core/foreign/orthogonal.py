@@ -50,6 +50,11 @@ def read_orthogonal(
             tell(without_base.index(module) + 1, len(without_base))
 
 
+def as_low_rank(trained: Triple, base: Triple) -> LowRank:
+    """The update B S A - B0 S0 A0 of (B [out, r], S [r], A [r, in]) and (B0, S0, A0), float32."""
+    return LowRank(*difference_form(trained, base), group=2).balanced()
+
+
 def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matches: Matches) -> None:
     trained = _triple(tensors, module, parts, _PARTS)
     out_features, in_features = trained[0].shape[0], trained[2].shape[1]
@@ -63,8 +68,7 @@ def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matche
         base = name and _recompute_base(name, trained, matches)
     if name is not None:
         scale = scale_of(tensors, parts, trained[2].shape[0])
-        factors = difference_form(_scaled(trained, scale), _scaled(base, scale))
-        matches.layers[name] = LowRank(*factors, group=2).balanced()
+        matches.layers[name] = as_low_rank(_scaled(trained, scale), _scaled(base, scale))
 
 
 def _triple(tensors: Mapping[str, Tensor], module: str, parts: Parts, wanted: tuple[str, ...]) -> Triple:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters import LowRank
-from .orthogonal import MIN_LIKENESS, difference_form
+from .orthogonal import MIN_LIKENESS, as_low_rank
 
 Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -34,7 +34,7 @@ def _difference(layer: LowRank) -> LowRank | None:
         if len(likeness) and likeness.mean() >= MIN_LIKENESS:
             flip = torch.where(sides[1] < 0, -1.0, 1.0)  # the minus may be on either side
             one = torch.ones(len(flip))
-            return difference_form((P, one, A), (-P0 * flip, one, A0 * flip[:, None]))
+            return as_low_rank((P, one, A), (-P0 * flip, one, A0 * flip[:, None]))
     return None
 
 

@@ -15,6 +15,10 @@ from ..names import Place, diffusers_name, family_of, fits, is_text_encoder, lay
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
 
 
+# The reference gives FLUX's single blocks the adapters of double blocks too, and saves them, but uses those of to_q, to_k, to_v alone.
+_UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.to_(?:out|[qkv]_proj)$")
+
+
 @dataclass(frozen=True)
 class Target:
     """A model as the readers of foreign files need it.
@@ -64,6 +68,8 @@ class Matches:
     def _look_up(self, module: str, in_features: int) -> tuple[str | None, str]:
         if is_text_encoder(module):
             return None, "it belongs to a text encoder, which a T-LoRA leaves as it is"
+        if _UNUSED.search(module):
+            return None, "the T-LoRA authors' code saves it with every single block and never uses it, so it was left out"
         plain = plain_name(module)
         if self.target is None:
             place = layer_of(plain) or _path_itself(module)
