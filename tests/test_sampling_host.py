@@ -123,12 +123,11 @@ class TestPatches:
         assert len(evaluations.calls) == 6  # each step, and again with attention perturbed
         evaluations.assert_merged((tlora, 1.0))
 
-    def test_model_merge_before_and_after(self, unet, evaluations, tlora):
+    def test_model_merge_before(self, unet, evaluations, tlora):
+        """A merge afterwards is refused: test_weights.py."""
         from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-        other = models.random_unet(seed=3)
-        model = runs.apply(ModelMergeSimple().merge(evaluations.model, other, 0.7)[0], tlora)
-        model = ModelMergeSimple().merge(model, other, 0.9)[0]
+        model = runs.apply(ModelMergeSimple().merge(evaluations.model, models.random_unet(seed=3), 0.7)[0], tlora)
         runs.sample(model, *runs.texts())
         evaluations.assert_merged((tlora, 1.0))  # onto the weights that the host has merged
         evaluations.calls.clear()
