@@ -1,6 +1,6 @@
 """Text boxes on the nodes in the canvas renderer: each has its name, also when filled, and room for three lines."""
 import pytest
-from browser import new_page, open_interface, opened_browser, ours
+from browser import new_page, open_interface, opened_browser, ours, set_setting
 
 WITH_BOXES = {"TLoRATrainFromImage": ["captions", "validation_prompts"], "TLoRAImages": ["captions"], "TLoRAPrompts": ["prompts"],
               "TLoRASweep": ["x_values", "y_values"], "TLoRACompare": ["labels", "prompts"]}
@@ -10,6 +10,8 @@ FRESH = """async type => {
     const {app, LiteGraph} = window, node = LiteGraph.createNode(type);
     app.graph.clear();
     app.graph.add(node);
+    node.showAdvanced = true; // captions are folded away on a new node
+    node.setSize(node.computeSize());
     const boxes = node.widgets.filter(({element}) => element instanceof HTMLTextAreaElement);
     for (const box of boxes) box.value = "a photo of {}\\n".repeat(3);
     Object.assign(app.canvas.ds, {scale: 1, offset: [300, 150]});
@@ -29,6 +31,7 @@ def page(chromium, server):
     with opened_browser(chromium) as browser:
         page = new_page(browser)
         open_interface(page, server)
+        set_setting(page, "Comfy.VueNodes.Enabled", False)
         yield page
         assert ours(page.complaints) == []
 
