@@ -25,7 +25,8 @@ function asked(node) {
   const optimizer = options ? values(options).optimizer : "auto";
   if (!optimizer || INPUTS.some((name) => all[name] === undefined)) return null;
   const own = Object.fromEntries(INPUTS.map((name) => [name, all[name]]));
-  return JSON.stringify({ ...own, optimizer, loader: loader.type, file: file ? values(loader)[file] : "" });
+  // A list from which nothing is chosen has no value.
+  return JSON.stringify({ ...own, optimizer, loader: loader.type, file: (file && values(loader)[file]) ?? "" });
 }
 
 function ask(body) {
