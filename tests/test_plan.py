@@ -1,5 +1,6 @@
 """What a page is told of a training before it runs: read from the header of the model's file, and what the run itself takes."""
 import json
+import math
 import struct
 
 import pytest
@@ -27,7 +28,11 @@ def checkpoints(comfy, tmp_path, monkeypatch):
 
 def write_header(path, shapes) -> None:
     """A safetensors file without its numbers: what is read needs none."""
-    header = json.dumps({name: {"dtype": "F16", "shape": list(shape), "data_offsets": [0, 0]} for name, shape in shapes.items()}).encode()
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
 
 
@@ -39,6 +44,8 @@ def test_sdxl_is_known_from_its_header(checkpoints):
         network = UNetModel(**SDXL)
     write_header(checkpoints / "xl.safetensors", {f"model.diffusion_model.{name}": p.shape for name, p in network.state_dict().items()})
     told = plan("CheckpointLoaderSimple", "xl.safetensors", FIELDS, CONFIG)
+    weights = 2 * sum(p.numel() for p in network.state_dict().values())
+    assert 1.0 < (told.pop("least_bytes") - weights) / 1e9 < 2.0 and told.pop("device_bytes") > 0
     assert told == {"steps": 800, "learning_rate": 1e-4, "optimizer": "adamw", "resolution": 1024, "method": "tlora", "rank": 64,
                     "min_rank": 32, "layers": 560}
     own = plan("CheckpointLoaderSimple", "xl.safetensors", {**FIELDS, "method": "lora", "resolution": 768}, {**CONFIG, "steps": 7})
@@ -53,6 +60,19 @@ def test_the_tiny_base_is_what_the_run_takes(base):
     told, request = plan("TLoRATinyBaseModel", "", FIELDS, CONFIG), filled_in(base[0], CONFIG, **FIELDS)
     assert told["layers"] == len(target_layers(base[0])) and told["resolution"] == request.resolution and told["method"] == request.method
     assert (told["steps"], told["learning_rate"]) == (request.config.steps, request.config.learning_rate)
+
+
+@pytest.mark.parametrize("method", ["tlora", "lora"])
+def test_bytes_of_adapters_are_those_that_a_training_holds(method):
+    from tlora_core.comfy_host.plan import adapter_bytes
+    from tlora_core.factory import make_adapters
+
+    shapes = {"a": (12, 8), "b": (8, 20), "c": (12, 8)}
+    adapters = make_adapters(method, "last_random", shapes, 4, seed=0)
+    trained = sum(p.nbytes for p in adapters.parameters())
+    kept = sum(b.nbytes for b in adapters.buffers())
+    assert adapter_bytes(method, shapes.values(), 4, "adamw") == trained * 4 + kept  # itself, its gradient, two moments; and the start
+    assert adapter_bytes("oft", shapes.values(), 4, "adamw") == 0
 
 
 def test_what_cannot_be_known_is_not_guessed(checkpoints):

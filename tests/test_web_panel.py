@@ -166,14 +166,14 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
 
 def test_the_panel_says_what_zero_stands_for_before_the_run(page):
     load_workflow(page, QUICKSTART)
-    says = "text => document.querySelector('.tlora-plan').textContent === text"
-    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers")
+    says = r"text => document.querySelector('.tlora-plan').textContent.replace(/, at least 0\.0\d+ of [\d.]+ GiB$/, ', memory') === text"
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers, memory")
     change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets) if (widget.name in values) {
         widget.value = values[widget.name];
         widget.callback?.(widget.value);
     } }"""
     page.evaluate(change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}])
-    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers")
+    page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers, memory")
     page.evaluate(change, [TRAIN, {"min_rank": 9}])
     page.wait_for_function(says, arg="min_rank is 9; set it to a whole number from 0 to the rank, which is 8.")
     page.evaluate(change, [TRAIN, {"min_rank": 4}])

@@ -38,6 +38,12 @@ function ask(body) {
   return answers.get(body);
 }
 
+/** Weights, adapters and the optimizer's state, which no setting makes less of; what a step keeps besides is known when it runs. */
+function memoryOf({ least_bytes: least, device_bytes: there }) {
+  const gib = (bytes) => Number((bytes / 2 ** 30).toPrecision(2));
+  return t(least > there ? "plan_too_large" : "plan_memory", { least: gib(least), there: gib(there) });
+}
+
 const rate = ({ optimizer, learning_rate }) => (optimizer === "prodigy" ? t("plan_prodigy")
   : t("plan_rate", { rate: Number(learning_rate.toPrecision(3)).toExponential() }));
 
@@ -48,5 +54,5 @@ export async function planOf(node) {
   if (!plan.steps) return { text: t("plan_unknown"), isWrong: false };
   const { steps, resolution, method, rank, min_rank, layers } = plan;
   return { text: [t("steps", { steps }), rate(plan), `${resolution} px`, `${method} ${rank === min_rank ? rank : `${rank}/${min_rank}`}`,
-                  t("plan_layers", { layers })].join(", "), isWrong: false };
+                  t("plan_layers", { layers }), memoryOf(plan)].join(", "), isWrong: plan.least_bytes > plan.device_bytes };
 }

@@ -2,18 +2,21 @@
 import functools
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
+import comfy.model_management
 import folder_paths
 import torch
 from torch import nn
 
 from .. import tiny
+from ..adapters import METHODS
 from ..errors import TLoRAError
+from ..optimizers import STATE_SIZES
 from .families import Defaults, defaults_of, layers_among
 from .personalize import completed
 from .tiny_base import unet_config
@@ -26,10 +29,12 @@ _MOST_HEADER = 1 << 27  # bytes; a header is a few hundred KB
 
 @dataclass(frozen=True)
 class KnownModel:
-    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device."""
+    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device. weight_bytes: of all its weights,
+    those of float32 counted as the two bytes that a GPU gets of them."""
 
     defaults: Defaults
     linear: Mapping[str, nn.Linear]
+    weight_bytes: int
 
 
 def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -44,9 +49,22 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
         return None
     request = completed(known.defaults, config, **fields)
     schedule = request.schedule
+    layers = layers_among(known.linear, request.layers, "model")
+    shapes = [layer.shape for layer in layers.values()]
     return {"steps": request.config.steps, "learning_rate": request.config.learning_rate, "optimizer": request.config.optimizer,
             "resolution": request.resolution, "method": request.method, "rank": schedule.rank, "min_rank": schedule.min_rank,
-            "layers": len(layers_among(known.linear, request.layers, "model"))}
+            "layers": len(layers), "least_bytes": known.weight_bytes + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
+            "device_bytes": comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())}
+
+
+def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, optimizer: str) -> int:
+    """What adapters of layers of these shapes hold in a step: float32 factors, their gradients, the optimizer's state and, for an
+    orthogonal start, that start. Of methods whose blocks are of another kind nothing is counted."""
+    if METHODS[method].of_weight:
+        return 0
+    orthogonal = METHODS[method].is_orthogonal
+    parameters = sum(rank * (sum(shape) + orthogonal) for shape in shapes)
+    return int(4 * parameters * (2 + STATE_SIZES[optimizer] + orthogonal))
 
 
 def _path_of(loader: str, file: str) -> Path | None:
@@ -60,7 +78,7 @@ def _path_of(loader: str, file: str) -> Path | None:
 
 @functools.lru_cache(8)
 def _known(path: Path, _changed: int, is_tiny: bool) -> KnownModel | None:
-    tensors = _header(path)
+    tensors, sizes = _header(path)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
     config = unet_config() if is_tiny else comfy.model_detection.model_config_from_unet(tensors, prefix)
     if config is None:
@@ -70,18 +88,21 @@ def _known(path: Path, _changed: int, is_tiny: bool) -> KnownModel | None:
         if name.startswith(prefix) and name.endswith(".weight") and tensor.ndim == 2:
             rows, columns = tensor.shape
             linear[name[len(prefix):-len(".weight")]] = nn.Linear(columns, rows, bias=False, device="meta")
-    return KnownModel(defaults_of(config), linear)
+    weight_bytes = sum(min(size, 2 * tensors[name].numel()) for name, size in sizes.items() if name.startswith(prefix))
+    return KnownModel(defaults_of(config), linear, weight_bytes)
 
 
-def _header(path: Path) -> dict[str, torch.Tensor]:
-    """The file's tensors, without their numbers. Empty for what is no safetensors file."""
+def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The file's tensors, without their numbers, and their bytes. Empty for what is no safetensors file."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             entries = json.loads(file.read(min(length, _MOST_HEADER)))
-        return {name: torch.empty(entry["shape"], device="meta") for name, entry in entries.items() if name != "__metadata__"}
+        entries.pop("__metadata__", None)
+        sizes = {name: end - start for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in entries.items())}
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in entries.items()}, sizes
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RuntimeError):
-        return {}
+        return {}, {}
 
 
 def asked_plan(values: Mapping[str, Any]) -> dict[str, Any]:
