@@ -25,7 +25,7 @@ SCREEN = {"width": 1366, "height": 768}
 LEFT, TOP = 400, 110  # of a node that is shot, beside and below the interface's own bars
 # Puts a node there, at most as large as `scale` and with its foot on the page, and gives the scale, its width and its height.
 LOOK_AT = """async ([title, scale]) => {
-    const {graph, canvas} = window.app, node = graph.nodes.find(node => node.title === title);
+    const {graph, canvas} = window.app, node = graph.nodes.find(node => node.getTitle().endsWith(title));
     canvas.deselectAll();
     scale = Math.min(scale, (innerHeight - 140) / node.size[1]);
     canvas.ds.scale = scale;
