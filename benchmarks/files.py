@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
-from tlora_core.export import export
-from tlora_core.foreign.orthogonal import as_low_rank, singular_vectors
-from tlora_core.orthogonal import orthogonal_starts
+from tlora_core.files.export import export
+from tlora_core.files.foreign.orthogonal import as_low_rank, singular_vectors
+from tlora_core.method.starts import orthogonal_starts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOVED = (0.001, 0.01, 1.0)

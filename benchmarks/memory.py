@@ -79,7 +79,7 @@ def host_on_meta():
     step, or kept to fall back on."""
     import comfy.model_management as management
 
-    from tlora_core.trainer import Reading, Trainer
+    from tlora_core.training.trainer import Reading, Trainer
     stand_ins = [
         (management, "load_models_gpu", lambda *args, **kwargs: None),
         (management, "get_free_memory", lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40),
@@ -115,9 +115,9 @@ def move(model):
 
 
 def adapters_on_meta(model, method, rank):
-    from tlora_core.adapters import Adapters
-    from tlora_core.bank import LoRABank, OrthoBank
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.method.adapters import Adapters
+    from tlora_core.method.bank import LoRABank, OrthoBank
     of_shapes = {}
     for name, layer in target_layers(model).items():
         of_shapes.setdefault(layer.shape, []).append(name)
@@ -135,12 +135,12 @@ def step(model, tokens, size, rank, checkpointing):
     import random_models
 
     from tlora_core import RankSchedule
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import defaults_for
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import Trainer
+    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import Trainer
     move(model)
     base = model.model
     usual = defaults_for(model)

@@ -92,7 +92,7 @@ def _check_scorers(results):
     tiny_gate.parse_host_arguments()
     from evidence import validation
 
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
     with torch.inference_mode():
         vae = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))[2]
         found = validation.validate(tiny_gate.load_scorer(), lambda pictures: vae.decode(vae.encode(pictures)))

@@ -112,8 +112,8 @@ class Runs:
 
 def ways(base):
     """How many layers have their update folded, and what is kept for that."""
-    from tlora_core.comfy_host.sampling import Folds
-    from tlora_core.folding import FoldedOutput, FoldedWeight
+    from tlora_core.hosts.comfy.sampling import Folds
+    from tlora_core.layers.folded import FoldedOutput, FoldedWeight
     folds = [fold for fold in Folds.of(base).layers.values() if fold is not None]
     weights = [fold.weight for fold in folds if isinstance(fold, FoldedWeight)]
     outputs = [output for fold in folds if isinstance(fold, FoldedOutput) for output in fold._outputs.values()]
@@ -139,7 +139,7 @@ def candidates(runs, ranks, counts):
     """(row, MODEL) of everything to be compared."""
     import random_models
 
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
     yield {"what": "bare"}, runs.bare
     for rank in ranks:
         tloras = [random_models.random_tlora(runs.bare, rank, seed=s) for s in range(max(counts))]

@@ -80,11 +80,11 @@ class Floor:
         import torch
 
         from tlora_core import Adapters, RankSchedule
-        from tlora_core.comfy_host.denoiser import HostDenoiser
-        from tlora_core.comfy_host.encode import Sample
-        from tlora_core.comfy_host.noise import draw_sigmas
-        from tlora_core.comfy_host.training import training_session
-        from tlora_core.config import TrainConfig
+        from tlora_core.hosts.comfy.model.noise import draw_sigmas
+        from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+        from tlora_core.hosts.comfy.training.encode import Sample
+        from tlora_core.hosts.comfy.training.session import training_session
+        from tlora_core.training.config import TrainConfig
         setting, generator = self.setting, torch.Generator().manual_seed(0)
         with training_session(setting.model):
             sample = Sample(setting.latent[0], None, None, setting.text)
@@ -140,9 +140,9 @@ class Ours:
         import torch
 
         from tlora_core import make_adapters
-        from tlora_core.comfy_host.families import defaults_for, target_layers
-        from tlora_core.config import TrainConfig
-        from tlora_core.trainer import Trainer
+        from tlora_core.hosts.comfy.model.families import defaults_for, target_layers
+        from tlora_core.training.config import TrainConfig
+        from tlora_core.training.trainer import Trainer
         self.setting, self.checkpointing = setting, checkpointing
         self.method = defaults_for(setting.model).method
         start = setting.clock()
@@ -155,9 +155,9 @@ class Ours:
 
     def seconds(self, steps):
         from tlora_core import RankSchedule
-        from tlora_core.comfy_host.denoiser import HostDenoiser
-        from tlora_core.comfy_host.encode import Sample
-        from tlora_core.comfy_host.training import training_session
+        from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+        from tlora_core.hosts.comfy.training.encode import Sample
+        from tlora_core.hosts.comfy.training.session import training_session
         setting, trainer = self.setting, self.trainer
         with training_session(setting.model, self.checkpointing):
             sample = Sample(setting.latent[0], None, None, setting.text)

@@ -3,7 +3,8 @@ from comfy_api.latest import ComfyExtension
 from server import PromptServer
 from typing_extensions import override
 
-from ..tlora_core.comfy_host import file_routes, live_routes
+from ..tlora_core.hosts.comfy.routes import files as file_routes
+from ..tlora_core.hosts.comfy.routes import training as live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
 from .compare import CompareTLoRA

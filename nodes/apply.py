@@ -5,12 +5,12 @@ import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
-from ..tlora_core.comfy_host.before_run import wrong_file_name
-from ..tlora_core.comfy_host.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
-from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.progress import say
-from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.images import thumbnail as make_thumbnail
+from ..tlora_core.hosts.comfy.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
+from ..tlora_core.hosts.comfy.page.rank import show_active_rank
+from ..tlora_core.hosts.comfy.progress import say
+from ..tlora_core.hosts.comfy.sampling import apply_tlora
+from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
+from ..tlora_core.training.images import thumbnail as make_thumbnail
 from .sockets import CATEGORY, SEARCH, TLORA, file_name_input, strength_input
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

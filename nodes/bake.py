@@ -1,10 +1,10 @@
 """A T-LoRA as plain LoRA files."""
 from comfy_api.latest import io
 
-from ..tlora_core.bake import bake_at, bake_interval, save_all, split_steps, when_on
-from ..tlora_core.comfy_host.before_run import wrong_file_name
-from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
-from ..tlora_core.writing import numbered
+from ..tlora_core.files.atomic import numbered
+from ..tlora_core.files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from ..tlora_core.hosts.comfy.files import name_of, new_lora_path, told_of
+from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
 from .apply import DTYPES
 from .sockets import CATEGORY, TLORA, file_name_input
 

@@ -3,8 +3,8 @@ import torch
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.images import to_tensor
-from ..tlora_core.sheet import comparison_sheet
+from ..tlora_core.inspect.sheet import comparison_sheet
+from ..tlora_core.training.images import to_tensor
 from .sockets import AXES, CATEGORY
 
 INPUTS = [f"images_{number}" for number in range(1, 7)]

@@ -1,9 +1,9 @@
 """How good a T-LoRA is, measured on the user's own pictures."""
 from comfy_api.latest import io
 
-from ..tlora_core.comfy_host.encoders import FOLDER, encoder_names, load_encoder
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
+from ..tlora_core.hosts.comfy.encoders import FOLDER, encoder_names, load_encoder
+from ..tlora_core.inspect.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
 from .sockets import CATEGORY
 
 SCORES = io.Custom("TLORA_SCORES")

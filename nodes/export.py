@@ -2,10 +2,10 @@
 
 from comfy_api.latest import io
 
-from ..tlora_core.bake import bake_interval
-from ..tlora_core.comfy_host.before_run import wrong_file_name
-from ..tlora_core.comfy_host.files import name_of, new_lora_path, told_of
-from ..tlora_core.export import LAYOUTS, export
+from ..tlora_core.files.bake import bake_interval
+from ..tlora_core.files.export import LAYOUTS, export
+from ..tlora_core.hosts.comfy.files import name_of, new_lora_path, told_of
+from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
 from .apply import DTYPES
 from .sockets import CATEGORY, TLORA, file_name_input
 

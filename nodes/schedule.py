@@ -1,11 +1,11 @@
 """A picture of the rank schedule."""
 from comfy_api.latest import io
 
-from ..tlora_core.comfy_host.noise import noise_level
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.images import to_tensor
-from ..tlora_core.plot import schedule_curve
-from ..tlora_core.schedule import RankSchedule
+from ..tlora_core.hosts.comfy.model.noise import noise_level
+from ..tlora_core.inspect.plot import schedule_curve
+from ..tlora_core.method.schedule import RankSchedule
+from ..tlora_core.training.images import to_tensor
 from .sockets import CATEGORY, TLORA, alpha_input, curve_input, rank_inputs
 
 

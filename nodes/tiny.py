@@ -6,7 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tlora_core import tiny
-from ..tlora_core.comfy_host import tiny_base
+from ..tlora_core.tiny import comfy as tiny_base
 from ..tlora_core.tiny import world
 from .sockets import CATEGORY
 

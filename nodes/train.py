@@ -1,20 +1,32 @@
 """Train T-LoRA from Image."""
 from comfy_api.latest import io
 
-from ..tlora_core.adapters import METHODS
-from ..tlora_core.comfy_host.before_run import wrong_training
-from ..tlora_core.comfy_host.files import told_of
-from ..tlora_core.comfy_host.live import shown_when_it_fails
-from ..tlora_core.comfy_host.live_rank import show_active_rank
-from ..tlora_core.comfy_host.personalize import MEMORY, filled_in
-from ..tlora_core.comfy_host.sampling import apply_tlora
-from ..tlora_core.comfy_host.training_run import RERUNS, Keeping, stopped_runs, train_or_find
-from ..tlora_core.dataset import FRAMINGS, training_list
-from ..tlora_core.images import to_tensor
-from ..tlora_core.orthogonal import STARTS
-from ..tlora_core.plot import loss_curve
-from .sockets import (CATEGORY, IMAGES, OPTIONS, SEARCH, TLORA, alpha_input, captions_input, curve_input, file_name_input, mask_input,
-                      rank_inputs, unlisted)
+from ..tlora_core.hosts.comfy.files import told_of
+from ..tlora_core.hosts.comfy.page.rank import show_active_rank
+from ..tlora_core.hosts.comfy.page.training import shown_when_it_fails
+from ..tlora_core.hosts.comfy.sampling import apply_tlora
+from ..tlora_core.hosts.comfy.training.before_run import wrong_training
+from ..tlora_core.hosts.comfy.training.personalize import MEMORY, filled_in
+from ..tlora_core.hosts.comfy.training.run import RERUNS, Keeping, stopped_runs, train_or_find
+from ..tlora_core.inspect.plot import loss_curve
+from ..tlora_core.method.adapters import METHODS
+from ..tlora_core.method.starts import STARTS
+from ..tlora_core.training.dataset import FRAMINGS, training_list
+from ..tlora_core.training.images import to_tensor
+from .sockets import (
+    CATEGORY,
+    IMAGES,
+    OPTIONS,
+    SEARCH,
+    TLORA,
+    alpha_input,
+    captions_input,
+    curve_input,
+    file_name_input,
+    mask_input,
+    rank_inputs,
+    unlisted,
+)
 
 
 class TrainTLoRAFromImage(io.ComfyNode):

@@ -2,8 +2,8 @@
 
 import torch
 
-from tlora_core.foreign import Target
-from tlora_core.names import plain_name
+from tlora_core.files.foreign import Target
+from tlora_core.files.layer_names import plain_name
 
 QKVO = ("q", "k", "v", "out")
 SDXL_ATTENTION = {  # diffusers' attention module -> ComfyUI's, and the width that keys and values read

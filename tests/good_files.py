@@ -12,7 +12,7 @@ from foreign_files import orthogonal_parts, reference_flux
 from safetensors.torch import save
 
 from tlora_core import LowRank, RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.foreign import load_any
+from tlora_core.files.foreign import load_any
 
 tried: Counter = Counter()
 NAME = "middle_block.1.transformer_blocks.0.attn1.to_q"

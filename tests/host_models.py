@@ -9,7 +9,7 @@ def random_unet(seed: int = 0, dtype=torch.float32):
     import comfy.model_management
     import comfy.model_patcher
 
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
 
     torch.manual_seed(seed)
     base, _ = tiny_base.new_modules()
@@ -26,7 +26,7 @@ def tiny_base(quantised=None):
     """The tiny base as (MODEL, CLIP, VAE), made anew. quantised: a state dict for its U-Net as random_models.quantise makes it."""
     import comfy.model_patcher
 
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
     from tlora_core.tiny import world
 
     with torch.inference_mode():  # as in the host
@@ -44,7 +44,7 @@ def tiny_base(quantised=None):
 def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, seed: int = 0, alpha: float = 1.0):
     """A T-LoRA for `model` whose factors have moved by about `scale` from their start."""
     from tlora_core import RankSchedule, TLoRAFile, make_adapters
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     torch.manual_seed(seed)
     shapes = {path: layer.shape for path, layer in target_layers(model).items()}
@@ -93,7 +93,7 @@ def random_controlnet(seed: int = 0):
     import comfy.controlnet
     import comfy.model_management
 
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
 
     torch.manual_seed(seed)
     config = {k: v for k, v in tiny_base.UNET_CONFIG.items() if k not in ("out_channels", "transformer_depth_output")}

@@ -11,7 +11,7 @@ def texts():
 
 
 def apply(model, tlora, strength=1.0, **options):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     return apply_tlora(model, tlora, strength, **options)
 
@@ -43,7 +43,8 @@ class Ways:
     """The ways in which layers were put on: "weight", "output", "product"."""
 
     def __init__(self, monkeypatch):
-        from tlora_core import attach, folding
+        from tlora_core.layers import folded as folding
+        from tlora_core.layers import overlay as attach
 
         self.used = set()
         for owner, name, label in ((folding.FoldedWeight, "forward", "weight"), (folding.FoldedOutput, "forward", "output"),
@@ -103,7 +104,7 @@ class Evaluations:
 
 def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
     """The weights of the layers in `applied`, with the updates that the rank leaves on at t, which runs from 0 to 1."""
-    from tlora_core.names import split_name
+    from tlora_core.files.layer_names import split_name
 
     sums = {}
     for tlora, strength in applied:

@@ -7,17 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlora_core import (
-    METHODS,
-    STARTS,
-    LowRank,
-    TLoRAError,
-    add_low_rank,
-    make_adapters,
-    orthogonal_start,
-)
-
-from tlora_core.bank import ortho_bank
+from tlora_core import METHODS, STARTS, LowRank, TLoRAError, add_low_rank, make_adapters, orthogonal_start
+from tlora_core.method.bank import ortho_bank
 
 LOW_RANK = [name for name, method in METHODS.items() if not method.of_weight]
 pytestmark = pytest.mark.usefixtures("one_thread")

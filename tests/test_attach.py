@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tlora_core import LowRank
-from tlora_core.attach import Attachment, attached
+from tlora_core.layers.overlay import Attachment, attached
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from tlora_core import add_low_rank
-from tlora_core.attach import Attachment, attached
-from tlora_core.autograd import Frozen
-from tlora_core.bank import LoRABank, OrthoBank
+from tlora_core.layers.frozen import Frozen
+from tlora_core.layers.overlay import Attachment, attached
+from tlora_core.method.bank import LoRABank, OrthoBank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OUT, IN, RANK = 12, 7, 5
@@ -170,7 +170,7 @@ def test_gradients_of_layers_whose_inputs_differ_in_dtype_are_each_its_own():
 def test_frozen_layer_called_with_more_than_a_tensor_is_the_layer_itself(comfy):
     import comfy.ops
 
-    from tlora_core.comfy_host.layers import fetched
+    from tlora_core.hosts.comfy.model.layers import fetched
 
     layer = comfy.ops.manual_cast.Embedding(5, 3)
     nn.init.normal_(layer.weight)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.bake import bake_at, bake_interval, save_all, split_steps, switch_times, when_on
+from tlora_core.files.bake import bake_at, bake_interval, save_all, split_steps, switch_times, when_on
 
 BIG, SMALL = "input_blocks.4.1.attn1.to_q", "middle_block.1.attn1.to_q"
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from tlora_core import TLoRAError, make_adapters
-from tlora_core.attach import Attachment, attached
+from tlora_core.layers.overlay import Attachment, attached
 
 OUT, IN, BLOCKS = 10, 12, 3
 METHODS = ("oft", "gsoft", "svdiff")

@@ -13,7 +13,7 @@ from test_file import make, tamper
 from test_live import ask
 
 from tlora_core import RankSchedule, TLoRAError
-from tlora_core.card import Card, read_card, read_thumbnail
+from tlora_core.files.card import Card, read_card, read_thumbnail
 
 PLAIN = {"lora_unet_x.lora_up.weight": torch.zeros(4, 2)}
 
@@ -112,7 +112,7 @@ def loras(comfy, monkeypatch, tmp_path):
 
 
 def test_page_gets_cards_and_thumbnails_of_listed_files_only(loras):
-    from tlora_core.comfy_host.file_routes import add_routes
+    from tlora_core.hosts.comfy.routes.files import add_routes
 
     def get(path, name):
         [answer] = ask(("GET", f"{path}?name={quote(name)}", {}), add_routes=add_routes)

@@ -14,7 +14,7 @@ def asked(count=2, **changes):
 @pytest.fixture
 def drawn(monkeypatch):
     """The seeds of the class pictures that have been drawn, in turn."""
-    from tlora_core.comfy_host import class_pictures
+    from tlora_core.hosts.comfy.training import class_pictures
 
     seeds, draw = [], class_pictures.draw
     monkeypatch.setattr(class_pictures, "draw", lambda *args: (seeds.append(args[-1]), draw(*args))[1])
@@ -29,7 +29,7 @@ def test_they_are_told_as_they_are_drawn_and_can_be_cancelled_without_losing_tho
     import comfy.model_management
     import comfy.utils
 
-    from tlora_core.comfy_host import class_pictures
+    from tlora_core.hosts.comfy.training import class_pictures
 
     said, bars = [], []
     monkeypatch.setattr(class_pictures, "say", lambda text, node_id: said.append(text))

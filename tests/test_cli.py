@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from tlora_core import RankSchedule, TLoRAFile, __version__
 from tlora_core.cli import main
-from tlora_core.foreign import load_any
+from tlora_core.files.foreign import load_any
 
 REPO = Path(__file__).resolve().parents[1]
 

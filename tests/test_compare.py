@@ -5,7 +5,7 @@ import torch
 from graphs import TinyGraph, pixels
 
 from tlora_core import TLoRAError
-from tlora_core.sheet import comparison_sheet
+from tlora_core.inspect.sheet import comparison_sheet
 
 COLOURS = [[(1, 0, 0), (0, 1, 0)], [(0, 0, 1), (1, 1, 0)], [(1, 0, 1), (0, 1, 1)]]
 

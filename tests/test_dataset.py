@@ -5,8 +5,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tlora_core import TLoRAError
-from tlora_core.dataset import FRAMINGS, PROMPT, TrainingImage, bucket, caption_of, frame, loss_weights, training_images, training_list
-from tlora_core.images import square
+from tlora_core.training.dataset import (
+    FRAMINGS,
+    PROMPT,
+    TrainingImage,
+    bucket,
+    caption_of,
+    frame,
+    loss_weights,
+    training_images,
+    training_list,
+)
+from tlora_core.training.images import square
 
 SQUARE, ASPECT = FRAMINGS
 

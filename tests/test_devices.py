@@ -35,12 +35,12 @@ def train(model, batch, checkpointing, prior, method=None, **config):
     import random_models
 
     from tlora_core import RankSchedule
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import defaults_for
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import Trainer
+    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import Trainer
 
     memory.move(model)
     adapters = memory.adapters_on_meta(model, method or defaults_for(model).method, 8)
@@ -102,7 +102,7 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
     """A sampling reads the noise level, here from the CPU, and at most once whether the text is that of the evaluation before."""
     import random_models
 
-    from tlora_core.comfy_host import sampling
+    from tlora_core.hosts.comfy import sampling
 
     model = small_model(kind)
     memory.move(model)

@@ -22,7 +22,7 @@ def vae(comfy):
 
 
 def test_posterior_is_the_vaes_mean_and_deviation(vae):
-    from tlora_core.comfy_host.encode import posterior
+    from tlora_core.hosts.comfy.training.encode import posterior
 
     pixels = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -38,7 +38,7 @@ def test_posterior_is_the_vaes_mean_and_deviation(vae):
 def test_no_deviation_where_the_host_encodes_in_tiles(vae, monkeypatch):
     import comfy.model_management
 
-    from tlora_core.comfy_host.encode import posterior
+    from tlora_core.hosts.comfy.training.encode import posterior
 
     encode, calls = vae.first_stage_model.encode, []
 
@@ -56,8 +56,8 @@ def test_no_deviation_where_the_host_encodes_in_tiles(vae, monkeypatch):
 
 def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
     """By the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
-    from tlora_core.comfy_host.encode import Encoder
-    from tlora_core.dataset import Framed
+    from tlora_core.hosts.comfy.training.encode import Encoder
+    from tlora_core.training.dataset import Framed
 
     class Clip:
         tokenize = staticmethod(lambda text: text)
@@ -75,15 +75,15 @@ def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
 
 
 def sample(mean, **changes):
-    from tlora_core.comfy_host.encode import Sample
+    from tlora_core.hosts.comfy.training.encode import Sample
 
     return Sample(**{"mean": mean, "deviation": None, "weights": None, "conditioning": models.conditioning(), **changes})
 
 
 def denoiser(model, samples, **config):
     from tlora_core import Adapters, RankSchedule
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.config import TrainConfig
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.training.config import TrainConfig
 
     return HostDenoiser(model, Adapters({}), RankSchedule(4, 2), samples, TrainConfig(**config))
 
@@ -108,7 +108,7 @@ def test_fresh_latents_have_the_posteriors_mean_and_width(model):
 
 
 def test_loss_counts_inside_the_mask_only(model, monkeypatch):
-    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
 
     weights = torch.zeros(8, 8)
     weights[:4] = 2.0
@@ -122,7 +122,7 @@ def test_loss_counts_inside_the_mask_only(model, monkeypatch):
 
 
 def test_min_snr_weighs_each_sample_by_its_own_sigma(model, monkeypatch):
-    from tlora_core.comfy_host import denoiser as module
+    from tlora_core.hosts.comfy.training import denoiser as module
 
     sigmas = torch.tensor([0.1, 0.5, 2.0])
     monkeypatch.setattr(module.HostDenoiser, "output_error", lambda self, s, latents, *args: torch.ones_like(latents))
@@ -137,7 +137,7 @@ def test_timesteps_follow_interval_and_density(comfy):
     import comfy.model_sampling as ms
 
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.noise import draw_sigmas, min_snr_weight
+    from tlora_core.hosts.comfy.model.noise import draw_sigmas, min_snr_weight
 
     class Discrete(ms.ModelSamplingDiscrete, ms.EPS):
         pass
@@ -161,7 +161,7 @@ def test_timesteps_follow_interval_and_density(comfy):
 
 
 def test_pictures_meet_in_a_batch_only_where_their_texts_are_as_long(comfy):
-    from tlora_core.comfy_host.encode import buckets
+    from tlora_core.hosts.comfy.training.encode import buckets
 
     def text(tokens):
         return [[torch.zeros(1, tokens, 8), {}]]

@@ -11,9 +11,9 @@ from encoder_folders import PREPARATION, pictures, write_clip, write_dino
 from graphs import Graph, error_of
 from torch.nn.functional import normalize
 
-from tlora_core import prompt_sets
 from tlora_core.errors import TLoRAError
-from tlora_core.evaluation import (
+from tlora_core.inspect import prompt_sets
+from tlora_core.inspect.evaluation import (
     CLIP_TYPES,
     DINO_TYPES,
     EvaluationProtocol,
@@ -215,7 +215,7 @@ def test_node_takes_no_folder_but_those_it_lists(served, name):
 
 def test_folder_is_known_whatever_the_systems_own_encoding(tmp_path):
     (tmp_path / "config.json").write_bytes('{"model_type": "clip", "_name_or_path": "D:/模型"}'.encode())
-    asked = f"from pathlib import Path; from tlora_core.evaluation import model_type; print(model_type(Path({str(tmp_path)!r})))"
+    asked = f"from pathlib import Path; from tlora_core.inspect.evaluation import model_type; print(model_type(Path({str(tmp_path)!r})))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "clip"

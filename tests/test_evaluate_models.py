@@ -7,7 +7,7 @@ import torch
 from encoder_folders import PREPARATION, WORDS, pictures
 
 from tlora_core.errors import TLoRAError
-from tlora_core.evaluation import CLIP_TYPES, DINO_TYPES, ImageEncoder
+from tlora_core.inspect.evaluation import CLIP_TYPES, DINO_TYPES, ImageEncoder
 
 
 class Payload:
@@ -152,7 +152,7 @@ def test_half_precision_weights_are_computed_in_float32_by_releases_without_the_
 def test_loader_itself_refuses_names_that_leave_the_folder(comfy, model_folders):
     import folder_paths
 
-    from tlora_core.comfy_host.encoders import encoder_names, load_encoder
+    from tlora_core.hosts.comfy.encoders import encoder_names, load_encoder
     folder_paths.add_model_folder_path("clip_vision", str(model_folders))
     assert "clip" in encoder_names(CLIP_TYPES) and "dino" not in encoder_names(CLIP_TYPES)
     for name in ("../" + model_folders.name + "/clip", str(model_folders / "clip"), "dino"):

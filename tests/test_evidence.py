@@ -73,7 +73,7 @@ def test_fresh_trainings_are_of_other_seeds_and_have_references_of_their_own():
 
 
 def test_free_curves_are_ones_that_training_takes():
-    from tlora_core.schedule import RankSchedule
+    from tlora_core.method.schedule import RankSchedule
     for name in study.FREE:
         cell = study.Cell("olive heart", 0, "tlora", curve=name)
         smallest = 0 if name.endswith("to 0") else study.RANK // 2

@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.adapters import LowRank
-from tlora_core.export import LAYOUTS, export, fused
-from tlora_core.foreign import load_any
-from tlora_core.writing import numbered
+from tlora_core.files.atomic import numbered
+from tlora_core.files.export import LAYOUTS, export, fused
+from tlora_core.files.foreign import load_any
+from tlora_core.method.adapters import LowRank
 
 
 def made_in(folder):
@@ -58,7 +58,7 @@ def test_export_is_read_back_the_same(tmp_path, kind, layout):
 @pytest.mark.parametrize("moved", [1e-3, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
 def test_reference_export_of_a_small_update_survives_half_precision(tmp_path, moved, dtype, tolerance):
-    from tlora_core.foreign.orthogonal import as_low_rank
+    from tlora_core.files.foreign.orthogonal import as_low_rank
 
     parts = orthogonal_parts(12, 12, moved=moved)
     layer = as_low_rank(*(tuple(part.float() for part in triple) for triple in parts))
@@ -318,7 +318,7 @@ def test_a_reference_export_that_fails_leaves_no_folder_behind(tmp_path, monkeyp
     tlora = load_of("orthogonal", tmp_path)
     before = sorted(tmp_path.iterdir())
     with monkeypatch.context() as patch, pytest.raises(TLoRAError, match="disk is full"):
-        patch.setattr(sys.modules["tlora_core.reference_layout"], "write_tensors", full)
+        patch.setattr(sys.modules["tlora_core.files.reference_layout"], "write_tensors", full)
         export(tlora, tmp_path / "out", "reference")
     assert sorted(tmp_path.iterdir()) == before
     weights = export(tlora, tmp_path / "out", "reference")

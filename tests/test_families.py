@@ -24,7 +24,7 @@ def sdxl(make):
 
 
 def test_sdxl_has_the_560_attention_projections_of_the_paper(sdxl):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     layers = target_layers(sdxl)
     assert len(layers) == 560
@@ -33,7 +33,7 @@ def test_sdxl_has_the_560_attention_projections_of_the_paper(sdxl):
 
 
 def test_flux_has_the_papers_projections_as_rows_of_the_hosts_fused_layers(make):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     layers = target_layers(make["flux"]())
     double = [f"double_blocks.0.{stream}_attn.qkv@{row}" for stream in ("img", "txt") for row in (0, 256, 512)]
@@ -45,7 +45,7 @@ def test_flux_has_the_papers_projections_as_rows_of_the_hosts_fused_layers(make)
 
 
 def test_sd3_trains_the_text_streams_inputs_but_not_its_output(make):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     counts = Counter(re.sub(r"\.\d+\.", ".", path).partition("@")[0] for path in target_layers(make["sd3"]()))
     assert counts == {"joint_blocks.x_block.attn.qkv": 6, "joint_blocks.x_block.attn.proj": 2,
@@ -59,7 +59,7 @@ def test_sd3_trains_the_text_streams_inputs_but_not_its_output(make):
      - {"joint_blocks.1.context_block.mlp.fc1", "joint_blocks.1.context_block.mlp.fc2"}),
 ])
 def test_feed_forward_layers_come_beside_the_attentions(make, name, more):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     model = make[name]()
     with_them = target_layers(model, "attention+feed-forward")
@@ -68,7 +68,7 @@ def test_feed_forward_layers_come_beside_the_attentions(make, name, more):
 
 
 def test_patterns_choose_any_linear_layer_by_its_path(make, sdxl):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     assert set(target_layers(sdxl, "time_embed.*, label_emb.0.0")) == {"time_embed.0", "time_embed.2", "label_emb.0.0"}
     assert len(target_layers(sdxl, "*.attn2.to_k\n*.attn2.to_v")) == 140
@@ -80,7 +80,7 @@ def test_patterns_choose_any_linear_layer_by_its_path(make, sdxl):
 @pytest.mark.parametrize("which, word", [("*.attn3.*", "attn3.*input_blocks"), (" , ", "empty"), ("attn1", '"attn1"')])
 def test_a_pattern_that_nothing_matches_is_refused_with_examples(sdxl, which, word):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     with pytest.raises(TLoRAError, match=word):
         target_layers(sdxl, which)
@@ -94,7 +94,7 @@ def test_a_pattern_that_nothing_matches_is_refused_with_examples(sdxl, which, wo
 def test_defaults_are_the_papers(make, name, wanted):
     from dataclasses import astuple
 
-    from tlora_core.comfy_host.families import defaults_for
+    from tlora_core.hosts.comfy.model.families import defaults_for
 
     assert astuple(defaults_for(make[name]())) == wanted
 
@@ -102,7 +102,7 @@ def test_defaults_are_the_papers(make, name, wanted):
 def test_defaults_follow_the_size_that_older_models_were_trained_at(comfy, monkeypatch):
     import random_models
 
-    from tlora_core.comfy_host.families import defaults_for
+    from tlora_core.hosts.comfy.model.families import defaults_for
 
     model = random_models.sdxl(64)
     for width, resolution in ((768, 512), (1024, 768)):
@@ -111,8 +111,8 @@ def test_defaults_follow_the_size_that_older_models_were_trained_at(comfy, monke
 
 
 def test_tiny_base_has_defaults_of_its_own(base):
-    from tlora_core.comfy_host.families import defaults_for
-    from tlora_core.comfy_host.personalize import filled_in
+    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.training.personalize import filled_in
 
     usual = defaults_for(base[0])
     assert (usual.steps, usual.learning_rate, usual.resolution) == (350, 1.5e-3, 64)
@@ -123,7 +123,7 @@ def test_tiny_base_has_defaults_of_its_own(base):
 def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negative_prompt(make, sdxl, monkeypatch):
     import random_models
 
-    from tlora_core.comfy_host.families import is_flux
+    from tlora_core.hosts.comfy.model.families import is_flux
 
     flux = make["flux"]()
     assert is_flux(flux)
@@ -133,7 +133,7 @@ def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negat
 
 
 def test_looking_at_a_models_layers_does_not_keep_it_in_memory(make):
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     model = make["flux"]()
     network = weakref.ref(model.model.diffusion_model)
@@ -147,8 +147,8 @@ def test_layers_are_those_that_the_model_has_now(make):
     """A node may put another module in a layer's place, and back again."""
     import random_models
 
-    from tlora_core.comfy_host.layers import check_layers
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.model.layers import check_layers
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     model = make["flux"]()
     tlora, block = random_models.random_tlora(model, 4), model.model.diffusion_model.double_blocks[0].img_attn

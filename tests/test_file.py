@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tlora_core import METHODS, LowRank, RankSchedule, TLoRAError, TLoRAFile, make_adapters
-from tlora_core.images import thumbnail
+from tlora_core.training.images import thumbnail
 
 REPO = Path(__file__).resolve().parents[1]
 LAYERS = {
@@ -175,7 +175,7 @@ def fail_with_full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "tlora_core.writing.save_file"])
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "tlora_core.files.atomic.save_file"])
 @pytest.mark.parametrize("existed", [True, False])
 def test_full_disk_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch, where, existed):
     path = tmp_path / "a.safetensors"

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tlora_core.folding import STEPS_UNTIL_REBUILD, FoldedWeight, Term, folded
+from tlora_core.layers.folded import STEPS_UNTIL_REBUILD, FoldedWeight, Term, folded
 
 RANK = 6
 

@@ -11,8 +11,8 @@ from foreign_files import RANK, assert_close, masked, orthogonal_parts, plain_la
 from safetensors.torch import save_file
 
 from tlora_core import RankSchedule
-from tlora_core.foreign import load_any
-from tlora_core.foreign.kohya import told_schedule
+from tlora_core.files.foreign import load_any
+from tlora_core.files.foreign.kohya import told_schedule
 
 LEVELS = torch.linspace(0, 1, 4001, dtype=torch.float64).tolist()
 

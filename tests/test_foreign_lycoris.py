@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.foreign import load_any, orthogonal
-from tlora_core.foreign.orthogonal import singular_vectors
-from tlora_core.names import plain_name
-from tlora_core.orthogonal import exact_device
+from tlora_core.files.foreign import load_any, orthogonal
+from tlora_core.files.foreign.orthogonal import singular_vectors
+from tlora_core.files.layer_names import plain_name
+from tlora_core.method.starts import exact_device
 
 TINY_BASE = Path(__file__).resolve().parents[1] / "tlora_core" / "tiny" / "weights" / "tiny_base.safetensors"
 
@@ -175,7 +175,7 @@ def test_cancel_is_heard_between_layers(comfy, tmp_path):
     import comfy.model_management
     import comfy.utils
 
-    from tlora_core.comfy_host.progress import counting
+    from tlora_core.hosts.comfy.progress import counting
 
     weights, _ = lycoris_file(tmp_path / "a.safetensors")
     done = []
@@ -202,7 +202,7 @@ def test_a_file_of_the_real_lycoris_gives_its_own_output(comfy, tmp_path, train_
     lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed; tools/host.py test installs it")
     from host_models import random_unet
 
-    from tlora_core.comfy_host.targets import target_of
+    from tlora_core.hosts.comfy.model.targets import target_of
 
     model = random_unet()
     unet = model.model.diffusion_model

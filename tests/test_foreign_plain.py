@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from test_file import make
 
 from tlora_core import RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.export import LAYOUTS, export
-from tlora_core.foreign import load_any
+from tlora_core.files.export import LAYOUTS, export
+from tlora_core.files.foreign import load_any
 
 
 @pytest.mark.parametrize("naming", NAMINGS)

@@ -22,7 +22,7 @@ from foreign_files import (
 from safetensors.torch import save_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.foreign import load_any
+from tlora_core.files.foreign import load_any
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
 def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evaluation(unet, tmp_path):
     import sampling_runs as runs
 
-    from tlora_core.comfy_host.targets import target_of
+    from tlora_core.hosts.comfy.model.targets import target_of
 
     module = "mid_block.attentions.0.transformer_blocks.0.attn1"
     path = "middle_block.1.transformer_blocks.0.attn1"
@@ -210,7 +210,7 @@ def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(
     import comfy.utils
     import random_models
 
-    from tlora_core.comfy_host.targets import target_of
+    from tlora_core.hosts.comfy.model.targets import target_of
 
     model = random_models.flux(256, (1, 1), 64, 32)
     layers = pairs(

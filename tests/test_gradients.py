@@ -18,7 +18,7 @@ class Setting:
         import random_models
 
         from tlora_core import make_adapters
-        from tlora_core.comfy_host.families import target_layers
+        from tlora_core.hosts.comfy.model.families import target_layers
 
         # No SDXL is small enough, so this is one with fewer blocks and a narrow text.
         self.model = model or (
@@ -44,10 +44,10 @@ class Setting:
         import random_models
 
         from tlora_core import RankSchedule
-        from tlora_core.comfy_host.denoiser import HostDenoiser
-        from tlora_core.comfy_host.encode import Sample
-        from tlora_core.comfy_host.training import training_session
-        from tlora_core.config import TrainConfig
+        from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+        from tlora_core.hosts.comfy.training.encode import Sample
+        from tlora_core.hosts.comfy.training.session import training_session
+        from tlora_core.training.config import TrainConfig
 
         with training_session(self.model, checkpointing):
             samples = [Sample(latent, None, None, random_models.conditioning(self.model, 5, seed)) for seed, latent in enumerate(self.latents)]
@@ -139,7 +139,7 @@ def test_gradients_are_those_of_finite_differences(comfy, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_no_gradient_and_saves_memory(comfy, family):
-    from tlora_core.comfy_host.training import checkpointed
+    from tlora_core.hosts.comfy.training.session import checkpointed
 
     setting, kept = Setting(family), []
     with setting.session():

@@ -16,7 +16,7 @@ from good_files import GOOD, KOHYA, pair, reference_parts, refuse_or_read, split
 from safetensors.torch import save
 
 from tlora_core.cli import main
-from tlora_core.foreign.hparams import read_hparams
+from tlora_core.files.foreign.hparams import read_hparams
 
 
 class Payload:

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 from tlora_core import RankSchedule, TLoRAError
-from tlora_core.images import check_images, resized, square, to_tensor
-from tlora_core.plot import _round_ticks, loss_curve, schedule_curve
+from tlora_core.inspect.plot import _round_ticks, loss_curve, schedule_curve
+from tlora_core.training.images import check_images, resized, square, to_tensor
 
 
 @pytest.mark.parametrize("images, words", [

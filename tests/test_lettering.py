@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from tlora_core import lettering
-from tlora_core.lettering import Lettering
-from tlora_core.plot import _BACKGROUND, _LINE, _step_ticks, bar_chart, loss_curve
-from tlora_core.sheet import comparison_sheet
+from tlora_core.inspect import lettering
+from tlora_core.inspect.lettering import Lettering
+from tlora_core.inspect.plot import _BACKGROUND, _LINE, _step_ticks, bar_chart, loss_curve
+from tlora_core.inspect.sheet import comparison_sheet
 
 
 @pytest.fixture

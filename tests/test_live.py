@@ -10,7 +10,7 @@ from PIL import Image
 
 @pytest.fixture
 def live(comfy, monkeypatch):
-    from tlora_core.comfy_host import live
+    from tlora_core.hosts.comfy.page import training as live
 
     monkeypatch.setattr(live.LiveRun, "_runs", {})
     return live
@@ -34,7 +34,7 @@ def pages(live, monkeypatch):
 
 def opened_pages(monkeypatch):
     """Two pages, of which one listens."""
-    from tlora_core.comfy_host import pages
+    from tlora_core.hosts.comfy.page import pages
 
     monkeypatch.setattr(pages, "_listening", {})
     monkeypatch.setattr(pages.PromptServer, "instance", Pages(), raising=False)
@@ -47,7 +47,7 @@ def ask(*requests, add_routes=None):
     from aiohttp import web
     from aiohttp.test_utils import TestClient, TestServer
 
-    from tlora_core.comfy_host import live_routes
+    from tlora_core.hosts.comfy.routes import training as live_routes
 
     async def run():
         app, routes = web.Application(), web.RouteTableDef()
@@ -130,7 +130,7 @@ def test_events_go_to_pages_that_listen_are_throttled_and_leave_out_no_step(live
 
 
 def test_a_page_listens_from_when_it_asks_for_the_runs_until_its_socket_closes(live, pages):
-    from tlora_core.comfy_host.pages import tell
+    from tlora_core.hosts.comfy.page.pages import tell
 
     for client in ("still loading", "never seen", ""):
         [(status, _)] = ask(("GET", f"/tlora/runs?client={client}", {}))
@@ -243,7 +243,7 @@ def test_a_run_belongs_to_the_workflow_that_is_being_run(live, pages):
 
 
 def test_a_run_has_the_mark_that_the_page_wrote_into_its_node_also_in_a_subgraph(live):
-    from tlora_core.comfy_host.queued import owner_of
+    from tlora_core.hosts.comfy.page.queued import owner_of
 
     node = {"id": 7, "type": "TLoRATrainFromImage", "properties": {"tlora_run": "a mark"}}
     inner = {"id": 3, "type": "sub", "properties": {}}

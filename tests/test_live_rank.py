@@ -17,7 +17,7 @@ def model(comfy):
 
 
 def shown(model, schedule, node_id="3:7"):
-    from tlora_core.comfy_host.live_rank import show_active_rank
+    from tlora_core.hosts.comfy.page.rank import show_active_rank
 
     return show_active_rank(model.clone(), schedule, node_id)
 
@@ -30,7 +30,7 @@ def schedule():
 
 
 def test_page_is_told_the_rank_of_each_evaluation_and_the_samplers_steps(model, schedule, pages, monkeypatch):
-    from tlora_core.comfy_host import live_rank
+    from tlora_core.hosts.comfy.page import rank as live_rank
 
     monkeypatch.setattr(live_rank, "EVENT_EVERY", 0.0)
     sample(shown(model, schedule), steps=4)
@@ -66,7 +66,7 @@ def test_output_is_the_same_with_and_without_and_without_a_page_nothing_is_added
     plain, told = models.evaluate(model, [2.0]), models.evaluate(shown(model, schedule), [2.0])
     assert torch.equal(plain, told)
     assert shown(model, schedule, None).wrappers == model.wrappers
-    from tlora_core.comfy_host import live_rank
+    from tlora_core.hosts.comfy.page import rank as live_rank
 
     monkeypatch.delattr(live_rank.PromptServer, "instance")
     assert shown(model, schedule).wrappers == model.wrappers

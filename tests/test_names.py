@@ -9,8 +9,8 @@ from foreign_files import (
 )
 from safetensors.torch import save_file
 
-from tlora_core.foreign import load_any
-from tlora_core.names import Place, diffusers_name, layer_of, plain_name
+from tlora_core.files.foreign import load_any
+from tlora_core.files.layer_names import Place, diffusers_name, layer_of, plain_name
 
 
 def sdxl_config():
@@ -83,8 +83,8 @@ def test_all_names_the_host_knows_reach_the_model(comfy, tmp_path):
     import comfy.lora
     from host_models import random_unet
 
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.comfy_host.targets import target_of
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.model.targets import target_of
 
     model = random_unet()
     target = target_of(model)

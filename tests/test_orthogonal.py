@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from tlora_core import STARTS, TLoRAError, orthogonal_start, orthogonal_starts
-from tlora_core.bidiagonal import chi_squares, count_below, singular_values
+from tlora_core.method.gaussian_spectrum import chi_squares, count_below, singular_values
 
 SAMPLES = 4000
 OUT, IN, RANK = 12, 9, 2

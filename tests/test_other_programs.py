@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
-from tlora_core.export import export
-from tlora_core.names import layer_key, split_name
+from tlora_core.files.export import export
+from tlora_core.files.layer_names import layer_key, split_name
 
 # Family -> layers of those trained by "attention+feed-forward" that the host has a name for, where that is not all of them.
 FAMILIES = {
@@ -25,7 +25,7 @@ def family(request, comfy):
     """(name, MODEL, a T-LoRA on all layers that can be trained by name)."""
     import random_models
 
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     model = random_models.sdxl(64, (0, 1, 1), 64) if request.param == "sdxl" else random_models.small(request.param)
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import tlora_core
 from tlora_core import RankSchedule
-from tlora_core.names import layer_of, plain_name
+from tlora_core.files.layer_names import layer_of, plain_name
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; tools/host.py test installs it")
 pytestmark = pytest.mark.usefixtures("one_thread")

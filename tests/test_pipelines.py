@@ -83,7 +83,7 @@ def is_bare(denoiser):
 # Measured: 5e-6 for the U-Net, 2e-7 for FLUX; docs/FILE_FORMAT.md has the largest difference.
 @pytest.mark.parametrize("split", [(), ("qkv", "linear1")], ids=["whole layers", "rows of layers"])
 def test_the_picture_is_the_hosts(twins, split):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     tlora, tolerance = twins.tlora(split=split), {"sdxl": 2e-5, "flux": 2e-6}[twins.kind]
     bare = picture_in_diffusers(twins.model, twins.pipe)

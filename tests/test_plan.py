@@ -38,7 +38,8 @@ def write_header(path, shapes) -> None:
 
 def test_sdxl_is_known_from_its_header(checkpoints):
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from tlora_core.comfy_host.plan import plan
+
+    from tlora_core.hosts.comfy.routes.plan import plan
 
     with torch.device("meta"):
         network = UNetModel(**SDXL)
@@ -53,9 +54,9 @@ def test_sdxl_is_known_from_its_header(checkpoints):
 
 
 def test_the_tiny_base_is_what_the_run_takes(base):
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.comfy_host.personalize import filled_in
-    from tlora_core.comfy_host.plan import plan
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.routes.plan import plan
+    from tlora_core.hosts.comfy.training.personalize import filled_in
 
     told, request = plan("TLoRATinyBaseModel", "", FIELDS, CONFIG), filled_in(base[0], CONFIG, **FIELDS)
     assert told["layers"] == len(target_layers(base[0])) and told["resolution"] == request.resolution and told["method"] == request.method
@@ -64,8 +65,8 @@ def test_the_tiny_base_is_what_the_run_takes(base):
 
 @pytest.mark.parametrize("method", ["tlora", "lora"])
 def test_bytes_of_adapters_are_those_that_a_training_holds(method):
-    from tlora_core.comfy_host.plan import adapter_bytes
-    from tlora_core.factory import make_adapters
+    from tlora_core.hosts.comfy.routes.plan import adapter_bytes
+    from tlora_core.method.factory import make_adapters
 
     shapes = {"a": (12, 8), "b": (8, 20), "c": (12, 8)}
     adapters = make_adapters(method, "last_random", shapes, 4, seed=0)
@@ -76,7 +77,7 @@ def test_bytes_of_adapters_are_those_that_a_training_holds(method):
 
 
 def test_what_cannot_be_known_is_not_guessed(checkpoints):
-    from tlora_core.comfy_host.plan import asked_plan, plan
+    from tlora_core.hosts.comfy.routes.plan import asked_plan, plan
 
     (checkpoints / "broken.safetensors").write_bytes(b"no header")
     write_header(checkpoints / "other.safetensors", {"model.diffusion_model.unknown.weight": (4, 4)})

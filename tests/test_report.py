@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile, make_adapters
-from tlora_core.report import (
+from tlora_core.inspect.report import (
     B_KEY,
     block_name,
     blocks,

@@ -160,7 +160,7 @@ class TestPatches:
         import comfy.sd
         import comfy.utils
 
-        from tlora_core.comfy_host.training import training_session
+        from tlora_core.hosts.comfy.training.session import training_session
 
         unet = models.random_unet()
         models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")

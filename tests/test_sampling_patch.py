@@ -28,7 +28,8 @@ class Recorder:
     """The ranks that each layer applied, and the sigmas of the evaluation as a second, innermost wrapper sees them."""
 
     def __init__(self, model, monkeypatch):
-        from tlora_core import attach, folding
+        from tlora_core.layers import folded as folding
+        from tlora_core.layers import overlay as attach
 
         self.evaluations, product = [], attach.add_low_rank
 
@@ -77,7 +78,7 @@ def assert_ranks_follow(recorder, table, what):
 def test_every_sampler_and_scheduler_applies_the_rank_of_each_evaluation(model, tlora, monkeypatch):
     import comfy.samplers
 
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     table = model.model.model_sampling.sigmas
     pairs = [(s, "karras" if i % 2 else "normal") for i, s in enumerate(comfy.samplers.KSampler.SAMPLERS)]
@@ -91,7 +92,7 @@ def test_every_sampler_and_scheduler_applies_the_rank_of_each_evaluation(model, 
 
 
 def test_ranks_follow_when_sampling_starts_late_and_with_areas(model, tlora, monkeypatch):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     recorder = Recorder(model, monkeypatch)
     left, right = models.conditioning(1), models.conditioning(4)
@@ -102,7 +103,7 @@ def test_ranks_follow_when_sampling_starts_late_and_with_areas(model, tlora, mon
 
 
 def test_rows_of_a_batch_have_each_the_rank_of_their_own_timestep(model, tlora, monkeypatch):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     recorder = Recorder(model, monkeypatch)
     sigmas = model.model.model_sampling.sigmas[[999, 500, 20]]
@@ -112,8 +113,8 @@ def test_rows_of_a_batch_have_each_the_rank_of_their_own_timestep(model, tlora, 
 
 @pytest.mark.parametrize("timestep", [0, 250, 500, 999])
 def test_output_is_that_of_weights_merged_with_the_masked_update(comfy, model, tlora, timestep):
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     sigma = float(model.model.model_sampling.sigmas[timestep])
     columns = 2 * ((RANK - MIN_RANK) * (1000 - timestep) // 1000 + MIN_RANK)
@@ -128,7 +129,7 @@ def test_output_is_that_of_weights_merged_with_the_masked_update(comfy, model, t
 
 
 def test_batch_with_mixed_timesteps_equals_its_rows_alone(model, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     patched = apply_tlora(model, tlora)
     sigmas = model.model.model_sampling.sigmas[[999, 400, 5]]
@@ -152,7 +153,7 @@ def test_stock_loader_gives_the_full_rank_update_of_the_same_file(model, tlora, 
     import comfy.sd
     import comfy.utils
 
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     tlora.save(tmp_path / "x.safetensors")
     stock, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)
@@ -163,7 +164,7 @@ def test_stock_loader_gives_the_full_rank_update_of_the_same_file(model, tlora, 
 
 
 def test_two_tloras_add_up_in_either_order_and_opposite_strengths_cancel(model, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     other = models.random_tlora(model, rank=8, min_rank=2, seed=5)
     sigma = [2.0]
@@ -176,7 +177,7 @@ def test_two_tloras_add_up_in_either_order_and_opposite_strengths_cancel(model, 
 
 
 def test_branch_without_the_tlora_is_bit_identical_in_between(model, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     before = sample(model)
     one = sample(apply_tlora(model, tlora))
@@ -186,13 +187,13 @@ def test_branch_without_the_tlora_is_bit_identical_in_between(model, tlora):
 
 
 def test_strength_zero_is_the_bare_model(model, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     assert torch.equal(sample(apply_tlora(model, tlora, 0.0)), sample(model))
 
 
 def test_error_in_any_layer_leaves_the_model_as_it_was(model, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     patched, before = apply_tlora(model, tlora), sample(model)
     layers = [m for m in model.model.diffusion_model.modules() if isinstance(m, torch.nn.Linear)]
@@ -209,7 +210,7 @@ def test_error_in_any_layer_leaves_the_model_as_it_was(model, tlora):
 
 def test_model_without_the_layers_is_refused_in_a_sentence(model, tlora):
     from tlora_core import LowRank, TLoRAError, TLoRAFile
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     def file(layers):
         return TLoRAFile(layers, "tlora", tlora.schedule, 1000, "discrete", "flux")
@@ -225,7 +226,7 @@ def test_noise_level_of_each_parameterisation_of_the_host(comfy):
     import comfy.model_sampling as ms
 
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.noise import noise_level
+    from tlora_core.hosts.comfy.model.noise import noise_level
 
     def level(schedule, prediction, sigma):
         sampling = type("ModelSampling", (schedule, prediction), {})()

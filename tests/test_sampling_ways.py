@@ -14,7 +14,7 @@ def test_short_memory_falls_back_to_the_product_and_says_the_same(unet, tlora, m
 
 
 def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatch):
-    from tlora_core.comfy_host.sampling import Folds
+    from tlora_core.hosts.comfy.sampling import Folds
 
     patched = runs.apply(unet, tlora)
     during = []
@@ -27,7 +27,7 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
 
 def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
     """On the CPU, as on a GPU with --highvram or --gpu-only, idle models stay on the device that computes."""
-    from tlora_core.comfy_host.sampling import DeviceCopies
+    from tlora_core.hosts.comfy.sampling import DeviceCopies
 
     assert unet.load_device == unet.offload_device
     cells = [runs.apply(unet, tlora, strength) for strength in (0.5, 1.0)]
@@ -62,7 +62,7 @@ def test_copies_go_also_where_the_host_tells_the_model_nothing_but_the_end(unet,
 def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, tlora, step, failure):
     import comfy.model_management as mm
 
-    from tlora_core.comfy_host.sampling import Folds
+    from tlora_core.hosts.comfy.sampling import Folds
 
     patched, plain = runs.apply(unet, tlora), runs.sample(unet, *runs.texts())
     wanted = runs.sample(patched, *runs.texts())

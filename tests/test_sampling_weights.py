@@ -114,7 +114,7 @@ class TestLittleMemory:
         import comfy.model_management
         import random_models
 
-        from tlora_core.comfy_host.layers import bytes_to_come
+        from tlora_core.hosts.comfy.model.layers import bytes_to_come
 
         model = random_models.flux(256, (1, 1), 64, 32, dtype=dtype)
         texts = [random_models.conditioning(model, 6, seed) for seed in (1, 2)]

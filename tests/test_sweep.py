@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAError, TLoRAFile
-from tlora_core.sheet import comparison_sheet
-from tlora_core.sweep import Axis, Sweep
+from tlora_core.inspect.sheet import comparison_sheet
+from tlora_core.inspect.sweep import Axis, Sweep
 
 RANK, MIN_RANK = 8, 4
 

@@ -107,7 +107,7 @@ def test_repository_holds_the_sheet_of_pictures_and_the_model_card():
 
 
 def test_a_plain_lora_on_one_picture_of_a_concept_reproduces_it(comfy):
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
 
     heart = next(c for c in world.CONCEPTS if c.name == "olive heart")
     with torch.inference_mode():

@@ -8,10 +8,19 @@ import torch
 from training_runs import OutOfMemory
 
 from tlora_core import Adapters, TLoRAError, make_adapters
-from tlora_core.bank import ortho_bank
-from tlora_core.config import TrainConfig
-from tlora_core.optimizers import LR_SCHEDULES, OPTIMIZERS, STATE_SIZES
-from tlora_core.trainer import SNAPSHOT_EVERY, Batches, Trainer, TrainingDiverged, divergence, generator_for, orthogonality, train
+from tlora_core.method.bank import ortho_bank
+from tlora_core.training.config import TrainConfig
+from tlora_core.training.optimizers import LR_SCHEDULES, OPTIMIZERS, STATE_SIZES
+from tlora_core.training.trainer import (
+    SNAPSHOT_EVERY,
+    Batches,
+    Trainer,
+    TrainingDiverged,
+    divergence,
+    generator_for,
+    orthogonality,
+    train,
+)
 
 CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]
 

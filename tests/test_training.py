@@ -11,10 +11,10 @@ def model(comfy):
 
 def denoiser_for(model, method="tlora", rank=16, min_rank=8, latents=1, moved=0.1):
     from tlora_core import RankSchedule, make_adapters
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.config import TrainConfig
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.training.config import TrainConfig
 
     shapes = {path: layer.shape for path, layer in target_layers(model).items()}
     adapters = make_adapters(method, "last_random", shapes, rank, 0)
@@ -45,9 +45,9 @@ def in_node(work):
 
 
 def test_weights_end_bit_identical_and_are_never_copied(model):
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import train
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import train
 
     with torch.inference_mode():  # weights as a loader node leaves them
         for module in model.model.diffusion_model.modules():
@@ -73,8 +73,8 @@ def test_weights_end_bit_identical_and_are_never_copied(model):
 
 
 def test_loss_is_the_error_of_the_predicted_noise(model):
-    from tlora_core.comfy_host.sampling import diffusion_modules
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.sampling import diffusion_modules
+    from tlora_core.hosts.comfy.training.session import training_session
 
     def work():
         with training_session(model):
@@ -95,7 +95,7 @@ def test_loss_is_the_error_of_the_predicted_noise(model):
 
 
 def test_gradient_agrees_with_finite_differences(model):
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.training.session import training_session
 
     def work():
         with training_session(model):
@@ -120,7 +120,7 @@ def test_gradient_agrees_with_finite_differences(model):
 
 @pytest.mark.parametrize("method, wanted", [("tlora", 8), ("vanilla_tlora", 8), ("ortho_lora", 16), ("lora", 16)])
 def test_only_the_active_ranks_learn_at_the_noisiest_timestep(model, method, wanted):
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.training.session import training_session
 
     def work():
         with training_session(model):
@@ -134,7 +134,7 @@ def test_only_the_active_ranks_learn_at_the_noisiest_timestep(model, method, wan
 
 
 def test_each_sample_of_a_batch_is_masked_by_its_own_timestep(model):
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.training.session import training_session
 
     def work():
         with training_session(model):
@@ -150,9 +150,9 @@ def test_each_sample_of_a_batch_is_masked_by_its_own_timestep(model):
 def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
     import comfy.model_management
 
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import train
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import train
 
     before, seen = models.evaluate(model, [1.0]), []
 
@@ -174,9 +174,9 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
 
 
 def test_error_in_the_middle_of_a_step_leaves_no_trace(model):
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import train
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import train
 
     before = models.evaluate(model, [1.0])
     layer = list(m for m in model.model.diffusion_model.modules() if isinstance(m, torch.nn.Linear))[40]
@@ -193,7 +193,7 @@ def test_error_in_the_middle_of_a_step_leaves_no_trace(model):
 
 def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.families import target_layers
+    from tlora_core.hosts.comfy.model.families import target_layers
 
     class Patcher:
         model = type("SD3", (torch.nn.Module,), {})()
@@ -204,9 +204,9 @@ def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
 
 
 def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import train
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import train
 
     layer = next(m for path, m in model.model.diffusion_model.named_modules() if path.endswith("attn2.to_k"))
     calls = []
@@ -230,8 +230,8 @@ def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
 def test_copies_of_a_tlora_that_was_trained_on_top_of_leave_the_device(base):
     import random_models
 
-    from tlora_core.comfy_host.sampling import apply_tlora
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.sampling import apply_tlora
+    from tlora_core.hosts.comfy.training.session import training_session
 
     model = apply_tlora(base[0], random_models.random_tlora(base[0], 4))
     (patch,) = (w for keyed in model.wrappers.values() for each in keyed.values() for w in each)

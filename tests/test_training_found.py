@@ -22,7 +22,7 @@ def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
 
 def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_again(base, output, monkeypatch):
     from tlora_core import TLoRAFile
-    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.hosts.comfy.page.training import LiveRun
 
     said, finish = [], LiveRun.finish
     monkeypatch.setattr(TLoRAFile, "note", "Other programs find some of it.")
@@ -33,7 +33,7 @@ def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_
 
 
 def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(base, output, monkeypatch):
-    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.hosts.comfy.page.training import LiveRun
 
     whole = run(base)
     unfinished = folders(output)[0]
@@ -51,7 +51,7 @@ def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(b
 
 
 def test_a_finished_run_of_the_first_version_is_found(base, output, monkeypatch):
-    from tlora_core.comfy_host import training_run
+    from tlora_core.hosts.comfy.training import run as training_run
 
     first = run(base)
     monkeypatch.setattr("tlora_core.version.__version__", "9.9.9")
@@ -66,8 +66,8 @@ def test_run_whose_file_was_changed_is_trained_again(base, output):
 
 
 def test_what_the_result_depends_on_changes_the_key(base, output):
-    from tlora_core.comfy_host.fingerprint import fingerprint
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
 
     model, clip, vae = base
     tlora = run(base).tlora
@@ -111,7 +111,7 @@ def test_a_merged_model_is_known_again_and_told_from_other_merges(base):
     import host_models as models
     from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-    from tlora_core.comfy_host.fingerprint import fingerprint
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
 
     def merged(seed, ratio=0.7, strength=0.0):
         other = models.random_unet(seed)
@@ -126,8 +126,8 @@ def test_a_merged_model_is_known_again_and_told_from_other_merges(base):
 
 @pytest.mark.parametrize("size", [64, 512, 1024])
 def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
-    from tlora_core.comfy_host.fingerprint import fingerprint
-    from tlora_core.dataset import TrainingImage
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
+    from tlora_core.training.dataset import TrainingImage
 
     white, masked = torch.ones(size, size, 3), torch.zeros(size, size)
     other, repainted = white.clone(), masked.clone()
@@ -139,7 +139,7 @@ def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
 
 
 def test_run_on_another_picture_on_the_same_ground_is_another_run(base, output):
-    from tlora_core.dataset import training_images
+    from tlora_core.training.dataset import training_images
 
     first, second = torch.ones(2, 1, 512, 512, 3)
     first[:, 200:300, 200:300], second[:, 150:350, 250:350] = 0, 0.5
@@ -152,8 +152,8 @@ def test_what_only_tells_the_page_is_no_other_model(base):
     from comfy.patcher_extension import WrappersMP
 
     from tlora_core import RankSchedule
-    from tlora_core.comfy_host.fingerprint import fingerprint
-    from tlora_core.comfy_host.live_rank import _Teller
+    from tlora_core.hosts.comfy.page.rank import _Teller
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
 
     told = base[0].clone()
     told.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-live-x", _Teller(RankSchedule(4, 2), "7", None))

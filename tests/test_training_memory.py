@@ -8,10 +8,10 @@ def denoiser_for(model, channels, side, **config):
     import random_models
 
     from tlora_core import RankSchedule, make_adapters
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.config import TrainConfig
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.training.config import TrainConfig
 
     shapes = {name: layer.shape for name, layer in target_layers(model).items()}
     adapters = make_adapters("tlora", "last_random", shapes, 8, 0)
@@ -23,8 +23,8 @@ def denoiser_for(model, channels, side, **config):
 def test_it_is_foretold_from_small_pictures(comfy, name):
     import random_models
 
-    from tlora_core.comfy_host.memory import _Kept, training_memory
-    from tlora_core.comfy_host.training import checkpointed, training_session
+    from tlora_core.hosts.comfy.training.memory import _Kept, training_memory
+    from tlora_core.hosts.comfy.training.session import checkpointed, training_session
 
     model = {"sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64), "flux": lambda: random_models.flux(256, (2, 3), 64, 32),
              "sd3": lambda: random_models.small("sd3")}[name]()
@@ -47,8 +47,8 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
     import comfy.model_management
     import random_models
 
-    from tlora_core.comfy_host.memory import should_checkpoint, training_memory
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.training.memory import should_checkpoint, training_memory
+    from tlora_core.hosts.comfy.training.session import training_session
 
     model = random_models.flux(256, (1, 1), 64, 32)
     with training_session(model):
@@ -68,7 +68,7 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
 
 def out_of_memory_once(monkeypatch, base, step, error=None):
     """The model has no memory left in a backward pass of that step, the first time."""
-    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
 
     losses, calls = HostDenoiser.losses, []
 
@@ -144,7 +144,7 @@ def test_every_error_that_the_host_takes_for_memory_is_one_in_the_first_step_too
 def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output, monkeypatch, free, expected):
     import comfy.model_management
 
-    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: free)
     with torch.inference_mode():
@@ -161,7 +161,7 @@ def test_a_training_lets_go_of_the_model(comfy, memory):
     import comfy.model_management
     from host_models import tiny_base
 
-    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     base = tiny_base()
     network = weakref.ref(base[0].model.diffusion_model)
@@ -194,8 +194,8 @@ def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
     """An inpainting model gets the masked picture beside the latents."""
     import random_models
 
-    from tlora_core.comfy_host.memory import training_memory
-    from tlora_core.comfy_host.training import training_session
+    from tlora_core.hosts.comfy.training.memory import training_memory
+    from tlora_core.hosts.comfy.training.session import training_session
 
     name, size = random_models.SMALL["sd15"]
     monkeypatch.setitem(random_models.SMALL, "sd15", (name, {**size, "in_channels": 9}))
@@ -213,11 +213,11 @@ def test_each_prior_picture_has_the_same_chance_whatever_its_shape(comfy, monkey
     import random_models
 
     from tlora_core import RankSchedule, make_adapters
-    from tlora_core.comfy_host.denoiser import HostDenoiser
-    from tlora_core.comfy_host.encode import Sample
-    from tlora_core.comfy_host.families import target_layers
-    from tlora_core.comfy_host.training import training_session
-    from tlora_core.config import TrainConfig
+    from tlora_core.hosts.comfy.model.families import target_layers
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.hosts.comfy.training.session import training_session
+    from tlora_core.training.config import TrainConfig
 
     model = random_models.flux(256, (1, 1), 64, 32)
     texts = random_models.conditioning(model, 8)

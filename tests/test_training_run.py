@@ -18,7 +18,7 @@ PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
 
 
 def test_a_run_is_named_like_its_file_without_the_number_that_was_added(comfy):
-    from tlora_core.comfy_host.training_run import _without_counter
+    from tlora_core.hosts.comfy.training.run import _without_counter
 
     assert [_without_counter(name) for name in ("dog_v1.5_00001_", "sks_dog2_00012_", "dog_123456_", "v2_0")] == [
         "dog_v1.5", "sks_dog2", "dog", "v2_0"]
@@ -28,7 +28,7 @@ class Wish:
     """Does something when a run has made a step."""
 
     def __init__(self, monkeypatch, step, do):
-        from tlora_core.comfy_host.live import LiveRun
+        from tlora_core.hosts.comfy.page.training import LiveRun
 
         self.runs, report = [], LiveRun.report
 
@@ -49,7 +49,7 @@ def cancel(live):
 
 def shown():
     """What the page says of the last run: its state and the message."""
-    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.hosts.comfy.page.training import LiveRun
 
     last = LiveRun.states()[-1]
     return last["state"], last["message"]
@@ -57,7 +57,7 @@ def shown():
 
 def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot_be_shown_is_refused_before_any_work(base, output):
     from tlora_core import TLoRAError, TLoRAFile
-    from tlora_core.comfy_host.personalize import TrainRequest
+    from tlora_core.hosts.comfy.training.personalize import TrainRequest
 
     plain = request(2, token="sks", class_word="red heart")
     asked = request(2, token="\u3000sks\xa0", class_word="red\u2003 heart\t")
@@ -106,7 +106,7 @@ def test_cancel_leaves_the_last_checkpoint_or_saves_when_asked(base, output, mon
 
 def no_number_after(monkeypatch, steps):
     """The loss is none from then on."""
-    from tlora_core.comfy_host.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
 
     losses, calls = HostDenoiser.losses, []
 
@@ -122,8 +122,8 @@ def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base
     import comfy.model_management
 
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.live import LiveRun
-    from tlora_core.comfy_host.training_run import TrainingRun
+    from tlora_core.hosts.comfy.page.training import LiveRun
+    from tlora_core.hosts.comfy.training.run import TrainingRun
 
     def full(*args):
         raise TLoRAError("the disk is full.")
@@ -142,7 +142,7 @@ def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base
 
 
 def test_a_long_name_makes_a_folder_that_is_found_again(tmp_path):
-    from tlora_core.runs import RunFolder
+    from tlora_core.training.run_folder import RunFolder
 
     made = RunFolder.create(tmp_path, "名" * 80, "0" * 32, 9, {})
     assert len(made.path.name.encode()) < 255 and RunFolder.find(tmp_path, "0" * 32).path == made.path
@@ -151,7 +151,7 @@ def test_a_long_name_makes_a_folder_that_is_found_again(tmp_path):
 def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monkeypatch):
     resource = pytest.importorskip("resource")
 
-    from tlora_core import runs
+    from tlora_core.training import run_folder as runs
 
     monkeypatch.setattr(runs, "FLUSH_EVERY", -1.0)
     recorder = runs.Recorder(runs.RunFolder.create(tmp_path, "run", "0" * 32, 999, {}), 0)
@@ -170,7 +170,7 @@ def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monke
 def test_record_goes_on_where_the_run_was_taken_up(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from tlora_core.runs import Recorder, RunFolder
+    from tlora_core.training.run_folder import Recorder, RunFolder
 
     folder = RunFolder.create(tmp_path, "run", "0" * 32, 9, {})
     for first, steps, loss in ((0, (1, 2, 3, 4), 0.5), (2, (3, 4, 5), 0.25)):
@@ -187,7 +187,7 @@ def test_record_goes_on_where_the_run_was_taken_up(tmp_path):
 def test_last_validation_pictures_put_no_finished_training_at_risk(base, output, monkeypatch):
     import comfy.model_management
 
-    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     def cancelled(*args):
         raise comfy.model_management.InterruptProcessingException
@@ -205,7 +205,7 @@ def test_last_validation_pictures_put_no_finished_training_at_risk(base, output,
 
 def test_validation_pictures_that_fail_end_no_training(base, output, monkeypatch, caplog):
     from tlora_core import TLoRAError
-    from tlora_core.runs import RunFolder
+    from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
         raise TLoRAError("the disk is full.")
@@ -232,7 +232,7 @@ def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
 
 def test_checkpoint_that_cannot_be_written_ends_no_training(base, output, monkeypatch):
     from tlora_core import TLoRAError
-    from tlora_core.runs import RunFolder
+    from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
         raise TLoRAError("the disk is full.")
@@ -261,9 +261,9 @@ def test_the_file_is_handed_on_where_the_disk_takes_nothing_after_it(base, outpu
 
 
 def test_training_whose_file_cannot_be_saved_is_kept_and_the_next_run_only_writes_the_file(base, output, monkeypatch):
-    from tlora_core.comfy_host.personalize import Personalization
     from tlora_core.errors import TLoRAError
-    from tlora_core.file import TLoRAFile
+    from tlora_core.files.tlora_file import TLoRAFile
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     straight = run(base, request(config={"seed": 1}))
     (output / "loras" / straight.file).unlink()
@@ -289,7 +289,7 @@ def test_training_whose_file_cannot_be_saved_is_kept_and_the_next_run_only_write
 def no_file(monkeypatch, *folders):
     """Files are not saved in these folders, but may be in folders below them; the room there was enough before."""
     from tlora_core.errors import TLoRAError
-    from tlora_core.file import TLoRAFile
+    from tlora_core.files.tlora_file import TLoRAFile
 
     save = TLoRAFile.save
 
@@ -303,8 +303,8 @@ def no_file(monkeypatch, *folders):
 
 @pytest.mark.parametrize("rerun, more", [("auto", 0), ("continue", 3), ("restart", 0)])
 def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_says(base, output, monkeypatch, rerun, more):
-    from tlora_core.comfy_host.personalize import Personalization
     from tlora_core.errors import TLoRAError
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     with monkeypatch.context() as patch:
         no_file(patch, output / "loras" / "run")
@@ -325,11 +325,11 @@ def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_sa
 @pytest.mark.parametrize("taken", ["output", "temp", "none"])
 @pytest.mark.parametrize("end", ["done", "stop", "cancel", "divergence"])
 def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(base, output, monkeypatch, tmp_path, end, taken):
-    import folder_paths
     import comfy.model_management
+    import folder_paths
 
     from tlora_core import TLoRAError, TLoRAFile
-    from tlora_core.runs import RunFolder
+    from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
         raise TLoRAError("no checkpoint, the disk is full.")
@@ -362,7 +362,7 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
 @pytest.mark.parametrize("method", ["tlora", "vanilla_tlora", "oft", "svdiff"])
 @pytest.mark.parametrize("config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str)
 def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, output, monkeypatch, method, config):
-    from tlora_core.comfy_host import training_run
+    from tlora_core.hosts.comfy.training import run as training_run
 
     asked, told = training_run._needs, []
     monkeypatch.setattr(training_run, "_needs", lambda *args: told.extend(asked(*args)) or told)
@@ -378,9 +378,9 @@ def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, outp
 @pytest.mark.parametrize("place", ["loras", "tlora_runs"])
 @pytest.mark.parametrize("lack", ["room", "rights"])
 def test_place_that_will_not_take_the_training_is_told_before_its_first_step(base, output, monkeypatch, place, lack):
-    from tlora_core.comfy_host import room
-    from tlora_core.comfy_host.personalize import Personalization
     from tlora_core.errors import TLoRAError
+    from tlora_core.hosts.comfy import room
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     make, usage = room.tempfile.NamedTemporaryFile, room.shutil.disk_usage
 
@@ -435,8 +435,8 @@ def test_saved_files_have_the_permissions_that_the_umask_leaves(base, output):
 
 
 def test_both_separators_of_a_file_name_make_folders_on_every_system(output):
-    from tlora_core.comfy_host.files import new_lora_path
     from tlora_core.errors import TLoRAError
+    from tlora_core.hosts.comfy.files import new_lora_path
 
     assert new_lora_path("a\\b/dog") == new_lora_path("a/b/dog")
     assert new_lora_path("a\\b\\dog").parent == output / "loras" / "a" / "b"
@@ -448,8 +448,8 @@ def test_both_separators_of_a_file_name_make_folders_on_every_system(output):
 def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_path_factory):
     import folder_paths
 
-    from tlora_core.comfy_host.files import lora_path, name_of, new_lora_path
     from tlora_core.errors import TLoRAError
+    from tlora_core.hosts.comfy.files import lora_path, name_of, new_lora_path
 
     disk, loras = tmp_path_factory.mktemp("disk"), output / "loras"
     (loras / "tlora").symlink_to(disk, target_is_directory=True)
@@ -474,7 +474,7 @@ def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_pat
 
 
 def test_dates_in_a_file_name_are_filled_in_folder_by_folder(output):
-    from tlora_core.comfy_host.files import new_lora_path
+    from tlora_core.hosts.comfy.files import new_lora_path
 
     path = new_lora_path("%year%/x%year%/dog")
     year = path.parent.parent.name
@@ -486,7 +486,7 @@ def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, 
     import comfy.model_management
 
     from tlora_core import TLoRAError, TLoRAFile
-    from tlora_core.runs import RunFolder
+    from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
         raise TLoRAError("the disk is full.")
@@ -527,7 +527,7 @@ def test_validation_changes_nothing_and_is_kept(base, output):
 
 def colour_of_thumbnail(path):
     """Of its middle, or None where the file holds none."""
-    from tlora_core.card import read_thumbnail
+    from tlora_core.files.card import read_thumbnail
 
     content = read_thumbnail(path)
     return None if content is None else Image.open(io.BytesIO(content)).getpixel((128, 128))
@@ -536,7 +536,7 @@ def colour_of_thumbnail(path):
 @pytest.fixture
 def grey_by_step(monkeypatch):
     """Validation pictures are as grey as their step, those of the second prompt black."""
-    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     monkeypatch.setattr(Personalization, "draw", lambda self, prompts, seed=0: torch.stack(
         [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]))
@@ -568,7 +568,7 @@ def test_without_validation_or_consent_no_picture_is_in_a_file(base, output):
 @pytest.mark.usefixtures("grey_by_step")
 def test_a_finished_file_without_room_for_its_last_picture_is_whole_and_found_again(base, output, monkeypatch):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host import training_run
+    from tlora_core.hosts.comfy.training import run as training_run
 
     def full(path, write):
         raise TLoRAError("the disk is full.")
@@ -603,7 +603,7 @@ def test_loss_that_runs_away_keeps_the_last_good_state(base, output, monkeypatch
 def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothing_and_says_so(
         base, output, monkeypatch, steps, rate, message):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.live import LiveRun
+    from tlora_core.hosts.comfy.page.training import LiveRun
 
     if steps is not None:
         no_number_after(monkeypatch, steps)
@@ -653,10 +653,10 @@ import folder_paths
 import utils.extra_config  # as main.py does, before what old ComfyUIs put on the path hides it
 import torch
 torch.set_num_threads(1)
-from tlora_core.comfy_host import tiny_base, training_run
-from tlora_core.comfy_host.personalize import TrainRequest
-from tlora_core.config import TrainConfig
-from tlora_core.dataset import training_images
+from tlora_core.hosts.comfy import tiny_base, training_run
+from tlora_core.hosts.comfy.training.personalize import TrainRequest
+from tlora_core.training.config import TrainConfig
+from tlora_core.training.dataset import training_images
 from tlora_core.tiny import world
 from pathlib import Path
 pixels = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(5))
@@ -711,7 +711,7 @@ def test_record_says_what_was_trained_with(base, output):
 def test_a_files_name_is_written_as_the_hosts_list_has_it(comfy, monkeypatch, kind, folder, name):
     import folder_paths
 
-    from tlora_core.comfy_host.files import name_of
+    from tlora_core.hosts.comfy.files import name_of
 
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda _: [folder])
     assert name_of(kind(folder, name)) == name
@@ -722,7 +722,7 @@ def test_a_files_name_is_written_as_the_hosts_list_has_it(comfy, monkeypatch, ki
     ({"validate_every": 5}, "validation_prompts is empty")])
 def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.training_run import Keeping
+    from tlora_core.hosts.comfy.training.run import Keeping
 
     with pytest.raises(TLoRAError, match=message):
         Keeping(**changes)
@@ -730,9 +730,9 @@ def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
 
 def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
     from tlora_core import TLoRAError, make_adapters
-    from tlora_core.comfy_host.training_run import Keeping
-    from tlora_core.config import TrainConfig
-    from tlora_core.trainer import Trainer
+    from tlora_core.hosts.comfy.training.run import Keeping
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.trainer import Trainer
 
     for package in ("wandb", "prodigyopt", "diffusers.optimization"):
         monkeypatch.setitem(sys.modules, package, None)

@@ -13,7 +13,7 @@ def test_prior_is_drawn_by_the_model_or_given(base, output):
 
 
 def test_pictures_of_several_shapes_masks_and_captions_train_together(base, output):
-    from tlora_core.dataset import training_images
+    from tlora_core.training.dataset import training_images
 
     generator = torch.Generator().manual_seed(1)
     wide, tall = torch.rand(2, 48, 96, 3, generator=generator), torch.rand(1, 90, 40, 3, generator=generator)
@@ -30,7 +30,7 @@ def test_curve_is_trained_with_and_told_by_the_file(base, output):
 
 
 def test_methods_without_a_mask_need_no_min_rank():
-    from tlora_core.comfy_host.personalize import TrainRequest
+    from tlora_core.hosts.comfy.training.personalize import TrainRequest
 
     assert [TrainRequest("sks", "dog", method=method, rank=8).schedule.min_rank for method in ("lora", "oft")] == [8, 8]
 
@@ -38,8 +38,8 @@ def test_methods_without_a_mask_need_no_min_rank():
 def test_starts_of_the_weights_have_one_of_them_at_a_time_in_float32(base, monkeypatch):
     import weakref
 
-    from tlora_core.comfy_host.families import TargetLayer
-    from tlora_core.comfy_host.personalize import Personalization
+    from tlora_core.hosts.comfy.model.families import TargetLayer
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     made, most, weight = [], [], TargetLayer.weight.fget
 
@@ -57,9 +57,9 @@ def test_starts_of_the_weights_have_one_of_them_at_a_time_in_float32(base, monke
 
 @pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
 def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
-    from tlora_core.comfy_host.draw import draw
-    from tlora_core.comfy_host.personalize import Personalization
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.draw import draw
+    from tlora_core.hosts.comfy.sampling import apply_tlora
+    from tlora_core.hosts.comfy.training.personalize import Personalization
 
     asked = request(6, method=method, rank=rank, min_rank=rank)
     with torch.inference_mode():

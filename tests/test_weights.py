@@ -47,7 +47,7 @@ def test_model_with_strength_zero_or_merged_before_can_be_saved(server, trained)
 
 @pytest.fixture
 def adapted(unet, tlora):
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     return apply_tlora(unet, tlora)
 
@@ -66,7 +66,7 @@ def test_patchers_with_a_class_of_their_own_refuse_too(unet, tlora):
     from comfy.model_patcher import ModelPatcher
 
     from tlora_core import TLoRAError
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
 
     class Own(ModelPatcher):
         def clone(self, *args, **kwargs):  # as those for GGUF files do it

@@ -7,15 +7,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def images(count=1, size=64):
-    from tlora_core.dataset import training_images
+    from tlora_core.training.dataset import training_images
 
     generator = torch.Generator().manual_seed(5)
     return training_images(torch.rand(count, size, size, 3, generator=generator))
 
 
 def request(steps=6, rate=0.01, **changes):
-    from tlora_core.comfy_host.personalize import TrainRequest
-    from tlora_core.config import TrainConfig
+    from tlora_core.hosts.comfy.training.personalize import TrainRequest
+    from tlora_core.training.config import TrainConfig
 
     config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
     return TrainRequest(**{"token": "sks", "class_word": "heart", "rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
@@ -23,7 +23,7 @@ def request(steps=6, rate=0.01, **changes):
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
     """As the host runs a node: in inference mode."""
-    from tlora_core.comfy_host.training_run import Keeping, train_or_find
+    from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
 
     with torch.inference_mode():
         return train_or_find(*base, pictures or images(), asked or request(), Keeping(**keeping), file_name, None, prior)
@@ -48,7 +48,7 @@ class OutOfMemory(TorchDispatchMode):
     than torch is needed."""
 
     def __init__(self, monkeypatch, step, operation):
-        from tlora_core.trainer import Trainer
+        from tlora_core.training.trainer import Trainer
 
         super().__init__()
         self.left, update = operation, Trainer._update

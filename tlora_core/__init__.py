@@ -1,13 +1,13 @@
 """T-LoRA (Soboleva et al. 2025) in plain torch: adapters, their orthogonal starts, the rank schedule, the file."""
 
-from .adapters import METHODS, Adapter, Adapters, LowRank, Method
 from .errors import TLoRAError
-from .factory import make_adapters
-from .file import TLoRAFile
-from .masking import add_low_rank
-from .orthogonal import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
-from .pipelines import apply, load
-from .schedule import RankSchedule
+from .files.tlora_file import TLoRAFile
+from .hosts.diffusers import apply, load
+from .method.adapters import METHODS, Adapter, Adapters, LowRank, Method
+from .method.factory import make_adapters
+from .method.masking import add_low_rank
+from .method.schedule import RankSchedule
+from .method.starts import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
 from .version import __version__
 
 __all__ = [

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import torch
 
-from .bake import bake_at, bake_interval, save_all, split_steps, when_on
 from .errors import TLoRAError
-from .export import LAYOUTS, export
-from .file import TLoRAFile
-from .foreign import Loaded, load_any
-from .foreign.checkpoint import checkpoint_target
-from .report import blocks, report_text
+from .files.atomic import numbered, stem_of
+from .files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from .files.export import LAYOUTS, export
+from .files.foreign import Loaded, load_any
+from .files.foreign.checkpoint import checkpoint_target
+from .files.tlora_file import TLoRAFile
+from .inspect.report import blocks, report_text
 from .version import __version__
-from .writing import numbered, stem_of
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -9,7 +9,7 @@ import comfy.supported_models as supported
 import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
-from tlora_core.comfy_host.noise import domain, noise_level
+from tlora_core.hosts.comfy.model.noise import domain, noise_level
 
 SDXL = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4],

@@ -48,7 +48,7 @@ def load_flow(folder: Path = WEIGHTS, unet: Path = FLOW_WEIGHTS):
     ModelSamplingSD3 does with a shift of 1, which is none."""
     from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
 
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
 
     class Flow(ModelSamplingDiscreteFlow, CONST):
         pass
@@ -109,10 +109,10 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
 def lora_likeness(host: HostSampler, concept: world.Concept, steps: Sequence[int] = LIKENESS_STEPS) -> dict:
     """Distances from the concept under the training prompt, means of four pictures: "by_step" while a plain LoRA learns it from one
     picture, "lora" the least of these, "base" before, and "ceiling", the training picture itself seen through the autoencoder."""
-    from tlora_core.comfy_host.personalize import Personalization, TrainRequest
-    from tlora_core.comfy_host.sampling import apply_tlora
-    from tlora_core.config import TrainConfig
-    from tlora_core.dataset import training_images
+    from tlora_core.hosts.comfy.sampling import apply_tlora
+    from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
+    from tlora_core.training.config import TrainConfig
+    from tlora_core.training.dataset import training_images
     scenes = world.concept_scenes(concept, 1, np.random.default_rng(0), "beach", "centre")
     image = torch.from_numpy(world.render(scenes))
     request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=64, min_rank=16,
@@ -137,7 +137,7 @@ def reproduces(distances: dict[str, float]) -> bool:
 
 def measure(pictures: int, concepts: int, folder: Path = WEIGHTS, flow: bool = False) -> tuple[dict, torch.Tensor]:
     """The report and the base's pictures; of the flow-matching sibling where `flow`. Needs the host importable."""
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
     with torch.inference_mode():
         scorer = load_scorer(folder)
         host = HostSampler(*(load_flow(folder) if flow else tiny_base.load(str(folder / "tiny_base.safetensors"))))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from tlora_core.adapters import METHODS
+from tlora_core.method.adapters import METHODS
 
 from .prompts import COMBINED, KINDS, NEUTRAL
 from .run import read

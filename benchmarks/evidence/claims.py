@@ -2,7 +2,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tlora_core.orthogonal import DEFAULT_START
+from tlora_core.method.starts import DEFAULT_START
 
 from .analysis import REPRODUCED, Estimate, Point, at_level, curves, difference, estimate, mean_over_levels, sound
 from .study import ALPHAS, FREE, FRESH, PAPERS_STARTS, PUBLISHED_START, RANK, RANKS, SMALL, Cell, meaningful

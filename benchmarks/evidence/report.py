@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tlora_core.adapters import METHODS
-from tlora_core.orthogonal import STARTS
+from tlora_core.method.adapters import METHODS
+from tlora_core.method.starts import STARTS
 
 from . import claims, plots
 from .analysis import (

@@ -12,15 +12,15 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from tlora_core.adapters import METHODS
-from tlora_core.config import TrainConfig
-from tlora_core.dataset import training_images
-from tlora_core.images import to_picture
-from tlora_core.report import B_KEY
+from tlora_core.inspect.report import B_KEY
+from tlora_core.method.adapters import METHODS
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import LATENT_CHANNELS
 from tlora_core.tiny.scorer import ConceptMatcher
-from tlora_core.trainer import TrainingDiverged
+from tlora_core.training.config import TrainConfig
+from tlora_core.training.dataset import training_images
+from tlora_core.training.images import to_picture
+from tlora_core.training.trainer import TrainingDiverged
 
 from .colour import ColourReader
 from .metrics import measure, seen
@@ -36,7 +36,7 @@ class Bench:
     def __init__(self, weights: Path):
         import tiny_gate
 
-        from tlora_core.comfy_host import tiny_base
+        from tlora_core.tiny import comfy as tiny_base
         self.model, self.clip, self.vae = tiny_base.load(str(weights / "tiny_base.safetensors"))
         self.flow = functools.cache(lambda: tiny_gate.load_flow(weights)[0])
         self.scorer = tiny_gate.load_scorer(weights)
@@ -113,7 +113,7 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
     if cell.method == "none":
         yield drawn(bench.bare(cell.base), step=0, ceiling=ceiling(bench, concept))
         return
-    from tlora_core.comfy_host.sampling import apply_tlora
+    from tlora_core.hosts.comfy.sampling import apply_tlora
     trained = personalization(bench, cell)
     for step in cell.steps:
         began = time.process_time()
@@ -131,7 +131,7 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
 
 
 def personalization(bench: Bench, cell: Cell):
-    from tlora_core.comfy_host.personalize import Personalization, TrainRequest
+    from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
     config = TrainConfig(steps=max(cell.steps), learning_rate=cell.learning_rate, batch_size=cell.batch_size, seed=cell.seed,
                          noise_from=cell.noise_from, noise_to=cell.noise_to)
     request = TrainRequest(

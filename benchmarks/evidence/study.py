@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tlora_core.adapters import METHODS
-from tlora_core.orthogonal import DEFAULT_START, STARTS
+from tlora_core.method.adapters import METHODS
+from tlora_core.method.starts import DEFAULT_START, STARTS
 from tlora_core.tiny import world
 
 from .prompts import Draws

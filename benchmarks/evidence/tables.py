@@ -2,8 +2,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from tlora_core.adapters import METHODS
-from tlora_core.orthogonal import DEFAULT_START
+from tlora_core.method.adapters import METHODS
+from tlora_core.method.starts import DEFAULT_START
 
 from .analysis import Lines, Point
 from .study import RANK, Cell, meaningful

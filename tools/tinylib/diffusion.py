@@ -59,7 +59,7 @@ class DiffusionTraining:
     def __init__(self, work: Path, args, steps: int, rate: float):
         from comfy.ldm.modules.attention import attention_basic
 
-        from tlora_core.comfy_host import tiny_base
+        from tlora_core.tiny import comfy as tiny_base
         self.path, self.args, self.device, self.steps, self.rate = work / f"{self.name}.pt", args, args.device, steps, rate
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         torch.manual_seed(args.seed)

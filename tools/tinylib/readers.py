@@ -15,7 +15,7 @@ from .pictures import load_autoencoder
 
 def stage_text(work: Path, args):
     """Teach the text encoder what captions say before any picture is seen: its pooled output must tell each attribute."""
-    from tlora_core.comfy_host import tiny_base
+    from tlora_core.tiny import comfy as tiny_base
     path, total, batch = work / "text.pt", args.text_steps, 128
     if path.exists():
         return

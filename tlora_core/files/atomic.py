@@ -1,0 +1,92 @@
+"""Writing files whole or not at all, safetensors files with the hash of their tensors among them."""
+
+import hashlib
+import os
+import stat
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import TLoRAError
+
+EXTENSION = ".safetensors"
+HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
+
+
+def stem_of(path: Path) -> str:
+    """The file's name without ".safetensors". A dot elsewhere, as in "dog_v1.5", is part of the name."""
+    return path.stem if path.suffix.lower() == EXTENSION else path.name
+
+
+def numbered(path: Path, number: int) -> Path:
+    """The path of part `number` of several: "dog_v1.5part2.safetensors"."""
+    return path.with_name(f"{stem_of(path)}part{number}{path.name[len(stem_of(path)):]}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes a file by `write(temporary path)`. A file already there is replaced at once or not at all.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
+    # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
+    # that no file picker offers it.
+    temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, _usual_mode(temporary))
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        raise TLoRAError(
+            f'"{path.name}" was not saved ({error}); free some disk space or choose another folder. '
+            "A file of that name is as it was."
+        ) from error
+    finally:
+        _remove(temporary)
+
+
+def _usual_mode(beside: Path) -> int:
+    """The permissions that a new file gets in this folder. safetensors makes its files readable by their owner alone."""
+    # Python can read the umask only by setting it, which other threads would see; a file made here shows it.
+    probe = beside.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
+    try:
+        probe.touch(exist_ok=False)
+        return stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        _remove(probe)
+
+
+def _remove(path: Path) -> None:
+    """Where it is there and can be removed: on a read-only disk even what is not there cannot, which would hide the error before it."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, all of it or nothing, with the hash of its tensors where metadata has HASH_TO_COME.
+
+    Raises TLoRAError when the disk does not take the file.
+    """
+    def write(temporary: Path) -> None:
+        save_file(dict(tensors), temporary, dict(metadata))
+        _fill_in_hash(temporary)
+
+    write_whole(path, write)
+
+
+def _fill_in_hash(path: Path) -> None:
+    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME."""
+    with open(path, "r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        # The hash is as long as what stood in its place, so nothing moves.
+        file.seek(8)
+        file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))

@@ -1,0 +1,192 @@
+"""Plain LoRAs out of a T-LoRA, for programs that know nothing of timesteps.
+
+Each result is a TLoRAFile of method "lora", whose schedule is constant. `training` keeps what the T-LoRA was trained with;
+its entry "baked" says what was made of it. Components are kept or weighted, never recomputed.
+"""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..errors import TLoRAError
+from ..method.adapters import LowRank
+from ..method.schedule import RankSchedule
+from .export import fused
+from .tlora_file import TLoRAFile
+
+
+def bake_at(tlora: TLoRAFile, timestep: float) -> TLoRAFile:
+    """The components that are on at timestep, 0 to T in the unit of the T-LoRA's noise domain, as a plain LoRA.
+
+    Raises TLoRAError when the timestep is out of that range, or nothing is on at it.
+    """
+    T = tlora.num_timesteps
+    _require_timestep("timestep", timestep, T)
+
+    def weights(schedule: RankSchedule) -> list[float]:
+        active = schedule.active_rank(timestep, T)
+        return [1.0] * active + [0.0] * (schedule.rank - active)
+
+    return _baked(tlora, weights, {"mode": "timestep", "timestep": timestep})
+
+
+def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
+    """The T-LoRA's mean over the timesteps between first and last, given in either order, as a plain LoRA.
+
+    Each component is weighted by the share of these timesteps at which it is on, all timesteps counting alike. Of all
+    constant updates the mean is nearest to the T-LoRA's own in least squares. Raises TLoRAError as bake_at does.
+    """
+    T = tlora.num_timesteps
+    for name, t in (("first", first), ("last", last)):
+        _require_timestep(name, t, T)
+    low, high = sorted((first, last))
+
+    def weights(schedule: RankSchedule) -> list[float]:
+        if low == high:
+            active = schedule.active_rank(low, T)
+            return [1.0] * active + [0.0] * (schedule.rank - active)
+        # Rounded, since the time of a component that is on only at one end of the interval is exact only to the last bits.
+        return [round(sum(max(min(end, high) - max(start, low), 0.0) for start, end in spans) / (high - low), 12)
+                for spans in spans_on(schedule, T)]
+
+    return _baked(tlora, weights, {"mode": "interval", "first": first, "last": last})
+
+
+def split_steps(tlora: TLoRAFile, parts: int) -> list[tuple[TLoRAFile, float]]:
+    """`parts` plain LoRAs, each with the timestep up to which it is on; on at t together, they make a staircase of r(t).
+
+    First the components that are always on, if min_rank is above 0, with T; then the others in groups of equal number,
+    in the order in which they come on as the noise falls. A group comes on at the median of its components' own times,
+    the best single time in least squares where components are equally large. With as many groups as components the
+    staircase is r(t) itself, in layers of the file's full rank. Raises TLoRAError for a number of parts that cannot be made.
+    """
+    schedule = tlora.schedule
+    if not schedule.is_falling:
+        raise TLoRAError("tlora has a curve with more ranks on at more noise somewhere, which parts cannot follow; bake it at one noise level.")
+    always, switching = int(schedule.min_rank > 0), schedule.rank - schedule.min_rank
+    least, most = always + int(switching > 0), always + switching
+    if not isinstance(parts, int) or not least <= parts <= most:
+        allowed = f"a whole number from {least} to {most}" if least < most else str(least)
+        raise TLoRAError(
+            f"parts is {parts}; set it to {allowed}, since of this T-LoRA's {schedule.rank} components "
+            f"{schedule.min_rank} are always on and {switching} come on later.")
+    return [_part(tlora, part, parts, always) for part in range(parts)]
+
+
+Span = tuple[float, float]
+
+
+@lru_cache
+def spans_on(schedule: RankSchedule, num_timesteps: float) -> tuple[tuple[Span, ...], ...]:
+    """For each component the spans of t in [0, T] in which it is on, T = num_timesteps.
+
+    Found by bisection of r(t), which stays the only copy of its formula, between the points of a curve, where it rises or falls only.
+    """
+    T = float(num_timesteps)
+    bends = sorted({0.0, T, *(level * T for level, _ in schedule.points)})
+    return tuple(tuple(span for ends in zip(bends, bends[1:]) if (span := _span_on(schedule, component, ends, T)))
+                 for component in range(schedule.rank))
+
+
+def _span_on(schedule: RankSchedule, component: int, ends: Span, T: float) -> Span | None:
+    """The part of a span without a bend in which the component is on."""
+    is_on = [schedule.active_rank(t, T) > component for t in ends]
+    if is_on[0] == is_on[1]:
+        return ends if is_on[0] else None
+    on, off = ends if is_on[0] else reversed(ends)
+    for _ in range(64):  # as many halvings as make the distance vanish beside T
+        middle = (on + off) / 2
+        on, off = (middle, off) if schedule.active_rank(middle, T) > component else (on, middle)
+    return (ends[0], on) if is_on[0] else (on, ends[1])
+
+
+def switch_times(schedule: RankSchedule, num_timesteps: float) -> tuple[float, ...]:
+    """For each component of a falling schedule the largest t at which it is on; it is on at every t below, too."""
+    return tuple(max((end for _, end in spans), default=0.0) for spans in spans_on(schedule, num_timesteps))
+
+
+def when_on(tlora: TLoRAFile, timestep: float) -> str:
+    """How to tell ComfyUI's Create Hook Keyframe that a LoRA comes on at timestep, from noise to picture."""
+    level = timestep / tlora.num_timesteps
+    if level == 1:
+        return "always on"
+    if tlora.noise_domain == "discrete":
+        # At 1 the host would switch it on only when the sampler is done.
+        return f"start_percent {min(1 - level, 0.999):.3f} (noise level {level:.3f})"
+    return f"on from noise level {level:.3f} down; the start_percent of it depends on the shift of the model's schedule"
+
+
+def save_all(files: Sequence[tuple[TLoRAFile, Path]], dtype: torch.dtype) -> None:
+    """Saves each file at its path. After an error or an interrupt there is no new file; one that was there before is whole,
+    as it was or replaced."""
+    new = [path for _, path in files if not path.exists()]
+    try:
+        for file, path in files:
+            file.save(path, dtype)
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _part(tlora: TLoRAFile, part: int, parts: int, always: int) -> tuple[TLoRAFile, float]:
+    """One of split_steps' plain LoRAs and its timestep; always: 1 where the first part is the components always on."""
+    groups, group = parts - always, part - always
+
+    def members(schedule: RankSchedule) -> range:
+        if group < 0:
+            return range(schedule.min_rank)
+        # Equal shares of a layer's switching components come on in equal spans of time, whatever the layer's rank.
+        switching = schedule.rank - schedule.min_rank
+        return range(*(schedule.min_rank + switching * g // groups for g in (group, group + 1)))
+
+    def weights(schedule: RankSchedule) -> list[float]:
+        return [float(component in members(schedule)) for component in range(schedule.rank)]
+
+    times = switch_times(tlora.schedule, tlora.num_timesteps)
+    on_below = median(times[component] for component in members(tlora.schedule))
+    what = {"mode": "steps", "part": part + 1, "parts": parts, "on_below": on_below}
+    return _baked(tlora, weights, what), on_below
+
+
+def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]], what: dict[str, Any]) -> TLoRAFile:
+    """The T-LoRA with its components weighted. weights: schedule of a layer -> a weight of 0 or more for each component;
+    components, and layers, without weight are left out."""
+    layers = {}
+    for name, layer in tlora.layers.items():
+        scale = torch.tensor(weights(tlora.schedule_of(name)), dtype=torch.float64).repeat_interleave(layer.group).sqrt()
+        kept = scale > 0
+        if kept.any():
+            # Half of the weight in each factor, so that both keep using the range of a half precision format alike.
+            scale = scale[kept].to(layer.up)
+            layers[name] = LowRank(layer.up[:, kept] * scale, layer.down[kept] * scale[:, None])
+    if not layers:
+        raise TLoRAError(
+            f"tlora has nothing on at the noise levels to bake (its min_rank is {tlora.schedule.min_rank}); "
+            "choose lower noise levels.")
+    schedule = tlora.schedule
+    source = {"method": tlora.method, "rank": schedule.rank, "min_rank": schedule.min_rank, "alpha": schedule.alpha}
+    training = {**tlora.training, "baked": {**what, "from": source}}
+    baked = replace(tlora, layers=layers, method="lora", schedule=_constant(layers), training=training)
+    # Plain LoRAs have no name for a part of a fused module, so parts become one update of the whole.
+    try:
+        whole = fused(baked)
+    except TLoRAError as error:
+        raise TLoRAError(
+            "tlora has updates for parts of a layer whose whole size is not known, so no plain LoRA can be made of it; "
+            "use it with Apply T-LoRA.") from error
+    return replace(baked, layers=whole, schedule=_constant(whole))
+
+
+def _constant(layers: Mapping[str, LowRank]) -> RankSchedule:
+    rank = max(layer.rank for layer in layers.values())
+    return RankSchedule(rank, rank)
+
+
+def _require_timestep(name: str, t: float, T: float) -> None:
+    if not 0 <= t <= T:
+        raise TLoRAError(f"{name} is {t:g}; set it to a number from 0 to {T:g}, this T-LoRA's noisiest timestep.")

@@ -1,0 +1,70 @@
+"""What a LoRA file tells of itself, for a file picker: read from its header alone, trusting nothing in it."""
+import base64
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..method.schedule import RankSchedule
+from .tlora_file import METADATA_KEY, read_content, read_schedule
+from .untrusted import PHRASE_KEY, read_metadata, text_of
+
+MAX_SIDE = 4096  # pixels; a small file can hold a picture that unpacks to gigabytes
+THUMBNAIL_SIDE = 256
+_THUMBNAIL = "modelspec.thumbnail"
+_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+@dataclass(frozen=True)
+class Card:
+    """schedule: of a file of ours. rank: what another program's file says of itself. phrase: the
+    words that stand for the subject in prompts. thumbnail: whether there seems to be one."""
+
+    method: str | None = None
+    schedule: RankSchedule | None = None
+    rank: int | None = None
+    base_model: str = ""
+    phrase: str = ""
+    thumbnail: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_card(path: Path) -> Card:
+    """Raises TLoRAError or OSError when the file is missing or its header is damaged."""
+    metadata = read_metadata(path)
+    common = {"phrase": text_of(metadata.get(PHRASE_KEY)),
+              "thumbnail": isinstance(metadata.get(_THUMBNAIL), str)}
+    if METADATA_KEY not in metadata:
+        dim = text_of(metadata.get("ss_network_dim"))
+        return Card(rank=int(dim) if dim.isdecimal() and len(dim) < 6 else None,
+                    base_model=text_of(metadata.get("ss_base_model_version")), **common)
+    content = read_content(metadata)
+    schedule = read_schedule(content)
+    phrase = " ".join(f"{text_of(content.get('token'))} {text_of(content.get('class_word'))}".split())
+    return Card(content["method"], schedule, None, text_of(content.get("base_model")), **{**common, "phrase": phrase})
+
+
+def read_thumbnail(path: Path) -> bytes | None:
+    """The file's thumbnail, drawn anew as a JPEG of at most THUMBNAIL_SIDE pixels; None where it has none that is sound."""
+    kind, _, data = _as_text(read_metadata(path).get(_THUMBNAIL)).partition(";base64,")
+    if not kind.startswith("data:image/"):
+        return None
+    try:
+        picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)), formats=_FORMATS)
+        if max(picture.size) > MAX_SIDE:
+            return None
+        small = picture.convert("RGB")
+    except Exception:  # what Pillow raises for damaged pictures, and for those that would unpack to too much, is of many kinds
+        return None
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    written = io.BytesIO()
+    small.save(written, "JPEG", quality=85)
+    return written.getvalue()
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else ""

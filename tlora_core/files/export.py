@@ -1,0 +1,150 @@
+"""T-LoRAs in the layouts of other programs.
+
+"kohya", "diffusers" and "comfyui" are plain LoRAs that differ in their names: they apply all ranks at every timestep, which
+is not what a T-LoRA was trained for. "reference" is the layout of the paper's own code (`reference_layout`), which applies the mask again.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import TLoRAError
+from ..method.adapters import LowRank
+from .atomic import stem_of, write_tensors
+from .layer_names import diffusers_name, family_of, part_number, split_name
+from .reference_layout import reference_tensors, write_reference
+from .tlora_file import DTYPES, TLoRAFile, plain_metadata
+
+Tensors = dict[str, Tensor]
+
+# FLUX's fused modules: what they join, in widths of the input, from the first row on.
+_FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
+
+
+def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
+    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of file.DTYPES' values; returns the path of the weights.
+
+    "reference" makes a folder named like path without ".safetensors", as the reference's trainer does: checkpoint-<steps>/ with the
+    weights, and logs/hparams.yml with the schedule. The other layouts write the file at path.
+    Raises TLoRAError for an unknown layout or dtype, a layer that the layout has no name for, values that dtype cannot
+    hold, and when the disk does not take the file.
+    """
+    path = Path(path)
+    if layout not in LAYOUTS:
+        raise TLoRAError(f'layout is "{layout}"; choose one of {", ".join(LAYOUTS)}.')
+    if dtype not in DTYPES.values():
+        raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+    tensors = {
+        key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in LAYOUTS[layout](tlora).items()
+    }
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise TLoRAError(f"{key} has values that {dtype} cannot hold; store it in float32.")
+    if layout == "reference":
+        return write_reference(tlora, path.with_name(stem_of(path)), tensors)
+    rank = max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight")))
+    write_tensors(path, tensors, plain_metadata(tlora, rank))
+    return path
+
+
+def _kohya(tlora: TLoRAFile) -> Tensors:
+    return _pairs(fused(tlora), lambda path: "lora_unet_" + path.replace(".", "_"))
+
+
+def _comfyui(tlora: TLoRAFile) -> Tensors:
+    return _pairs(fused(tlora), lambda path: f"diffusion_model.{path}")
+
+
+def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tensors:
+    tensors = {}
+    for path, layer in layers.items():
+        key = key_of(path)
+        tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"] = layer.up, layer.down
+        tensors[f"{key}.alpha"] = torch.tensor(float(layer.up.shape[1]))
+    return tensors
+
+
+def _diffusers(tlora: TLoRAFile) -> Tensors:
+    tensors = {}
+    for name, layer in _split(tlora).items():
+        key = f"{_model_part(name)}.{_named(name, layer)}"
+        # No alpha: diffusers then takes it to be the rank, so the scale is 1.
+        tensors[f"{key}.lora_B.weight"], tensors[f"{key}.lora_A.weight"] = layer.up, layer.down
+    return tensors
+
+
+def _reference(tlora: TLoRAFile) -> Tensors:
+    return reference_tensors(tlora, {_named(name, layer): layer for name, layer in _split(tlora).items()})
+
+
+LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
+    "kohya": _kohya,
+    "diffusers": _diffusers,
+    "comfyui": _comfyui,
+    "reference": _reference,
+}
+
+
+def _named(name: str, layer: LowRank) -> str:
+    path, row = split_name(name)
+    part = part_number(row, (layer.up.shape[0], layer.down.shape[1])) if "@" in name else None
+    named = None if part is None and "@" in name else diffusers_name(path, part)
+    if named is None:
+        raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')
+    return named
+
+
+def _model_part(name: str) -> str:
+    return "transformer" if family_of(name) == "flux" else "unet"
+
+
+def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
+    """Layers by module path: those of one fused module joined into one update of all of it."""
+    parts: dict[str, list[str]] = {}
+    for name in tlora.layers:
+        parts.setdefault(split_name(name)[0], []).append(name)
+    return {path: tlora.layers[path] if names == [path] else _joined(tlora, path, names) for path, names in parts.items()}
+
+
+def _joined(tlora: TLoRAFile, path: str, names: list[str]) -> LowRank:
+    layers = [(split_name(name)[1], tlora.layers[name]) for name in names]
+    height = _height(tlora.base_model, path.rpartition(".")[2], layers)
+    if height is None or any(row + layer.up.shape[0] > height for row, layer in layers):
+        raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
+    up = torch.zeros(height, sum(layer.up.shape[1] for _, layer in layers))
+    column = 0
+    for row, layer in layers:
+        up[row : row + layer.up.shape[0], column : column + layer.up.shape[1]] = layer.up
+        column += layer.up.shape[1]
+    return LowRank(up, torch.cat([layer.down.float() for _, layer in layers]))
+
+
+def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> int | None:
+    """Rows of a fused module, of which `layers` holds (first row, update) of parts; None where that cannot be told."""
+    width = layers[0][1].down.shape[1]
+    if kind == "linear1":
+        return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
+    if kind == "qkv" and len(layers) == 3:
+        return max(row + layer.up.shape[0] for row, layer in layers)  # keys and values may have fewer heads than queries
+    if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
+        return 3 * width
+    return None
+
+
+def _split(tlora: TLoRAFile) -> dict[str, LowRank]:
+    """Layers by name, with updates of a whole fused module cut into its parts."""
+    split = {}
+    for name, layer in tlora.layers.items():
+        widths = _FUSED.get(name.rpartition(".")[2]) if family_of(name) == "flux" else None
+        if widths is None:
+            split[name] = layer
+            continue
+        rows, width = 0, layer.down.shape[1]
+        if layer.up.shape[0] != sum(widths) * width:
+            raise TLoRAError(f'The layer "{name}" has other parts than FLUX.1\'s; choose the layout kohya or comfyui.')
+        for count in widths:
+            split[f"{name}@{rows}"] = LowRank(layer.up[rows : rows + count * width], layer.down, layer.group)
+            rows += count * width
+    return split

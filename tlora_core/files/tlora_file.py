@@ -1,0 +1,341 @@
+"""The T-LoRA file: a safetensors file that other programs can load as a plain LoRA.
+
+The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight` and `.alpha` (the
+stored rank, so the scale is 1), or for parts of fused modules the names that other programs have for these. A program that
+knows nothing of timesteps reads the full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again:
+the fields of TLoRAFile, with the rank of each layer in place of its tensors. `docs/FILE_FORMAT.md` is the specification.
+"""
+
+import base64
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import TLoRAError
+from ..method.adapters import METHODS, LowRank
+from ..method.schedule import RankSchedule
+from ..version import __version__
+from .atomic import HASH_TO_COME, write_tensors
+from .layer_names import layer_key, split_name, stored_keys
+from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
+
+FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
+METADATA_KEY = "tlora"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
+_LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
+# base_model -> kohya's ss_base_model_version and ModelSpec's architecture
+_ARCHITECTURES = {
+    "sd15": ("sd_v1", "stable-diffusion-v1/lora"),
+    "sd20": ("sd_v2", "stable-diffusion-v2-512/lora"),
+    "sdxl": ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora"),
+    "flux": ("flux1", "flux-1-dev/lora"),
+    "fluxschnell": ("flux1", "flux-1-schnell/lora"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TLoRAFile:
+    """A trained T-LoRA with everything needed to apply it again.
+
+    layers: path of a module in the diffusion model -> its update. Where a model keeps several projections in one module,
+        as FLUX its q, k and v, "path@row" is the update of the module's rows from `row` on.
+    method: a key of METHODS. schedule: of the full rank; see schedule_of for one layer's.
+    num_timesteps: T of r(t), in the unit of noise_domain, the name of the parameterisation whose t it is:
+        "discrete" counts training steps (T = 1000), "flow" is sigma itself (T = 1).
+    base_model: family it was trained on, for example "sdxl".
+    token, class_word: the prompt's "sks" and "dog".
+    training: what it was trained with; JSON values. Stored as given: put no path, user name or image in it.
+
+    Raises TLoRAError when fields do not fit together.
+    """
+
+    layers: Mapping[str, LowRank]
+    method: str
+    schedule: RankSchedule
+    num_timesteps: float
+    noise_domain: str
+    base_model: str
+    token: str = ""
+    class_word: str = ""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    pack_version: str = __version__
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_layers(self)
+
+    @property
+    def phrase(self) -> str:
+        """The words that stand for the subject in prompts; empty where they are not known."""
+        return f"{self.token} {self.class_word}".strip()
+
+    def schedule_of(self, name: str) -> RankSchedule:
+        """The schedule of one layer, whose own rank may be smaller than the file's."""
+        return self.schedule.for_rank(self.layers[name].rank)
+
+    @property
+    def note(self) -> str:
+        """What to tell the user where other programs do not find all of the file's layers; else nothing."""
+        found = sum("@" not in name or key != layer_key(name) for name, key in stored_keys(self.layers, self.base_model).items())
+        if found == len(self.layers):
+            return ""
+        return (
+            f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of this model's "
+            "modules; for them, use Export T-LoRA with the layout comfyui."
+        )
+
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
+        """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
+
+        thumbnail: a small JPEG that LoRA managers and ComfyUI's list of models show; everyone who gets the file can see it.
+        Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
+        """
+        path = Path(path)
+        if dtype not in DTYPES.values():
+            raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+        tensors: dict[str, Tensor] = {}
+        for name, key in stored_keys(self.layers, self.base_model).items():
+            stored = self.layers[name].to("cpu", dtype)
+            _require_finite(name, stored)
+            tensors[key + _UP] = stored.up.detach().contiguous()
+            tensors[key + _DOWN] = stored.down.detach().contiguous()
+            tensors[key + _ALPHA] = torch.tensor(float(stored.up.shape[1]))
+        metadata = _metadata(self)
+        if thumbnail is not None:
+            encoded = base64.b64encode(thumbnail).decode()
+            metadata["modelspec.thumbnail"] = "data:image/jpeg;base64," + encoded
+            metadata["ssmd_cover_images"] = json.dumps([encoded])  # where ComfyUI's own list of models looks
+        write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TLoRAFile":
+        """Reads a file, trusting nothing in it; the tensors keep the stored dtype.
+
+        Raises TLoRAError, naming the file, when it is missing, damaged, not a T-LoRA, or contradicts itself.
+        """
+        path = Path(path)
+        try:
+            return _read(path)
+        except TLoRAError as error:
+            raise TLoRAError(f'"{path.name}": {printable(str(error))}') from error
+        except (OSError, SafetensorError) as error:
+            raise TLoRAError(
+                f'"{path.name}": it cannot be read as a safetensors file ({one_line(error)}); '
+                "check that it is there and complete, or get it again."
+            ) from error
+
+
+def _check_fields(file: TLoRAFile) -> None:
+    if not isinstance(file.method, str) or file.method not in METHODS:
+        raise TLoRAError(f"method is {file.method!r}; this version knows {', '.join(METHODS)}.")
+    if not METHODS[file.method].is_masked and not file.schedule.is_constant:
+        raise TLoRAError(f'The method "{file.method}" has no mask; set min_rank to the rank, {file.schedule.rank}.')
+    T = file.num_timesteps
+    if not isinstance(T, (int, float)) or isinstance(T, bool) or not 0 < T <= sys.float_info.max:
+        raise TLoRAError(f"num_timesteps is {T!r}; it must be a finite number above 0.")
+    for name in ("noise_domain", "base_model", "token", "class_word", "pack_version"):
+        check_line(name, getattr(file, name))
+    for name in ("noise_domain", "base_model"):
+        if not getattr(file, name):
+            raise TLoRAError(f"{name} is empty; without it the T-LoRA cannot be applied again.")
+    if not isinstance(file.training, Mapping):
+        raise TLoRAError("training is not a table of parameters; pass names and JSON values.")
+
+
+def _check_layers(file: TLoRAFile) -> None:
+    if not file.layers:
+        raise TLoRAError("There are no layers in this T-LoRA; train or choose one that has some.")
+    group = METHODS[file.method].group
+    names: dict[str, str] = {}
+    for name, layer in file.layers.items():
+        if not _LAYER_NAME.fullmatch(name):
+            raise TLoRAError(f"{name!r} is not the path of a module; paths are words joined by dots.")
+        twin = names.setdefault(layer_key(name), name)
+        if twin != name:
+            raise TLoRAError(f'The layers "{twin}" and "{name}" share one name in the file; rename one of them.')
+        if layer.group != group:
+            raise TLoRAError(f'"{name}" has {layer.group} columns per component; "{file.method}" has {group}.')
+    for path, row in map(split_name, file.layers):
+        if path in file.layers and f"{path}@{row}" in file.layers:
+            raise TLoRAError(f'There is an update of all of the layer "{path}" and one of its rows from {row} on; keep one of them.')
+    largest = max(layer.rank for layer in file.layers.values())
+    if largest != file.schedule.rank:
+        raise TLoRAError(f"The largest layer has rank {largest}, but the schedule is for rank {file.schedule.rank}.")
+
+
+def _metadata(file: TLoRAFile) -> dict[str, str]:
+    content = {
+        # A program that knows format 1 alone would apply the formula to a file with a free curve.
+        "format": 2 if file.schedule.points else 1,
+        "pack_version": file.pack_version,
+        "method": file.method,
+        "rank": file.schedule.rank,
+        "min_rank": file.schedule.min_rank,
+        "alpha": file.schedule.alpha,
+        **({"points": [list(point) for point in file.schedule.points]} if file.schedule.points else {}),
+        "num_timesteps": file.num_timesteps,
+        "noise_domain": file.noise_domain,
+        "base_model": file.base_model,
+        "token": file.token,
+        "class_word": file.class_word,
+        "training": dict(file.training),
+        "layers": {name: layer.rank for name, layer in file.layers.items()},
+        "keys": {name: key for name, key in stored_keys(file.layers, file.base_model).items() if key != layer_key(name)},
+    }
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TLoRAError(f"A training parameter cannot be written as JSON ({error}); pass plain values.") from error
+    return {METADATA_KEY: text, **plain_metadata(file, file.schedule.rank * METHODS[file.method].group)}
+
+
+def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
+    """What LoRA managers show of a file: kohya's `ss_` keys and those of Stability's ModelSpec 1.0.0."""
+    phrase, s = file.phrase, file.schedule
+    metadata = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(stored_rank),
+        "ss_network_alpha": str(stored_rank),
+        "sshs_model_hash": HASH_TO_COME,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
+        "modelspec.title": f"{phrase} T-LoRA".strip(),
+        "modelspec.description": f"{file.method}, {s}. "
+        "A program that knows nothing of timesteps applies the full rank at all of them.",
+        "modelspec.hash_sha256": f"0x{HASH_TO_COME}",
+        PHRASE_KEY: phrase,
+        "modelspec.tags": "t-lora",
+    }
+    metadata |= _tags(phrase, file.training.get("images"))
+    if file.base_model in _ARCHITECTURES:
+        metadata["ss_base_model_version"], metadata["modelspec.architecture"] = _ARCHITECTURES[file.base_model]
+    return metadata
+
+
+def _tags(phrase: str, images: Any) -> dict[str, str]:
+    """Where LoRA managers look for trigger words: in what kohya's trainer tells of captions, as if the phrase were the only one."""
+    if not phrase:
+        return {}
+    count = images if type(images) is int and images > 0 else 1
+    frequency = {phrase: {phrase: count}}  # by the folder of the pictures, which kohya's users name after the words
+    subset = {"img_count": count, "num_repeats": 1, "class_tokens": phrase, "is_reg": False}
+    dataset = {"is_dreambooth": True, "num_train_images": count, "subsets": [subset], "tag_frequency": frequency}
+    return {"ss_tag_frequency": json.dumps(frequency), "ss_datasets": json.dumps([dataset])}
+
+
+def _read(path: Path) -> TLoRAFile:
+    if not path.is_file():
+        raise TLoRAError("there is no such file; choose one from the list or check the folder.")
+    check_header(path)
+    with safe_open(path, framework="pt") as opened:
+        content = read_content(opened.metadata() or {})
+        ranks = _field(content, "layers", dict)
+        names = _names_in_file(content, ranks)
+        keys = set(opened.keys())
+        layers = {name: _read_layer(opened, keys, names[name], name, rank, content) for name, rank in ranks.items()}
+        unnamed = keys - {key + part for key in names.values() for part in (_UP, _DOWN, _ALPHA)}
+    if unnamed:
+        raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
+    schedule = read_schedule(content)
+    rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
+    return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+
+
+def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
+    """The schedule in what read_content gives. Raises TLoRAError when it is none."""
+    return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
+
+
+def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
+    points = content.get("points", [])
+    number = (int, float)
+    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points):
+        raise TLoRAError('its T-LoRA metadata has no valid "points"; get the file again.')
+    # Python reads whole numbers of any length, which no float can hold.
+    return tuple((float(max(min(level, 2), -1)), active) for level, active in points)
+
+
+def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, str]:
+    """The name in the file of each layer. Files may tell it for some layers; the others have kohya's."""
+    told = content.get("keys", {})
+    if not isinstance(told, dict) or not all(isinstance(key, str) for key in told.values()):
+        raise TLoRAError('its T-LoRA metadata has no valid "keys"; get the file again.')
+    names = {name: told.get(name, layer_key(name)) for name in ranks}
+    if len(set(names.values())) != len(names):
+        raise TLoRAError("two of its layers share their tensors; get the file again.")
+    return names
+
+
+def read_content(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our part of a file's metadata, of a format and method that this version knows. Raises TLoRAError for any other."""
+    if METADATA_KEY not in metadata:
+        raise TLoRAError("it has no T-LoRA metadata; load a plain LoRA with the Load LoRA node.")
+    try:
+        content = json.loads(metadata[METADATA_KEY], parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise TLoRAError(f"its T-LoRA metadata is damaged ({error}); get the file again.") from error
+    if not isinstance(content, dict):
+        raise TLoRAError("its T-LoRA metadata is damaged (not a table); get the file again.")
+    version = _field(content, "format", int)
+    if isinstance(version, bool) or version < 1:
+        raise TLoRAError(f"its format version is {version!r}; get the file again.")
+    if version > FORMAT_VERSION:
+        raise TLoRAError(
+            f"it has format version {version} and this version of T-LoRA reads up to {FORMAT_VERSION}; "
+            "update the node pack."
+        )
+    if _field(content, "method", str) not in METHODS:
+        raise TLoRAError(f"its method is {content['method']!r}; this version knows {', '.join(METHODS)}.")
+    return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
+    if not isinstance(content.get(name), kind) or name not in content:
+        raise TLoRAError(f'its T-LoRA metadata has no valid "{name}"; get the file again.')
+    return content[name]
+
+
+def _read_layer(
+    opened: Any, keys: set[str], key: str, name: str, rank: object, content: dict[str, Any]
+) -> LowRank:
+    group = METHODS[content["method"]].group
+    tensors = []
+    for part in (_UP, _DOWN, _ALPHA):
+        if key + part not in keys:
+            raise TLoRAError(f"the tensor {key + part!r} is missing; get the file again.")
+        if opened.get_slice(key + part).get_dtype() not in DTYPES:
+            raise TLoRAError(f"the tensor {key + part!r} is not in float32, bfloat16 or float16; save it in one.")
+        # A copy: the memory-mapped original would keep the file from being replaced on Windows.
+        tensors.append(opened.get_tensor(key + part).clone())
+    up, down, alpha = tensors
+    if up.dtype != down.dtype:
+        raise TLoRAError(f'the two halves of the layer "{name}" differ in dtype; get the file again.')
+    layer = LowRank(up, down, group)
+    if isinstance(rank, bool) or layer.rank != rank:
+        raise TLoRAError(f'the layer "{name}" has rank {layer.rank} and its metadata says {rank!r}; get it again.')
+    if alpha.numel() != 1 or alpha.item() != up.shape[1]:
+        raise TLoRAError(f'the layer "{name}" has an alpha that is not its stored rank, {up.shape[1]}; get it again.')
+    _require_finite(name, layer)
+    return layer
+
+
+def _require_finite(name: str, layer: LowRank) -> None:
+    if not (torch.isfinite(layer.up).all() and torch.isfinite(layer.down).all()):
+        raise TLoRAError(
+            f'The layer "{name}" has NaN or infinite values in {layer.up.dtype}; '
+            "store it in float32, or train it again with a lower learning rate."
+        )

@@ -1,0 +1,188 @@
+"""Which layers of a model a T-LoRA is trained on, and how: by the names that model families give their layers."""
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import comfy.supported_models_base
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ....errors import TLoRAError
+from ....tiny.comfy import TinySDXL
+from .layers import is_linear, modules_by_path
+
+# The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
+# stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out there).
+_LEFT_OUT = re.compile(
+    r"refiner|txt_in|text_transformer|context_processor|pooler|embedder|"
+    r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$")
+_IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
+_ATTENTION = re.compile(
+    _IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:"
+    r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"  # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
+    r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
+    r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$")  # AuraFlow, Kandinsky, MM-DiT, Lumina2
+# Query, key and value in one layer, one below the other: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. FLUX's blocks of
+# one stream keep the first layer of their feed-forward below these.
+_FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
+_FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
+_FEED_FORWARD = re.compile(
+    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$")
+_FEED_FORWARD_ROWS = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear1$")
+
+ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """A linear layer that gets an adapter, or the `rows` rows from `row` on of one that holds several projections."""
+
+    module: torch.nn.Linear
+    row: int
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the update."""
+        return self.rows, self.module.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's own rows as loaded, float32 [rows, in], on the device they lie on."""
+        weight = self.module.weight.detach()
+        weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
+        return weight[self.row:self.row + self.rows].float()
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """How to train a kind of model: the paper's settings for SDXL and FLUX, and for other models those of the nearer one.
+
+    steps_of: of the methods that learn, and copy, sooner than others because they start at zero. learning_rate: AdamW's; Prodigy finds
+    its own. max_gradient: where the gradient's norm is clipped, 0 for not at all.
+    """
+
+    method: str
+    steps: int
+    learning_rate: float
+    optimizer: str
+    resolution: int
+    max_gradient: float = 0.0
+    steps_of: Mapping[str, int] = field(default_factory=dict)
+
+
+def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, TargetLayer]:
+    """The layers a T-LoRA is trained on. A key is a module path, or "path@row" for the rows of a projection that shares its
+    layer with others.
+
+    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those and
+        the feed-forward layers beside them; or patterns of module paths, one a line or with commas between, such as
+        "*.attn2.*, middle_block.*". A pattern sees a shared layer's name with and without the row.
+
+    Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
+    """
+    linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items()
+              if is_linear(module)}
+    return layers_among(linear, which, type(model.model).__name__)
+
+
+def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[str, TargetLayer]:
+    """As target_layers, among a model's linear layers by module path; `kind` names the model in errors."""
+    attention, feed_forward = _attention(linear), _feed_forward(linear)
+    if which not in (ATTENTION, WITH_FEED_FORWARD):
+        return _matching(which, linear, {**attention, **feed_forward})
+    if not attention:
+        raise TLoRAError(
+            f"model is a {kind}, whose attention layers T-LoRA does not know by name; give patterns of "
+            f"layer names instead, or use another model. {_examples(linear)}")
+    return attention if which == ATTENTION else {**attention, **feed_forward}
+
+
+def defaults_for(model: ModelPatcher) -> Defaults:
+    """The settings to start from with this kind of model."""
+    network = model.model.diffusion_model
+    return defaults_of(model.model.model_config, isinstance(getattr(network, "_orig_mod", network), UNetModel))
+
+
+def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
+    """The same by the host's config of a model. is_unet: whether it is a U-Net of the kind of SDXL's; None where there is no network
+    to ask yet, and the config says it."""
+    if isinstance(config, TinySDXL):
+        return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
+    if is_unet or (is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config):
+        # Text as wide as 768 is SD1's, 1024 SD2's; what is wider was trained on pictures of 1024.
+        resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
+        return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
+    return Defaults("vanilla_tlora", 500, 1e-4, "prodigy", 1024, max_gradient=1.0, steps_of={"lora": 400})
+
+
+def is_flux(model: ModelPatcher) -> bool:
+    """Whether guidance is distilled into the model: it is told how much, if it asks, and sampled without a negative prompt."""
+    return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
+
+
+def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:
+    found = {}
+    for path, module in linear.items():
+        if _LEFT_OUT.search(path):
+            continue
+        width, rows = module.in_features, module.out_features
+        if _FEED_FORWARD_ROWS.search(path):
+            rows = 3 * width
+        if _FUSED.search(path):
+            # Keys and values may have fewer heads than queries, which are as many as the layer is wide.
+            key_value = (rows - width) // 2
+            found.update(_slices(path, module, (width, key_value, key_value)))
+        elif _FUSED_KEY_VALUE.search(path):
+            found.update(_slices(path, module, (rows // 2, rows // 2)))
+        elif _ATTENTION.search(path):
+            found[path] = TargetLayer(module, 0, rows)
+    return found
+
+
+def _feed_forward(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:
+    found = {}
+    for path, module in linear.items():
+        if _LEFT_OUT.search(path):
+            continue
+        if _FEED_FORWARD_ROWS.search(path):
+            first = 3 * module.in_features
+            found[f"{path}@{first}"] = TargetLayer(module, first, module.out_features - first)
+        elif _FEED_FORWARD.search(path):
+            found[path] = TargetLayer(module, 0, module.out_features)
+    return found
+
+
+def _slices(path: str, module: torch.nn.Linear, sizes: Iterable[int]) -> dict[str, TargetLayer]:
+    found, row = {}, 0
+    for rows in sizes:
+        found[f"{path}@{row}"] = TargetLayer(module, row, rows)
+        row += rows
+    return found
+
+
+def _matching(which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[str, TargetLayer]) -> dict[str, TargetLayer]:
+    """Layers in which several projections lie are met by their parts, the others whole."""
+    shared = {name.partition("@")[0] for name in known if "@" in name}
+    layers = {name: layer for name, layer in known.items() if "@" in name}
+    layers |= {path: TargetLayer(module, 0, module.out_features) for path, module in linear.items() if path not in shared}
+    found = {}
+    patterns = [pattern.strip() for pattern in re.split(r"[,\n]", which) if pattern.strip()]
+    if not patterns:
+        raise TLoRAError(f'layers is empty; write "{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of layer names.')
+    for pattern in patterns:
+        matched = {name: layer for name, layer in layers.items()
+                   if fnmatchcase(name, pattern) or fnmatchcase(name.partition("@")[0], pattern)}
+        if not matched:
+            raise TLoRAError(f'layers has the pattern "{pattern}", which no linear layer of this model matches; use '
+                             f'"{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of names. {_examples(linear)}')
+        found |= matched
+    return found
+
+
+def _examples(linear: Mapping[str, torch.nn.Linear]) -> str:
+    paths = list(linear)
+    return f"Its layers are named like {', '.join(paths[i] for i in sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1}))}."

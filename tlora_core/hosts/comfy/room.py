@@ -1,0 +1,62 @@
+"""Whether the disks will take what a training leaves, asked before its first step."""
+import errno
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import TLoRAError
+
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the folder, whatever the name
+LORAS_ADVICE = "choose another folder with file_name"
+RUNS_ADVICE = "start ComfyUI with another --output-directory"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What will be written to a folder that is there: `size` bytes of `what`. advice: what helps, but for free space."""
+
+    folder: Path
+    size: int
+    what: str
+    advice: str
+
+
+def refusal(folder: Path, error: OSError, advice: str) -> TLoRAError:
+    """The error for a folder that takes no files."""
+    return TLoRAError(f'The folder "{folder}" cannot be written to ({error.strerror or error}); make it writable, or {advice}.')
+
+
+def require_writable(folder: Path, advice: str) -> None:
+    """Makes a file in `folder`, which is there, and removes it: permissions, mounts and quotas say less. Raises TLoRAError."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".tlora-", suffix=".tmp") as file:
+            file.write(b"\0")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise refusal(folder, error, advice) from error
+
+
+def require_room(needs: list[Need]) -> None:
+    """Raises TLoRAError, naming the folder, what is needed and what is free, where a disk lacks room for all that goes there."""
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        if need.size:
+            disks.setdefault(os.stat(need.folder).st_dev, []).append(need)
+    for parts in disks.values():
+        total, _, free = shutil.disk_usage(parts[0].folder)
+        size = sum(part.size for part in parts)
+        if total and size > free:  # some network disks tell nothing, and that as 0
+            raise TLoRAError(
+                f'The disk of "{parts[0].folder}" has {_in_words(free)} free and the training needs {_in_words(size)} there for '
+                f"{' and '.join(part.what for part in parts)}; free some space, or {', or '.join(part.advice for part in parts)}.")
+
+
+def _in_words(size: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

@@ -1,0 +1,116 @@
+"""What the Train node's inputs stand for, before the run: from the model's file, of which only the header is read."""
+import functools
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import folder_paths
+import torch
+from torch import nn
+
+from .... import tiny
+from ....errors import TLoRAError
+from ....method.adapters import METHODS
+from ....tiny.comfy import unet_config
+from ....training.optimizers import STATE_SIZES
+from ..model.families import Defaults, defaults_of, layers_among
+from ..training.personalize import completed
+
+# The host's loaders whose file is the model itself: {node: (folder, input)}.
+LOADERS = {"CheckpointLoaderSimple": ("checkpoints", "ckpt_name"), "UNETLoader": ("diffusion_models", "unet_name")}
+TINY = "TLoRATinyBaseModel"
+_MOST_HEADER = 1 << 27  # bytes; a header is a few hundred KB
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device. weight_bytes: of all its weights,
+    those of float32 counted as the two bytes that a GPU gets of them."""
+
+    defaults: Defaults
+    linear: Mapping[str, nn.Linear]
+    weight_bytes: int
+
+
+def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a training of these inputs is to be, as JSON values; None where the model cannot be known from its loader.
+
+    loader, file: the node that the model comes from, and what it loads. fields, config: as `personalize.filled_in` takes them.
+    Raises TLoRAError for inputs that cannot be.
+    """
+    path = _path_of(loader, file)
+    known = None if path is None else _known(path, path.stat().st_mtime_ns, loader == TINY)
+    if known is None:
+        return None
+    request = completed(known.defaults, config, **fields)
+    schedule = request.schedule
+    layers = layers_among(known.linear, request.layers, "model")
+    shapes = [layer.shape for layer in layers.values()]
+    return {"steps": request.config.steps, "learning_rate": request.config.learning_rate, "optimizer": request.config.optimizer,
+            "resolution": request.resolution, "method": request.method, "rank": schedule.rank, "min_rank": schedule.min_rank,
+            "layers": len(layers), "least_bytes": known.weight_bytes + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
+            "device_bytes": comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())}
+
+
+def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, optimizer: str) -> int:
+    """What adapters of layers of these shapes hold in a step: float32 factors, their gradients, the optimizer's state and, for an
+    orthogonal start, that start. Of methods whose blocks are of another kind nothing is counted."""
+    if METHODS[method].of_weight:
+        return 0
+    orthogonal = METHODS[method].is_orthogonal
+    parameters = sum(rank * (sum(shape) + orthogonal) for shape in shapes)
+    return int(4 * parameters * (2 + STATE_SIZES[optimizer] + orthogonal))
+
+
+def _path_of(loader: str, file: str) -> Path | None:
+    """A name is only ever looked up in the host's lists."""
+    if loader == TINY:
+        return Path(tiny.__file__).parent / "weights" / "tiny_base.safetensors"
+    folder, _ = LOADERS.get(loader, ("", ""))
+    path = folder_paths.get_full_path(folder, file) if folder and file in folder_paths.get_filename_list(folder) else None
+    return Path(path) if path and path.endswith((".safetensors", ".sft")) else None
+
+
+@functools.lru_cache(8)
+def _known(path: Path, _changed: int, is_tiny: bool) -> KnownModel | None:
+    tensors, sizes = _header(path)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(tensors)
+    config = unet_config() if is_tiny else comfy.model_detection.model_config_from_unet(tensors, prefix)
+    if config is None:
+        return None
+    linear = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix) and name.endswith(".weight") and tensor.ndim == 2:
+            rows, columns = tensor.shape
+            linear[name[len(prefix):-len(".weight")]] = nn.Linear(columns, rows, bias=False, device="meta")
+    weight_bytes = sum(min(size, 2 * tensors[name].numel()) for name, size in sizes.items() if name.startswith(prefix))
+    return KnownModel(defaults_of(config), linear, weight_bytes)
+
+
+def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The file's tensors, without their numbers, and their bytes. Empty for what is no safetensors file."""
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            entries = json.loads(file.read(min(length, _MOST_HEADER)))
+        entries.pop("__metadata__", None)
+        sizes = {name: end - start for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in entries.items())}
+        return {name: torch.empty(entry["shape"], device="meta") for name, entry in entries.items()}, sizes
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RuntimeError):
+        return {}, {}
+
+
+def asked_plan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer to a page that sends a node's inputs, and its loader: the plan, {} where it cannot be known, or {"wrong": sentence}."""
+    try:
+        names = ("token", "class_word", "method", "rank", "min_rank", "alpha", "curve", "start", "resolution", "layers")
+        fields = {name: values[name] for name in names}
+        config = {name: values[name] for name in ("steps", "learning_rate", "batch_size", "seed", "optimizer")}
+        return plan(str(values["loader"]), str(values["file"]), fields, config) or {}
+    except TLoRAError as error:
+        return {"wrong": str(error)}

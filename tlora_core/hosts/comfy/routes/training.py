@@ -1,0 +1,63 @@
+"""The routes by which a page asks for training runs and has its say in them. Nothing that a page sends is used as a path."""
+import asyncio
+
+from aiohttp import web
+
+from ..page.pages import listen
+from ..page.training import LiveRun
+from .plan import asked_plan
+
+RUN = "/tlora/runs/{run_id}"
+
+
+def add_routes(routes: web.RouteTableDef) -> None:
+    """Adds to the host's routes; it serves each of them also below /api."""
+
+    @routes.get("/tlora/runs")
+    async def runs(request):
+        listen(request.query.get("client"))  # before it is told what there is, so that it misses nothing
+        return web.json_response(LiveRun.states())
+
+    @routes.post("/tlora/plan")
+    async def plan(request):
+        try:
+            answer = await asyncio.to_thread(asked_plan, await request.json())
+        except (ValueError, KeyError, TypeError) as error:
+            raise web.HTTPBadRequest(text="These are not a node's inputs.") from error
+        return web.json_response(answer)
+
+    @routes.get(RUN + "/validation/{index:[0-9]{1,9}}")
+    async def validation(request):
+        picture = _run(request).picture(int(request.match_info["index"]))
+        if picture is None:
+            raise web.HTTPNotFound(text="This run keeps no such picture.")
+        return web.Response(body=picture.content, content_type=picture.content_type)
+
+    @routes.post(RUN + "/stop")
+    async def stop(request):
+        return _answer(_from_our_page(request) and _run(request).request("stop"))
+
+    @routes.post(RUN + "/checkpoint")
+    async def checkpoint(request):
+        return _answer(_from_our_page(request) and _run(request).request("checkpoint"))
+
+
+def _run(request: web.Request) -> LiveRun:
+    run = LiveRun.find(request.match_info["run_id"])
+    if run is None:
+        raise web.HTTPNotFound(text="The server keeps no such run.")
+    return run
+
+
+def _from_our_page(request: web.Request) -> bool:
+    """True, or 403: another site's page may not steer a training. Scripts send neither header."""
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    # Browsers send the first only where they trust the connection, and the second may be named anew by a proxy.
+    ours = site in ("same-origin", "none") if site else origin is None or origin.split("://")[-1] == request.host
+    if not ours:
+        raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")
+    return True
+
+
+def _answer(taken: bool) -> web.Response:
+    return web.json_response({"ok": True}) if taken else web.json_response({"error": "The run has ended."}, status=409)

@@ -1,0 +1,58 @@
+"""What can be known to be wrong with a node's inputs before the graph runs: the page then marks the inputs, and nothing runs."""
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ....errors import TLoRAError
+from ..files import new_lora_path
+from .personalize import TrainRequest
+from .run import Keeping
+
+AUTO = "auto"
+
+
+def given(value: Any) -> Any:
+    """An input as the host hands it to validate_inputs, alone or in a list of one; None where it comes from another node."""
+    return (value[0] if value else None) if isinstance(value, list | tuple) else value
+
+
+def wrong_file_name(file_name: Any) -> str | None:
+    """The sentence about a file_name that cannot be, or None."""
+    name = given(file_name)
+    if name is None:
+        return None
+    try:
+        folder = new_lora_path(name).parent
+    except TLoRAError as error:
+        return str(error)
+    if not os.access(folder, os.W_OK):
+        return f'file_name is "{name}", but nothing may be written to "{folder.name}" in the loras folder; choose another folder.'
+    return None
+
+
+def wrong_training(inputs: Mapping[str, Any]) -> str | None:
+    """The sentence about the first of the Train node's inputs that cannot be, or None.
+
+    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; what is None is not known yet
+    and is left to the run.
+    """
+    known = {name: given(value) for name, value in inputs.items()}
+    try:
+        _check_request(known)
+        if known["validate_every"] is not None and known["validation_prompts"] is not None:
+            prompts = tuple(line for line in known["validation_prompts"].splitlines() if line.strip())
+            Keeping(validation_prompts=prompts, validate_every=known["validate_every"])
+    except TLoRAError as error:
+        return str(error)
+    return wrong_file_name(known["file_name"])
+
+
+def _check_request(known: Mapping[str, Any]) -> None:
+    """Raises TLoRAError as a TrainRequest of these values would."""
+    fields = {name: "known later" if known[name] is None else known[name] for name in ("token", "class_word")}
+    deciding = {name: known[name] for name in ("method", "rank", "min_rank", "curve")}
+    if None in deciding.values():
+        deciding = {"method": AUTO, "rank": 1, "min_rank": 1}
+    if deciding["method"] == AUTO:
+        deciding["method"] = "tlora"  # any that has a mask, as what the model suggests has one
+    TrainRequest(**fields, **deciding)

@@ -1,0 +1,83 @@
+"""Pictures of the subject's class for prior preservation (Ruiz et al. 2023), which the model draws itself.
+
+They take minutes on a large model. So they are kept, and a training that is taken up, or another one of the same class on the same model,
+has them at once.
+"""
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from comfy.utils import ProgressBar
+from PIL import Image
+from torch import Tensor
+
+from ....errors import TLoRAError
+from ....files.atomic import write_whole
+from ....training.dataset import TrainingImage, caption_of
+from ....training.images import to_picture, to_tensor
+from ....training.run_folder import as_file_name
+from ....version import __version__
+from ..draw import draw
+from ..progress import say
+from .fingerprint import fingerprint
+
+PROMPT = "a photo of {class_word}"
+
+
+class ClassPictures:
+    """folder: they are kept below it, None to keep none. node_id: of the node that shows how far they are."""
+
+    def __init__(self, folder: Path | None = None, node_id: str | None = None):
+        self.folder, self.node_id = folder, node_id
+
+    def of(self, model: ModelPatcher, clip: CLIP, vae: VAE, class_word: str, resolution: int, seeds: Sequence[int]) -> list[TrainingImage]:
+        """One for each seed, [resolution, resolution, 3]. Lets the host's interrupt through; what has been drawn by then is kept."""
+        folder = self._folder_for(class_word, __version__, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution)
+        paths = [folder and folder / f"{seed}.png" for seed in seeds]
+        pictures = [path and _kept(path, resolution) for path in paths]
+        for i, seed in enumerate(seeds):
+            if pictures[i] is None:
+                self._tell(i, len(seeds))
+                [drawn] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, seed)
+                pictures[i] = _keep(drawn, paths[i])
+        self._tell(len(seeds), len(seeds))
+        return [TrainingImage(picture, PROMPT) for picture in pictures]
+
+    def _folder_for(self, class_word: str, *drawn_by) -> Path | None:
+        """None where nothing is to be kept, or what draws them cannot be known again."""
+        if self.folder is None or (key := fingerprint(*drawn_by)) != fingerprint(*drawn_by):
+            return None
+        return self.folder / f"{as_file_name(class_word[:40], 'class')}-{key[:16]}"
+
+    def _tell(self, done: int, total: int) -> None:
+        say(f"drawing class picture {done + 1} of {total}" if done < total else f"{total} class pictures are ready", self.node_id)
+        ProgressBar(total, node_id=self.node_id).update_absolute(done)  # raises the host's interrupt when the user has pressed cancel
+
+
+def _kept(path: Path, resolution: int) -> Tensor | None:
+    """What `_keep` has written; None where nothing whole is there."""
+    try:
+        with Image.open(path) as picture:
+            pixels = to_tensor(picture)[0]
+    except FileNotFoundError:
+        return None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's of damaged files
+        logging.warning("[T-LoRA] %s is drawn again: %s", path, error)
+        return None
+    return pixels if pixels.shape[:2] == (resolution, resolution) else None
+
+
+def _keep(drawn: Tensor, path: Path | None) -> Tensor:
+    """The picture as the file gives it, so that a training goes the same whether it was drawn for it or not."""
+    if not drawn.isfinite().all():
+        return drawn  # which the encoder refuses
+    picture = to_picture(drawn)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
+        except (OSError, TLoRAError) as error:  # a full disk ends no training
+            logging.warning("[T-LoRA] A class picture is not kept: %s", error)
+    return to_tensor(picture)[0]

@@ -1,0 +1,273 @@
+"""One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.sd import CLIP, VAE
+from torch import Tensor
+
+from ....errors import TLoRAError
+from ....files.tlora_file import TLoRAFile
+from ....files.untrusted import check_line, one_line
+from ....inspect.report import B_KEY, effective_rank_of_b
+from ....method.adapters import METHODS, Adapters
+from ....method.factory import make_adapters
+from ....method.schedule import RankSchedule
+from ....training.config import TrainConfig
+from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
+from ....training.trainer import Trainer
+from ..draw import draw
+from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
+from ..model.noise import domain, draw_sigmas, min_snr_weight, noise_level
+from ..sampling import apply_tlora
+from .class_pictures import ClassPictures
+from .denoiser import HostDenoiser
+from .encode import Encoder
+from .memory import should_checkpoint
+from .session import checkpointed, training_session
+
+# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
+# fits into the memory that is free.
+MEMORY = ("auto", "fast", "low")
+_OF_A_FILE, _OF_A_LAYER = 8192, 1024  # bytes of a file's header, at most
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What the user asks for: all that, with the pictures and the model, determines the result.
+
+    layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: every picture mirrored too.
+    curve: see RankSchedule.from_text; "" for the formula. Of white space in token and class_word a single space is left, as in captions.
+    Raises TLoRAError when a field is out of its range.
+    """
+
+    token: str
+    class_word: str
+    method: str = "tlora"
+    rank: int = 64
+    min_rank: int = 32
+    alpha: float = 1.0
+    start: str = "last_random"
+    resolution: int = 1024
+    config: TrainConfig = field(default_factory=TrainConfig)
+    framing: str = FRAMINGS[0]
+    flip: bool = False
+    curve: str = ""
+    layers: str = ATTENTION
+
+    def __post_init__(self) -> None:
+        for name in ("token", "class_word"):
+            word = " ".join(getattr(self, name).split())
+            check_line(name, word)  # which the file asks for as well, but only when all steps are done
+            object.__setattr__(self, name, word)
+        if not self.token and not self.class_word:
+            raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
+        if self.method not in METHODS:
+            raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
+        if self.framing not in FRAMINGS:
+            raise TLoRAError(f'framing is "{self.framing}"; choose one of {", ".join(FRAMINGS)}.')
+        _ = self.schedule  # which refuses ranks that cannot be
+
+    @property
+    def schedule(self) -> RankSchedule:
+        """Methods without a mask have all ranks on at every timestep."""
+        if not METHODS[self.method].is_masked:
+            return RankSchedule(self.rank, self.rank)
+        return RankSchedule.from_text(self.rank, self.min_rank, self.alpha, self.curve)
+
+    @property
+    def prompt(self) -> str:
+        return caption_of(PROMPT, self.token, self.class_word)
+
+    def __str__(self) -> str:
+        config = self.config
+        return (f"{self.method}, {self.schedule}; {config.steps} steps of {config.optimizer} at {config.learning_rate:g}, "
+                f"{self.resolution} pixels")
+
+
+def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
+    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits the model;
+    where the optimizer is, so is the clipping of gradients."""
+    return completed(defaults_for(model), config, **fields)
+
+
+def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
+    """As filled_in, with what is usual for a kind of model."""
+    config = dict(config)
+    if config.get("optimizer", "auto") == "auto":
+        # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
+        config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
+        config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient
+    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else usual.learning_rate)
+    fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
+    config["steps"] = config.get("steps") or usual.steps_of.get(fields["method"], usual.steps)
+    fields["resolution"] = fields["resolution"] or usual.resolution
+    return TrainRequest(config=TrainConfig(**config), **fields)
+
+
+class Personalization:
+    """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
+
+    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, they come
+    from class_pictures. memory: one of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
+    """
+
+    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
+                 prior: Sequence[TrainingImage] = (), memory: str = "auto", class_pictures: ClassPictures | None = None):
+        if memory not in MEMORY:
+            raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
+        self.memory = memory
+        self.checkpointing = None if memory == "auto" else memory == "low"  # None: to be decided when the model is loaded
+        self.model, self.clip, self.vae, self.request = model, clip, vae, request
+        layers = target_layers(model, request.layers)
+        self.sampling = model.get_model_object("model_sampling")
+        _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
+        self._check_config()
+        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)  # as the reference trains it
+        encoder.check_resolution(request.resolution)
+        if request.config.prior_weight and not prior:
+            seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
+            prior = (class_pictures or ClassPictures()).of(model, clip, vae, request.class_word, request.resolution, seeds)
+        self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
+        self.samples = self._encode(encoder, images)
+        self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
+        # Nodes run in inference mode, whose tensors autograd refuses.
+        with torch.inference_mode(False), torch.enable_grad():
+            self.adapters = self._adapters(layers)
+            self.trainer = Trainer(self.adapters, request.config)
+
+    def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
+        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with checkpointing;
+        otherwise, and where an update ended half-way, that is a TLoRAError."""
+        while True:
+            try:
+                return self._train(until, on_step)
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
+                    raise TLoRAError(self._out_of_memory()) from error
+            # Out here, where the error no longer holds what filled the memory. The step that failed has changed nothing.
+            self.checkpointing = True
+            logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
+
+    def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
+        with training_session(self.model), ExitStack() as stack:
+            denoiser = HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+            try:
+                if self.checkpointing is None:
+                    self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
+                if self.checkpointing:
+                    stack.enter_context(checkpointed(self.model))
+                return self.trainer.run(denoiser, until, on_step)
+            except RuntimeError as error:
+                if self.trainer.step or ran_out_of_memory(error):
+                    raise
+                if "nference tensors cannot" in str(error):  # torch's words for what another node has made, when it is to be trained through
+                    raise TLoRAError(
+                        f"model has a patch on it that cannot be trained through ({one_line(error)}); connect the model from before the "
+                        "node that puts it there, and let that node come after Train.") from error
+                raise TLoRAError(
+                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
+                    "and vae of one checkpoint.") from error
+
+    def _out_of_memory(self) -> str:
+        """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does little."""
+        request, batch = self.request, self.request.config.batch_size
+        ways = [*([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
+                *([f"lower batch_size (now {batch})"] if batch > 1 else []),
+                *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
+                *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),
+                f"lower resolution (now {request.resolution}) or the number of layers"]
+        return f"Memory ran out in step {self.trainer.step + 1}; {', or '.join(ways)}."
+
+    @property
+    def schedule(self) -> RankSchedule:
+        """The request's; for a method without ranks of its own, all of the widest layer's at every timestep."""
+        if not METHODS[self.request.method].of_weight:
+            return self.request.schedule
+        widest = max(adapter.rank for adapter in self.adapters.values())
+        return RankSchedule(widest, widest)
+
+    def file_bytes(self, dtype: torch.dtype) -> int:
+        """How many bytes the T-LoRA's file takes in dtype, or a few less."""
+        values = sum(adapter.group * adapter.rank * sum(self.shapes[name]) for name, adapter in self.adapters.items())
+        return values * dtype.itemsize + _OF_A_LAYER * len(self.adapters) + _OF_A_FILE
+
+    def go_on_from(self, state: Mapping) -> None:
+        """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
+        with torch.inference_mode(False):
+            self.trainer.load_state_dict(state)
+
+    def tlora(self) -> TLoRAFile:
+        """The T-LoRA as it stands, in float32 on the CPU."""
+        request = self.request
+        with torch.inference_mode(False), torch.no_grad(), self.trainer.result() as adapters:
+            layers = {path: adapter.detach().to("cpu") for path, adapter in adapters.items()}
+            ranks = effective_rank_of_b(adapters)
+        training = {
+            **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
+            "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
+        return TLoRAFile(
+            layers=layers, method=request.method, schedule=self.schedule, num_timesteps=self.num_timesteps,
+            noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
+            token=request.token, class_word=request.class_word, training=training)
+
+    def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
+        """Pictures [N, H, W, 3] by the T-LoRA as it stands."""
+        return draw(apply_tlora(self.model, self.tlora()), self.clip, self.vae, prompts, self.request.resolution, seed)
+
+    def _check_config(self) -> None:
+        """Settings that this model has no use for are refused now and not in the middle of a step."""
+        config = self.request.config
+        if config.orthogonality and METHODS[self.request.method].of_weight:
+            raise TLoRAError(f"orthogonality is for low-rank methods; set it to 0 with {self.request.method}.")
+        draw_sigmas(self.sampling, 1, torch.Generator(), config.timestep_density, config.noise_from, config.noise_to)
+        if config.min_snr_gamma:
+            min_snr_weight(self.sampling, self.sampling.sigma_max.reshape(1), config.min_snr_gamma)
+
+    def _encode(self, encoder: Encoder, images: Sequence[TrainingImage]) -> list:
+        request, samples = self.request, []
+        for image in images:
+            picture = frame(image, request.framing, request.resolution, encoder.unit)
+            caption = caption_of(image.caption, request.token, request.class_word)
+            samples.append(encoder.sample(picture, caption))
+            if request.flip:
+                mirrored = replace(picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1))
+                samples.append(encoder.sample(mirrored, caption))
+        return samples
+
+    def _adapters(self, layers: Mapping[str, TargetLayer]) -> Adapters:
+        request, device = self.request, self.model.load_device
+        shapes = {name: layer.shape for name, layer in layers.items()}
+        method = METHODS[request.method]
+        if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
+            return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
+        with training_session(self.model):
+            return make_adapters(request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device)
+
+
+class _Weights(Mapping):
+    """The weight of each layer, made when it is asked for: all of them in float32 would take more memory than the model has left."""
+
+    def __init__(self, layers: Mapping[str, TargetLayer]):
+        self.layers = layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.layers[name].weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """As the host judges it, which knows more than one class of error; ComfyUI 0.16.3 only the one."""
+    judge = getattr(comfy.model_management, "is_oom", None)
+    return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)

@@ -1,0 +1,133 @@
+"""The MODEL that the host has loaded, made fit for training without a second copy of its weights."""
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.quant_ops import QuantizedTensor
+from torch import Tensor, nn
+
+from ....layers.checkpointing import Checkpointed
+from ....layers.frozen import Frozen
+from ....layers.overlay import is_replaced, replaced_forward
+from ..model.layers import TEXT_LAYER, fetched, forget_modules, is_cast
+
+
+@contextmanager
+def training_session(model: ModelPatcher, checkpointing: bool = False):
+    """The model loaded in full and fit for autograd; leaves its weights bit-identical, whatever happens inside.
+
+    Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
+    storage: no copy, and they stay valid for later sampling. checkpointing: see `checkpointed`.
+    """
+    was_training = comfy.model_management.in_training
+    with torch.inference_mode(False), torch.enable_grad():
+        comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+        network = model.model.diffusion_model
+        forget_modules(model)
+        for module in network.modules():
+            _leave_inference_mode(module)
+        try:
+            comfy.model_management.in_training = True  # lets the host take differentiable paths where it has faster ones
+            with replaced_forward() as replace:
+                _freeze(network, replace)
+                _protect_norms(network, replace)
+                if checkpointing:
+                    _checkpoint(network, replace)
+                yield
+        finally:
+            comfy.model_management.in_training = was_training
+            _move_off(model)
+            forget_modules(model)
+            comfy.model_management.soft_empty_cache()
+
+
+def _move_off(model: ModelPatcher) -> None:
+    """What wrappers on the model, such as a T-LoRA that was trained on top of, have put on the device; the host does it after a sampling."""
+    for wrapper in (w for keyed in model.wrappers.values() for each in keyed.values() for w in each):
+        if hasattr(wrapper, "to"):
+            wrapper.to(torch.device("cpu"))
+
+
+@contextmanager
+def checkpointed(model: ModelPatcher):
+    """Within a training session: each block is computed again in the backward pass instead of being kept, for a third more
+    time and a fraction of the memory."""
+    with replaced_forward() as replace:
+        _checkpoint(model.model.diffusion_model, replace)
+        yield
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks that a diffusion model runs one after the other."""
+    network = getattr(network, "_orig_mod", network)
+    if isinstance(network, UNetModel):  # which does not call the elements of its lists
+        return [m for m in network.modules() if isinstance(m, ResBlock | BasicTransformerBlock)]
+    return list(_elements_of_lists(network))
+
+
+def _elements_of_lists(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _elements_of_lists(child)
+
+
+Replace = Callable[[nn.Module, Callable], None]
+
+
+def _freeze(network: nn.Module, replace: Replace) -> None:
+    for path, module in network.named_modules():
+        if is_replaced(module) or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
+            continue
+        if isinstance(module, nn.Linear) or is_cast(module):
+            keeps_output = bool(TEXT_LAYER.search(path)) and isinstance(network, UNetModel)
+            replace(module, Frozen(module, fetched if is_cast(module) else None, keeps_output))
+
+
+def _protect_norms(network: nn.Module, replace: Replace) -> None:
+    """The blocks of FLUX and its like write each result onto their input in place, after a norm has kept that for its
+    backward pass. Such a norm gets a copy."""
+    if isinstance(getattr(network, "_orig_mod", network), UNetModel):
+        return
+    for block in blocks(network):
+        for child in block.children():
+            if type(child).__name__.endswith("Norm") and not any(child.children()):
+                replace(child, _on_a_copy(child.forward))
+
+
+def _on_a_copy(forward: Callable) -> Callable:
+    def on_a_copy(x: Tensor, *args, **kwargs):
+        return forward(x.clone() if x.requires_grad else x, *args, **kwargs)
+
+    return on_a_copy
+
+
+def _checkpoint(network: nn.Module, replace: Replace) -> None:
+    for block in blocks(network):
+        replace(block, Checkpointed(block))
+
+
+def _leave_inference_mode(module: nn.Module) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_inference():
+            fresh = module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
+            vars(fresh).update(vars(parameter))  # what the host notes there, such as the dtype that it moves the weight in as
+    for name, buffer in module._buffers.items():
+        if buffer is not None and buffer.is_inference():
+            module._buffers[name] = _same_storage(buffer)
+    # Of a LoRA that the host adds beside the layer (its bypass LoRA).
+    lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
+    if isinstance(weights := getattr(lora, "weights", None), tuple | list):
+        lora.weights = type(weights)(_same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights)
+
+
+def _same_storage(tensor: Tensor) -> Tensor:
+    if isinstance(tensor.data, QuantizedTensor):
+        data = tensor.data  # held: it is made anew at each call, and the marks of its parts with it
+        names, rest = data.__tensor_flatten__()
+        inner = {name: _same_storage(getattr(data, name)) for name in names}
+        return QuantizedTensor.__tensor_unflatten__(inner, rest, tensor.size(), tensor.stride())
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())

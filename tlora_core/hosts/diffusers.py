@@ -1,0 +1,272 @@
+"""T-LoRAs in diffusers' pipelines of SD1.5, SD2, SDXL and FLUX: `load` a file, `apply` it.
+
+    tlora = tlora_core.load("my_subject.safetensors", pipe)
+    handle = tlora_core.apply(pipe, tlora)
+    picture = pipe("a photo of sks dog on the moon").images[0]
+
+The ranks follow the timestep that the pipeline gives its denoiser (the U-Net or transformer), read by hooks of torch on
+that module; so any scheduler, guidance and pipeline around the same denoiser will do. diffusers itself is not imported.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TLoRAError
+from ..files.foreign import Target, load_any
+from ..files.foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
+from ..files.layer_names import fits, split_name
+from ..files.tlora_file import TLoRAFile
+from ..layers.overlay import Attachment, attached
+from ..method.adapters import LowRank
+from ..method.schedule import RankSchedule
+from ..method.starts import exact_device
+
+_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load(
+    path: str | Path,
+    pipe: Any = None,
+    min_rank: int | None = None,
+    alpha: float | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> TLoRAFile:
+    """Reads a LoRA or T-LoRA file of any known kind; what did not match, and what was assumed, is logged as a warning.
+
+    pipe: the diffusers pipeline that it shall fit; LyCORIS files need it. The rest is as in `foreign.load_any`.
+    Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or does not fit.
+    """
+    loaded = load_any(path, None if pipe is None else _target_of(_denoiser_of(pipe)), min_rank, alpha, progress)
+    if loaded.unmatched or loaded.notes:
+        logging.getLogger(__name__).warning("%s\n%s", Path(path).name, loaded.report)
+    return loaded.tlora
+
+
+def apply(pipe: Any, tlora: TLoRAFile, strength: float = 1.0) -> "Handle":
+    """Makes a diffusers pipeline generate with a T-LoRA until the handle is removed; several add up.
+
+    The model's weights and modules stay as they are: each evaluation puts the T-LoRA beside its layers, and takes it off.
+    After an interrupt from the keyboard, that happens at the next evaluation or removal.
+    Raises TLoRAError when the pipeline's model is of another kind, compiled, or has other layers than the T-LoRA's.
+    """
+    denoiser = _denoiser_of(pipe)
+    return Handle(denoiser, _Applied(pipe, tlora.schedule, _updates(denoiser, tlora, strength)))
+
+
+class Handle:
+    """A T-LoRA on a pipeline. As a context manager it removes it at the end of the block."""
+
+    def __init__(self, denoiser: nn.Module, applied: "_Applied"):
+        self._denoiser, self._applied = denoiser, applied
+        self._patched = _Patched.of(denoiser)
+        self._patched.applied.append(applied)
+
+    def remove(self) -> None:
+        """Takes the T-LoRA off; more than once does no harm."""
+        self._patched.remove(self._denoiser, self._applied)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+
+class _Update(NamedTuple):
+    """What one of the denoiser's linear layers gets, from its row `row` on."""
+
+    layer: nn.Linear
+    update: LowRank
+    row: int
+
+
+class _Applied:
+    """One T-LoRA on one pipeline."""
+
+    def __init__(self, pipe: Any, schedule: RankSchedule, updates: list[_Update]):
+        self.pipe, self.schedule, self.updates = pipe, schedule, updates
+        self._copies_for, self._copies = None, updates
+
+    def attachments(self, kind: str, timestep: object, sample: Tensor) -> list[Attachment]:
+        """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or [B]."""
+        t, T = _noise_level(self.pipe, kind, torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1))
+        t = t.expand(len(sample)) if len(t) == 1 else t
+        active = {rank: self.schedule.active_of_layer(rank, t, T, sample.device) for rank in {update.rank for _, update, _ in self.updates}}
+        copies = self._on(sample.device, sample.dtype)
+        return [Attachment(layer, update, active[update.rank], row) for layer, update, row in copies]
+
+    def _on(self, device: torch.device, dtype: torch.dtype) -> list[_Update]:
+        if self._copies_for != (device, dtype):
+            self._copies_for = device, dtype
+            self._copies = [entry._replace(update=entry.update.to(device, dtype)) for entry in self.updates]
+        return self._copies
+
+
+class _Patched:
+    """A denoiser with T-LoRAs: puts all of them on for each evaluation, and takes them off.
+
+    Through torch's own hooks: what offloads and moves models replaces `forward`, and puts back what it found there first.
+    """
+
+    _NAME = "_tlora"  # of the denoiser's attribute that holds this
+
+    def __init__(self, denoiser: nn.Module):
+        self.kind = _kind(denoiser)
+        self.applied: list[_Applied] = []
+        self.evaluation = ExitStack()
+        self.hooks = (
+            denoiser.register_forward_pre_hook(self._before, with_kwargs=True),
+            denoiser.register_forward_hook(self._after, always_call=True),
+        )
+
+    @classmethod
+    def of(cls, denoiser: nn.Module) -> "_Patched":
+        if cls._NAME not in denoiser.__dict__:
+            denoiser.__dict__[cls._NAME] = cls(denoiser)
+        return denoiser.__dict__[cls._NAME]
+
+    def remove(self, denoiser: nn.Module, applied: _Applied) -> None:
+        if applied not in self.applied:
+            return
+        self.evaluation.close()
+        self.applied.remove(applied)
+        if not self.applied:
+            for hook in self.hooks:
+                hook.remove()
+            denoiser.__dict__.pop(self._NAME, None)
+
+    def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.evaluation.close()  # torch skips `_after` when the keyboard interrupts
+        sample, timestep = (args[i] if i < len(args) else kwargs[name] for i, name in _INPUTS[self.kind])
+        every = [one for applied in self.applied for one in applied.attachments(self.kind, timestep, sample)]
+        self.evaluation.enter_context(attached(every))
+
+    def _after(self, *_) -> None:
+        self.evaluation.close()
+
+
+# The denoisers' classes -> where `forward` has its first input, and the timestep: positions and names.
+_INPUTS = {
+    "UNet2DConditionModel": ((0, "sample"), (1, "timestep")),
+    "FluxTransformer2DModel": ((0, "hidden_states"), (3, "timestep")),
+}
+
+
+def _kind(denoiser: object) -> str | None:
+    return next((cls.__name__ for cls in type(denoiser).__mro__ if cls.__name__ in _INPUTS), None)
+
+
+def _denoiser_of(pipe: Any) -> nn.Module:
+    parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
+    denoiser = next((part for part in parts if part is not None), None)
+    if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None):
+        raise TLoRAError("pipe's model is compiled, and the ranks change from step to step; use it without torch.compile.")
+    if _kind(denoiser) is None:
+        raise TLoRAError(
+            f"pipe is a {type(pipe).__name__}, whose model T-LoRA does not know; use a pipeline of SD1.5, SD2, SDXL or FLUX."
+        )
+    if any(_is_fused(module, _kind(denoiser)) for module in denoiser.modules()):
+        raise TLoRAError("pipe's attention projections are fused; call pipe.unfuse_qkv_projections() first.")
+    return denoiser
+
+
+def _is_fused(module: nn.Module, kind: str | None) -> bool:
+    """Whether q, k and v come from one layer beside those that the names speak of. The U-Net's attention leaves its flag on
+    when they are separate again, so there the processor tells."""
+    if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
+        return True
+    return kind == "FluxTransformer2DModel" and getattr(module, "fused_projections", False)
+
+
+def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
+    """(t, T) of what a denoiser of this kind is given, t [B]. Raises TLoRAError when its meaning cannot be learnt."""
+    scheduler = getattr(pipe, "scheduler", None)
+    config = getattr(scheduler, "config", {})
+    if kind == "FluxTransformer2DModel":
+        T = 1.0
+    elif _gives_log_sigma(scheduler, config):
+        low, high = config.get("sigma_min"), config.get("sigma_max")
+        if not low or not high:
+            raise TLoRAError(
+                f"pipe.scheduler, a {type(scheduler).__name__}, does not tell its sigma_min and sigma_max, so the noise level "
+                "of its timesteps is unknown; set them in its config."
+            )
+        low, high = torch.tensor([low, high], dtype=torch.float32).log()
+        return ((4 * t - low) / (high - low)).clamp(0, 1), 1.0
+    else:
+        T = config.get("num_train_timesteps")
+    if not T or not bool(((t >= 0) & (t <= T)).all()):
+        raise TLoRAError(
+            f"The timestep {t.tolist()} that pipe gives its model is not in 0 to {T}, so its noise level is unknown; use "
+            "a scheduler for this model."
+        )
+    return t, float(T)
+
+
+def _gives_log_sigma(scheduler: Any, config: Mapping[str, Any]) -> bool:
+    """Whether timesteps are log(sigma) / 4, as EDM's are."""
+    is_continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return is_continuous or hasattr(scheduler, "precondition_noise")
+
+
+def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """By diffusers' name, also where PEFT has put other adapters around a layer."""
+    modules = denoiser.named_modules()
+    return {name.removesuffix(".base_layer"): module for name, module in modules if isinstance(module, nn.Linear)}
+
+
+def _shapes(linears: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
+    return {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
+
+
+def _target_of(denoiser: nn.Module) -> Target:
+    linears = _linears(denoiser)
+    shapes = _shapes(linears)
+    rows = rows_by_path(shapes)
+    device = exact_device(next(denoiser.parameters()).device)
+    return target_of_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
+
+
+def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], name: str, count: int) -> Tensor:
+    path, row = split_name(name)
+    pieces = []
+    for part, wanted, first in overlap(rows[path], row, row + count):
+        weight = linears[part.module].weight.detach()
+        if weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in _PRECISE:
+            raise TLoRAError(
+                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is quantised or "
+                f"offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without offloading."
+            )
+        pieces.append(weight[first : first + wanted.stop - wanted.start].float())
+    return torch.cat(pieces)
+
+
+def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Update]:
+    """The T-LoRA's layers on the denoiser's. Raises TLoRAError when they do not fit."""
+    linears = _linears(denoiser)
+    rows, updates = rows_by_path(_shapes(linears)), []
+    for name, layer in tlora.layers.items():
+        path, row = split_name(name)
+        have = layer.up.shape[0], layer.down.shape[1]
+        there = rows.get(path)
+        if there is None:
+            raise TLoRAError(
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is not in pipe's; use a "
+                "pipeline of the kind of model it was trained on."
+            )
+        whole = (there[-1].stop, linears[there[0].module].in_features)
+        if not fits(name, have, whole):
+            raise TLoRAError(
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is {have[0]}x{have[1]} "
+                f"and pipe's {whole[0]}x{whole[1]}; use a pipeline of the kind of model it was trained on."
+            )
+        for part, wanted, first in overlap(there, row, row + have[0]):
+            update = LowRank(layer.up[wanted] * strength, layer.down, layer.group)
+            updates.append(_Update(linears[part.module], update, first))
+    return updates

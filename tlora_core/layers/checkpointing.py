@@ -1,0 +1,144 @@
+"""Gradient checkpointing: a block's insides are computed again in the backward pass instead of being kept.
+
+PyTorch's own would give wrong gradients here without a word. Some of the host's blocks write to their inputs in place, and
+what is computed again would start from what was written. So a block that does gets copies. The backward pass of a block is
+an ordinary one, in which autograd notices any other tensor that was overwritten and raises an error.
+"""
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from ..method.bank import branches_of
+from .frozen import Trained
+from .overlay import replaced_forward
+
+
+class Checkpointed:
+    """Stands in for the forward of a block. Its layers may have adapters on that come off before the backward pass: they are
+    put on again, with the ranks they had."""
+
+    def __init__(self, block: nn.Module):
+        self.run = block.forward
+        self.layers = list(block.modules())[1:]
+        self.overwritten: set[int] | None = None  # which of the tensors it is called with; known after the first call
+
+    def __call__(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return self.run(*args, **kwargs)
+        forwards = [(layer, layer.__dict__["forward"]) for layer in self.layers if "forward" in layer.__dict__]
+        call = _Call(self, (args, kwargs), forwards)
+        tensors = _tensors(call.arguments)
+        if not call.trained and not any(t.requires_grad for t in tensors):
+            return self.run(*args, **kwargs)
+        with torch.no_grad(), call.given({}):
+            output = call(tensors)
+            factors = call.take_factors()
+        return _replaced(output, _Checkpoint.apply(call, _tensors(output), *tensors, *factors))
+
+
+class _Call:
+    """One call of a block, which can be made again."""
+
+    def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
+        self.block, self.forwards = block, forwards
+        self.arguments = _replaced(arguments, iter(_tensors(arguments)))  # the host changes its dictionaries as it goes on
+        self.count = len(_tensors(arguments))
+        self.trained = [forward for _, forward in forwards if isinstance(forward, Trained)]
+
+    def take_factors(self) -> list[Tensor | None]:
+        """Those of all branches that the call has used, as inputs of the block like any other."""
+        self.used = [(forward, key, len(branches), type(branches[0])) for forward in self.trained for key, branches in forward.branches.items()]
+        return [tensor for forward, key, *_ in self.used for branch in forward.branches[key] for tensor in branch]
+
+    def branches(self, factors: Sequence[Tensor | None]) -> dict[Trained, dict]:
+        """The branches of each layer, from what `take_factors` gave."""
+        following, found = iter(factors), defaultdict(dict)
+        for forward, key, count, kind in self.used:
+            found[forward][key] = branches_of(kind, list(islice(following, count * len(kind._fields))))
+        return found
+
+    @contextmanager
+    def given(self, branches: Mapping[Trained, dict]):
+        """Within the block the layers use these branches, and note which others they use."""
+        try:
+            for forward in self.trained:
+                forward.branches = branches.get(forward, {})
+            yield
+        finally:
+            for forward in self.trained:
+                forward.branches = None
+
+    def __call__(self, tensors: Sequence[Tensor]):
+        overwritten = self.block.overwritten
+        given = [t.clone() if overwritten is None or i in overwritten else t for i, t in enumerate(tensors)]
+        before = [t._version for t in given]
+        args, kwargs = _replaced(self.arguments, given)
+        with replaced_forward() as replace:
+            for layer, forward in self.forwards:
+                replace(layer, forward)
+            output = self.block.run(*args, **kwargs)
+        if overwritten is None:
+            self.block.overwritten = {i for i, t in enumerate(given) if t._version != before[i]}
+        return output
+
+
+class _Checkpoint(torch.autograd.Function):
+    """What autograd knows of a block: what it is given, factors of adapters included, and what it gives."""
+
+    @staticmethod
+    def forward(ctx, call: _Call, outputs: Sequence[Tensor], *inputs: Tensor | None):
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None):
+        wanted, count = ctx.needs_input_grad[2:], ctx.call.count
+        inputs = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
+        with ctx.call.given(ctx.call.branches(inputs[count:])), torch.enable_grad():
+            outputs = _tensors(ctx.call(inputs[:count]))
+        pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
+        leaves = [t for t, needs in zip(inputs, wanted) if needs]
+        found = iter(_gradients(pairs, leaves))
+        return None, None, *(next(found) if needs else None for needs in wanted)
+
+
+def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Those of the leaves, for pairs of an output and its gradient."""
+    if not pairs:
+        return [None] * len(leaves)
+    outputs, gradients = zip(*pairs)
+    return torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
+
+
+def _tensors(value) -> list[Tensor]:
+    """The tensors in nested containers, in order."""
+    found = []
+    _walk(value, found.append)
+    return found
+
+
+def _replaced(value, tensors: Iterable[Tensor]):
+    """`value` with other tensors in their places, in new containers."""
+    following = iter(tensors)
+    return _walk(value, lambda _: next(following))
+
+
+def _walk(value, change: Callable):
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _walk(v, change) for key, v in value.items()}
+    if isinstance(value, tuple | list):
+        new = [_walk(v, change) for v in value]
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: _walk(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **fields)
+    return value

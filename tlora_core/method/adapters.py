@@ -1,0 +1,155 @@
+"""Trainable adapters of one linear layer, and what is left of them once trained.
+
+Contract of every adapter: `factors()` returns (up [out, group * r], down [group * r, in]) whose product is
+the update of the frozen weight [out, in] with all r components on, component i in columns
+group * i ... group * (i + 1) - 1, so that keeping the first group * r(t) columns applies the mask M_t.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TLoRAError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the paper's table of adapters, or one of the methods it compares with (`of_weight`, see baselines)."""
+
+    is_orthogonal: bool
+    is_masked: bool
+    of_weight: bool = False
+
+    @property
+    def group(self) -> int:
+        """Columns of up per component."""
+        return 2 if self.is_orthogonal else 1
+
+
+METHODS = {
+    "lora": Method(is_orthogonal=False, is_masked=False),
+    "vanilla_tlora": Method(is_orthogonal=False, is_masked=True),
+    "ortho_lora": Method(is_orthogonal=True, is_masked=False),
+    "tlora": Method(is_orthogonal=True, is_masked=True),
+    "oft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "gsoft": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+    "svdiff": Method(is_orthogonal=False, is_masked=False, of_weight=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An update as it is applied and stored: up [out, group * r] times down [group * r, in], scale 1."""
+
+    up: Tensor
+    down: Tensor
+    group: int = 1
+
+    def __post_init__(self) -> None:
+        fits = self.up.dim() == self.down.dim() == 2 and self.up.shape[1] == self.down.shape[0]
+        if not fits or self.group not in (1, 2) or self.up.shape[1] == 0 or self.up.shape[1] % self.group:
+            raise TLoRAError(
+                f"An update with up {list(self.up.shape)}, down {list(self.down.shape)} and {self.group} columns per "
+                "component is not valid; up must be [out, group * rank], down [group * rank, in], group 1 or 2."
+            )
+
+    @property
+    def rank(self) -> int:
+        """r, the number of components that a schedule counts."""
+        return self.up.shape[1] // self.group
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(up, down), as a trainable adapter gives them."""
+        return self.up, self.down
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LowRank":
+        """The same update on another device or in another dtype; None keeps the present one."""
+        device = self.up.device if device is None else device
+        dtype = self.up.dtype if dtype is None else dtype
+        return LowRank(self.up.to(device, dtype), self.down.to(device, dtype), self.group)
+
+    def first(self, rank: int) -> "LowRank":
+        """The update of the first `rank` components alone, in the same memory."""
+        columns = self.group * rank
+        return LowRank(self.up[:, :columns], self.down[:columns], self.group)
+
+    def balanced(self) -> "LowRank":
+        """The same update, each column of up as long as its row of down, so that both use the range of a half precision
+        format alike. A column whose product is zero stays as it is."""
+        up_norm, down_norm = self.up.norm(dim=0), self.down.norm(dim=1)
+        balance = (down_norm / up_norm).sqrt()
+        balance = torch.where((up_norm > 0) & (down_norm > 0), balance, 1.0)
+        return LowRank(self.up * balance, self.down / balance[:, None], self.group)
+
+
+class Adapter:
+    """Common part of the trainable adapters; see the module's docstring for the contract.
+
+    module: the nn.Module that holds the parameters, perhaps of other adapters too.
+    """
+
+    group: int
+    rank: int  # r, the number of components that a schedule counts
+    module: nn.Module
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(up [out, group * r], down [group * r, in]) of the contract, differentiable in the parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def detach(self) -> LowRank:
+        """The update as it stands, balanced, in float32 and apart from the parameters."""
+        up, down = (factor.float().clone() for factor in self.factors())
+        return LowRank(up, down, self.group).balanced()
+
+
+class Adapters(Mapping[str, Adapter]):
+    """The trainable adapters of a model by the names of their layers, and the modules that hold their parameters."""
+
+    def __init__(self, by_name: Mapping[str, Adapter]):
+        self._by_name = dict(by_name)
+        self.modules = list({id(adapter.module): adapter.module for adapter in by_name.values()}.values())
+
+    def __getitem__(self, name: str) -> Adapter:
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains."""
+        return [parameter for module in self.modules for parameter in module.parameters()]
+
+    def buffers(self) -> list[Tensor]:
+        """The starts."""
+        return [buffer for module in self.modules for buffer in module.buffers()]
+
+    def to(self, *where) -> "Adapters":
+        """Moves or casts all of them in place, as nn.Module.to does; returns self."""
+        for module in self.modules:
+            module.to(*where)
+        return self
+
+
+def difference_form(trained: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(up [out, 2 r], down [2 r, in]) of B S A - B0 S0 A0 (equation 6), for (B [out, r], S [r], A [r, in]) and its start.
+
+    With P = B S, component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i]. The masked product is B S M A - B0 S0 M A0 without
+    subtracting two nearly equal products, which would cost a half precision format all its digits while the adapter is
+    close to its start.
+    """
+    (B, S, A), (B0, S0, A0) = trained, start
+    # B S - B0 S0 in the same manner: a small difference of factors, not of products.
+    moved = (B - B0) * S + B0 * (S - S0)
+    up = torch.stack((moved, B0 * S0), dim=2).flatten(1)
+    down = torch.stack((A, A - A0), dim=1).flatten(0, 1)
+    return up, down

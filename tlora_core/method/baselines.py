@@ -1,0 +1,88 @@
+"""The methods that the paper compares with, as adapters like the others, so that they train and apply by the same code.
+
+OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) turn a layer's input, W' = W R with R orthogonal: the update W (R - I) has
+the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the update is U diag(change) V^T.
+None has a mask. Their updates are as large as the layers themselves, and so are their files.
+"""
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TLoRAError
+from .adapters import Adapter
+
+
+class _OwnModule(nn.Module, Adapter):
+    """An adapter that holds its own parameters."""
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+
+class RotationAdapter(_OwnModule):
+    """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two such
+    matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not copied."""
+
+    group = 1
+
+    def __init__(self, weight: Tensor, blocks: int, shuffled: bool):
+        super().__init__()
+        width = weight.shape[1]
+        self.weight, self.shuffled = weight.detach(), shuffled
+        self.Q = nn.Parameter(torch.zeros(1 + shuffled, blocks, width // blocks, width // blocks, device=weight.device))
+        self.order = torch.arange(width, device=weight.device).view(blocks, -1).t().reshape(-1)
+
+    @property
+    def rank(self) -> int:
+        """The layer's width: the update is of full rank."""
+        return self.weight.shape[1]
+
+    def rotation(self) -> Tensor:
+        """R [in, in]; the identity at the start."""
+        skew, eye = self.Q - self.Q.mT, torch.eye(self.Q.shape[-1], device=self.Q.device)
+        turned = torch.linalg.solve(eye - skew, eye + skew)
+        rotation = torch.block_diag(*turned[0])
+        if self.shuffled:
+            rotation = (torch.block_diag(*turned[1]) @ rotation[self.order])[torch.argsort(self.order)]
+        return rotation
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(W [out, in], R - I [in, in])."""
+        return self.weight, self.rotation() - torch.eye(self.rank, device=self.Q.device)
+
+
+class SVDiffAdapter(_OwnModule):
+    """relu(s + shift) - s on the singular values s of the weight; the shift starts at zero."""
+
+    group = 1
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.U, self.s, self.V = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        self.shift = nn.Parameter(torch.zeros_like(self.s))
+
+    @property
+    def rank(self) -> int:
+        """The number of singular values."""
+        return len(self.s)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(U diag(change) [out, k], V^T [k, in])."""
+        return self.U * (torch.relu(self.s + self.shift) - self.s), self.V
+
+
+def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -> dict[str, Adapter]:
+    """One adapter for each weight [out, in]. blocks: of OFT and GSOFT, "OFT-32" has 32; SVDiff has none and ignores it.
+
+    Raises TLoRAError for a number of blocks that does not divide a layer's width.
+    """
+    if method == "svdiff":
+        return {name: SVDiffAdapter(weight) for name, weight in weights.items()}
+    for name, weight in weights.items():
+        if weight.shape[1] % blocks or blocks == weight.shape[1]:
+            raise TLoRAError(
+                f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is {weight.shape[1]} '
+                "wide; set it to a number that divides this, such as 4 or 8.")
+    return {name: RotationAdapter(weight, blocks, method == "gsoft") for name, weight in weights.items()}

@@ -1,0 +1,166 @@
+"""The rank schedule r(t): how many components of an adapter act at a timestep.
+
+This is the only copy of the formula; training, sampling and plots all ask it.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch import LongTensor, Tensor
+
+from ..errors import TLoRAError
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """r(t) = floor((r - r_min) * ((T - t) / T)^alpha) + r_min (section 3.1 of the T-LoRA paper, where alpha = 1).
+
+    rank: r, the number of components at t = 0, a whole number of at least 1.
+    min_rank: r_min, the number at t = T, from 0 to rank. Equal to rank, the schedule is constant: plain
+        LoRA and Ortho-LoRA.
+    alpha: exponent, above 0. Above 1 the components leave sooner as the noise grows.
+    points: a free curve in place of the formula: (t / T, rank) of at least two points, t / T rising in [0, 1], with straight
+        lines between them, rounded down, and level beyond them. min_rank is then the smallest of their ranks, alpha 1.
+
+    Raises TLoRAError when a field is out of its range.
+    """
+
+    rank: int
+    min_rank: int
+    alpha: float = 1.0
+    points: tuple[tuple[float, int], ...] = ()
+
+    @classmethod
+    def from_text(cls, rank: int, min_rank: int, alpha: float, curve: str) -> "RankSchedule":
+        """The formula's, or where `curve` is not empty that of its points: "0:64, 0.5:48, 1:32", t / T before the colon."""
+        if not curve.strip():
+            return cls(rank, min_rank, alpha)
+        try:
+            pairs = [point.split(":") for point in curve.replace(";", ",").split(",") if point.strip()]
+            points = tuple((float(level), int(active)) for level, active in pairs)
+            min_rank = min(active for _, active in points)  # of no points at all, as of commas alone, an error too
+        except ValueError as error:
+            raise TLoRAError(f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".') from error
+        return cls(rank, min_rank, 1.0, points)
+
+    def __post_init__(self) -> None:
+        if self.points:
+            self._check_points()
+        _require_whole("rank", self.rank)
+        _require_whole("min_rank", self.min_rank)
+        if self.rank < 1:
+            raise TLoRAError(f"rank is {self.rank}; set it to 1 or more.")
+        if not 0 <= self.min_rank <= self.rank:
+            raise TLoRAError(
+                f"min_rank is {self.min_rank}; set it to a whole number from 0 to the rank, which is {self.rank}."
+            )
+        is_number = isinstance(self.alpha, (int, float)) and not isinstance(self.alpha, bool)
+        if not is_number or not 0 < self.alpha <= sys.float_info.max:
+            raise TLoRAError(f"alpha is {self.alpha!r}; set it to a finite number above 0 (the paper uses 1).")
+
+    def _check_points(self) -> None:
+        levels = [level for level, _ in self.points]
+        if len(levels) < 2 or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= 1:
+            raise TLoRAError(
+                f"curve has the noise levels {', '.join(f'{level:g}' for level in levels)}; give at least two, rising, from 0 "
+                "(clean) to 1 (pure noise).")
+        for _, active in self.points:
+            _require_whole("A rank of the curve", active)
+            if not 0 <= active <= self.rank:
+                raise TLoRAError(f"curve has the rank {active}; use ranks from 0 to the rank, which is {self.rank}.")
+        if self.min_rank != min(active for _, active in self.points) or self.alpha != 1:
+            raise TLoRAError(f"min_rank is {self.min_rank} and alpha {self.alpha}, which do not go with the curve's points.")
+
+    @property
+    def is_constant(self) -> bool:
+        """True when every timestep has the full rank."""
+        return self.min_rank == self.rank
+
+    @property
+    def is_falling(self) -> bool:
+        """True when no component that is on at some noise is off at less."""
+        ranks = [active for _, active in self.points]
+        return ranks == sorted(ranks, reverse=True)
+
+    def __str__(self) -> str:
+        if not self.points:
+            return f"rank {self.rank}, min_rank {self.min_rank}, alpha {self.alpha:g}"
+        return f"rank {self.rank}, curve " + ", ".join(f"{level:g}:{active}" for level, active in self.points)
+
+    def active_rank(self, timestep: float, num_timesteps: float = 1000) -> int:
+        """r(t) for t = timestep and T = num_timesteps, both in the unit of the model's noise domain.
+
+        t is clamped into [0, T]. Raises TLoRAError when t is NaN or T is not a finite number above 0.
+        """
+        if not 0 < num_timesteps <= sys.float_info.max:
+            raise TLoRAError(f"num_timesteps is {num_timesteps!r}; it must be a finite number above 0.")
+        T, t = float(num_timesteps), float(timestep)
+        if math.isnan(t):
+            raise TLoRAError("The timestep is NaN; check the sigmas given to the sampler.")
+        t = min(max(t, 0.0), T)
+        if self.points:
+            return self._active_on_curve(t / T)
+        # (T - t) / T and not 1 - t / T, in the reference's order: rewritten, it differs by a rank at some t.
+        return math.floor((self.rank - self.min_rank) * ((T - t) / T) ** self.alpha) + self.min_rank
+
+    def _active_on_curve(self, level: float) -> int:
+        (left, low), *rest = self.points
+        if level <= left:
+            return low
+        for right, high in rest:
+            if level <= right:
+                # The little more keeps a whole number whole that rounding has just missed.
+                return math.floor((low * (right - level) + high * (level - left)) / (right - left) + 1e-9)
+            left, low = right, high
+        return low
+
+    def active_ranks(self, timesteps: Tensor, num_timesteps: float = 1000) -> LongTensor:
+        """r(t) for each element of timesteps [B]; int64 [B] on the same device. See active_rank."""
+        # Through the scalar formula: a vectorised power may differ from it in the last bit, hence by a rank.
+        ranks = [self.active_rank(t, num_timesteps) for t in timesteps.tolist()]
+        return torch.tensor(ranks, dtype=torch.long, device=timesteps.device)
+
+    def active_of_layer(self, layer_rank: int, timesteps: Tensor, num_timesteps: float, device: torch.device) -> int | LongTensor:
+        """How many components of a layer of that rank are on at timesteps [B], as masking.add_low_rank takes it: one number where all
+        agree, else int64 [B] on `device`."""
+        ranks = self.for_rank(layer_rank).active_ranks(timesteps.cpu(), num_timesteps)  # from a GPU once, not for each number
+        return int(ranks[0]) if bool((ranks == ranks[0]).all()) else ranks.to(device)
+
+    def for_rank(self, layer_rank: int) -> "RankSchedule":
+        """The schedule of a layer whose own rank is layer_rank <= rank.
+
+        r_min shrinks in proportion, rounded up so that a minimum above 0 never vanishes.
+        """
+        _require_whole("layer_rank", layer_rank)
+        if not 1 <= layer_rank <= self.rank:
+            raise TLoRAError(
+                f"A layer has rank {layer_rank}; the schedule serves ranks from 1 to {self.rank}. "
+                "Use the schedule the layer was trained with."
+            )
+        def scaled(active: int) -> int:
+            return -(-active * layer_rank // self.rank)
+
+        points = tuple((level, scaled(active)) for level, active in self.points)
+        return replace(self, rank=layer_rank, min_rank=scaled(self.min_rank), points=points)
+
+    def up_to(self, rank: int) -> "RankSchedule":
+        """The schedule of the first `rank` components alone: it ends at them, and min_rank is not above. Raises TLoRAError for
+        a rank that is not from 1 to this one's."""
+        _require_whole("rank", rank)
+        if not 1 <= rank <= self.rank:
+            raise TLoRAError(f"rank is {rank}; set it to a whole number from 1 to the T-LoRA's, which is {self.rank}.")
+        points = tuple((level, min(active, rank)) for level, active in self.points)
+        return replace(self, rank=rank, min_rank=min(self.min_rank, rank), points=points)
+
+    def curve(self, n: int = 101, num_timesteps: float = 1000) -> list[tuple[float, int]]:
+        """n points (t, r(t)) with t evenly spaced from 0 to T, both ends included; n >= 2."""
+        times = [num_timesteps * i / (n - 1) for i in range(n)]
+        return [(t, self.active_rank(t, num_timesteps)) for t in times]
+
+
+def _require_whole(name: str, value: object) -> None:
+    # bool is an int to Python; a rank of True is a wiring mistake.
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TLoRAError(f"{name} is {value!r}; it must be a whole number.")

@@ -1,0 +1,236 @@
+"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and that of its published code.
+
+B0 diag(S0) A0 holds r consecutive terms of the singular value decomposition of a matrix: the principal,
+middle or last ones, of the layer's own weight W or of a random matrix R with entries N(0, std^2).
+
+For R no decomposition is computed. The singular vectors of a Gaussian matrix are Haar-distributed and
+independent of its singular values, and those are distributed like the singular values of a bidiagonal
+matrix of independent chi variables (Golub-Kahan on a Gaussian; Dumitriu and Edelman 2002, "Matrix models
+for beta ensembles"). Both are drawn directly, so the start has the distribution that the paper's words give it.
+
+The published code differs from these words in layers that are not square, such as cross-attention's keys and values, which read a
+text wider than they are (140 of SDXL's 560 layers): where the paper's A0 holds right singular vectors, the code takes rows of a
+completed square matrix, whose completed part is not Haar-distributed (`completion`). "last_random_published" is that start; in square
+layers it is "last_random". The code's starts from weights differ likewise in such layers, and are not offered.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ..errors import TLoRAError
+from .completion import last_completed_rows
+from .gaussian_spectrum import chi_squares, singular_values
+
+
+class Start(NamedTuple):
+    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight". completed: whether
+    the longer of the two factors is taken from a completed square matrix, as in the published code."""
+
+    part: str
+    source: str
+    completed: bool = False
+
+
+STARTS = {
+    "last_random": Start("last", "random"),  # the paper's choice
+    "middle_random": Start("middle", "random"),
+    "principal_random": Start("principal", "random"),
+    "last_weight": Start("last", "weight"),
+    "middle_weight": Start("middle", "weight"),
+    "principal_weight": Start("principal", "weight"),  # PiSSA's
+    "last_random_published": Start("last", "random", completed=True),  # the published code's
+}
+DEFAULT_START = "last_random"
+
+Factors = tuple[Tensor, Tensor, Tensor]
+
+_CHUNK = 16  # layers per batched product: enough to keep the cores busy, few enough to stay in cache
+
+
+def orthogonal_start(
+    kind: str,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    generator: Generator | None = None,
+    weight: Tensor | None = None,
+    std: float | None = None,
+) -> Factors:
+    """(B0 [out, r], S0 [r], A0 [r, in]) in float32, components in descending order of singular value.
+
+    kind: a key of STARTS. The "_random" starts draw from generator (on the CPU; None is torch's global
+    one); the "_weight" ones decompose weight [out, in]. std: see orthogonal_starts.
+
+    B0's columns and A0's rows are orthonormal to about 1e-6. Raises TLoRAError for an unknown kind, a rank
+    that the shape cannot hold, or a weight that is missing, misshapen or not finite.
+    """
+    start = _parse(kind)
+    if start.source == "random":
+        generator = torch.default_generator if generator is None else generator
+        return _random_starts(start, [(out_features, in_features)], rank, [generator], std, "cpu")[0]
+    _require_rank(out_features, in_features, rank)
+    if weight is None or tuple(weight.shape) != (out_features, in_features):
+        found = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
+        raise TLoRAError(f'The start "{kind}" needs a weight of {out_features} x {in_features} and got {found}.')
+    if not torch.isfinite(weight).all():
+        raise TLoRAError(f'The start "{kind}" got a weight with NaN or infinite values; use a "random" start.')
+    U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    kept = _kept(start.part, S.shape[0], rank)
+    return U[:, kept].contiguous(), S[kept].contiguous(), Vh[kept].contiguous()
+
+
+def orthogonal_starts(
+    kind: str,
+    shapes: Sequence[tuple[int, int]],
+    rank: int,
+    seed: int,
+    names: Iterable[str] | None = None,
+    std: float | None = None,
+    device: str | torch.device = "cpu",
+) -> list[Factors]:
+    """The random starts of many layers at once; shapes are (out_features, in_features).
+
+    kind: a "_random" key of STARTS. std: of R's entries; None is 1 / rank, as the reference code draws them.
+    Each layer has a random stream of its own, made from seed and its name (or position, where names is
+    None). So layers are independent, and a layer's start does not depend on the others in the call beyond
+    float32 rounding. Equal seeds give equal starts on one machine.
+
+    Returns one (B0, S0, A0) per shape on device; see orthogonal_start for shapes, order and errors. The
+    tensors of several layers may be views of one storage.
+    """
+    start = _parse(kind)
+    if start.source != "random":
+        raise TLoRAError(f'The start "{kind}" decomposes weights one at a time; use orthogonal_start.')
+    labels = range(len(shapes)) if names is None else names
+    generators = [layer_generator(seed, label) for label in labels]
+    return _random_starts(start, shapes, rank, generators, std, device)
+
+
+def _random_starts(
+    start: Start,
+    shapes: Sequence[tuple[int, int]],
+    rank: int,
+    generators: Sequence[Generator],
+    std: float | None,
+    device: str | torch.device,
+) -> list[Factors]:
+    for out_features, in_features in shapes:
+        _require_rank(out_features, in_features, rank)
+    std = 1 / rank if std is None else std
+    # The streams are read in a fixed order, chi variables first, so the two halves can then run side by side.
+    chi = [chi_squares(max(shape), min(shape), g) for shape, g in zip(shapes, generators)]
+    with ThreadPoolExecutor(1) as pool:
+        values = pool.submit(_all_singular_values, start.part, chi, rank)
+        B = _all_frames([_Side(*shape, start.completed) for shape in shapes], rank, generators, device, rows=False)
+        A = _all_frames([_Side(*shape[::-1], start.completed) for shape in shapes], rank, generators, device, rows=True)
+    S = [(std * s).to(device) for s in values.result()]
+    return list(zip(B, S, A))
+
+
+def _all_singular_values(part: str, chi: list[tuple[Tensor, Tensor]], rank: int) -> list[Tensor]:
+    result: list[Tensor] = [torch.empty(0)] * len(chi)
+    for k, members in _by_key([a.shape[0] for a, _ in chi]).items():
+        kept = _kept(part, k, rank)
+        # Indices count from the smallest value here and from the largest in an SVD.
+        values = singular_values([chi[i] for i in members], first=k - kept.stop, count=rank)
+        for i, ascending in zip(members, values):
+            result[i] = ascending.flip(0)
+    return result
+
+
+class _Side(NamedTuple):
+    """One side of a layer, and the other; completed: as in Start."""
+
+    width: int
+    other: int
+    completed: bool
+
+    def frames(self, rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool) -> Tensor:
+        if not (self.completed and self.width > self.other):
+            return _haar_frames(self.width, rank, generators, device, rows)
+        haar = _haar_frames(self.other, rank, generators, device, rows=True)
+        completed = last_completed_rows(self.width, haar, generators, device)
+        return completed if rows else completed.mT.contiguous()
+
+
+def _all_frames(
+    sides: list[_Side], rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
+) -> list[Tensor]:
+    """One frame per side: orthonormal rows [r, width], or the transposed columns [width, r]."""
+    result: list[Tensor] = [torch.empty(0)] * len(sides)
+    for side, members in _by_key(sides).items():
+        for start in range(0, len(members), _CHUNK):
+            chunk = members[start : start + _CHUNK]
+            frames = side.frames(rank, [generators[i] for i in chunk], device, rows)
+            for i, frame in zip(chunk, frames):
+                result[i] = frame
+    return result
+
+
+def exact_device(device: str | torch.device) -> torch.device:
+    """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and DirectML's."""
+    device = torch.device(device)
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def _haar_frames(
+    width: int, rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
+) -> Tensor:
+    """[L, r, width] with orthonormal rows, or [L, width, r] with orthonormal columns; each Haar-distributed.
+
+    The Q of a Gaussian's QR factorisation is Haar only if R's diagonal is positive (Mezzadri 2007).
+    """
+    G = torch.empty(len(generators), rank, width)
+    for row, generator in zip(G, generators):
+        row.normal_(generator=generator)
+    G = G.to(exact_device(device))
+    if width < 4 * rank:
+        # Nearly square Gaussians are too ill-conditioned for the Gram matrix below.
+        Q, R = torch.linalg.qr(G.mT.double())
+        Q = (Q * R.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]).float()
+        return (Q.mT if rows else Q).contiguous().to(device)
+    # G = L Q with L the Cholesky factor of G G^T, whose diagonal is positive. With width >= 4 r the condition
+    # number of G is about 3, and one float32 pass leaves Q orthonormal to 1e-6. 100 times faster than QR.
+    L = torch.linalg.cholesky((G @ G.mT).double())
+    eye = torch.eye(rank, dtype=L.dtype, device=L.device).expand_as(L)
+    inverse = torch.linalg.solve_triangular(L, eye, upper=False).float()
+    return (inverse @ G if rows else G.mT @ inverse.mT).to(device)
+
+
+def _kept(part: str, k: int, rank: int) -> slice:
+    """Which of k singular values in descending order a start keeps."""
+    first = {"principal": 0, "middle": (k - rank + 1) // 2, "last": k - rank}[part]
+    return slice(first, first + rank)
+
+
+def layer_generator(seed: int, label: object) -> Generator:
+    """The random stream of one layer, told apart from the others by its name or number."""
+    digest = hashlib.blake2b(f"{seed}/{label}".encode(), digest_size=8).digest()
+    return Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+
+
+def _by_key(keys: list) -> dict:
+    groups = defaultdict(list)
+    for i, key in enumerate(keys):
+        groups[key].append(i)
+    return groups
+
+
+def _parse(kind: str) -> Start:
+    if kind not in STARTS:
+        raise TLoRAError(f'The start is "{kind}"; choose one of {", ".join(STARTS)}.')
+    return STARTS[kind]
+
+
+def _require_rank(out_features: int, in_features: int, rank: int) -> None:
+    if not 1 <= rank <= min(out_features, in_features):
+        raise TLoRAError(
+            f"rank is {rank}; a layer of {out_features} x {in_features} holds "
+            f"ranks from 1 to {min(out_features, in_features)}."
+        )

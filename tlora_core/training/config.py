@@ -1,0 +1,88 @@
+"""How to train: every number that the training loop and its loss ask for."""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from ..errors import TLoRAError
+from .optimizers import LR_SCHEDULES, OPTIMIZERS
+
+DENSITIES = ("uniform", "logit_normal", "mode")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The defaults are the paper's for SDXL (appendix, training details): AdamW, no warm-up, timesteps uniform.
+
+    steps: updates of the adapters. gradient_accumulation: batches whose gradients one update adds up.
+    learning_rate: of the optimizer; Prodigy finds its own and takes 1.
+    optimizer, lr_schedule: keys of OPTIMIZERS and LR_SCHEDULES. warmup_steps: over which the rate rises from 0.
+    max_grad_norm: gradients are scaled down to this norm, over all adapters; 0 never.
+    ema_decay: of the moving average of the weights that is kept as the result; 0 keeps the weights themselves.
+    orthogonality: lambda of the paper's equation 4, 0 for none.
+    min_snr_gamma: gamma of Min-SNR weighting (Hang et al. 2023), 0 for none; for noise and v prediction.
+    timestep_density: how training timesteps are drawn; the last two (Esser et al. 2024) are for flow models.
+    noise_from, noise_to: part of the noise axis that timesteps are drawn from, 0 clean, 1 pure noise (the paper's figure 2).
+    fresh_latents: a fresh sample of the VAE's posterior at each step, as in the paper, instead of its mean.
+    outside_mask: weight of the loss outside a picture's mask, 0..1.
+    prior_weight: of the loss on pictures of the class (Ruiz et al. 2023), 0 for none. prior_count: how many of these the model
+        makes itself where none are given.
+
+    Raises TLoRAError when a field is out of its range.
+    """
+
+    steps: int = 800
+    learning_rate: float = 1e-4
+    batch_size: int = 1
+    seed: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 1e-4
+    optimizer: str = "adamw"
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 0.0
+    ema_decay: float = 0.0
+    orthogonality: float = 0.0
+    min_snr_gamma: float = 0.0
+    timestep_density: str = "uniform"
+    noise_from: float = 0.0
+    noise_to: float = 1.0
+    fresh_latents: bool = True
+    outside_mask: float = 0.0
+    prior_weight: float = 0.0
+    prior_count: int = 16
+
+    def __post_init__(self) -> None:
+        for name, (fits, advice) in _RANGES.items():
+            value = getattr(self, name)
+            if not fits(value):
+                raise TLoRAError(f"{name} is {value}; {advice}.")
+        for name, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("timestep_density", DENSITIES)):
+            if getattr(self, name) not in choices:
+                raise TLoRAError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(choices)}.')
+        if self.noise_from >= self.noise_to:
+            raise TLoRAError(f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller.")
+
+    def changed(self) -> dict:
+        """The fields that differ from their defaults, for a record that a person reads."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def _at_least(low: float) -> tuple[Callable, str]:
+    return (lambda value: low <= value < math.inf), f"set it to {low} or more"
+
+
+def _between(low: float, high: float) -> tuple[Callable, str]:
+    return (lambda value: low <= value <= high), f"set it to a number from {low} to {high}"
+
+
+_BELOW_ONE = (lambda value: 0 <= value < 1), "set it to a number from 0 to below 1"
+_RANGES = {
+    "steps": _at_least(1), "batch_size": _at_least(1), "gradient_accumulation": _at_least(1), "prior_count": _at_least(1),
+    "learning_rate": ((lambda value: 0 < value < math.inf), "set it to a number above 0 (the paper uses 1e-4)"),
+    "beta1": _BELOW_ONE, "beta2": _BELOW_ONE, "ema_decay": _BELOW_ONE,
+    "weight_decay": _at_least(0), "warmup_steps": _at_least(0), "max_grad_norm": _at_least(0), "orthogonality": _at_least(0),
+    "min_snr_gamma": _at_least(0), "prior_weight": _at_least(0),
+    "noise_from": _between(0, 1), "noise_to": _between(0, 1), "outside_mask": _between(0, 1),
+}
