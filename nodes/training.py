@@ -1,9 +1,8 @@
 """What a training may be given beyond the Train node's own inputs: more pictures, and settings."""
 from comfy_api.latest import io
 
-from ..tlora_core.training.config import DENSITIES, TrainConfig
+from ..tlora_core.training.config import DENSITIES, LR_SCHEDULES, OPTIMIZERS, TrainConfig
 from ..tlora_core.training.dataset import training_list
-from ..tlora_core.training.optimizers import LR_SCHEDULES, OPTIMIZERS
 from .sockets import CATEGORY, IMAGES, OPTIONS, captions_input, mask_input, unlisted
 
 _DEFAULT = TrainConfig()

@@ -9,8 +9,8 @@ from training_runs import OutOfMemory
 
 from tlora_core import Adapters, TLoRAError, make_adapters
 from tlora_core.method.bank import ortho_bank
-from tlora_core.training.config import TrainConfig
-from tlora_core.training.optimizers import LR_SCHEDULES, OPTIMIZERS, STATE_SIZES
+from tlora_core.training.config import LR_SCHEDULES, OPTIMIZERS, TrainConfig
+from tlora_core.training.optimizers import STATE_SIZES
 from tlora_core.training.trainer import (
     SNAPSHOT_EVERY,
     Batches,

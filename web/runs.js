@@ -7,7 +7,7 @@ const MOST_POINTS = 2000; // of a curve; far more than a panel has pixels
 
 const runs = new Map(); // oldest first
 
-const OWNER = "tlora_run"; // the property by which a node knows its runs; see comfy_host/queued.py
+const OWNER = "tlora_run"; // the property by which a node knows its runs; see hosts/comfy/page/queued.py
 
 const isOf = (run, node) => Boolean(run.owner) && run.owner === node.properties?.[OWNER] && nodeAt({ node: run.node }) === node;
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from ..errors import TLoRAError
-from .optimizers import LR_SCHEDULES, OPTIMIZERS
 
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
+LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 DENSITIES = ("uniform", "logit_normal", "mode")
 
 

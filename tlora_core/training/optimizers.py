@@ -1,24 +1,18 @@
 """Optimizers and learning rate schedules, each from the library that keeps it, imported when it is asked for."""
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..errors import TLoRAError
 from ..packages import required
+from .config import TrainConfig
 
-if TYPE_CHECKING:
-    from .config import TrainConfig
-
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
 # What each keeps, in sizes of the parameters: AdamW two moments, Prodigy the start and a sum of gradients besides, schedule-free the
 # second moment and its own weights; Adafactor's row and column of a matrix are next to nothing.
 STATE_SIZES = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
 _RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # with one restart and power 1 they would be cosine and linear again
-LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 
-def make_optimizer(parameters: list[Tensor], config: "TrainConfig") -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer that `config` names, over `parameters`, all on one device.
 
     Raises TLoRAError when its package is not installed or does not serve that device.
@@ -45,7 +39,7 @@ def make_optimizer(parameters: list[Tensor], config: "TrainConfig") -> torch.opt
     return torch.optim.AdamW(parameters, rate, betas, weight_decay=decay, fused=device in ("cuda", "cpu"))
 
 
-def make_lr_schedule(optimizer: torch.optim.Optimizer, config: "TrainConfig") -> torch.optim.lr_scheduler.LRScheduler | None:
+def make_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler | None:
     """The schedule that `config` names, or None for a constant rate. Schedule-free warms up by itself."""
     if config.optimizer == "schedule_free":
         if config.lr_schedule != "constant":

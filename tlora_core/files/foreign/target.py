@@ -23,7 +23,7 @@ _UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.
 class Target:
     """A model as the readers of foreign files need it.
 
-    names: plain name (`names.plain_name`) of every layer a file may speak of -> layer name, "path" or "path@row".
+    names: plain name (`layer_names.plain_name`) of every layer a file may speak of -> layer name, "path" or "path@row".
     shapes: path of a linear module -> (out_features, in_features).
     weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError where the
         weight cannot be had in full precision.

@@ -6,8 +6,8 @@ sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothin
 branch of the graph without the T-LoRA is untouched.
 
 An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the figures.
-Folded into a copy of the layer's weight (`folding.FoldedWeight`) it costs next to nothing in time, and the weight's size in
-memory. Keys and values of the text fold into their outputs (`folding.FoldedOutput`), which saves time and takes little
+Folded into a copy of the layer's weight (`folded.FoldedWeight`) it costs next to nothing in time, and the weight's size in
+memory. Keys and values of the text fold into their outputs (`folded.FoldedOutput`), which saves time and takes little
 memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
 adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or with another LoRA that the host adds as it
 fetches their weights, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a
@@ -165,7 +165,7 @@ def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
 
 
 def _own_copy(text, device, dtype):
-    """The text as the model's layers get it, in a tensor that counts changes in place, which `folding.Inputs` goes by."""
+    """The text as the model's layers get it, in a tensor that counts changes in place, which `folded.Inputs` goes by."""
     if not isinstance(text, torch.Tensor) or (not text.is_inference() and text.dtype == dtype and text.device == device):
         return text
     with torch.inference_mode(False):

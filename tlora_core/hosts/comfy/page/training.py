@@ -1,7 +1,7 @@
 """Training runs as the page sees them: where a run stands, and what the user wants of it.
 
 The latest run of each node is kept here while the server lives, of RUNS_KEPT nodes at most, with its loss curve and validation
-pictures, so that a page that is opened later, or again, can be told all of it; see `live_routes` for how a page asks. Training runs in the host's
+pictures, so that a page that is opened later, or again, can be told all of it; see `routes.training` for how a page asks. Training runs in the host's
 prompt thread and the routes in its event loop, so a run locks itself. Without a server a run only keeps its record.
 """
 import functools

@@ -131,7 +131,7 @@ class HostDenoiser:
 
     def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every step and
-        in every sample it belongs to: what U-Nets make of it is then computed once (`autograd.Frozen`)."""
+        in every sample it belongs to: what U-Nets make of it is then computed once (`frozen.Frozen`)."""
         if len(samples) > 1:
             return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
         key = id(samples[0]), like.shape
