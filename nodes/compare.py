@@ -3,7 +3,7 @@ import torch
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.inspect.sheet import comparison_sheet
+from ..tlora_core.reports.sheet import comparison_sheet
 from ..tlora_core.training.images import to_tensor
 from .sockets import AXES, CATEGORY
 

@@ -3,7 +3,7 @@ from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
 from ..tlora_core.hosts.comfy.encoders import FOLDER, encoder_names, load_encoder
-from ..tlora_core.inspect.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
+from ..tlora_core.reports.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
 from .sockets import CATEGORY
 
 SCORES = io.Custom("TLORA_SCORES")

@@ -2,7 +2,7 @@
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.inspect.prompt_sets import SETS
+from ..tlora_core.reports.prompt_sets import SETS
 from .sockets import CATEGORY, TLORA
 
 _OWN = "own"

@@ -1,7 +1,7 @@
 """What a T-LoRA holds."""
 from comfy_api.latest import io
 
-from ..tlora_core.inspect.report import blocks, report_picture, report_text
+from ..tlora_core.reports.report import blocks, report_picture, report_text
 from ..tlora_core.training.images import to_tensor
 from .sockets import CATEGORY, TLORA
 

@@ -3,8 +3,8 @@ from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
 from ..tlora_core.hosts.comfy.model.noise import noise_level
-from ..tlora_core.inspect.plot import schedule_curve
 from ..tlora_core.method.schedule import RankSchedule
+from ..tlora_core.reports.plot import schedule_curve
 from ..tlora_core.training.images import to_tensor
 from .sockets import CATEGORY, TLORA, alpha_input, curve_input, rank_inputs
 

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 from ..tlora_core.errors import TLoRAError
 from ..tlora_core.hosts.comfy.files import file_stamp, load_lora, lora_names
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
-from ..tlora_core.inspect.sweep import FILE, KINDS, NONE, Axis, Sweep
+from ..tlora_core.reports.sweep import FILE, KINDS, NONE, Axis, Sweep
 from .sockets import AXES, CATEGORY, TLORA, strength_input
 
 _FILES = "for file, names of the loras folder, one a line, or a pattern such as run/heart_step*.safetensors."

@@ -8,9 +8,9 @@ from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_training
 from ..tlora_core.hosts.comfy.training.personalize import MEMORY, filled_in
 from ..tlora_core.hosts.comfy.training.run import RERUNS, Keeping, stopped_runs, train_or_find
-from ..tlora_core.inspect.plot import loss_curve
 from ..tlora_core.method.adapters import METHODS
 from ..tlora_core.method.starts import STARTS
+from ..tlora_core.reports.plot import loss_curve
 from ..tlora_core.training.dataset import FRAMINGS, training_list
 from ..tlora_core.training.images import to_tensor
 from .sockets import (

@@ -18,7 +18,7 @@ from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
 from .files.foreign.checkpoint import checkpoint_target
 from .files.tlora_file import TLoRAFile
-from .inspect.report import blocks, report_text
+from .reports.report import blocks, report_text
 from .version import __version__
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

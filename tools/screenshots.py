@@ -16,7 +16,7 @@ from hostlib.server import Server
 
 REPO = Path(__file__).resolve().parents[1]
 SCREENSHOTS, HELP = REPO / "docs" / "screenshots", REPO / "web" / "docs" / "pictures"
-sys.path += [str(REPO / "tests"), str(ensure_test_packages(Path(sys.executable)))]
+sys.path += [str(REPO / "tests" / "helpers"), str(ensure_test_packages(Path(sys.executable)))]
 
 from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, set_setting  # noqa: E402
 

@@ -12,8 +12,8 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from tlora_core.inspect.report import B_KEY
 from tlora_core.method.adapters import METHODS
+from tlora_core.reports.report import B_KEY
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import LATENT_CHANNELS
 from tlora_core.tiny.scorer import ConceptMatcher

@@ -6,7 +6,7 @@ import comfy.model_management
 import folder_paths
 
 from ...errors import TLoRAError
-from ...inspect.evaluation import ImageEncoder, model_type
+from ...reports.evaluation import ImageEncoder, model_type
 
 FOLDER = "clip_vision"
 

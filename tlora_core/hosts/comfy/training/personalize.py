@@ -13,10 +13,10 @@ from torch import Tensor
 from ....errors import TLoRAError
 from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import check_line, one_line
-from ....inspect.report import B_KEY, effective_rank_of_b
 from ....method.adapters import METHODS, Adapters
 from ....method.factory import make_adapters
 from ....method.schedule import RankSchedule
+from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ....training.trainer import Trainer
