@@ -181,7 +181,8 @@ def _hparams(tlora: TLoRAFile, folder: Path) -> str:
 
 def _of_flux(tlora: TLoRAFile) -> dict[str, object]:
     masked = "true" if METHODS[tlora.method].is_masked else "false"
-    return {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "rank": tlora.schedule.rank, "tlora": masked}
+    variant = "schnell" if tlora.base_model == "fluxschnell" else "dev"
+    return {"pretrained_model_name_or_path": f"black-forest-labs/FLUX.1-{variant}", "rank": tlora.schedule.rank, "tlora": masked}
 
 
 def _of_sdxl(tlora: TLoRAFile) -> dict[str, object]:
