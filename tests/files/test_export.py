@@ -180,6 +180,24 @@ def test_reference_hparams_hold_what_its_inference_asks_for(tmp_path, family):
     assert Path(hparams["output_dir"], "checkpoint-500", path.name) == path and path.exists()
 
 
+def test_a_tlora_of_flux_schnell_names_it_as_its_base(tmp_path):
+    torch.save(reference_flux()[0], tmp_path / "lora.pt")
+    tlora = replace(load_any(tmp_path / "lora.pt").tlora, base_model="fluxschnell")
+    path = export(tlora, tmp_path / "out", "reference")
+    assert "pretrained_model_name_or_path: black-forest-labs/FLUX.1-schnell\n" in (path.parents[1] / "logs" / "hparams.yml").read_text()
+
+
+@pytest.mark.parametrize("alpha", [1, 0.05, 1e-05, 1.5e-05, 1e16])
+def test_an_alpha_of_any_size_is_a_number_to_the_references_inference(tmp_path, alpha):
+    import yaml
+
+    tlora = replace(load_of("orthogonal", tmp_path), schedule=RankSchedule(4, 2, alpha))
+    path = export(tlora, tmp_path / "out", "reference")
+    read = yaml.safe_load((path.parents[1] / "logs" / "hparams.yml").read_text(encoding="utf-8"))["alpha_rank_scale"]
+    assert type(read) is float and read == alpha
+    assert load_any(path).tlora.schedule == tlora.schedule
+
+
 @pytest.mark.parametrize(("changes", "named"), [
     ({"method": "tlora"}, 'method is "tlora".*plain pairs alone'), ({"schedule": RankSchedule(2, 1, 0.5)}, "alpha is 0.5"),
     ({"base_model": "flux2"}, '"flux2".*SDXL and FLUX.1 alone'), ({"schedule": RankSchedule(4, 1)}, "attn.processor.to_out.* rank 2 and the schedule 4")])

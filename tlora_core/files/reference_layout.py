@@ -181,19 +181,26 @@ def _hparams(tlora: TLoRAFile, folder: Path) -> str:
 
 def _of_flux(tlora: TLoRAFile) -> dict[str, object]:
     masked = "true" if METHODS[tlora.method].is_masked else "false"
-    return {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev", "rank": tlora.schedule.rank, "tlora": masked}
+    variant = "schnell" if tlora.base_model == "fluxschnell" else "dev"
+    return {"pretrained_model_name_or_path": f"black-forest-labs/FLUX.1-{variant}", "rank": tlora.schedule.rank, "tlora": masked}
 
 
 def _of_sdxl(tlora: TLoRAFile) -> dict[str, object]:
     method = METHODS[tlora.method]
     return {
-        "alpha_rank_scale": tlora.schedule.alpha,
+        "alpha_rank_scale": _real(tlora.schedule.alpha),
         "lora_rank": tlora.schedule.rank,
         "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
         "sig_type": "last",  # of a new start, which inference makes none of
         "trainer_class": "sdxl_tlora" if method.is_masked else "sdxl_lora",
         "trainer_type": "ortho_lora" if method.is_orthogonal else "lora",
     }
+
+
+def _real(number: float) -> str:
+    """With a point, since YAML takes 1e-05 for a text."""
+    text = repr(float(number))
+    return text if "." in text else text.replace("e", ".0e")
 
 
 def _quoted(text: str) -> str:
