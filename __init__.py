@@ -1,4 +1,5 @@
 """ComfyUI-T-LoRA: teach a diffusion model a new object from a single image."""
+
 from .nodes import comfy_entrypoint
 
 WEB_DIRECTORY = "./web"

@@ -1,4 +1,5 @@
 """How the benchmarks print what they found."""
+
 import json
 
 

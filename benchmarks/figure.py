@@ -1,9 +1,10 @@
 """The picture of the ways in which a T-LoRA is put on a model, from what benchmarks/sampling.py measured.
 
-    python3 tools/host.py bench sampling --model sdxl-fifth --json > sdxl.txt
-    python3 tools/host.py bench sampling --model flux-small --json > flux.txt
-    python3 tools/host.py bench figure sdxl.txt flux.txt docs/sampling_ways.png
+python3 tools/host.py bench sampling --model sdxl-fifth --json > sdxl.txt
+python3 tools/host.py bench sampling --model flux-small --json > flux.txt
+python3 tools/host.py bench figure sdxl.txt flux.txt docs/sampling_ways.png
 """
+
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,20 @@ from PIL import Image, ImageDraw, ImageFont
 TEXT, FAINT, GRID = (40, 42, 48), (120, 124, 132), (214, 217, 223)
 WAYS = {  # colour, name, what it is, what it takes
     "weight": ((58, 124, 190), "folded", "a copy of the weight holds the update and follows r(t)", "the weight's size"),
-    "output": ((232, 150, 52), "cached", "the text is the same at every step, and so is what a layer makes of it", "its outputs"),
+    "output": (
+        (232, 150, 52),
+        "cached",
+        "the text is the same at every step, and so is what a layer makes of it",
+        "its outputs",
+    ),
     "beside": ((150, 154, 162), "beside", "two thin products beside the layer, at every step", "nothing"),
 }
-RUNS = {"bare": "no LoRA", "static_lora": "the host's LoRA, static", "tlora": "T-LoRA", "tlora_product": "T-LoRA, all beside"}
+RUNS = {
+    "bare": "no LoRA",
+    "static_lora": "the host's LoRA, static",
+    "tlora": "T-LoRA",
+    "tlora_product": "T-LoRA, all beside",
+}
 WIDTH, ROW, LEFT, RIGHT, BAR = 900, 34, 190, 210, 18
 
 
@@ -25,13 +36,17 @@ def share(row: dict) -> dict[str, float]:
     if not row["what"].startswith("tlora"):
         return {}
     folded = {way: row["layers"][way] for way in ("weight", "output")}
-    return {way: n / row["targets"] for way, n in {**folded, "beside": row["targets"] - sum(folded.values())}.items() if n}
+    return {
+        way: n / row["targets"] for way, n in {**folded, "beside": row["targets"] - sum(folded.values())}.items() if n
+    }
 
 
 def panel(draw: ImageDraw.ImageDraw, result: dict, top: int, fonts, longest: float) -> None:
     plain, small = fonts
     rank = next(row["rank"] for row in result["rows"] if "rank" in row)
-    draw.text((20, top), f"{result['model']}, rank {rank}: time of a whole sampling, to that without a LoRA", TEXT, font=plain)
+    draw.text(
+        (20, top), f"{result['model']}, rank {rank}: time of a whole sampling, to that without a LoRA", TEXT, font=plain
+    )
     per_unit = (WIDTH - LEFT - RIGHT) / longest
     for i, row in enumerate(result["rows"]):
         y, length = top + 30 + i * ROW, row["ratio"] * per_unit
@@ -41,7 +56,13 @@ def panel(draw: ImageDraw.ImageDraw, result: dict, top: int, fonts, longest: flo
             draw.rectangle([x, y, x + part * length, y + BAR], WAYS[way][0] if way else GRID)
             x += part * length
         kept = sum(row["kept_mb"].values())
-        memory = f", {kept:.0f} MB more" if row["what"] == "tlora" else ", 0 MB more" if row["what"] == "tlora_product" else ""
+        memory = (
+            f", {kept:.0f} MB more"
+            if row["what"] == "tlora"
+            else ", 0 MB more"
+            if row["what"] == "tlora_product"
+            else ""
+        )
         draw.text((LEFT + length + 8, y + BAR / 2), f"{row['ratio']:.2f}{memory}", TEXT, font=small, anchor="lm")
     x = LEFT + per_unit
     draw.line([(x, top + 24), (x, top + 24 + len(result["rows"]) * ROW)], FAINT)

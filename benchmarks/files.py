@@ -2,14 +2,15 @@
 
     python3 tools/host.py bench files [--rank 64] [--json]
 
-Two of SDXL's transformer blocks, one of either width (16 layers), with random factors that have moved from their start by
-0.1 %, 1 % and 100 % of their norm, are saved and read again. "error" is that of the stored update relative to its norm, with
-all ranks on and with half of them, the largest of all layers; the update itself is computed in float64. Beside it the size of a
-plain LoRA of the same rank and dtype.
+Two of SDXL's transformer blocks, one of either width (16 layers), with random factors that have moved from their start
+by 0.1 %, 1 % and 100 % of their norm, are saved and read again. "error" is that of the stored update relative to its
+norm, with all ranks on and with half of them, the largest of all layers; the update itself is computed in float64.
+Beside it the size of a plain LoRA of the same rank and dtype.
 
-"base_terms": the decomposition of a weight of SDXL's larger layers, ours and torch's SVD in float32, in turn: median seconds,
-and the largest error of the principal, middle and last components' product against an SVD in float64.
+"base_terms": the decomposition of a weight of SDXL's larger layers, ours and torch's SVD in float32, in turn: median
+seconds, and the largest error of the principal, middle and last components' product against an SVD in float64.
 """
+
 import argparse
 import json
 import statistics
@@ -33,7 +34,10 @@ BLOCKS = {"input_blocks.4.1.transformer_blocks.0": 640, "middle_block.1.transfor
 def shapes_in(blocks):
     """ComfyUI's module path -> (out_features, in_features)."""
     return {
-        f"{block}.{attention}.{projection}": (width, TEXT if attention == "attn2" and projection in ("to_k", "to_v") else width)
+        f"{block}.{attention}.{projection}": (
+            width,
+            TEXT if attention == "attn2" and projection in ("to_k", "to_v") else width,
+        )
         for block, width in blocks.items()
         for attention in ("attn1", "attn2")
         for projection in ("to_q", "to_k", "to_v", "to_out.0")
@@ -62,15 +66,17 @@ def error(path, parts, r):
     errors = []
     for name, (trained, start) in parts.items():
         want = product(trained, r) - product(start, r)
-        have = stored[name].up[:, :2 * r].double() @ stored[name].down[:2 * r].double()
+        have = stored[name].up[:, : 2 * r].double() @ stored[name].down[: 2 * r].double()
         errors.append(float((have - want).norm() / want.norm()))
     return max(errors)
 
 
 def plain_size(shapes, rank, dtype, folder):
     generator = torch.Generator().manual_seed(0)
-    random = {name: LowRank(torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator))
-              for name, (out, width) in shapes.items()}
+    random = {
+        name: LowRank(torch.randn(out, rank, generator=generator), torch.randn(rank, width, generator=generator))
+        for name, (out, width) in shapes.items()
+    }
     file = TLoRAFile(random, "lora", RankSchedule(rank, rank), 1000, "discrete", "sdxl", "sks", "dog")
     return export(file, folder / "plain.safetensors", "kohya", dtype).stat().st_size
 
@@ -87,9 +93,17 @@ def measure(rank, blocks=BLOCKS):
                 path = folder / "tlora.safetensors"
                 file.save(path, dtype)
                 size, plain = path.stat().st_size, plain_size(shapes, rank, dtype, folder)
-                rows.append({
-                    "dtype": word, "moved": moved, "error": error(path, parts, rank), "error_half": error(path, parts, rank // 2),
-                    "mb": round(size / 2**20, 2), "plain_mb": round(plain / 2**20, 2), "size_ratio": round(size / plain, 3)})
+                rows.append(
+                    {
+                        "dtype": word,
+                        "moved": moved,
+                        "error": error(path, parts, rank),
+                        "error_half": error(path, parts, rank // 2),
+                        "mb": round(size / 2**20, 2),
+                        "plain_mb": round(plain / 2**20, 2),
+                        "size_ratio": round(size / plain, 3),
+                    }
+                )
     return rows
 
 
@@ -109,9 +123,14 @@ def measure_base_terms(rank, rounds):
                 decompose(weight)
                 times.append(time.perf_counter() - start)
         for decompose, times in seconds.items():
-            rows.append({
-                "shape": shape, "how": decompose.__name__, "seconds": round(statistics.median(times), 2),
-                "error": base_term_error([part.float() for part in decompose(weight)], exact, rank)})
+            rows.append(
+                {
+                    "shape": shape,
+                    "how": decompose.__name__,
+                    "seconds": round(statistics.median(times), 2),
+                    "error": base_term_error([part.float() for part in decompose(weight)], exact, rank),
+                }
+            )
     return rows
 
 
@@ -133,7 +152,11 @@ def main():
     args = parser.parse_args()
     rows, base_terms = measure(args.rank), measure_base_terms(args.rank, args.rounds)
     for row in rows + base_terms:
-        print("  ".join(f"{key} {value:.2g}" if key.startswith("error") else f"{key} {value}" for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.2g}" if key.startswith("error") else f"{key} {value}" for key, value in row.items()
+            )
+        )
     if args.json:
         print(json.dumps({"rank": args.rank, "rows": rows, "base_terms": base_terms}))
 

@@ -2,12 +2,14 @@
 
     python3 tools/host.py bench memory [--model sdxl|flux] [--size 128] [--rank 64] [--json]
 
-A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as long as it
-lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest sum, weights of the
-diffusion model included; "kernels" the operations that a GPU would be given for a step's forward and backward pass. Not counted: CUDA's own
-memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which the host moves off.
-Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
+A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
+long as it lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest
+sum, weights of the diffusion model included; "kernels" the operations that a GPU would be given for a step's forward
+and backward pass. Not counted: CUDA's own memory (about half a gigabyte), workspaces of convolutions, what the
+allocator loses, text encoders and VAE, which the host moves off. Attention is taken to keep its inputs and output, as
+the kernels do that GPUs have for it.
 """
+
 import argparse
 import sys
 import weakref
@@ -24,12 +26,34 @@ sys.path.append(str(ROOT / "tools"))
 META = torch.device("meta")
 MODELS = {"sdxl": 77, "flux": 512}  # their texts' tokens
 _NO_KERNELS = {
-    "view", "t", "transpose", "permute", "expand", "as_strided", "unbind", "split", "slice", "select", "detach", "alias", "_unsafe_view",
-    "unsqueeze", "squeeze", "split_with_sizes", "narrow", "empty", "empty_like", "new_empty", "_reshape_alias", "reshape"}
+    "view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "as_strided",
+    "unbind",
+    "split",
+    "slice",
+    "select",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "unsqueeze",
+    "squeeze",
+    "split_with_sizes",
+    "narrow",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "_reshape_alias",
+    "reshape",
+}
 
 
 class Counter(TorchDispatchMode):
-    """Within the block, counts the bytes of tensors on META while they live, and operations. `known`: tensors counted from before."""
+    """Within the block, counts the bytes of tensors on META while they live, and operations. `known`: tensors counted
+    from before."""
 
     def __init__(self, known=()):
         super().__init__()
@@ -75,23 +99,34 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def host_on_meta():
-    """Within the block the host and the trainer take META for a device with memory enough: nothing is loaded, read at the end of a
-    step, or kept to fall back on."""
+    """Within the block the host and the trainer take META for a device with memory enough: nothing is loaded, read at
+    the end of a step, or kept to fall back on."""
     import comfy.model_management as management
 
     from tlora_core.training.trainer import Reading, Trainer
+
     stand_ins = [
         (management, "load_models_gpu", lambda *args, **kwargs: None),
-        (management, "get_free_memory", lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40),
-        (Trainer, "_keep_as_good", lambda trainer: None), (Reading, "value", lambda reading: 0.1),
-        (torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v))]
+        (
+            management,
+            "get_free_memory",
+            lambda device=None, torch_free_too=False: (1 << 40, 1 << 40) if torch_free_too else 1 << 40,
+        ),
+        (Trainer, "_keep_as_good", lambda trainer: None),
+        (Reading, "value", lambda reading: 0.1),
+        (
+            torch.nn.functional,
+            "scaled_dot_product_attention",
+            lambda q, k, v, *args, **kwargs: _Attention.apply(q, k, v),
+        ),
+    ]
     with _replaced(stand_ins):
         yield
 
 
 def _prodigy_reads():
-    """For an optimizer's step alone: Prodigy reads sums, and asks whether a parameter is all zero, of which it would keep no copy; it is
-    taken not to be. Nothing else of a step may read a number."""
+    """For an optimizer's step alone: Prodigy reads sums, and asks whether a parameter is all zero, of which it would
+    keep no copy; it is taken not to be. Nothing else of a step may read a number."""
     return _replaced([(torch.Tensor, "any", lambda tensor: True), (torch.Tensor, "item", lambda tensor: 1.0)])
 
 
@@ -118,6 +153,7 @@ def adapters_on_meta(model, method, rank):
     from tlora_core.hosts.comfy.model.families import target_layers
     from tlora_core.method.adapters import Adapters
     from tlora_core.method.bank import LoRABank, OrthoBank
+
     of_shapes = {}
     for name, layer in target_layers(model).items():
         of_shapes.setdefault(layer.shape, []).append(name)
@@ -130,8 +166,9 @@ def adapters_on_meta(model, method, rank):
 
 
 def step(model, tokens, size, rank, checkpointing):
-    """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to the run (own):
-    weights, adapters, starts, gradients, the optimizer that the model's training has by default. Then the kernels."""
+    """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to
+    the run (own): weights, adapters, starts, gradients, the optimizer that the model's training has by default. Then
+    the kernels."""
     import random_models
 
     from tlora_core import RankSchedule
@@ -141,6 +178,7 @@ def step(model, tokens, size, rank, checkpointing):
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
     from tlora_core.training.trainer import Trainer
+
     move(model)
     base = model.model
     usual = defaults_for(model)
@@ -149,7 +187,12 @@ def step(model, tokens, size, rank, checkpointing):
     trainer = Trainer(adapters, TrainConfig(steps=9, optimizer=usual.optimizer))
     trainer.step = 1  # the first loss of all is read
     tensors = [*trainer.parameters, *adapters.buffers()]
-    sample = Sample(torch.zeros(base.latent_format.latent_channels, size, size), None, None, random_models.conditioning(model, tokens))
+    sample = Sample(
+        torch.zeros(base.latent_format.latent_channels, size, size),
+        None,
+        None,
+        random_models.conditioning(model, tokens),
+    )
     update, kernels = trainer._update, []
 
     def counted_update():
@@ -164,22 +207,41 @@ def step(model, tokens, size, rank, checkpointing):
         trainer.run(denoiser, 2)
         counter.peak, counter.kernels = counter.live, 0
         trainer.run(denoiser, 3)
-    state = [v for values in trainer.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor) and v.is_meta]
-    own = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*weights, *tensors, *state, *(p.grad for p in trainer.parameters))}
-    return {"peak": counter.peak, "after": counter.live, "own": sum(own.values()), "kernels": kernels[-1],
-            "weights": sum(w.untyped_storage().nbytes() for w in weights)}
+    state = [
+        v
+        for values in trainer.optimizer.state.values()
+        for v in values.values()
+        if isinstance(v, torch.Tensor) and v.is_meta
+    ]
+    own = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in (*weights, *tensors, *state, *(p.grad for p in trainer.parameters))
+    }
+    return {
+        "peak": counter.peak,
+        "after": counter.live,
+        "own": sum(own.values()),
+        "kernels": kernels[-1],
+        "weights": sum(w.untyped_storage().nbytes() for w in weights),
+    }
 
 
 def measure(args):
     import random_models
+
     rows = []
     for storage in (None, torch.float8_e4m3fn):
         for checkpointing in (False, True):
             model = getattr(random_models, args.model)(dtype=torch.bfloat16, storage=storage, device=META)
             counted = step(model, MODELS[args.model], args.size, args.rank, checkpointing)
-            rows.append({"weights": "bf16" if storage is None else "fp8", "checkpointing": checkpointing,
-                         **{f"{name}_mb": round(counted[name] / 2**20) for name in ("weights", "own", "after", "peak")},
-                         "kernels": counted["kernels"]})
+            rows.append(
+                {
+                    "weights": "bf16" if storage is None else "fp8",
+                    "checkpointing": checkpointing,
+                    **{f"{name}_mb": round(counted[name] / 2**20) for name in ("weights", "own", "after", "peak")},
+                    "kernels": counted["kernels"],
+                }
+            )
     return rows
 
 
@@ -192,6 +254,7 @@ def main():
     args = parser.parse_args()
     sys.argv = sys.argv[:1] + ["--cpu"]
     import comfy.options
+
     comfy.options.enable_args_parsing()
     with host_on_meta():
         rows = measure(args)

@@ -3,17 +3,18 @@
     python3 tools/host.py bench personalization rates                     # learning rates, swept per method
     python3 tools/host.py bench personalization choose-rates
     python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
-    python3 tools/host.py bench personalization earlier                   # what learns too fast for its first checkpoint, drawn before it
-    python3 tools/host.py bench personalization later                     # what has not learnt the concept by its last, gone on with
+    python3 tools/host.py bench personalization earlier   # what learns too fast, drawn before its first checkpoint
+    python3 tools/host.py bench personalization later   # what has not learnt the concept by its last, gone on with
     python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
-    python3 tools/host.py bench personalization when-decided              # down to which noise level prompts are followed
+    python3 tools/host.py bench personalization when-decided   # down to which noise level prompts are followed
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
 
-A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
-of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part 2/8 takes every eighth
-cell, for eight processes side by side.
+A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study
+`methods` of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part
+2/8 takes every eighth cell, for eight processes side by side.
 Results: benchmarks/results/*.jsonl.
 """
+
 import argparse
 import json
 import sys
@@ -30,16 +31,26 @@ def main():
         ONCE[args.what[0]](args.results)
         return
     from evidence.study import STUDIES
+
     if args.what not in (["all"], ["earlier"], ["later"]) and (unknown := set(args.what) - STUDIES.keys()):
-        parser.error(f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, or all, earlier or later alone")
+        parser.error(
+            f"there is no study {', '.join(sorted(unknown))}; choose of {', '.join(STUDIES)}, or all, earlier or "
+            f"later alone"
+        )
     _study(args)
 
 
 def _arguments():
     from evidence.study import RESULTS, SCALES, STUDIES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["methods"], metavar="STUDY",
-                        help=f"{', '.join(STUDIES)}; all; earlier; later; or one of {', '.join(ONCE)} (methods)")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        default=["methods"],
+        metavar="STUDY",
+        help=f"{', '.join(STUDIES)}; all; earlier; later; or one of {', '.join(ONCE)} (methods)",
+    )
     parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
@@ -52,11 +63,13 @@ def _arguments():
 def _study(args):
     import tiny_gate
     import torch
+
     tiny_gate.parse_host_arguments(args.device)
     from evidence.run import Bench, run
+
     scale = "quick" if args.quick else args.scale or ("sweep" if args.what == ["rates"] else "full")
     part, of = (int(number) for number in args.part.split("/"))
-    cells = _cells(args, scale)[part - 1::of]
+    cells = _cells(args, scale)[part - 1 :: of]
     file = args.results / (f"{scale}.jsonl" if of == 1 else f"{scale}-{part}of{of}.jsonl")
     others = [path for path in args.results.glob(f"{scale}*.jsonl") if path != file]
     with torch.inference_mode():
@@ -66,33 +79,40 @@ def _study(args):
 def _cells(args, name):
     from evidence import analysis, report
     from evidence.study import SCALES, STUDIES, cells_of, chosen_rates, drawn_earlier, drawn_later, usual_rates
+
     if args.what == ["earlier"]:
-        return [drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(args.results, name), SCALES[name])]
+        return [
+            drawn_earlier(cell) for cell in analysis.past_at_first(report.measured(args.results, name), SCALES[name])
+        ]
     if args.what == ["later"]:
         return [drawn_later(cell) for cell in analysis.not_learnt(report.measured(args.results, name), SCALES[name])]
     names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
     rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
-    return cells_of(names, replace(SCALES[name], seeds=SCALES[name].seeds[:args.seeds]), rates)
+    return cells_of(names, replace(SCALES[name], seeds=SCALES[name].seeds[: args.seeds]), rates)
 
 
 def _report(results):
     from evidence import report
+
     report.write(results, ROOT / "docs")
 
 
 def _choose_rates(results):
     from evidence import analysis
     from evidence.study import RATES
+
     _write(RATES, analysis.choose_rates(analysis.load_sweep(results)))
 
 
 def _check_scorers(results):
     import tiny_gate
     import torch
+
     tiny_gate.parse_host_arguments()
     from evidence import validation
 
     from tlora_core.tiny import comfy as tiny_base
+
     with torch.inference_mode():
         vae = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))[2]
         found = validation.validate(tiny_gate.load_scorer(), lambda pictures: vae.decode(vae.encode(pictures)))
@@ -102,9 +122,11 @@ def _check_scorers(results):
 def _when_decided(results):
     import tiny_gate
     import torch
+
     tiny_gate.parse_host_arguments()
     from evidence import decided
     from evidence.run import Bench
+
     with torch.inference_mode():
         _write(results / "decided.json", decided.measure(Bench(tiny_gate.WEIGHTS)))
 
@@ -114,7 +136,12 @@ def _write(file, found):
     print(file.read_text())
 
 
-ONCE = {"choose-rates": _choose_rates, "check-scorers": _check_scorers, "when-decided": _when_decided, "report": _report}
+ONCE = {
+    "choose-rates": _choose_rates,
+    "check-scorers": _check_scorers,
+    "when-decided": _when_decided,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,17 @@
 """What a T-LoRA costs while sampling: a bare model, the host's own static LoRA of the same rank, and the T-LoRA.
 
-    python3 tools/host.py bench sampling [--model sdxl-small|sdxl-fifth|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
+    python3 tools/host.py bench sampling [--model sdxl|flux|...] [--device cpu|cuda] [--json]
 
-All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host, Euler
-with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host takes
-to put a static LoRA's weights in place included; "sampling_ratio" leaves that out, so a static LoRA's is 1 but for chance.
-On a CPU all run on one thread, and seconds are of processor time, which waiting for other programs does not add to.
-"peak_mb" is memory above what the loaded bare model takes, without the T-LoRA's own tensors ("file_mb", float32). "layers"
-and "kept_mb" are the layers folded each way and what is kept for them. Rows: bare; static_lora; tlora, as the pack
-chooses; tlora_product, nothing folded.
+All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host,
+Euler
+with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host
+takes to put a static LoRA's weights in place included; "sampling_ratio" leaves that out, so a static LoRA's is 1 but
+for chance. On a CPU all run on one thread, and seconds are of processor time, which waiting for other programs does not
+add to. "peak_mb" is memory above what the loaded bare model takes, without the T-LoRA's own tensors ("file_mb",
+float32). "layers" and "kept_mb" are the layers folded each way and what is kept for them. Rows: bare; static_lora;
+tlora, as the pack chooses; tlora_product, nothing folded.
 """
+
 import argparse
 import ctypes
 import gc
@@ -27,7 +29,15 @@ sys.path.append(str(ROOT / "tools"))
 # name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance)
 MODELS = {
     "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 8, 5.0),
-    "sdxl-fifth": ("sdxl", {"width": 64, "context": 416}, 4, 64, "float32", 8, 5.0),  # a fifth of SDXL in the text's width too
+    "sdxl-fifth": (
+        "sdxl",
+        {"width": 64, "context": 416},
+        4,
+        64,
+        "float32",
+        8,
+        5.0,
+    ),  # a fifth of SDXL in the text's width too
     "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 25, 5.0),
     "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 8, 1.0),
     "flux": ("flux", {}, 16, 128, "bfloat16", 25, 1.0),
@@ -43,6 +53,7 @@ class PeakMemory:
     def __enter__(self):
         import psutil
         import torch
+
         self.process = psutil.Process()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -50,7 +61,9 @@ class PeakMemory:
         else:
             gc.collect()
             if sys.platform == "linux":
-                ctypes.CDLL(None).malloc_trim(0)  # or memory that an earlier run gave back would hide what this one takes
+                ctypes.CDLL(None).malloc_trim(
+                    0
+                )  # or memory that an earlier run gave back would hide what this one takes
             self.start = self.highest = self.process.memory_info().rss
             self.done = threading.Event()
             self.thread = threading.Thread(target=self._watch)
@@ -63,6 +76,7 @@ class PeakMemory:
 
     def __exit__(self, *_):
         import torch
+
         if self.cuda:
             self.highest = torch.cuda.max_memory_allocated()
         else:
@@ -77,6 +91,7 @@ class Runs:
     def __init__(self, name, steps=None):
         import random_models
         import torch
+
         function, arguments, self.channels, self.size, dtype, default_steps, self.guidance = MODELS[name]
         self.bare = getattr(random_models, function)(**arguments, dtype=getattr(torch, dtype))
         self.steps = steps or default_steps
@@ -86,11 +101,14 @@ class Runs:
         import comfy.model_management as mm
         import comfy.sample
         import torch
+
         latent = torch.zeros(1, self.channels, self.size, self.size)
         self.ways = {}
         noise = comfy.sample.prepare_noise(latent, 0)
         on_gpu = self.bare.load_device.type == "cuda"
-        synchronize, clock = (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
+        synchronize, clock = (
+            (torch.cuda.synchronize, time.perf_counter) if on_gpu else (lambda: None, time.process_time)
+        )
         mm.load_models_gpu([self.bare])
         synchronize()
         with PeakMemory(self.bare.load_device) as memory:
@@ -98,12 +116,23 @@ class Runs:
             mm.load_models_gpu([patched])
             synchronize()
             loaded = clock()
-            comfy.sample.sample(patched, noise, self.steps, self.guidance, "euler", "simple", self.positive, self.negative,
-                                latent, disable_pbar=True, seed=0, callback=self._look)
+            comfy.sample.sample(
+                patched,
+                noise,
+                self.steps,
+                self.guidance,
+                "euler",
+                "simple",
+                self.positive,
+                self.negative,
+                latent,
+                disable_pbar=True,
+                seed=0,
+                callback=self._look,
+            )
             synchronize()
             end = clock()
         return loaded - start, end - loaded, memory.mb
-
 
     def _look(self, step, *_):
         if step == self.steps - 1:
@@ -114,13 +143,20 @@ def ways(base):
     """How many layers have their update folded, and what is kept for that."""
     from tlora_core.hosts.comfy.sampling import Folds
     from tlora_core.layers.folded import FoldedOutput, FoldedWeight
+
     folds = [fold for fold in Folds.of(base).layers.values() if fold is not None]
     weights = [fold.weight for fold in folds if isinstance(fold, FoldedWeight)]
     outputs = [output for fold in folds if isinstance(fold, FoldedOutput) for output in fold._outputs.values()]
-    tensors = [x for output in outputs for x in (output.alone, output.total, *(hidden for _, hidden in output.hidden.values()))]
-    return {"layers": {"weight": len(weights), "output": len(folds) - len(weights)},
-            "kept_mb": {"weight": round(sum(x.nbytes for x in weights) / 2**20, 1),
-                        "output": round(sum(x.nbytes for x in tensors) / 2**20, 1)}}
+    tensors = [
+        x for output in outputs for x in (output.alone, output.total, *(hidden for _, hidden in output.hidden.values()))
+    ]
+    return {
+        "layers": {"weight": len(weights), "output": len(folds) - len(weights)},
+        "kept_mb": {
+            "weight": round(sum(x.nbytes for x in weights) / 2**20, 1),
+            "output": round(sum(x.nbytes for x in tensors) / 2**20, 1),
+        },
+    }
 
 
 def static_lora(model, tlora):
@@ -129,6 +165,7 @@ def static_lora(model, tlora):
 
     import comfy.sd
     import comfy.utils
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         tlora.save(path)
@@ -140,12 +177,17 @@ def candidates(runs, ranks, counts):
     import random_models
 
     from tlora_core.hosts.comfy.sampling import apply_tlora
+
     yield {"what": "bare"}, runs.bare
     for rank in ranks:
         tloras = [random_models.random_tlora(runs.bare, rank, seed=s) for s in range(max(counts))]
         for count in counts:
-            row = {"rank": rank, "tloras": count, "targets": len(tloras[0].layers),
-                   "file_mb": round(sum(x.nbytes for x in tloras[0].layers.values()) / 2**20)}
+            row = {
+                "rank": rank,
+                "tloras": count,
+                "targets": len(tloras[0].layers),
+                "file_mb": round(sum(x.nbytes for x in tloras[0].layers.values()) / 2**20),
+            }
             static, auto, product = runs.bare, runs.bare, runs.bare
             for tlora in tloras[:count]:
                 static, auto = static_lora(static, tlora), apply_tlora(auto, tlora)
@@ -157,6 +199,7 @@ def candidates(runs, ranks, counts):
 
 def measure(name, ranks, counts, rounds, steps=None):
     import torch
+
     runs = Runs(name, steps)
     if runs.bare.load_device.type == "cpu":
         torch.set_num_threads(1)
@@ -175,12 +218,16 @@ def measure(name, ranks, counts, rounds, steps=None):
     for (row, _), own in zip(every, times):
         # Each run against the bare one of its own round: what the machine does meanwhile then weighs on both.
         ratio = statistics.median(sum(a[:2]) / sum(b[:2]) for a, b in zip(own, bare))
-        rows.append({
-            **row, "ratio": round(ratio, 3),
-            "sampling_ratio": round(statistics.median(a[1] / b[1] for a, b in zip(own, bare)), 3),
-            "seconds_per_step": round(statistics.median(a[0] + a[1] for a in own) / runs.steps, 4),
-            "load_seconds": round(statistics.median(a[0] for a in own), 3),
-            "peak_mb": round(statistics.median(a[2] for a in own))})
+        rows.append(
+            {
+                **row,
+                "ratio": round(ratio, 3),
+                "sampling_ratio": round(statistics.median(a[1] / b[1] for a, b in zip(own, bare)), 3),
+                "seconds_per_step": round(statistics.median(a[0] + a[1] for a in own) / runs.steps, 4),
+                "load_seconds": round(statistics.median(a[0] for a in own), 3),
+                "peak_mb": round(statistics.median(a[2] for a in own)),
+            }
+        )
     return rows
 
 
@@ -200,6 +247,7 @@ def main():
     args = parser.parse_args()
     sys.argv = sys.argv[:1] + (["--cpu"] if args.device == "cpu" else ["--disable-dynamic-vram"])
     import comfy.options
+
     comfy.options.enable_args_parsing()
     rows = measure(args.model, args.ranks, args.tloras, args.rounds, args.steps)
     show(rows, args.json, model=args.model, device=args.device, rounds=args.rounds)

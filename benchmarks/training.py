@@ -1,19 +1,21 @@
-"""What training a T-LoRA costs: the frozen model's own forward and backward pass, ComfyUI's Train LoRA node, and the T-LoRA.
+"""What training a T-LoRA costs: the frozen model's own forward and backward pass, ComfyUI's Train LoRA node, and the
+T-LoRA.
 
     python3 tools/host.py bench training [--model sdxl-small|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
 
-Rows: floor, the frozen model forward and backward to its input, no adapters, no optimizer; host_default, the node as it is
-(bfloat16, the whole model checkpointed); host_no_checkpointing; host_bypass, without checkpointing and with adapters beside the
-layers; host_fp32, without checkpointing and in float32 throughout; tlora; tlora_checkpointing. The node trains every layer and
-cannot be told otherwise; model, rank, latents and batch are the same everywhere.
+Rows: floor, the frozen model forward and backward to its input, no adapters, no optimizer; host_default, the node as it
+is (bfloat16, the whole model checkpointed); host_no_checkpointing; host_bypass, without checkpointing and with adapters
+beside the layers; host_fp32, without checkpointing and in float32 throughout; tlora; tlora_checkpointing. The node
+trains every layer and cannot be told otherwise; model, rank, latents and batch are the same everywhere.
 
-Seconds: all rows in turn in one process, several rounds over; medians, and ratios to the floor of the same round; on a CPU those of
-one thread. A T-LoRA's
-step holds everything, the optimizer too; the node's is taken from one of its steps to the next. Memory: each row in a process of
-its own. "growth_mb" is the highest memory in use above that of the loaded model, "peak_mb" the highest altogether.
-On a GPU the node is left out, and "run_seconds" extrapolates from the steps measured to a whole run of the paper's, with the
-start of its adapters.
+Seconds: all rows in turn in one process, several rounds over; medians, and ratios to the floor of the same round; on a
+CPU those of one thread. A T-LoRA's
+step holds everything, the optimizer too; the node's is taken from one of its steps to the next. Memory: each row in a
+process of its own. "growth_mb" is the highest memory in use above that of the loaded model, "peak_mb" the highest
+altogether. On a GPU the node is left out, and "run_seconds" extrapolates from the steps measured to a whole run of the
+paper's, with the start of its adapters.
 """
+
 import argparse
 import gc
 import json
@@ -32,7 +34,15 @@ sys.path.append(str(ROOT / "tools"))
 MODELS = {
     "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 77, 800),
     "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 77, 800),
-    "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 77, 500),
+    "flux-small": (
+        "flux",
+        {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128},
+        16,
+        32,
+        "float32",
+        77,
+        500,
+    ),
     "flux": ("flux", {}, 16, 128, "bfloat16", 512, 500),
 }
 HOST = {  # what differs from the node's defaults
@@ -51,6 +61,7 @@ class Setting:
     def __init__(self, name, weights, rank):
         import random_models
         import torch
+
         self.name, self.rank = name, rank
         function, arguments, channels, size, dtype, tokens, self.paper_steps = MODELS[name]
         compute = getattr(torch, dtype)
@@ -64,10 +75,12 @@ class Setting:
         self.latent = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
         self.text = random_models.conditioning(self.model, tokens)
         import comfy.model_management
+
         comfy.model_management.load_models_gpu([self.model])
 
     def synchronize(self):
         import torch
+
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -85,6 +98,7 @@ class Floor:
         from tlora_core.hosts.comfy.training.encode import Sample
         from tlora_core.hosts.comfy.training.session import training_session
         from tlora_core.training.config import TrainConfig
+
         setting, generator = self.setting, torch.Generator().manual_seed(0)
         with training_session(setting.model):
             sample = Sample(setting.latent[0], None, None, setting.text)
@@ -111,22 +125,42 @@ class Host:
     def __init__(self, setting, **changes):
         self.setting = setting
         self.inputs = {
-            "model": setting.model, "batch_size": 1, "grad_accumulation_steps": 1, "learning_rate": 1e-4, "rank": setting.rank,
-            "optimizer": "AdamW", "loss_function": "MSE", "seed": 0, "training_dtype": "bf16", "lora_dtype": "bf16",
-            "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 1,
-            "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": False, **changes}
+            "model": setting.model,
+            "batch_size": 1,
+            "grad_accumulation_steps": 1,
+            "learning_rate": 1e-4,
+            "rank": setting.rank,
+            "optimizer": "AdamW",
+            "loss_function": "MSE",
+            "seed": 0,
+            "training_dtype": "bf16",
+            "lora_dtype": "bf16",
+            "quantized_backward": False,
+            "algorithm": "LoRA",
+            "gradient_checkpointing": True,
+            "checkpoint_depth": 1,
+            "offloading": False,
+            "existing_lora": "[None]",
+            "bucket_mode": False,
+            "bypass_mode": False,
+            **changes,
+        }
 
     def seconds(self, steps):
         import comfy.utils
         import torch
         from comfy_extras.nodes_train import TrainLoraNode
+
         ends = []
         comfy.utils.set_progress_bar_global_hook(lambda *args, **kwargs: ends.append(self.setting.clock()))
         try:
             with torch.inference_mode():
                 TrainLoraNode.execute(
-                    latents=[{"samples": self.setting.latent.clone()}], positive=[self.setting.text], steps=[steps + 1],
-                    **{name: [value] for name, value in self.inputs.items()})
+                    latents=[{"samples": self.setting.latent.clone()}],
+                    positive=[self.setting.text],
+                    steps=[steps + 1],
+                    **{name: [value] for name, value in self.inputs.items()},
+                )
         finally:
             comfy.utils.set_progress_bar_global_hook(None)
             gc.collect()
@@ -143,12 +177,15 @@ class Ours:
         from tlora_core.hosts.comfy.model.families import defaults_for, target_layers
         from tlora_core.training.config import TrainConfig
         from tlora_core.training.trainer import Trainer
+
         self.setting, self.checkpointing = setting, checkpointing
         self.method = defaults_for(setting.model).method
         start = setting.clock()
         with torch.inference_mode(False):
             shapes = {name: layer.shape for name, layer in target_layers(setting.model).items()}
-            self.adapters = adapters or make_adapters(self.method, "last_random", shapes, setting.rank, 0, setting.device)
+            self.adapters = adapters or make_adapters(
+                self.method, "last_random", shapes, setting.rank, 0, setting.device
+            )
             setting.synchronize()
             self.start_seconds = setting.clock() - start
             self.trainer = Trainer(self.adapters, TrainConfig(steps=10**6))
@@ -158,11 +195,13 @@ class Ours:
         from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
         from tlora_core.hosts.comfy.training.encode import Sample
         from tlora_core.hosts.comfy.training.session import training_session
+
         setting, trainer = self.setting, self.trainer
         with training_session(setting.model, self.checkpointing):
             sample = Sample(setting.latent[0], None, None, setting.text)
             denoiser = HostDenoiser(
-                setting.model, self.adapters, RankSchedule(setting.rank, setting.rank // 2), [sample], trainer.config)
+                setting.model, self.adapters, RankSchedule(setting.rank, setting.rank // 2), [sample], trainer.config
+            )
             trainer.run(denoiser, trainer.step + 1)
             setting.synchronize()
             start = setting.clock()
@@ -182,6 +221,7 @@ def memory(row, setting, steps):
     import ctypes
 
     import torch
+
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
@@ -203,11 +243,26 @@ def status(name):
 
 
 def memory_elsewhere(row, args):
-    """`memory` of a row, in a process of its own. None where the system does not tell it, or memory does not suffice."""
+    """`memory` of a row, in a process of its own. None where the system does not tell it, or memory does not
+    suffice."""
     if args.device == "cpu" and sys.platform != "linux":
         return None, None
-    command = [sys.executable, __file__, "--only-memory", row, "--model", args.model, "--device", args.device,
-               "--weights", args.weights, "--rank", str(args.rank), "--steps", str(args.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "--only-memory",
+        row,
+        "--model",
+        args.model,
+        "--device",
+        args.device,
+        "--weights",
+        args.weights,
+        "--rank",
+        str(args.rank),
+        "--steps",
+        str(args.steps),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{row}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -217,6 +272,7 @@ def memory_elsewhere(row, args):
 
 def measure(args):
     import torch
+
     if args.device == "cpu":
         torch.set_num_threads(1)
     setting = Setting(args.model, args.weights, args.rank)
@@ -234,13 +290,21 @@ def measure(args):
     rows = []
     for row, own in seconds.items():
         peak, growth = memory_elsewhere(row, args)
-        rows.append({
-            "what": row, "ratio_to_floor": round(statistics.median(a / b for a, b in zip(own, seconds["floor"])), 3),
-            "seconds_per_step": round(statistics.median(own), 4), "peak_mb": peak, "growth_mb": growth})
+        rows.append(
+            {
+                "what": row,
+                "ratio_to_floor": round(statistics.median(a / b for a, b in zip(own, seconds["floor"])), 3),
+                "seconds_per_step": round(statistics.median(own), 4),
+                "peak_mb": peak,
+                "growth_mb": growth,
+            }
+        )
         if args.device == "cuda" and row in OURS:
             start = next(c.start_seconds for c in every.values() if hasattr(c, "start_seconds"))
-            rows[-1] |= {"start_seconds": round(start, 2),
-                         "run_seconds": round(start + setting.paper_steps * rows[-1]["seconds_per_step"], 1)}
+            rows[-1] |= {
+                "start_seconds": round(start, 2),
+                "run_seconds": round(start + setting.paper_steps * rows[-1]["seconds_per_step"], 1),
+            }
     return rows
 
 
@@ -257,9 +321,12 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
     # On a GPU the node would need the memory of a second model.
-    args.rows = ["floor"] + [r for r in args.rows or (ROWS if args.device == "cpu" else ["floor", *OURS]) if r != "floor"]
+    args.rows = ["floor"] + [
+        r for r in args.rows or (ROWS if args.device == "cpu" else ["floor", *OURS]) if r != "floor"
+    ]
     sys.argv = sys.argv[:1] + (["--cpu"] if args.device == "cpu" else ["--disable-dynamic-vram"])
     import comfy.options
+
     comfy.options.enable_args_parsing()
     if args.only_memory:
         print(json.dumps(memory(args.only_memory, Setting(args.model, args.weights, args.rank), args.steps)))

@@ -1,4 +1,5 @@
 """The pack's nodes."""
+
 from comfy_api.latest import ComfyExtension
 from server import PromptServer
 from typing_extensions import override
@@ -22,9 +23,24 @@ from .training import TLoRAImages, TLoRATrainingOptions
 class TLoRAExtension(ComfyExtension):
     @override
     async def get_node_list(self):
-        return [TrainTLoRAFromImage, TLoRAImages, TLoRATrainingOptions, LoadTLoRA, ApplyTLoRA, SaveTLoRA, ExportTLoRA, BakeTLoRA,
-                TLoRAInfo, TLoRASchedulePreview, TLoRAPrompts, SweepTLoRA, CompareTLoRA, TLoRAEvaluate, TinyBaseModel,
-                TinySampleConcept]
+        return [
+            TrainTLoRAFromImage,
+            TLoRAImages,
+            TLoRATrainingOptions,
+            LoadTLoRA,
+            ApplyTLoRA,
+            SaveTLoRA,
+            ExportTLoRA,
+            BakeTLoRA,
+            TLoRAInfo,
+            TLoRASchedulePreview,
+            TLoRAPrompts,
+            SweepTLoRA,
+            CompareTLoRA,
+            TLoRAEvaluate,
+            TinyBaseModel,
+            TinySampleConcept,
+        ]
 
 
 async def comfy_entrypoint() -> TLoRAExtension:

@@ -1,4 +1,5 @@
 """Load, apply and save a T-LoRA."""
+
 import logging
 
 import torch
@@ -20,25 +21,52 @@ class LoadTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRALoad", display_name="Load T-LoRA", category=CATEGORY, search_aliases=list(SEARCH),
-            description="Loads a T-LoRA file and applies it to a model: ours, the reference's, LyCORIS' or SimpleTuner's, "
-                        "or a plain LoRA. Rank, minimum rank and alpha come from the file where it holds them.",
+            node_id="TLoRALoad",
+            display_name="Load T-LoRA",
+            category=CATEGORY,
+            search_aliases=list(SEARCH),
+            description="Loads a T-LoRA file and applies it to a model: ours, the reference's, LyCORIS' or "
+            "SimpleTuner's, "
+            "or a plain LoRA. Rank, minimum rank and alpha come from the file where it holds them.",
             inputs=[
-                io.Combo.Input("file", options=lora_names(), tooltip="A T-LoRA or LoRA in the loras folder or below it."),
+                io.Combo.Input(
+                    "file", options=lora_names(), tooltip="A T-LoRA or LoRA in the loras folder or below it."
+                ),
                 strength_input(),
-                io.Model.Input("model", optional=True, tooltip="The model to apply it to; leave free to use only the T-LoRA output."),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model to apply it to; leave free to use only the T-LoRA output.",
+                ),
                 io.Int.Input(
-                    "min_rank", default=-1, min=-1, max=4096, optional=True, advanced=True,
-                    tooltip="Components that stay on at pure noise. -1: as the file says, or half the rank (none masked for "
-                            "a plain LoRA or what looks like one) where it says nothing."),
+                    "min_rank",
+                    default=-1,
+                    min=-1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Components that stay on at pure noise. -1: as the file says, or half the rank (none "
+                    "masked for "
+                    "a plain LoRA or what looks like one) where it says nothing.",
+                ),
                 io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=10.0, step=0.05, optional=True, advanced=True,
-                    tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing."),
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing.",
+                ),
             ],
-            outputs=[io.Model.Output(tooltip="The model with the T-LoRA."),
-                     TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
-                     io.String.Output(display_name="report", tooltip="What was matched, what not, and what was assumed.")],
-            hidden=[io.Hidden.unique_id])
+            outputs=[
+                io.Model.Output(tooltip="The model with the T-LoRA."),
+                TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
+                io.String.Output(display_name="report", tooltip="What was matched, what not, and what was assumed."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, file, strength, model=None, min_rank=-1, alpha=0.0):
@@ -58,16 +86,21 @@ class ApplyTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRAApply", display_name="Apply T-LoRA", category=CATEGORY, search_aliases=[*SEARCH, "model patcher"],
-            description="Makes a model sample with a T-LoRA: at each evaluation the ranks of that evaluation's noise level "
-                        "are on, whatever the sampler and scheduler. The given model itself is not changed.",
+            node_id="TLoRAApply",
+            display_name="Apply T-LoRA",
+            category=CATEGORY,
+            search_aliases=[*SEARCH, "model patcher"],
+            description="Makes a model sample with a T-LoRA: at each evaluation the ranks of that evaluation's noise "
+            "level "
+            "are on, whatever the sampler and scheduler. The given model itself is not changed.",
             inputs=[
                 io.Model.Input("model", tooltip="The model it was trained on, or one of the same family."),
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 strength_input(),
             ],
             outputs=[io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler.")],
-            hidden=[io.Hidden.unique_id])
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, model, tlora, strength):
@@ -82,18 +115,31 @@ class SaveTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRASave", display_name="Save T-LoRA", category=CATEGORY, is_output_node=True,
-            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA; for models of which they "
-                        "cannot, the node says so, and Export T-LoRA makes a file that they can.",
+            node_id="TLoRASave",
+            display_name="Save T-LoRA",
+            category=CATEGORY,
+            is_output_node=True,
+            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA; for "
+            "models of which they "
+            "cannot, the node says so, and Export T-LoRA makes a file that they can.",
             inputs=[
-                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."), file_name_input(),
-                io.Combo.Input("dtype", options=list(DTYPES), default="float16",
-                               tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact."),
-                io.Image.Input("thumbnail", optional=True,
-                               tooltip="A picture to put into the file, for LoRA managers. All who get the file can see it."),
+                TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
+                file_name_input(),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="float16",
+                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
+                ),
+                io.Image.Input(
+                    "thumbnail",
+                    optional=True,
+                    tooltip="A picture to put into the file, for LoRA managers. All who get the file can see it.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")],
-            hidden=[io.Hidden.unique_id])
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def validate_inputs(cls, file_name=None):

@@ -1,4 +1,5 @@
 """A T-LoRA as plain LoRA files."""
+
 from comfy_api.latest import io
 
 from ..tlora_core.files.atomic import numbered
@@ -13,27 +14,47 @@ class BakeTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRABake", display_name="Bake T-LoRA", category=CATEGORY, is_output_node=True,
+            node_id="TLoRABake",
+            display_name="Bake T-LoRA",
+            category=CATEGORY,
+            is_output_node=True,
             search_aliases=["lora", "tlora", "export", "convert"],
-            description="Saves a T-LoRA as plain LoRA files for programs without this pack: its mean over an interval of "
-                        "noise levels, as it is at one of them, or several files to be switched on in turn.",
+            description="Saves a T-LoRA as plain LoRA files for programs without this pack: its mean over an interval "
+            "of "
+            "noise levels, as it is at one of them, or several files to be switched on in turn.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
-                io.Combo.Input("mode", options=["interval", "timestep", "steps"], default="interval",
-                               tooltip="interval: one file, the mean from interval_start to interval_end. timestep: one "
-                                       "file, as at noise_level. steps: files to switch on in turn, as the schedule goes."),
+                io.Combo.Input(
+                    "mode",
+                    options=["interval", "timestep", "steps"],
+                    default="interval",
+                    tooltip="interval: one file, the mean from interval_start to interval_end. timestep: one "
+                    "file, as at noise_level. steps: files to switch on in turn, as the schedule goes.",
+                ),
                 _level_input("interval_start", 1.0, "interval: noise level at which it starts; 1 is pure noise."),
                 _level_input("interval_end", 0.0, "interval: noise level at which it ends; 0 is the finished picture."),
-                _level_input("noise_level", 0.5, "timestep: noise level whose ranks go into the file; 1 is pure noise."),
-                io.Int.Input("parts", default=4, min=1, max=4096,
-                             tooltip="steps: number of files. More follow the schedule more closely."),
+                _level_input(
+                    "noise_level", 0.5, "timestep: noise level whose ranks go into the file; 1 is pure noise."
+                ),
+                io.Int.Input(
+                    "parts",
+                    default=4,
+                    min=1,
+                    max=4096,
+                    tooltip="steps: number of files. More follow the schedule more closely.",
+                ),
                 file_name_input(),
-                io.Combo.Input("dtype", options=list(DTYPES), default="float16",
-                               tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more "
-                                       "exact."),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default="float16",
+                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="files",
-                                      tooltip="One file a line; with steps also when to switch it on.")])
+            outputs=[
+                io.String.Output(display_name="files", tooltip="One file a line; with steps also when to switch it on.")
+            ],
+        )
 
     @classmethod
     def validate_inputs(cls, file_name=None):

@@ -1,4 +1,5 @@
 """Pictures of several settings in one."""
+
 import torch
 from comfy_api.latest import io
 
@@ -14,24 +15,56 @@ class CompareTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRACompare", display_name="Compare (T-LoRA)", category=CATEGORY, is_input_list=True,
+            node_id="TLoRACompare",
+            display_name="Compare (T-LoRA)",
+            category=CATEGORY,
+            is_input_list=True,
             search_aliases=["xy plot", "grid", "contact sheet"],
-            description="Puts the pictures of two to six settings into one labelled grid: a column for each setting, a row "
-                        "for each prompt. For LoRA against T-LoRA; with axes, for the pictures of Sweep (T-LoRA).",
+            description="Puts the pictures of two to six settings into one labelled grid: a column for each setting, "
+            "a row "
+            "for each prompt. For LoRA against T-LoRA; with axes, for the pictures of Sweep (T-LoRA).",
             inputs=[
-                io.Image.Input("images_1", tooltip="The pictures of column 1, one for each row; with axes, all pictures of the sweep."),
-                *[io.Image.Input(name, optional=True, tooltip=f"The pictures of column {number}, one for each row.")
-                  for number, name in enumerate(INPUTS[1:], 2)],
-                io.String.Input("labels", multiline=True, default="T-LoRA\nwithout",
-                                tooltip="What stands above the columns, one line each; not used with axes."),
-                io.String.Input("prompts", multiline=True, default="", optional=True,
-                                tooltip="What stands beside the rows, one line each, or connected; empty for nothing. Not used with axes."),
+                io.Image.Input(
+                    "images_1",
+                    tooltip="The pictures of column 1, one for each row; with axes, all pictures of the sweep.",
+                ),
+                *[
+                    io.Image.Input(name, optional=True, tooltip=f"The pictures of column {number}, one for each row.")
+                    for number, name in enumerate(INPUTS[1:], 2)
+                ],
+                io.String.Input(
+                    "labels",
+                    multiline=True,
+                    default="T-LoRA\nwithout",
+                    tooltip="What stands above the columns, one line each; not used with axes.",
+                ),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="What stands beside the rows, one line each, or connected; empty for nothing. Not used "
+                    "with axes.",
+                ),
                 io.String.Input("title", default="", optional=True, tooltip="A line above it all; empty for none."),
-                io.Int.Input("cell", default=256, min=32, max=2048, step=8, optional=True, advanced=True,
-                             tooltip="Side of a picture in the sheet, in pixels; each is scaled to fit."),
-                AXES.Input("axes", optional=True, tooltip="From Sweep (T-LoRA): the pictures in images_1 become its grid, with its labels."),
+                io.Int.Input(
+                    "cell",
+                    default=256,
+                    min=32,
+                    max=2048,
+                    step=8,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Side of a picture in the sheet, in pixels; each is scaled to fit.",
+                ),
+                AXES.Input(
+                    "axes",
+                    optional=True,
+                    tooltip="From Sweep (T-LoRA): the pictures in images_1 become its grid, with its labels.",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="sheet", tooltip="The grid as one picture, for Save Image.")])
+            outputs=[io.Image.Output(display_name="sheet", tooltip="The grid as one picture, for Save Image.")],
+        )
 
     @classmethod
     def execute(cls, images_1, labels, prompts=("",), title=("",), cell=(256,), axes=None, **images):
@@ -42,18 +75,25 @@ class CompareTLoRA(io.ComfyNode):
         elif more:
             columns, heads, sides = [first, *more.values()], _lines(labels), _lines(prompts)
         else:
-            raise TLoRAError("images_2 is not connected; connect the pictures of two settings or more, or axes from Sweep (T-LoRA).")
+            raise TLoRAError(
+                "images_2 is not connected; connect the pictures of two settings or more, or axes from Sweep (T-LoRA)."
+            )
         return io.NodeOutput(to_tensor(comparison_sheet(columns, heads, sides, cell[0], title[0])))
 
 
 def _swept(pictures, axes, more):
     """The columns of a sweep's pictures, which come row after row."""
     if more:
-        raise TLoRAError(f"{', '.join(more)} cannot be shown together with axes; connect the sweep's pictures to images_1 alone.")
+        raise TLoRAError(
+            f"{', '.join(more)} cannot be shown together with axes; connect the sweep's pictures to images_1 alone."
+        )
     if len(pictures) != axes.cells:
-        raise TLoRAError(f"images_1 has {len(pictures)} pictures, but the sweep has {axes.cells} cells; sample each of its models once, "
-                         "with one prompt and batch_size 1.")
-    return [pictures[column::len(axes.columns)] for column in range(len(axes.columns))]
+        raise TLoRAError(
+            f"images_1 has {len(pictures)} pictures, but the sweep has {axes.cells} cells; sample each of its models "
+            f"once, "
+            "with one prompt and batch_size 1."
+        )
+    return [pictures[column :: len(axes.columns)] for column in range(len(axes.columns))]
 
 
 def _joined(name, batches):

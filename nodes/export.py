@@ -21,7 +21,8 @@ class ExportTLoRA(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             search_aliases=["lora", "tlora", "convert", "diffusers", "kohya"],
-            description="Saves a T-LoRA in another program's layout. All but reference are plain LoRAs, which act with the "
+            description="Saves a T-LoRA in another program's layout. All but reference are plain LoRAs, which act "
+            "with the "
             "same ranks at every noise level: not what a T-LoRA was trained for.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
@@ -30,7 +31,8 @@ class ExportTLoRA(io.ComfyNode):
                     options=list(LAYOUTS),
                     default="diffusers",
                     tooltip="kohya, diffusers (also PEFT) and comfyui name a plain LoRA's layers as these do. "
-                    "reference: a folder that the T-LoRA authors' code loads, with the schedule; SDXL and FLUX.1 alone.",
+                    "reference: a folder that the T-LoRA authors' code loads, with the schedule; SDXL and FLUX.1 "
+                    "alone.",
                 ),
                 io.Combo.Input(
                     "ranks",

@@ -1,4 +1,5 @@
 """Several prompts about the subject at once."""
+
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
@@ -12,19 +13,43 @@ class TLoRAPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRAPrompts", display_name="Prompts (T-LoRA)", category=CATEGORY,
-            description="One prompt a line, as a list: the nodes behind it run once for each. {} stands for the subject.",
+            node_id="TLoRAPrompts",
+            display_name="Prompts (T-LoRA)",
+            category=CATEGORY,
+            description="One prompt a line, as a list: the nodes behind it run once for each. {} stands for the "
+            "subject.",
             inputs=[
-                io.String.Input("prompts", multiline=True, default="a photo of {} on the beach\na photo of {} at night",
-                                tooltip="One prompt a line; empty lines are left out."),
-                io.String.Input("subject", default="sks dog", tooltip="What {} becomes: token and class word, or a trigger phrase."),
-                TLORA.Input("tlora", display_name="T-LoRA", optional=True,
-                            tooltip="Its token and class word, or its trigger phrase, take the place of subject where its file tells them."),
-                io.Combo.Input("prompt_set", options=[_OWN, *SETS], default=_OWN, optional=True,
-                               tooltip="own: the text above. live, object: the paper's 31 prompts for animals or for things, and "
-                                       "its neutral one."),
+                io.String.Input(
+                    "prompts",
+                    multiline=True,
+                    default="a photo of {} on the beach\na photo of {} at night",
+                    tooltip="One prompt a line; empty lines are left out.",
+                ),
+                io.String.Input(
+                    "subject", default="sks dog", tooltip="What {} becomes: token and class word, or a trigger phrase."
+                ),
+                TLORA.Input(
+                    "tlora",
+                    display_name="T-LoRA",
+                    optional=True,
+                    tooltip="Its token and class word, or its trigger phrase, take the place of subject where its "
+                    "file tells them.",
+                ),
+                io.Combo.Input(
+                    "prompt_set",
+                    options=[_OWN, *SETS],
+                    default=_OWN,
+                    optional=True,
+                    tooltip="own: the text above. live, object: the paper's 31 prompts for animals or for things, and "
+                    "its neutral one.",
+                ),
             ],
-            outputs=[io.String.Output(display_name="prompts", is_output_list=True, tooltip="One after the other, for CLIP Text Encode.")])
+            outputs=[
+                io.String.Output(
+                    display_name="prompts", is_output_list=True, tooltip="One after the other, for CLIP Text Encode."
+                )
+            ],
+        )
 
     @classmethod
     def execute(cls, prompts, subject, tlora=None, prompt_set=_OWN):

@@ -1,4 +1,5 @@
 """What a T-LoRA holds."""
+
 from comfy_api.latest import io
 
 from ..tlora_core.reports.report import blocks, report_picture, report_text
@@ -10,13 +11,19 @@ class TLoRAInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRAInfo", display_name="T-LoRA Info", category=CATEGORY,
+            node_id="TLoRAInfo",
+            display_name="T-LoRA Info",
+            category=CATEGORY,
             search_aliases=["lora", "tlora", "effective rank"],
-            description="Reports what a T-LoRA holds: its settings, how many of its ranks it really uses, and which blocks "
-                        "of the model it changes most.",
+            description="Reports what a T-LoRA holds: its settings, how many of its ranks it really uses, and which "
+            "blocks "
+            "of the model it changes most.",
             inputs=[TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load.")],
-            outputs=[io.String.Output(display_name="report", tooltip="The report as text, for Preview as Text."),
-                     io.Image.Output(tooltip="Active rank by noise level; effective rank and norm by block.")])
+            outputs=[
+                io.String.Output(display_name="report", tooltip="The report as text, for Preview as Text."),
+                io.Image.Output(tooltip="Active rank by noise level; effective rank and norm by block."),
+            ],
+        )
 
     @classmethod
     def execute(cls, tlora):

@@ -1,4 +1,5 @@
 """A picture of the rank schedule."""
+
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
@@ -13,16 +14,24 @@ class TLoRASchedulePreview(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRASchedulePreview", display_name="T-LoRA Schedule Preview", category=CATEGORY,
+            node_id="TLoRASchedulePreview",
+            display_name="T-LoRA Schedule Preview",
+            category=CATEGORY,
             description="Draws how many ranks are on at each noise level, with the steps of a sampler marked.",
             inputs=[
-                *rank_inputs(), alpha_input(),
+                *rank_inputs(),
+                alpha_input(),
                 TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes the schedule from it."),
-                io.Model.Input("model", optional=True, tooltip="Says which noise level a sigma is; needed with sigmas."),
-                io.Sigmas.Input("sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."),
+                io.Model.Input(
+                    "model", optional=True, tooltip="Says which noise level a sigma is; needed with sigmas."
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."
+                ),
                 curve_input(),
             ],
-            outputs=[io.Image.Output(tooltip="The curve, for Preview Image.")])
+            outputs=[io.Image.Output(tooltip="The curve, for Preview Image.")],
+        )
 
     @classmethod
     def execute(cls, rank, min_rank, alpha, tlora=None, model=None, sigmas=None, curve=""):

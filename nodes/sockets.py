@@ -1,4 +1,5 @@
 """What the nodes share: the TLORA socket, the category, and inputs that stand on more than one node."""
+
 from collections.abc import Mapping, Sequence
 
 from comfy_api.latest import io
@@ -15,59 +16,103 @@ AXES = io.Custom("TLORA_AXES")
 
 
 def unlisted(inputs: Mapping[str, Sequence]) -> dict:
-    """The inputs of a node that takes lists, where each has a single value. Raises TLoRAError, naming the input, for a list."""
+    """The inputs of a node that takes lists, where each has a single value. Raises TLoRAError, naming the input, for a
+    list."""
     for name, values in inputs.items():
         if len(values) != 1:
-            raise TLoRAError(f"{name} is a list of {len(values)}; connect a single value, since one training is made of all pictures.")
+            raise TLoRAError(
+                f"{name} is a list of {len(values)}; connect a single value, since one training is made of all "
+                f"pictures."
+            )
     return {name: values[0] for name, values in inputs.items()}
 
 
 def strength_input(more: str = ""):
     return io.Float.Input(
-        "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-        tooltip=f"How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject. {more}".strip())
+        "strength",
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        tooltip=f"How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject. "
+        f"{more}".strip(),
+    )
 
 
 def rank_inputs(rank: int = 64, min_rank: int = 32):
     return [
         io.Int.Input(
-            "rank", default=rank, min=1, max=4096,
-            tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file; fewer take less memory."),
+            "rank",
+            default=rank,
+            min=1,
+            max=4096,
+            tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file; "
+            "fewer take less memory.",
+        ),
         io.Int.Input(
-            "min_rank", default=min_rank, min=0, max=4096,
-            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half of rank is the paper's choice. Fewer: "
-                    "freer scenes, but the subject may be lost. More: closer to the picture. As many as rank: the mask is off."),
+            "min_rank",
+            default=min_rank,
+            min=0,
+            max=4096,
+            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half of rank is the "
+            "paper's choice. Fewer: "
+            "freer scenes, but the subject may be lost. More: closer to the picture. As many as rank: the mask is off.",
+        ),
     ]
 
 
 def alpha_input():
     return io.Float.Input(
-        "alpha", default=1.0, min=0.05, max=10.0, step=0.05, advanced=True,
-        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer components are on at middle noise, below 1 more.")
+        "alpha",
+        default=1.0,
+        min=0.05,
+        max=10.0,
+        step=0.05,
+        advanced=True,
+        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer components are on at middle "
+        "noise, below 1 more.",
+    )
 
 
 def curve_input():
     return io.String.Input(
-        "curve", default="", optional=True, advanced=True,
-        tooltip='A free curve in place of min_rank and alpha: noise level:rank at some points, 0 clean and 1 pure noise, such as '
-                '"0:64, 0.5:48, 1:32"; straight lines between. Higher: more components are on there. Empty: the formula.')
+        "curve",
+        default="",
+        optional=True,
+        advanced=True,
+        tooltip="A free curve in place of min_rank and alpha: noise level:rank at some points, 0 clean and 1 pure "
+        "noise, such as "
+        '"0:64, 0.5:48, 1:32"; straight lines between. Higher: more components are on there. Empty: the formula.',
+    )
 
 
 def file_name_input():
     return io.String.Input(
-        "file_name", default="tlora/my_subject",
-        tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is overwritten.")
+        "file_name",
+        default="tlora/my_subject",
+        tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is "
+        "overwritten.",
+    )
 
 
 def mask_input():
     return io.Mask.Input(
-        "mask", optional=True,
-        tooltip="Where the subject is: the loss counts inside it only, so that nothing of the background is learnt. One for all "
-                "pictures or one for each.")
+        "mask",
+        optional=True,
+        tooltip="Where the subject is: the loss counts inside it only, so that nothing of the background is learnt. "
+        "One for all "
+        "pictures or one for each.",
+    )
 
 
 def captions_input(advanced: bool = False):
     return io.String.Input(
-        "captions", default="", multiline=True, optional=True, advanced=advanced or None,
-        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for these inputs, {} for both. "
-                'Empty: "a photo of {token} {class_word}".')
+        "captions",
+        default="",
+        multiline=True,
+        optional=True,
+        advanced=advanced or None,
+        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for "
+        "these inputs, {} for both. "
+        'Empty: "a photo of {token} {class_word}".',
+    )

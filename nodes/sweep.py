@@ -1,4 +1,5 @@
 """One model for each cell of an XY sheet."""
+
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
@@ -14,29 +15,57 @@ class SweepTLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRASweep", display_name="Sweep (T-LoRA)", category=CATEGORY,
+            node_id="TLoRASweep",
+            display_name="Sweep (T-LoRA)",
+            category=CATEGORY,
             search_aliases=["xy plot", "xyz", "grid", "parameter sweep"],
-            description="The model with a T-LoRA under several settings, as a list: the sampler behind it runs once for each. One or two "
-                        "of strength, min_rank, rank, alpha and file are varied; Compare (T-LoRA) makes the labelled sheet of it.",
+            description="The model with a T-LoRA under several settings, as a list: the sampler behind it runs once "
+            "for each. One or two "
+            "of strength, min_rank, rank, alpha and file are varied; Compare (T-LoRA) makes the labelled sheet of it.",
             inputs=[
                 io.Model.Input("model", tooltip="The model it was trained on, or one of the same family."),
-                TLORA.Input("tlora", display_name="T-LoRA", optional=True,
-                            tooltip="From Train or Load. Not used when an axis is file, which brings its own."),
+                TLORA.Input(
+                    "tlora",
+                    display_name="T-LoRA",
+                    optional=True,
+                    tooltip="From Train or Load. Not used when an axis is file, which brings its own.",
+                ),
                 strength_input("Not used when x or y is strength."),
-                io.Combo.Input("x", options=list(KINDS), default="strength",
-                               tooltip="What changes from column to column. strength up: more of the subject, then copies of the training "
-                                       "picture. min_rank up: closer to it, down: freer. rank down: only the first components are kept, "
-                                       "less detail. alpha up: fewer ranks at middle noise. file: other trainings or checkpoints."),
-                io.String.Input("x_values", multiline=True, default="0.5, 0.75, 1, 1.25",
-                                tooltip=f"A column for each: numbers with commas; {_FILES} More make a wider sheet and take longer."),
-                io.Combo.Input("y", options=[NONE, *KINDS], default=NONE,
-                               tooltip="What changes from row to row, as in x; none for a single row."),
-                io.String.Input("y_values", multiline=True, default="",
-                                tooltip=f"A row for each: numbers with commas; {_FILES} Columns times rows are at most 64 models."),
+                io.Combo.Input(
+                    "x",
+                    options=list(KINDS),
+                    default="strength",
+                    tooltip="What changes from column to column. strength up: more of the subject, then copies of the "
+                    "training "
+                    "picture. min_rank up: closer to it, down: freer. rank down: only the first components are kept, "
+                    "less detail. alpha up: fewer ranks at middle noise. file: other trainings or checkpoints.",
+                ),
+                io.String.Input(
+                    "x_values",
+                    multiline=True,
+                    default="0.5, 0.75, 1, 1.25",
+                    tooltip=f"A column for each: numbers with commas; {_FILES} More make a wider sheet and take "
+                    f"longer.",
+                ),
+                io.Combo.Input(
+                    "y",
+                    options=[NONE, *KINDS],
+                    default=NONE,
+                    tooltip="What changes from row to row, as in x; none for a single row.",
+                ),
+                io.String.Input(
+                    "y_values",
+                    multiline=True,
+                    default="",
+                    tooltip=f"A row for each: numbers with commas; {_FILES} Columns times rows are at most 64 models.",
+                ),
             ],
-            outputs=[io.Model.Output(is_output_list=True, tooltip="A model for each cell, row after row."),
-                     AXES.Output(display_name="axes", tooltip="For Compare (T-LoRA): labels of the columns and rows.")],
-            hidden=[io.Hidden.unique_id])
+            outputs=[
+                io.Model.Output(is_output_list=True, tooltip="A model for each cell, row after row."),
+                AXES.Output(display_name="axes", tooltip="For Compare (T-LoRA): labels of the columns and rows."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
 
     @classmethod
     def execute(cls, model, strength, x, x_values, y, y_values, tlora=None):

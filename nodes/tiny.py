@@ -1,4 +1,5 @@
 """The embedded tiny base model and its sample concepts: everything a first try needs, with nothing to download."""
+
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,18 @@ class TinyBaseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRATinyBaseModel", display_name="Tiny Base Model (T-LoRA)", category=CATEGORY,
-            description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA without "
-                        "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
-            outputs=[io.Model.Output(tooltip="The diffusion model."), io.Clip.Output(tooltip="Its text encoder."), io.Vae.Output(tooltip="Its VAE.")])
+            node_id="TLoRATinyBaseModel",
+            display_name="Tiny Base Model (T-LoRA)",
+            category=CATEGORY,
+            description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA "
+            "without "
+            "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
+            outputs=[
+                io.Model.Output(tooltip="The diffusion model."),
+                io.Clip.Output(tooltip="Its text encoder."),
+                io.Vae.Output(tooltip="Its VAE."),
+            ],
+        )
 
     @classmethod
     def execute(cls):
@@ -31,18 +40,33 @@ class TinySampleConcept(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            node_id="TLoRATinySampleConcept", display_name="Sample Concept (T-LoRA)", category=CATEGORY,
+            node_id="TLoRATinySampleConcept",
+            display_name="Sample Concept (T-LoRA)",
+            category=CATEGORY,
             description="A picture of an object that the tiny base model has never seen.",
             inputs=[
                 io.Combo.Input("concept", options=[c.name for c in world.CONCEPTS], tooltip="Which object."),
-                io.Combo.Input("background", options=list(world.BACKGROUNDS), default="meadow", tooltip="Where it stands."),
-                io.Combo.Input("place", options=list(world.PLACES), default="centre", tooltip="Its place in the picture."),
+                io.Combo.Input(
+                    "background", options=list(world.BACKGROUNDS), default="meadow", tooltip="Where it stands."
+                ),
+                io.Combo.Input(
+                    "place", options=list(world.PLACES), default="centre", tooltip="Its place in the picture."
+                ),
                 io.Int.Input("count", default=1, min=1, max=16, tooltip="Number of pictures, each with another pose."),
-                io.Int.Input("seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
-                             tooltip="Another seed gives other poses."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**31 - 1,
+                    control_after_generate=False,
+                    tooltip="Another seed gives other poses.",
+                ),
             ],
-            outputs=[io.Image.Output(tooltip="The pictures, 64 x 64."),
-                     io.String.Output(display_name="class_word", tooltip="What kind of thing it is.")])
+            outputs=[
+                io.Image.Output(tooltip="The pictures, 64 x 64."),
+                io.String.Output(display_name="class_word", tooltip="What kind of thing it is."),
+            ],
+        )
 
     @classmethod
     def execute(cls, concept, background, place, count, seed):

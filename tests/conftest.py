@@ -3,6 +3,7 @@
 Tests import the core as `tlora_core`. The repository root must stay off sys.path, because its `nodes/` would hide
 ComfyUI's `nodes.py`; a finder for that one package takes its place.
 """
+
 import importlib.abc
 import importlib.machinery
 import os
@@ -21,7 +22,8 @@ NEEDS_HOST = "This test needs ComfyUI; run it with: python3 tools/host.py test"
 
 # `python -m pytest` puts the current folder there.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
-# A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed test.
+# A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed
+# test.
 exit_on_signals(lambda status: pytest.exit("The test run was terminated.", status))
 # How long an example takes says nothing on a busy machine.
 hypothesis.settings.register_profile("tlora", deadline=None)
@@ -157,8 +159,8 @@ def output(comfy, tmp_path):
 
 @pytest.fixture(scope="module", params=["sdxl", "flux"])
 def twins(comfy, request):
-    """Of one random model, in the host and in diffusers: kind, MODEL, pipe, denoiser, and tlora(...), a random T-LoRA of rank 8
-    and min_rank 2 on it."""
+    """Of one random model, in the host and in diffusers: kind, MODEL, pipe, denoiser, and tlora(...), a random T-LoRA
+    of rank 8 and min_rank 2 on it."""
     from types import SimpleNamespace
 
     import diffusers_twins

@@ -1,4 +1,5 @@
 """`python -m tlora_core`: see `cli`."""
+
 import sys
 
 from .cli import main

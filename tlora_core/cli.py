@@ -1,7 +1,7 @@
 """The command line: `python -m tlora_core info|convert|bake FILE`, for use without ComfyUI.
 
-Exit status: 0 when it went well, 1 when a file or a value was refused (one sentence on standard error), 2 for a command that
-could not be understood.
+Exit status: 0 when it went well, 1 when a file or a value was refused (one sentence on standard error), 2 for a command
+that could not be understood.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="write a file in another layout",
-        description="Writes a file in another layout. All but tlora and reference are plain LoRAs, all ranks always on.",
+        description="Writes a file in another layout. All but tlora and reference are plain LoRAs, all ranks always "
+        "on.",
     )
     convert.add_argument(
         "--to", choices=["tlora", *LAYOUTS], default="tlora", help="layout to write; tlora is ours (default)"
@@ -90,7 +91,9 @@ def _add_input(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("output", type=Path, help="file to write")
-    command.add_argument("--dtype", choices=DTYPES, default="float16", help="precision of the numbers (default: float16)")
+    command.add_argument(
+        "--dtype", choices=DTYPES, default="float16", help="precision of the numbers (default: float16)"
+    )
     command.add_argument("--force", action="store_true", help="replace a file that is there")
 
 
@@ -102,7 +105,12 @@ def _load(options: argparse.Namespace) -> Loaded:
 def _show_progress(done: int, total: int) -> None:
     if done == total or (done and sys.stderr.isatty()):
         # Whatever comes next is longer than this line, and covers it.
-        print(f"base terms made again: {done} of {total}", end="\n" if done == total else "\r", file=sys.stderr, flush=True)
+        print(
+            f"base terms made again: {done} of {total}",
+            end="\n" if done == total else "\r",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -116,7 +124,9 @@ def _convert(options: argparse.Namespace) -> None:
     loaded = _load(options)
     print(loaded.report, file=sys.stderr)
     layout, path = options.to, options.output
-    _require_free(path.with_name(stem_of(path)) if layout == "reference" else path, options.force and layout != "reference")
+    _require_free(
+        path.with_name(stem_of(path)) if layout == "reference" else path, options.force and layout != "reference"
+    )
     dtype = DTYPES[options.dtype]
     if layout == "tlora":
         loaded.tlora.save(path, dtype)

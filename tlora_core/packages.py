@@ -1,4 +1,5 @@
 """Packages that only some choices need."""
+
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -14,8 +15,10 @@ def required(module: str, what: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise TLoRAError(f"{what} needs the Python package {package} ({error}); install it in ComfyUI's Python: "
-                         f"pip install {_asked_for(package)}.") from error
+        raise TLoRAError(
+            f"{what} needs the Python package {package} ({error}); install it in ComfyUI's Python: "
+            f"pip install {_asked_for(package)}."
+        ) from error
 
 
 def _asked_for(package: str) -> str:

@@ -3,6 +3,7 @@
 
 Standard library only, so that it runs before anything is installed. `python3 tools/host.py --help` lists the commands.
 """
+
 import sys
 
 if sys.version_info < (3, 10):

@@ -1,7 +1,8 @@
 """Write locales/en/nodeDefs.json anew from what the nodes say themselves, and tell what the other languages lack.
 
-    python3 tools/host.py python tools/make_locales.py
+python3 tools/host.py python tools/make_locales.py
 """
+
 import importlib.util
 import json
 import sys
@@ -16,30 +17,51 @@ LOCALES = Path(__file__).resolve().parents[1] / "locales"
 
 def entry(info: dict) -> dict:
     """A node's entry in the host's nodeDefs.json."""
-    declared = {name: spec[1] for group in ("required", "optional") for name, spec in (info["input"].get(group) or {}).items()}
-    inputs = {name: {"name": options.get("display_name") or name, "tooltip": options["tooltip"]} for name, options in declared.items()}
+    declared = {
+        name: spec[1] for group in ("required", "optional") for name, spec in (info["input"].get(group) or {}).items()
+    }
+    inputs = {
+        name: {"name": options.get("display_name") or name, "tooltip": options["tooltip"]}
+        for name, options in declared.items()
+    }
     tips = info.get("output_tooltips") or []
-    outputs = {str(i): {"name": name, **({"tooltip": tip} if tip else {})}
-               for i, (name, tip) in enumerate(zip(info["output_name"], [*tips, *[None] * len(info["output_name"])]))}
-    return {"display_name": info["display_name"], **plain(description=info["description"]),
-            **({"inputs": {name: plain(**one) for name, one in inputs.items()}} if inputs else {}), "outputs": outputs}
+    outputs = {
+        str(i): {"name": name, **({"tooltip": tip} if tip else {})}
+        for i, (name, tip) in enumerate(zip(info["output_name"], [*tips, *[None] * len(info["output_name"])]))
+    }
+    return {
+        "display_name": info["display_name"],
+        **plain(description=info["description"]),
+        **({"inputs": {name: plain(**one) for name, one in inputs.items()}} if inputs else {}),
+        "outputs": outputs,
+    }
 
 
 def plain(**texts: str) -> dict:
-    """Without the texts that are no plain text to vue-i18n, which stops older interfaces; these then show the node's own."""
+    """Without the texts that are no plain text to vue-i18n, which stops older interfaces; these then show the node's
+    own."""
     return {key: text for key, text in texts.items() if not set(text) & set("{}|@")}
 
 
 def main() -> None:
     comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server:
-        ours = {name: info for name, info in server.object_info().items() if info["python_module"].endswith("." + PACK_NAME)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
+    ):
+        ours = {
+            name: info for name, info in server.object_info().items() if info["python_module"].endswith("." + PACK_NAME)
+        }
     english = {name: entry(info) for name, info in ours.items()}
     path = LOCALES / "en" / "nodeDefs.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(english, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, one in english.items():
-        changed = [key for key, value in one.get("inputs", {}).items() if before.get(name, {}).get("inputs", {}).get(key) != value]
+        changed = [
+            key
+            for key, value in one.get("inputs", {}).items()
+            if before.get(name, {}).get("inputs", {}).get(key) != value
+        ]
         gone = before.get(name, {}).get("inputs", {}).keys() - one.get("inputs", {}).keys()
         if changed or gone:
             print(f"{name}: translate {', '.join(changed) or 'nothing'}; drop {', '.join(gone) or 'nothing'}")

@@ -1,10 +1,12 @@
-"""Write the templates' thumbnails, workflows/*.jpg: square, of pictures that each template has really made on the tiny base.
+"""Write the templates' thumbnails, workflows/*.jpg: square, of pictures that each template has really made on the tiny
+base.
 
     python3 tools/host.py python tools/make_thumbnails.py [NUMBER ...]
 
-Templates for SDXL and FLUX run with the tiny base in the place of their checkpoint, and its objects in the place of your pictures.
-All of them take half an hour on two CPU cores; the numbers are those that the names of some begin with.
+Templates for SDXL and FLUX run with the tiny base in the place of their checkpoint, and its objects in the place of
+your pictures. All of them take half an hour on two CPU cores; the numbers are those that the names of some begin with.
 """
+
 import importlib.util
 import sys
 import tempfile
@@ -20,15 +22,36 @@ from tlora_core.tiny import world
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 SIDE, GAP = 480, 6
 # By the number of a template: the object that it is shown with, and how many pictures stand in a row.
-SHOWN = {"01": ("lime circle", 2), "02": ("teal flower", 2), "03": ("olive heart", 2), "04": ("maroon star", 2), "05": ("teal flower", 1),
-         "06": ("olive heart", 1), "07": ("lime circle", 3), "08": ("lime circle", 3), "09": ("lime circle", 4), "10": ("teal flower", 3),
-         "11": ("lime circle", 2), "12": ("lime circle", 2)}
+SHOWN = {
+    "01": ("lime circle", 2),
+    "02": ("teal flower", 2),
+    "03": ("olive heart", 2),
+    "04": ("maroon star", 2),
+    "05": ("teal flower", 1),
+    "06": ("olive heart", 1),
+    "07": ("lime circle", 3),
+    "08": ("lime circle", 3),
+    "09": ("lime circle", 4),
+    "10": ("teal flower", 3),
+    "11": ("lime circle", 2),
+    "12": ("lime circle", 2),
+}
 WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12")  # that it learns from, before those that it makes
-NOT_NEEDED = ("TLoRAEvaluate", "PreviewAny", "PreviewImage", "SaveImage", "TLoRASave", "TLoRAExport", "TLoRABake", "TLoRAInfo")
+NOT_NEEDED = (
+    "TLoRAEvaluate",
+    "PreviewAny",
+    "PreviewImage",
+    "SaveImage",
+    "TLoRASave",
+    "TLoRAExport",
+    "TLoRABake",
+    "TLoRAInfo",
+)
 
 
 def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
-    """The prompt with the tiny base, `concept` and trained `files` in the place of what a user would choose; all pictures are saved."""
+    """The prompt with the tiny base, `concept` and trained `files` in the place of what a user would choose; all
+    pictures are saved."""
     prompt = {number: node for number, node in prompt.items() if node["class_type"] not in NOT_NEEDED}
     backgrounds = iter(("beach", "brick", "meadow"))
     files = iter(files)
@@ -37,13 +60,34 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
         if kind == "CheckpointLoaderSimple":
             node.update(class_type="TLoRATinyBaseModel", inputs={})
         elif kind == "LoadImage":
-            node.update(class_type="TLoRATinySampleConcept", inputs={
-                "concept": concept.name, "background": next(backgrounds), "place": "centre", "count": 1, "seed": int(number)})
+            node.update(
+                class_type="TLoRATinySampleConcept",
+                inputs={
+                    "concept": concept.name,
+                    "background": next(backgrounds),
+                    "place": "centre",
+                    "count": 1,
+                    "seed": int(number),
+                },
+            )
         elif kind == "TLoRATinySampleConcept":
             given["concept"] = concept.name
         elif kind == "TLoRATrainFromImage":
-            kept = {name: given[name] for name in ("method", "min_rank", "rank") if given["resolution"] == TINY["resolution"]}
-            given.update({**TINY, **kept, "class_word": concept.shape, "validate_every": 0, "checkpoint_every": 100, "checkpoint_files": True})
+            kept = {
+                name: given[name]
+                for name in ("method", "min_rank", "rank")
+                if given["resolution"] == TINY["resolution"]
+            }
+            given.update(
+                {
+                    **TINY,
+                    **kept,
+                    "class_word": concept.shape,
+                    "validate_every": 0,
+                    "checkpoint_every": 100,
+                    "checkpoint_files": True,
+                }
+            )
         elif kind == "TLoRAPrompts":
             given.update(prompts=SCENES, subject=f"sks {concept.shape}", prompt_set="own")
         elif kind in ("EmptyLatentImage", "EmptySD3LatentImage"):
@@ -53,13 +97,19 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
         elif kind == "TLoRALoad":
             given["file"] = next(files)
         elif kind == "VAEDecode":
-            prompt[f"saved{number}"] = {"class_type": "SaveImage", "inputs": {"images": [number, 0], "filename_prefix": f"new/{int(number):03}"}}
+            prompt[f"saved{number}"] = {
+                "class_type": "SaveImage",
+                "inputs": {"images": [number, 0], "filename_prefix": f"new/{int(number):03}"},
+            }
     drawn = [number for number, node in prompt.items() if node["class_type"] == "TLoRATinySampleConcept"]
     for node in prompt.values():
         if node["inputs"].get("mask", [None])[0] in drawn:
             del node["inputs"]["mask"]  # Load Image gives one too
     for number in drawn:
-        prompt[f"seen{number}"] = {"class_type": "SaveImage", "inputs": {"images": [number, 0], "filename_prefix": f"seen/{int(number):03}"}}
+        prompt[f"seen{number}"] = {
+            "class_type": "SaveImage",
+            "inputs": {"images": [number, 0], "filename_prefix": f"seen/{int(number):03}"},
+        }
     return prompt
 
 
@@ -67,19 +117,26 @@ def mosaic(pictures: list[Image.Image], across: int) -> Image.Image:
     """A square of `across` times `across` of the pictures, row after row."""
     whole = Image.new("RGB", (SIDE, SIDE), "white")
     side = (SIDE - GAP * (across - 1)) // across
-    for i, picture in enumerate(pictures[:across * across]):
+    for i, picture in enumerate(pictures[: across * across]):
         place = (i % across * (side + GAP), i // across * (side + GAP))
         whole.paste(picture.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), place)
     return whole
 
 
 def pictures(result, kind: str) -> list[Image.Image]:
-    return [Image.open(image.path) for image in sorted(result.images, key=lambda image: image.path) if image.subfolder == kind]
+    return [
+        Image.open(image.path)
+        for image in sorted(result.images, key=lambda image: image.path)
+        if image.subfolder == kind
+    ]
 
 
 def main(numbers: list[str]) -> None:
     comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
+    ):
         files = {}  # of the first training of each object: its checkpoints, and itself
         for title in TEMPLATES:
             number = title[:2]
@@ -87,7 +144,9 @@ def main(numbers: list[str]) -> None:
             if numbers and number not in numbers:
                 continue
             concept = next(one for one in world.CONCEPTS if one.name == name)
-            result = server.run(on_tiny_base(server.to_prompt(WORKFLOWS / f"{title}.json"), concept, files.get(name, [])))
+            result = server.run(
+                on_tiny_base(server.to_prompt(WORKFLOWS / f"{title}.json"), concept, files.get(name, []))
+            )
             loras = server.workspace / "models" / "loras"
             made = sorted(loras.glob("**/*.safetensors"), key=lambda path: path.stat().st_mtime)
             files.setdefault(name, [path.relative_to(loras).as_posix() for path in made[-3:]][::-1])

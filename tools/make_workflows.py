@@ -2,9 +2,10 @@
 
     python3 tools/host.py python tools/make_workflows.py
 
-Run it when a node's inputs change: the interface saves widgets' values as a bare list in the nodes' own order, which this asks
-the host for. Thumbnails are made by tools/make_thumbnails.py.
+Run it when a node's inputs change: the interface saves widgets' values as a bare list in the nodes' own order, which
+this asks the host for. Thumbnails are made by tools/make_thumbnails.py.
 """
+
 import importlib.util
 import json
 import sys
@@ -19,7 +20,10 @@ from templates import TEMPLATES
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CONTROL = "fixed"  # of a seed, after each run
-NOTE = "#432", "#392e1d"  # title and ground: browner than the host's, so that text can be read on it in dark and light palettes
+NOTE = (
+    "#432",
+    "#392e1d",
+)  # title and ground: browner than the host's, so that text can be read on it in dark and light palettes
 
 
 class Template:
@@ -29,35 +33,51 @@ class Template:
         self.name, self.info = name, info
         self.nodes, self.links, self.groups = [], [], []
 
-    def add(self, class_type: str, pos, size, heading: str = "", models=(), folded: bool = False,
-            **inputs) -> "Added":
-        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as `node["NAME"]`. Of a
-        `folded` one only the title is seen."""
-        declared = {name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()}
+    def add(self, class_type: str, pos, size, heading: str = "", models=(), folded: bool = False, **inputs) -> "Added":
+        """A node, with a heading of its own if any; inputs are values of widgets, or outputs of other nodes as
+        `node["NAME"]`. Of a `folded` one only the title is seen."""
+        declared = {
+            name: spec for group in GROUPS for name, spec in (self.info[class_type]["input"].get(group) or {}).items()
+        }
         unknown = inputs.keys() - declared.keys()
         if unknown:
             raise SystemExit(f"{self.name}: {class_type} has no input {', '.join(unknown)}")
-        node = {"id": len(self.nodes) + 1, "type": class_type, "pos": list(pos), "size": list(size),
-                "flags": {"collapsed": True} if folded else {}, "order": len(self.nodes), "mode": 0,
-                "inputs": [], "outputs": [], "widgets_values": [],
-                "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})}}
+        node = {
+            "id": len(self.nodes) + 1,
+            "type": class_type,
+            "pos": list(pos),
+            "size": list(size),
+            "flags": {"collapsed": True} if folded else {},
+            "order": len(self.nodes),
+            "mode": 0,
+            "inputs": [],
+            "outputs": [],
+            "widgets_values": [],
+            "properties": {"Node name for S&R": class_type, **({"models": list(models)} if models else {})},
+        }
         if heading:
             node["title"] = heading
         self.nodes.append(node)
         for name, spec in declared.items():
             self._declare(node, name, spec, inputs.get(name))
         outputs = self.info[class_type]
-        node["outputs"] = [{"name": name, "type": kind, "links": []}
-                           for name, kind in zip(outputs["output_name"], outputs["output"])]
+        node["outputs"] = [
+            {"name": name, "type": kind, "links": []} for name, kind in zip(outputs["output_name"], outputs["output"])
+        ]
         return Added(self, node)
 
     def _declare(self, node: dict, name: str, spec: list, given) -> None:
         kind, options = spec[0], spec[1] if len(spec) > 1 else {}
-        is_widget = (isinstance(kind, list) or kind in WIDGET_TYPES or kind == DYNAMIC_COMBO) and not options.get("forceInput")
+        is_widget = (isinstance(kind, list) or kind in WIDGET_TYPES or kind == DYNAMIC_COMBO) and not options.get(
+            "forceInput"
+        )
         linked = isinstance(given, Output)
         if not is_widget or linked:
-            slot = {"name": name, "type": "COMBO" if isinstance(kind, list) else kind,
-                    "link": self._link(given, node, len(node["inputs"])) if linked else None}
+            slot = {
+                "name": name,
+                "type": "COMBO" if isinstance(kind, list) else kind,
+                "link": self._link(given, node, len(node["inputs"])) if linked else None,
+            }
             if is_widget:
                 slot["widget"] = {"name": name}
             node["inputs"].append(slot)
@@ -76,21 +96,51 @@ class Template:
         return number
 
     def note(self, pos, size, text: str) -> None:
-        """`text` is Markdown; names in backticks become bold, as Nodes 2.0 writes code in blue, hard to read on any ground of its
-        palettes."""
-        self.nodes.append({
-            "id": len(self.nodes) + 1, "type": "MarkdownNote", "pos": list(pos), "size": list(size), "flags": {},
-            "order": len(self.nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {"Node name for S&R": "MarkdownNote"},
-            "widgets_values": [text.replace("`", "**")], "color": NOTE[0], "bgcolor": NOTE[1]})
+        """`text` is Markdown; names in backticks become bold, as Nodes 2.0 writes code in blue, hard to read on any
+        ground of its palettes."""
+        self.nodes.append(
+            {
+                "id": len(self.nodes) + 1,
+                "type": "MarkdownNote",
+                "pos": list(pos),
+                "size": list(size),
+                "flags": {},
+                "order": len(self.nodes),
+                "mode": 0,
+                "inputs": [],
+                "outputs": [],
+                "properties": {"Node name for S&R": "MarkdownNote"},
+                "widgets_values": [text.replace("`", "**")],
+                "color": NOTE[0],
+                "bgcolor": NOTE[1],
+            }
+        )
 
     def group(self, title: str, bounding, color: str) -> None:
-        self.groups.append({"id": len(self.groups) + 1, "title": title, "bounding": list(bounding), "color": color,
-                            "font_size": 24, "flags": {}})
+        self.groups.append(
+            {
+                "id": len(self.groups) + 1,
+                "title": title,
+                "bounding": list(bounding),
+                "color": color,
+                "font_size": 24,
+                "flags": {},
+            }
+        )
 
     def as_json(self) -> dict:
-        return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ComfyUI-T-LoRA/{self.name}")), "revision": 0,
-                "last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links,
-                "groups": self.groups, "config": {}, "extra": {"ds": {"scale": 0.6, "offset": [420, 110]}}, "version": 0.4}
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"ComfyUI-T-LoRA/{self.name}")),
+            "revision": 0,
+            "last_node_id": len(self.nodes),
+            "last_link_id": len(self.links),
+            "nodes": self.nodes,
+            "links": self.links,
+            "groups": self.groups,
+            "config": {},
+            "extra": {"ds": {"scale": 0.6, "offset": [420, 110]}},
+            "version": 0.4,
+        }
 
 
 class Output:
@@ -121,7 +171,9 @@ def main() -> None:
     for title, fill in TEMPLATES.items():
         template = Template(fill.__name__, info)
         fill(template)
-        (WORKFLOWS / f"{title}.json").write_text(json.dumps(template.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (WORKFLOWS / f"{title}.json").write_text(
+            json.dumps(template.as_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         print(f"workflows/{title}.json: {len(template.nodes)} nodes")
 
 

@@ -1,4 +1,6 @@
-"""Models of the host's own classes with random weights, at any size, for tests and benchmarks. Needs the host importable."""
+"""Models of the host's own classes with random weights, at any size, for tests and benchmarks. Needs the host
+importable."""
+
 import json
 import re
 
@@ -12,80 +14,235 @@ from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.hosts.comfy.model.noise import domain, noise_level
 
 SDXL = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "channel_mult": [1, 2, 4],
-    "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10], "transformer_depth_middle": 10,
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "use_spatial_transformer": True,
-    "use_linear_in_transformer": True, "context_dim": 2048, "num_classes": "sequential", "adm_in_channels": 2816,
-    "use_temporal_attention": False, "use_temporal_resblock": False, "legacy": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "channel_mult": [1, 2, 4],
+    "num_res_blocks": [2, 2, 2],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_middle": 10,
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "num_classes": "sequential",
+    "adm_in_channels": 2816,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
 }
 FLUX = {
-    "image_model": "flux", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096,
-    "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 768,
+    "context_in_dim": 4096,
+    "hidden_size": 3072,
+    "mlp_ratio": 4.0,
+    "num_heads": 24,
+    "depth": 19,
+    "depth_single_blocks": 38,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
 }
 _UNET = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 64, "channel_mult": [1, 2],
-    "num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1], "use_spatial_transformer": True, "use_linear_in_transformer": True,
-    "context_dim": 64, "adm_in_channels": None, "use_temporal_attention": False, "use_temporal_resblock": False, "legacy": False,
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 64,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1],
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "context_dim": 64,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
 }
 _STREAMS = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "context_in_dim": 64}
 _NEXT = {
-    "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 96, "cap_feat_dim": 64, "n_layers": 1,
-    "n_refiner_layers": 1, "qk_norm": True, "n_heads": 1, "n_kv_heads": 1, "axes_dims": [32, 32, 32], "axes_lens": [300, 64, 64],
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 96,
+    "cap_feat_dim": 64,
+    "n_layers": 1,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 1,
+    "n_kv_heads": 1,
+    "axes_dims": [32, 32, 32],
+    "axes_lens": [300, 64, 64],
 }
-# Each family's class in the host and its config with few and narrow layers, else as the host detects it in the real files.
+# Each family's class in the host and its config with few and narrow layers, else as the host detects it in the real
+# files.
 SMALL = {
     "sd15": ("SD15", {**_UNET, "use_linear_in_transformer": False, "num_heads": 8}),
     "sd2": ("SD20", {**_UNET, "num_head_channels": 64}),
-    "sdxl-refiner": ("SDXLRefiner", {
-        **_UNET, "num_head_channels": 64, "num_classes": "sequential", "adm_in_channels": 64 + 5 * 256,
-        "transformer_depth": [0, 1], "transformer_depth_output": [0, 0, 1, 1]}),
-    "ssd-1b": ("SSD1B", {
-        **_UNET, "num_head_channels": 64, "num_classes": "sequential", "adm_in_channels": 64 + 6 * 256,
-        "transformer_depth": [0, 2], "transformer_depth_middle": -1, "transformer_depth_output": [0, 0, 1, 2]}),
-    "sd3": ("SD3", {
-        "in_channels": 16, "input_size": None, "pos_embed_scaling_factor": None, "pos_embed_max_size": 192,
-        "num_patches": 192**2, "patch_size": 2, "depth": 2, "adm_in_channels": 32, "context_embedder_config": {
-            "target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}}}),
+    "sdxl-refiner": (
+        "SDXLRefiner",
+        {
+            **_UNET,
+            "num_head_channels": 64,
+            "num_classes": "sequential",
+            "adm_in_channels": 64 + 5 * 256,
+            "transformer_depth": [0, 1],
+            "transformer_depth_output": [0, 0, 1, 1],
+        },
+    ),
+    "ssd-1b": (
+        "SSD1B",
+        {
+            **_UNET,
+            "num_head_channels": 64,
+            "num_classes": "sequential",
+            "adm_in_channels": 64 + 6 * 256,
+            "transformer_depth": [0, 2],
+            "transformer_depth_middle": -1,
+            "transformer_depth_output": [0, 0, 1, 2],
+        },
+    ),
+    "sd3": (
+        "SD3",
+        {
+            "in_channels": 16,
+            "input_size": None,
+            "pos_embed_scaling_factor": None,
+            "pos_embed_max_size": 192,
+            "num_patches": 192**2,
+            "patch_size": 2,
+            "depth": 2,
+            "adm_in_channels": 32,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 64, "out_features": 128},
+            },
+        },
+    ),
     "flux": ("Flux", {**FLUX, **_STREAMS, "vec_in_dim": 32}),
-    "chroma": ("Chroma", {
-        "image_model": "chroma", **_STREAMS, "vec_in_dim": None, "in_channels": 64, "out_channels": 64, "patch_size": 2,
-        "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "in_dim": 64, "out_dim": 256,
-        "hidden_dim": 64, "n_layers": 1, "txt_ids_dims": []}),
-    "hunyuan-video": ("HunyuanVideo", {
-        "image_model": "hunyuan_video", **_STREAMS, "in_channels": 16, "out_channels": 16, "patch_size": [1, 2, 2], "vec_in_dim": 32,
-        "mlp_ratio": 4.0, "axes_dim": [16, 56, 56], "theta": 256, "qkv_bias": True, "guidance_embed": True, "byt5": False,
-        "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None, "meanflow_sum": False}),
+    "chroma": (
+        "Chroma",
+        {
+            "image_model": "chroma",
+            **_STREAMS,
+            "vec_in_dim": None,
+            "in_channels": 64,
+            "out_channels": 64,
+            "patch_size": 2,
+            "mlp_ratio": 4.0,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "in_dim": 64,
+            "out_dim": 256,
+            "hidden_dim": 64,
+            "n_layers": 1,
+            "txt_ids_dims": [],
+        },
+    ),
+    "hunyuan-video": (
+        "HunyuanVideo",
+        {
+            "image_model": "hunyuan_video",
+            **_STREAMS,
+            "in_channels": 16,
+            "out_channels": 16,
+            "patch_size": [1, 2, 2],
+            "vec_in_dim": 32,
+            "mlp_ratio": 4.0,
+            "axes_dim": [16, 56, 56],
+            "theta": 256,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        },
+    ),
     "lumina2": ("Lumina2", {**_NEXT, "n_heads": 2, "dim": 192, "rope_theta": 10000.0}),
-    "z-image": ("ZImage", {**_NEXT, "n_heads": 3, "n_kv_heads": 3, "dim": 288, "rope_theta": 256.0,
-                           "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True, "time_scale": 1000.0,
-                           "pad_tokens_multiple": 32}),
-    "qwen-image": ("QwenImage", {
-        "image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64}),
-    "wan": ("WAN21_T2V", {
-        "image_model": "wan2.1", "model_type": "t2v", "dim": 128, "out_dim": 16, "num_heads": 1, "ffn_dim": 256,
-        "num_layers": 2, "patch_size": (1, 2, 2), "freq_dim": 256, "window_size": (-1, -1), "qk_norm": True,
-        "cross_attn_norm": True, "eps": 1e-6, "in_dim": 16, "text_dim": 64, "text_len": 16}),
+    "z-image": (
+        "ZImage",
+        {
+            **_NEXT,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "dim": 288,
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+    ),
+    "qwen-image": (
+        "QwenImage",
+        {"image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64},
+    ),
+    "wan": (
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 128,
+            "out_dim": 16,
+            "num_heads": 1,
+            "ffn_dim": 256,
+            "num_layers": 2,
+            "patch_size": (1, 2, 2),
+            "freq_dim": 256,
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+            "in_dim": 16,
+            "text_dim": 64,
+            "text_len": 16,
+        },
+    ),
 }
-LAYERS = re.compile(r"(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|qkv|proj|out|[qkvo])$|single_blocks\.\d+\.linear1$")
+LAYERS = re.compile(
+    r"(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|qkv|proj|out|[qkvo])$|single_blocks\.\d+\.linear1$"
+)
 
 
 def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: int = 2048, **options):
-    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110 million
-    with a fifth of the context too. depths: transformer blocks in a row on each level."""
-    config = supported.SDXL({
-        **SDXL, "model_channels": width, "context_dim": context, "transformer_depth_middle": depths[-1],
-        "transformer_depth": [depth for depth in depths for _ in range(2)],
-        "transformer_depth_output": [depth for depth in depths for _ in range(3)]})
+    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110
+    million with a fifth of the context too. depths: transformer blocks in a row on each level."""
+    config = supported.SDXL(
+        {
+            **SDXL,
+            "model_channels": width,
+            "context_dim": context,
+            "transformer_depth_middle": depths[-1],
+            "transformer_depth": [depth for depth in depths for _ in range(2)],
+            "transformer_depth_output": [depth for depth in depths for _ in range(3)],
+        }
+    )
     config.unet_config.update(num_heads=-1, num_head_channels=64)
     return _filled(config, **options)
 
 
 def flux(hidden: int = 3072, blocks: tuple[int, int] = (19, 38), context: int = 4096, vector: int = 768, **options):
     """FLUX.1's transformer with heads of 128; `blocks` of two streams and of one."""
-    size = {"hidden_size": hidden, "num_heads": hidden // 128, "depth": blocks[0], "depth_single_blocks": blocks[1],
-            "context_in_dim": context, "vec_in_dim": vector}
+    size = {
+        "hidden_size": hidden,
+        "num_heads": hidden // 128,
+        "depth": blocks[0],
+        "depth_single_blocks": blocks[1],
+        "context_in_dim": context,
+        "vec_in_dim": vector,
+    }
     return _filled(supported.Flux({**FLUX, **size}), **options)
 
 
@@ -96,17 +253,19 @@ def small(family: str, **options):
 
 
 def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
-    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1; on the device
-    "meta" without any numbers.
+    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
+    on the device "meta" without any numbers.
 
-    dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict with
-    layers quantised as the host's files have them, to be used instead of random weights.
+    dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
+    with layers quantised as the host's files have them, to be used instead of random weights.
     """
     device = device or comfy.model_management.get_torch_device()
     config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
     config.quant_config = {"mixed_ops": True} if quantised else None
     # SD2's files give away by this gain which of them predict v.
-    base = config.get_model({"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device)
+    base = config.get_model(
+        {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device
+    )
     if quantised:
         base.diffusion_model.load_state_dict(quantised, assign=True)
         return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
@@ -125,8 +284,8 @@ def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=No
 
 
 def quantise(model) -> dict[str, torch.Tensor]:
-    """The state dict of the diffusion model with its attention layers quantised to fp8, a scale each, as the host's files have them. The
-    model's own weights are rounded to what these are worth."""
+    """The state dict of the diffusion model with its attention layers quantised to fp8, a scale each, as the host's
+    files have them. The model's own weights are rounded to what these are worth."""
     weights = model.model.diffusion_model.state_dict()
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     for path in attention_layers(model):
@@ -140,13 +299,18 @@ def quantise(model) -> dict[str, torch.Tensor]:
 
 def attention_layers(model) -> dict[str, torch.nn.Linear]:
     """The attention projections, by module path."""
-    return {path: m for path, m in model.model.diffusion_model.named_modules()
-            if hasattr(m, "in_features") and LAYERS.search(path)}
+    return {
+        path: m
+        for path, m in model.model.diffusion_model.named_modules()
+        if hasattr(m, "in_features") and LAYERS.search(path)
+    }
 
 
-def random_tlora(model, rank: int = 64, min_rank: int | None = None, size: float = 0.05, seed: int = 0, split=()) -> TLoRAFile:
-    """A T-LoRA on all attention layers, each update about `size` times its weight. Layers whose path ends in one of `split`
-    get two, on the second and the last third of their rows, as a T-LoRA on k and v of a fused layer has."""
+def random_tlora(
+    model, rank: int = 64, min_rank: int | None = None, size: float = 0.05, seed: int = 0, split=()
+) -> TLoRAFile:
+    """A T-LoRA on all attention layers, each update about `size` times its weight. Layers whose path ends in one of
+    `split` get two, on the second and the last third of their rows, as a T-LoRA on k and v of a fused layer has."""
     generator = torch.Generator().manual_seed(seed)
 
     def update(rows, columns):
@@ -172,7 +336,9 @@ def conditioning(model, tokens: int = 77, seed: int = 0) -> list:
     embedder = config.get("context_embedder_config", {}).get("params", {}).get("in_features")
     names = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim", "text_dim")
     context = next((config[name] for name in names if name in config), embedder)
-    pooled = config.get("vec_in_dim") or config.get("adm_in_channels") or 8  # where no layer takes it, the host may still ask for it
+    pooled = (
+        config.get("vec_in_dim") or config.get("adm_in_channels") or 8
+    )  # where no layer takes it, the host may still ask for it
     if "num_classes" in config:  # SDXL's numbers of the picture's size and place come behind the text's
         pooled -= 256 * (5 if isinstance(model.model, comfy.model_base.SDXLRefiner) else 6)
     text = torch.randn(1, tokens, context, generator=generator)

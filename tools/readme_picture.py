@@ -1,8 +1,9 @@
 """Lay out what the quickstart made as one picture: the training picture, then with the T-LoRA above without it.
 
-    python3 tools/host.py run "workflows/01 Quickstart.json" --out FOLDER
-    python3 tools/host.py python tools/readme_picture.py FOLDER/quickstart_00001_.png docs/quickstart.png
+python3 tools/host.py run "workflows/01 Quickstart.json" --out FOLDER
+python3 tools/host.py python tools/readme_picture.py FOLDER/quickstart_00001_.png docs/quickstart.png
 """
+
 import sys
 from pathlib import Path
 
@@ -19,14 +20,18 @@ SHEET_GAP, SHEET_MARGIN = 6, 16  # of the sheet that the quickstart makes, with 
 
 def training_picture() -> Image.Image:
     """What Sample Concept gives with the quickstart's values."""
-    scenes = world.concept_scenes(next(c for c in world.CONCEPTS if c.name == CONCEPT), 1, np.random.default_rng(0), "beach", "centre")
+    scenes = world.concept_scenes(
+        next(c for c in world.CONCEPTS if c.name == CONCEPT), 1, np.random.default_rng(0), "beach", "centre"
+    )
     return Image.fromarray(np.round(world.render(scenes)[0] * 255).astype(np.uint8))
 
 
 def drawn(whole: Image.Image, column: int, row: int) -> Image.Image:
     """A picture of the quickstart's sheet."""
-    left, top = (edge - SHEET_MARGIN - number * (SIDE + SHEET_GAP) + SHEET_GAP
-                 for edge, number in ((whole.width, 2 - column), (whole.height, len(SCENES) - row)))
+    left, top = (
+        edge - SHEET_MARGIN - number * (SIDE + SHEET_GAP) + SHEET_GAP
+        for edge, number in ((whole.width, 2 - column), (whole.height, len(SCENES) - row))
+    )
     return whole.crop((left, top, left + SIDE, top + SIDE))
 
 
@@ -45,7 +50,14 @@ def main(made: Path, target: Path) -> None:
     for column, scene in enumerate(SCENES):
         for row in range(2):
             place(drawn(whole, row, column), column + 1, row, None if row else scene)
-    draw.text((GAP + SIDE, LABEL + 1.5 * SIDE), "above: with the T-LoRA\nright: without it", "black", font=font, anchor="rm", align="right")
+    draw.text(
+        (GAP + SIDE, LABEL + 1.5 * SIDE),
+        "above: with the T-LoRA\nright: without it",
+        "black",
+        font=font,
+        anchor="rm",
+        align="right",
+    )
     sheet.save(target)
     print(target)
 

@@ -1,9 +1,11 @@
-"""Make docs/screenshots, and the pictures of the help pages: the pack in the real interface, on real trainings of the tiny base.
+"""Make docs/screenshots, and the pictures of the help pages: the pack in the real interface, on real trainings of the
+tiny base.
 
     python3 tools/host.py python tools/screenshots.py [panel schedule comparison]
 
 Needs Chromium; some minutes, most of them the trainings of the comparison.
 """
+
 import importlib.util
 import json
 import sys
@@ -23,7 +25,8 @@ from browser import RUN_MS, load_workflow, new_page, open_interface, opened_brow
 PAD, TITLE = 14, 30  # pixels around a node, and its title's height
 SCREEN = {"width": 1366, "height": 768}
 LEFT, TOP = 400, 110  # of a node that is shot, beside and below the interface's own bars
-# Puts a node there, at most as large as `scale` and with its foot on the page, and gives the scale, its width and its height.
+# Puts a node there, at most as large as `scale` and with its foot on the page, and gives the scale, its width and its
+# height.
 LOOK_AT = """async ([title, scale]) => {
     const {graph, canvas} = window.app, node = graph.nodes.find(node => node.getTitle().endsWith(title));
     canvas.deselectAll();
@@ -39,7 +42,8 @@ BRING = """async selector => {
     const {canvas} = window.app, frame = () => new Promise(requestAnimationFrame);
     for (let i = 0; i < 10; i++) {
         const {left, top} = document.querySelector(selector).getBoundingClientRect();
-        canvas.ds.offset = [canvas.ds.offset[0] + (500 - left) / canvas.ds.scale, canvas.ds.offset[1] + (300 - top) / canvas.ds.scale];
+        canvas.ds.offset = [canvas.ds.offset[0] + (500 - left) / canvas.ds.scale,
+            canvas.ds.offset[1] + (300 - top) / canvas.ds.scale];
         canvas.setDirty(true, true);
         await frame();
         await frame();
@@ -59,8 +63,10 @@ def shoot(page, name: str, title: str) -> None:
     scale, width, height = page.evaluate(LOOK_AT, [title, 1.0])
     page.mouse.move(20, 700)
     path, above = SCREENSHOTS / f"{name}.png", TITLE * scale
-    page.screenshot(path=path, clip={
-        "x": LEFT - PAD, "y": TOP - above - PAD, "width": width + 2 * PAD, "height": height + above + 2 * PAD})
+    page.screenshot(
+        path=path,
+        clip={"x": LEFT - PAD, "y": TOP - above - PAD, "width": width + 2 * PAD, "height": height + above + 2 * PAD},
+    )
     print(path.relative_to(REPO))
 
 
@@ -77,12 +83,16 @@ def run(page) -> None:
 def panel(page) -> None:
     """The Train node in the middle of the quickstart's training."""
     load_workflow(page, workflow("01 Quickstart"))
-    page.evaluate(SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}])
+    page.evaluate(
+        SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}]
+    )
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     run(page)
-    page.wait_for_function("() => document.querySelector('.tlora-strip:not([hidden])') && /^1[1-9]\\d /.test("
-                           "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
-                           timeout=3 * RUN_MS)
+    page.wait_for_function(
+        "() => document.querySelector('.tlora-strip:not([hidden])') && /^1[1-9]\\d /.test("
+        "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
+        timeout=3 * RUN_MS,
+    )
     shoot(page, "train_node", "Train T-LoRA from Image")
     element(page, HELP / "panel_dark.png", ".tlora-panel[data-state]")
     set_setting(page, "Comfy.VueNodes.Enabled", False)
@@ -91,10 +101,18 @@ def panel(page) -> None:
 def schedule(page) -> None:
     """The Apply node while a sampler runs, and a curve bent by hand."""
     load_workflow(page, workflow("01 Quickstart"))
-    page.evaluate(SET, ["TLoRATrainFromImage", {"steps": 20, "batch_size": 1, "validate_every": 0, "file_name": "screenshots/schedule"}])
+    page.evaluate(
+        SET,
+        [
+            "TLoRATrainFromImage",
+            {"steps": 20, "batch_size": 1, "validate_every": 0, "file_name": "screenshots/schedule"},
+        ],
+    )
     run(page)
     page.evaluate(LOOK_AT, ["Apply T-LoRA", 1.0])
-    page.wait_for_function("() => Number(document.querySelector('.tlora-live')?.style.left.replace('%', '')) > 40", timeout=RUN_MS)
+    page.wait_for_function(
+        "() => Number(document.querySelector('.tlora-live')?.style.left.replace('%', '')) > 40", timeout=RUN_MS
+    )
     element(page, HELP / "schedule_sampling.png", ".tlora-panel:has(.tlora-live)")
     page.evaluate(SET, ["TLoRATrainFromImage", {"curve": "0:32, 0.35:28, 0.6:12, 1:6"}])
     page.evaluate("""() => {
@@ -111,7 +129,9 @@ def comparison(page) -> None:
     """The sheet that the template comparing LoRA with T-LoRA makes."""
     load_workflow(page, workflow("07 LoRA against T-LoRA"))
     run(page)
-    page.wait_for_function("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length", timeout=6 * RUN_MS)
+    page.wait_for_function(
+        "() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length", timeout=6 * RUN_MS
+    )
     source = page.evaluate("() => window.app.graph.nodes.find(node => node.type === 'SaveImage').imgs[0].src")
     path = SCREENSHOTS / "comparison.png"
     path.write_bytes(page.request.get(source).body())
@@ -125,8 +145,11 @@ def main(names: list[str]) -> None:
     for folder in (SCREENSHOTS, HELP):
         folder.mkdir(parents=True, exist_ok=True)
     comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with tempfile.TemporaryDirectory() as folder, Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server, \
-            opened_browser(find_chromium()) as browser:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
+        opened_browser(find_chromium()) as browser,
+    ):
         for name in names or SHOTS:
             page = new_page(browser, pixels=2)
             page.set_viewport_size(SCREEN)

@@ -2,11 +2,12 @@
 
     python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png] [--flow]
 
-Prints a JSON report; exit status 1 when the gate is not passed. The gate: background right in 95% of the pictures, colour
-in 90%, shape in 80%, by a scorer that is right on at least 95% of rendered pictures; and a plain LoRA trained on one
-picture of a held-out concept reproduces it, at one of its checkpoints, under its training prompt: at least 80% of the concepts.
-`weights/gate.json` is the report of the weights that ship.
+Prints a JSON report; exit status 1 when the gate is not passed. The gate: background right in 95% of the pictures,
+colour in 90%, shape in 80%, by a scorer that is right on at least 95% of rendered pictures; and a plain LoRA trained on
+one picture of a held-out concept reproduces it, at one of its checkpoints, under its training prompt: at least 80% of
+the concepts. `weights/gate.json` is the report of the weights that ship.
 """
+
 import argparse
 import json
 import sys
@@ -33,19 +34,21 @@ def parse_host_arguments(device: str = "cpu") -> None:
     """What the host reads from the command line when it is first imported."""
     sys.argv = sys.argv[:1] + (["--cpu"] if device == "cpu" else [])
     import comfy.options
+
     comfy.options.enable_args_parsing()
 
 
 def load_scorer(folder: Path = WEIGHTS) -> AttributeScorer:
     scorer = AttributeScorer()
-    scorer.load_state_dict({k: v.float() if v.is_floating_point() else v
-                            for k, v in load_file(folder / "scorer.safetensors").items()})
+    scorer.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "scorer.safetensors").items()}
+    )
     return scorer.eval()
 
 
 def load_flow(folder: Path = WEIGHTS, unet: Path = FLOW_WEIGHTS):
-    """(MODEL, CLIP, VAE) of the tiny base with the U-Net that was trained on to predict the velocity, told so as the host's node
-    ModelSamplingSD3 does with a shift of 1, which is none."""
+    """(MODEL, CLIP, VAE) of the tiny base with the U-Net that was trained on to predict the velocity, told so as the
+    host's node ModelSamplingSD3 does with a shift of 1, which is none."""
     from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
 
     from tlora_core.tiny import comfy as tiny_base
@@ -60,8 +63,13 @@ def load_flow(folder: Path = WEIGHTS, unet: Path = FLOW_WEIGHTS):
 
 
 def attributes(scenes: world.Scenes, rows=slice(None)) -> dict[str, torch.Tensor]:
-    source = {"shape": scenes.shape, "colour": scenes.colour_index, "pattern": scenes.pattern,
-              "background": scenes.background, "place": scenes.place}
+    source = {
+        "shape": scenes.shape,
+        "colour": scenes.colour_index,
+        "pattern": scenes.pattern,
+        "background": scenes.background,
+        "place": scenes.place,
+    }
     return {name: torch.from_numpy(values[rows]) for name, values in source.items()}
 
 
@@ -81,11 +89,23 @@ class HostSampler:
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
         """[count, 64, 64, 3] in 0..1."""
         import comfy.sample
+
         positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (prompt, ""))
         latent = torch.zeros(count, LATENT_CHANNELS, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        output = comfy.sample.sample(model or self.model, noise, 20, 4.0, "euler", "normal", positive, negative, latent,
-                                     disable_pbar=True, seed=seed)
+        output = comfy.sample.sample(
+            model or self.model,
+            noise,
+            20,
+            4.0,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=seed,
+        )
         return self.vae.decode(output)
 
 
@@ -107,16 +127,25 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
 
 
 def lora_likeness(host: HostSampler, concept: world.Concept, steps: Sequence[int] = LIKENESS_STEPS) -> dict:
-    """Distances from the concept under the training prompt, means of four pictures: "by_step" while a plain LoRA learns it from one
-    picture, "lora" the least of these, "base" before, and "ceiling", the training picture itself seen through the autoencoder."""
+    """Distances from the concept under the training prompt, means of four pictures: "by_step" while a plain LoRA learns
+    it from one picture, "lora" the least of these, "base" before, and "ceiling", the training picture itself seen
+    through the autoencoder."""
     from tlora_core.hosts.comfy.sampling import apply_tlora
     from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
     from tlora_core.training.config import TrainConfig
     from tlora_core.training.dataset import training_images
+
     scenes = world.concept_scenes(concept, 1, np.random.default_rng(0), "beach", "centre")
     image = torch.from_numpy(world.render(scenes))
-    request = TrainRequest("sks", concept.shape, method="lora", rank=16, resolution=64, min_rank=16,
-                           config=TrainConfig(steps=max(steps), learning_rate=1.5e-3, batch_size=4))
+    request = TrainRequest(
+        "sks",
+        concept.shape,
+        method="lora",
+        rank=16,
+        resolution=64,
+        min_rank=16,
+        config=TrainConfig(steps=max(steps), learning_rate=1.5e-3, batch_size=4),
+    )
     trained = Personalization(host.model, host.clip, host.vae, training_images(image), request)
     matcher, by_step = ConceptMatcher(concept), {}
 
@@ -126,8 +155,12 @@ def lora_likeness(host: HostSampler, concept: world.Concept, steps: Sequence[int
     for step in steps:
         trained.train(step)
         by_step[step] = drawn(apply_tlora(host.model, trained.tlora()))
-    return {"lora": min(by_step.values()), "by_step": by_step, "base": drawn(),
-            "ceiling": matcher.distance(host.vae.decode(host.vae.encode(image))).item()}
+    return {
+        "lora": min(by_step.values()),
+        "by_step": by_step,
+        "base": drawn(),
+        "ceiling": matcher.distance(host.vae.decode(host.vae.encode(image))).item(),
+    }
 
 
 def reproduces(distances: dict[str, float]) -> bool:
@@ -138,26 +171,37 @@ def reproduces(distances: dict[str, float]) -> bool:
 def measure(pictures: int, concepts: int, folder: Path = WEIGHTS, flow: bool = False) -> tuple[dict, torch.Tensor]:
     """The report and the base's pictures; of the flow-matching sibling where `flow`. Needs the host importable."""
     from tlora_core.tiny import comfy as tiny_base
+
     with torch.inference_mode():
         scorer = load_scorer(folder)
         host = HostSampler(*(load_flow(folder) if flow else tiny_base.load(str(folder / "tiny_base.safetensors"))))
         base, drawn = base_accuracy(host, scorer, pictures)
-        report = {"scorer": scorer_accuracy(scorer), "base": base, "pictures": pictures,
-                  "concepts": {c.name: lora_likeness(host, c) for c in world.CONCEPTS[:concepts]}}
+        report = {
+            "scorer": scorer_accuracy(scorer),
+            "base": base,
+            "pictures": pictures,
+            "concepts": {c.name: lora_likeness(host, c) for c in world.CONCEPTS[:concepts]},
+        }
     return report | {"passed": passed(report)}, drawn
 
 
 def passed(report: dict) -> bool:
     """Whether a report's figures are all that the gate asks for. One without concepts says nothing of them."""
     reproduced = [reproduces(distances) for distances in report["concepts"].values()]
-    return (all(report["base"][name] >= least for name, least in GATE.items())
-            and min(report["scorer"].values()) >= SCORER_GATE and sum(reproduced) >= CONCEPTS_GATE * len(reproduced))
+    return (
+        all(report["base"][name] >= least for name, least in GATE.items())
+        and min(report["scorer"].values()) >= SCORER_GATE
+        and sum(reproduced) >= CONCEPTS_GATE * len(reproduced)
+    )
 
 
 def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int = 2) -> None:
     from PIL import Image
+
     columns = min(columns, len(pictures))
-    rows = [torch.cat(list(pictures[i:i + columns]), dim=1) for i in range(0, len(pictures) // columns * columns, columns)]
+    rows = [
+        torch.cat(list(pictures[i : i + columns]), dim=1) for i in range(0, len(pictures) // columns * columns, columns)
+    ]
     sheet = Image.fromarray((torch.cat(rows).clamp(0, 1) * 255).round().byte().numpy())
     sheet.resize((sheet.width * scale, sheet.height * scale), Image.Resampling.LANCZOS).save(path)
 
@@ -165,7 +209,9 @@ def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int =
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=200, help="how many prompts to draw (200)")
-    parser.add_argument("--concepts", type=int, default=len(world.CONCEPTS), help="how many held-out concepts to teach (all)")
+    parser.add_argument(
+        "--concepts", type=int, default=len(world.CONCEPTS), help="how many held-out concepts to teach (all)"
+    )
     parser.add_argument("--grid", type=Path, help="save the first 48 pictures as a sheet")
     parser.add_argument("--flow", action="store_true", help="measure the flow-matching sibling")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of the model and its scorer")

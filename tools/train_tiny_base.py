@@ -5,6 +5,7 @@
 Every stage is seeded, saves its progress in the work folder every minute and goes on from there when started again.
 Stages: data, autoencoder, latents, text, base, scorer, export, gate, flow; `all` runs them in this order.
 """
+
 import argparse
 import json
 import sys
@@ -33,8 +34,9 @@ def stage_export(work: Path, args):
         tensors["first_stage_model." + name] = value.half()
     save_file(tensors, args.output / "tiny_base.safetensors", metadata={"modelspec.architecture": "tlora-tiny-sdxl"})
     scorer = torch.load(work / "scorer.pt", weights_only=True)["model"]
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in scorer.items()},
-              args.output / "scorer.safetensors")
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in scorer.items()}, args.output / "scorer.safetensors"
+    )
 
 
 def stage_gate(work: Path, args):
@@ -46,8 +48,17 @@ def stage_gate(work: Path, args):
     save_grid(drawn[:48], work / "gate.png")
 
 
-STAGES = {"data": stage_data, "autoencoder": stage_autoencoder, "latents": stage_latents, "text": stage_text,
-          "base": stage_base, "scorer": stage_scorer, "export": stage_export, "gate": stage_gate, "flow": stage_flow}
+STAGES = {
+    "data": stage_data,
+    "autoencoder": stage_autoencoder,
+    "latents": stage_latents,
+    "text": stage_text,
+    "base": stage_base,
+    "scorer": stage_scorer,
+    "export": stage_export,
+    "gate": stage_gate,
+    "flow": stage_flow,
+}
 
 
 def main():

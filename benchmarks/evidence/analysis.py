@@ -1,9 +1,11 @@
 """From raw records to figures: IS, TS, diversity and copying; comparison at equal IS; bootstrap intervals.
 
-A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared within
-units, and intervals come from drawing concepts, then seeds within them, with replacement: bootstrap percentiles, moved outwards as
-few concepts need it (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 3.3).
+A unit is one concept with one seed, the same training picture, prompts and noise for every method. Methods are compared
+within
+units, and intervals come from drawing concepts, then seeds within them, with replacement: bootstrap percentiles, moved
+outwards as few concepts need it (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, section 3.3).
 """
+
 import json
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,10 +32,10 @@ TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer 
 @dataclass(frozen=True)
 class Point:
     """One checkpoint. is_: 0 what the bare base draws, 1 the concept seen through the autoencoder. ts: share of asked
-    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind; by_attribute: of each attribute,
-    over all prompts that ask for it. copied_background, copied_place: share of pictures that show the training picture's where
-    the prompt leaves it open. spread: mean distance of the places in neutral pictures from their middle, in half-widths. control:
-    share of attributes right in prompts without the concept."""
+    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind; by_attribute: of each
+    attribute, over all prompts that ask for it. copied_background, copied_place: share of pictures that show the
+    training picture's where the prompt leaves it open. spread: mean distance of the places in neutral pictures from
+    their middle, in half-widths. control: share of attributes right in prompts without the concept."""
 
     cell: Cell
     step: int
@@ -54,18 +56,24 @@ def load_sweep(folder: Path) -> list[dict]:
 
 
 def left_out(folder: Path) -> set[tuple[str, str]]:
-    """(concept, attribute) that no figure counts, as the scorer is not accurate enough there. Raises SystemExit when that has not been
-    measured."""
+    """(concept, attribute) that no figure counts, as the scorer is not accurate enough there. Raises SystemExit when
+    that has not been measured."""
     file = folder / "scorers.json"
     if not file.exists():
         raise SystemExit(f"{file} is missing; run check-scorers first.")
     accuracy = json.loads(file.read_text())["attributes"]
-    return {(concept, name) for name, by_concept in accuracy.items() for concept, share in by_concept.items() if share < TRUSTED}
+    return {
+        (concept, name)
+        for name, by_concept in accuracy.items()
+        for concept, share in by_concept.items()
+        if share < TRUSTED
+    }
 
 
 def points(records: Sequence[dict], without: Collection[tuple[str, str]] = ()) -> list[Point]:
-    """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and the
-    references themselves as step 0. without: as `left_out` gives it. Raises SystemExit when a reference is missing."""
+    """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and
+    the references themselves as step 0. without: as `left_out` gives it. Raises SystemExit when a reference is
+    missing."""
     cells = [cell_of(record) for record in records]
     references = {_reference(cell): record for cell, record in zip(cells, records) if cell.method == "none"}
     made = []
@@ -86,16 +94,27 @@ def _reference(cell):
 def _point(cell, record, reference, without):
     base, top = _distance(reference), reference["ceiling"]
     training = record["training"]
-    rows = [{**row, "asked": {name: value for name, value in row["asked"].items() if (cell.concept, name) not in without}}
-            for row in record["rows"]]
+    rows = [
+        {**row, "asked": {name: value for name, value in row["asked"].items() if (cell.concept, name) not in without}}
+        for row in record["rows"]
+    ]
     by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
-        cell, record["step"], (base - _distance(record)) / (base - top), _mean(by_kind.values()), by_kind, _by_attribute(rows),
-        _copied(record["rows"], training, "background"), _copied(record["rows"], training, "place"),
-        float(np.linalg.norm(places - places.mean(0), axis=1).mean()), _right(record["control"]),
-        float(np.mean(ranks)) if ranks else None, record)
+        cell,
+        record["step"],
+        (base - _distance(record)) / (base - top),
+        _mean(by_kind.values()),
+        by_kind,
+        _by_attribute(rows),
+        _copied(record["rows"], training, "background"),
+        _copied(record["rows"], training, "place"),
+        float(np.linalg.norm(places - places.mean(0), axis=1).mean()),
+        _right(record["control"]),
+        float(np.mean(ranks)) if ranks else None,
+        record,
+    )
 
 
 def _distance(record):
@@ -117,7 +136,9 @@ def _by_attribute(rows):
 
 
 def _copied(rows, training, name):
-    left_open = [row["seen"][name] == training[name] for row in rows if name not in row["asked"] and name in row["seen"]]
+    left_open = [
+        row["seen"][name] == training[name] for row in rows if name not in row["asked"] and name in row["seen"]
+    ]
     return _mean(left_open) if left_open else float("nan")
 
 
@@ -128,7 +149,9 @@ def _mean(values):
 # --- methods against each other ---
 
 Variant = Callable[[Cell], str | None]  # the name of a cell's row in a table, None where it has none
-Lines = Mapping[tuple[str, int], Sequence[Point]]  # unit -> its points in the order of steps, those of the bare base first
+Lines = Mapping[
+    tuple[str, int], Sequence[Point]
+]  # unit -> its points in the order of steps, those of the bare base first
 
 
 def curves(given: Sequence[Point], variant: Variant) -> dict[str, Lines]:
@@ -146,8 +169,8 @@ def curves(given: Sequence[Point], variant: Variant) -> dict[str, Lines]:
 
 
 def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float]) -> float | None:
-    """`value` where the training first reaches IS `level`, by a straight line between the checkpoints around it; None where
-    it never does."""
+    """`value` where the training first reaches IS `level`, by a straight line between the checkpoints around it; None
+    where it never does."""
     for before, after in zip(line, line[1:]):
         if before.is_ < level <= after.is_:
             share = (level - before.is_) / (after.is_ - before.is_)
@@ -156,7 +179,8 @@ def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float
 
 
 def past_at_first(given: Sequence[Point], scale: Scale) -> list[Cell]:
-    """The trainings of a scale that its first checkpoint already finds past the lowest level: where they reached it is not known."""
+    """The trainings of a scale that its first checkpoint already finds past the lowest level: where they reached it is
+    not known."""
     return [p.cell for p in given if p.cell.steps == scale.steps and p.step == min(scale.steps) and p.is_ > LEVELS[0]]
 
 
@@ -171,7 +195,8 @@ def not_learnt(given: Sequence[Point], scale: Scale) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over units with its 95% interval, None over fewer than FEWEST concepts. units: how many; concepts: of how many concepts."""
+    """A mean over units with its 95% interval, None over fewer than FEWEST concepts. units: how many; concepts: of how
+    many concepts."""
 
     mean: float
     low: float | None
@@ -194,7 +219,9 @@ def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimat
     if not groups:
         return None
     sizes = np.array([len(values) for values in groups.values()])
-    padded = np.array([values + [0.0] * (sizes.max() - len(values)) for values in groups.values()])  # [concepts, most seeds]
+    padded = np.array(
+        [values + [0.0] * (sizes.max() - len(values)) for values in groups.values()]
+    )  # [concepts, most seeds]
     low, high = _interval(padded, sizes, np.random.default_rng(seed)) if len(groups) >= FEWEST else (None, None)
     return Estimate(float(padded.sum() / sizes.sum()), low, high, int(sizes.sum()), len(groups))
 
@@ -209,7 +236,8 @@ def _interval(padded, sizes, rng):
 
 
 def _percentiles(concepts):
-    """2.5 and 97.5 for many; plain percentiles of six concepts would hold the true mean in 85% of cases, these in 93%."""
+    """2.5 and 97.5 for many; plain percentiles of six concepts would hold the true mean in 85% of cases, these in
+    93%."""
     tail = 100 * stats.norm.cdf(-np.sqrt(concepts / (concepts - 1)) * stats.t.ppf(0.975, concepts - 1))
     return tail, 100 - tail
 
@@ -226,7 +254,8 @@ def difference(ours: Mapping, others: Mapping) -> dict:
 
 
 def mean_over_levels(lines, value: Callable[[Point], float], levels: Sequence[float] = LEVELS) -> dict:
-    """unit -> mean of `value` over the levels, of the units that reach all of them: one number in place of a hand-picked level."""
+    """unit -> mean of `value` over the levels, of the units that reach all of them: one number in place of a
+    hand-picked level."""
     each = [at_level(lines, level, value) for level in levels]
     return {unit: _mean(e[unit] for e in each) for unit in set.intersection(*(set(e) for e in each))}
 
@@ -242,12 +271,16 @@ def is_damaged(point: Point, base: Point) -> bool:
 def sound(lines: Lines) -> Lines:
     """The units that reach every level of LEVELS and are damaged at none: those that are compared."""
     control = [at_level(lines, level, lambda point: point.control) for level in LEVELS]
-    return {unit: line for unit, line in lines.items()
-            if all(unit in at and line[0].control - at[unit] <= CONTROL_LOSS for at in control)}
+    return {
+        unit: line
+        for unit, line in lines.items()
+        if all(unit in at and line[0].control - at[unit] <= CONTROL_LOSS for at in control)
+    }
 
 
 def gate(lines: Lines) -> dict[str, float]:
-    """Share of units that reproduce the concept at any step, and of those the share not damaged at the first such step."""
+    """Share of units that reproduce the concept at any step, and of those the share not damaged at the first such
+    step."""
     first = {unit: next((p for p in line[1:] if p.is_ >= REPRODUCED), None) for unit, line in lines.items()}
     reached = {unit: p for unit, p in first.items() if p is not None}
     sound = [not is_damaged(point, lines[unit][0]) for unit, point in reached.items()]
@@ -255,20 +288,25 @@ def gate(lines: Lines) -> dict[str, float]:
 
 
 def choose_rates(records: Sequence[dict]) -> dict[str, float]:
-    """Each method's rate from the sweep, by `rate_name`: the one that reproduces the concept in most units (undamaged), then the highest TS there.
+    """Each method's rate from the sweep, by `rate_name`: the one that reproduces the concept in most units (undamaged),
+    then the highest TS there.
 
-    TS is at IS REPRODUCED, so that a rate is not preferred for learning less. Methods that were not swept are left out; raises
-    SystemExit when none was.
+    TS is at IS REPRODUCED, so that a rate is not preferred for learning less. Methods that were not swept are left out;
+    raises SystemExit when none was.
     """
     given, chosen = points(records), {}
     for name in (rate_name(method, base) for base in ("noise", "flow") for method in METHODS):
-        by_rate = curves(given, lambda cell, name=name: f"{cell.learning_rate}" if rate_name(cell.method, cell.base) == name else None)
+        by_rate = curves(
+            given,
+            lambda cell, name=name: f"{cell.learning_rate}" if rate_name(cell.method, cell.base) == name else None,
+        )
         if not by_rate:
             continue
 
         def merit(rate, by_rate=by_rate):
             passed, there = gate(by_rate[rate]), at_level(by_rate[rate], REPRODUCED, lambda p: p.ts)
             return passed["reproduced"] * np.nan_to_num(passed["undamaged"]), _mean(there.values()) if there else 0.0
+
         chosen[name] = float(max(by_rate, key=merit))
     if not chosen:
         raise SystemExit("There is no sweep of any method; run the study `rates` first.")

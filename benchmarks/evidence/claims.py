@@ -1,4 +1,5 @@
 """The paper's claims, each judged by an interval: confirmed, contradicted, not separable, or not tested."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ _FLOW = {"base": "flow"}
 
 @dataclass(frozen=True)
 class Differences:
-    """By unit (concept and seed), ours - others. sound: of the units that pass the gate; every: of all that reach the levels of IS.
+    """By unit (concept and seed), ours - others. sound: of the units that pass the gate; every: of all that reach the
+    levels of IS.
     trained: the units trained both ways."""
 
     sound: dict[Unit, float]
@@ -26,8 +28,8 @@ class Differences:
 
 @dataclass(frozen=True)
 class Claim:
-    """found: over the units that pass the gate, which the verdict goes by; figures: that in words; ungated: the same over all units that
-    reach the levels."""
+    """found: over the units that pass the gate, which the verdict goes by; figures: that in words; ungated: the same
+    over all units that reach the levels."""
 
     text: str
     verdict: str
@@ -41,7 +43,9 @@ def verdict(found: Estimate | None, trained: int) -> str:
     if not trained:
         return "not tested"
     if found is None or found.low is None:
-        return f"no verdict ({found.concepts if found else 0} of {trained} concept{'s' * (trained > 1)} can be compared)"
+        return (
+            f"no verdict ({found.concepts if found else 0} of {trained} concept{'s' * (trained > 1)} can be compared)"
+        )
     return "confirmed" if found.low > 0 else "contradicted" if found.high < 0 else "not separable"
 
 
@@ -50,13 +54,18 @@ def of_paper(given: Sequence[Point]) -> list[Claim]:
 
 
 def of_the_end(given: Sequence[Point]) -> list[Claim]:
-    return [_claim(text, at_the_end(given, ours, others, value)) for text, ours, others, value in _comparisons_at_the_end()]
+    return [
+        _claim(text, at_the_end(given, ours, others, value)) for text, ours, others, value in _comparisons_at_the_end()
+    ]
 
 
 def of_copying(given: Sequence[Point]) -> list[Claim]:
     later = [point for point in given if point.cell.seed != 0]  # it was thought of after the pictures of seed 0
     made = []
-    for what, value in (("place", lambda point: -point.copied_place), ("background", lambda point: -point.copied_background)):
+    for what, value in (
+        ("place", lambda point: -point.copied_place),
+        ("background", lambda point: -point.copied_background),
+    ):
         for who, ours, others in _copying():
             made.append(_claim(f"{what}: {who}", gain(given, ours, others, value)))
             if ours in SEVERAL_SEEDS and others == _LORA:
@@ -66,7 +75,8 @@ def of_copying(given: Sequence[Point]) -> list[Claim]:
 
 @dataclass(frozen=True)
 class ByLikeness:
-    """What `text` compares, at IS `level`, over all units that reach it both ways: `ours` - `others`, without the gate."""
+    """What `text` compares, at IS `level`, over all units that reach it both ways: `ours` - `others`, without the
+    gate."""
 
     text: str
     level: float
@@ -76,14 +86,17 @@ class ByLikeness:
 
 
 def by_likeness(given: Sequence[Point], levels: Sequence[float]) -> list[ByLikeness]:
-    """Level by level: what breaks a model at high likeness shows in prompts without the concept (control), too. Without the FRESH seeds."""
+    """Level by level: what breaks a model at high likeness shows in prompts without the concept (control), too. Without
+    the FRESH seeds."""
     seen = [point for point in given if point.cell.seed not in FRESH]
     made = []
     for text, ours, others in _by_likeness():
         a, b = _lines(seen, ours, others)
         for level in levels:
-            found = (estimate(difference(at_level(a, level, value), at_level(b, level, value)))
-                     for value in (lambda p: p.ts, lambda p: p.control, lambda p: p.copied_background))
+            found = (
+                estimate(difference(at_level(a, level, value), at_level(b, level, value)))
+                for value in (lambda p: p.ts, lambda p: p.control, lambda p: p.copied_background)
+            )
             made.append(ByLikeness(text, level, *found))
     return made
 
@@ -92,18 +105,32 @@ def of_likeness(given: Sequence[Point]) -> list[Claim]:
     """What `by_likeness` made one think, judged by trainings made after that: at IS REPRODUCED, without the gate."""
     of_fresh = [point for point in given if point.cell.seed in FRESH]
     made = []
-    for who, ours, others in (("T-LoRA", _TLORA, _LORA), ("Vanilla T-LoRA (mask without start)", _VANILLA, _LORA),
-                              ("Ortho-LoRA (start without mask)", _ORTHO, _LORA),
-                              ("on the flow-matching base, Vanilla T-LoRA", {**_VANILLA, **_FLOW}, {**_LORA, **_FLOW})):
+    for who, ours, others in (
+        ("T-LoRA", _TLORA, _LORA),
+        ("Vanilla T-LoRA (mask without start)", _VANILLA, _LORA),
+        ("Ortho-LoRA (start without mask)", _ORTHO, _LORA),
+        ("on the flow-matching base, Vanilla T-LoRA", {**_VANILLA, **_FLOW}, {**_LORA, **_FLOW}),
+    ):
         a, b = _lines(of_fresh, ours, others)
         found = difference(*(at_level(lines, REPRODUCED, lambda point: point.ts) for lines in (a, b)))
-        made.append(_claim(f"{who} obeys better than LoRA where both first reach IS {REPRODUCED:g}", Differences(found, found, a.keys() & b.keys())))
+        made.append(
+            _claim(
+                f"{who} obeys better than LoRA where both first reach IS {REPRODUCED:g}",
+                Differences(found, found, a.keys() & b.keys()),
+            )
+        )
     return made
 
 
 def _claim(text: str, differences: Differences) -> Claim:
     found, ungated = estimate(differences.sound), estimate(differences.every)
-    return Claim(text, verdict(found, len({concept for concept, _ in differences.trained})), found, _figures(found), _figures(ungated))
+    return Claim(
+        text,
+        verdict(found, len({concept for concept, _ in differences.trained})),
+        found,
+        _figures(found),
+        _figures(ungated),
+    )
 
 
 def _figures(found):
@@ -111,14 +138,19 @@ def _figures(found):
     if found is None:
         return ""
     number = f"{found.mean:.3f}" if found.low is None else str(found)
-    return f"{number}, {found.units} unit{'s' * (found.units > 1)} of {found.concepts} concept{'s' * (found.concepts > 1)}"
+    return (
+        f"{number}, {found.units} unit{'s' * (found.units > 1)} of {found.concepts} concept{'s' * (found.concepts > 1)}"
+    )
 
 
 def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Differences:
     """`value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS."""
     a, b = _lines(given, ours, others)
-    return Differences(difference(mean_over_levels(sound(a), value), mean_over_levels(sound(b), value)),
-                       difference(mean_over_levels(a, value), mean_over_levels(b, value)), a.keys() & b.keys())
+    return Differences(
+        difference(mean_over_levels(sound(a), value), mean_over_levels(sound(b), value)),
+        difference(mean_over_levels(a, value), mean_over_levels(b, value)),
+        a.keys() & b.keys(),
+    )
 
 
 def at_the_end(given, ours: dict, others: dict, value: Callable[[Point], float]) -> Differences:
@@ -139,7 +171,19 @@ def _lines(given, ours, others):
 
 def _is(cell, changes):
     usual = Cell(cell.concept, cell.seed, **changes)
-    same = ("method", "rank", "min_share", "alpha", "curve", "start", "images", "noise_from", "noise_to", "base", "pace")
+    same = (
+        "method",
+        "rank",
+        "min_share",
+        "alpha",
+        "curve",
+        "start",
+        "images",
+        "noise_from",
+        "noise_to",
+        "base",
+        "pace",
+    )
     return all(getattr(cell, name) == getattr(meaningful(usual), name) for name in same)
 
 
@@ -150,7 +194,11 @@ def _comparisons():
         yield f"Table 1: T-LoRA obeys better than LoRA (rank {rank})", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
     yield f"Table 1: Vanilla T-LoRA (mask without start) obeys better than LoRA (rank {RANK})", _VANILLA, _LORA
     yield "Tables 1, 2: T-LoRA obeys better than LoRA at half its learning rate", _TLORA, _SLOW_LORA
-    yield "Table 1: Vanilla T-LoRA obeys better than LoRA at half its learning rate, which is about Vanilla's", _VANILLA, _SLOW_LORA
+    yield (
+        "Table 1: Vanilla T-LoRA obeys better than LoRA at half its learning rate, which is about Vanilla's",
+        _VANILLA,
+        _SLOW_LORA,
+    )
     yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", _TLORA, _VANILLA
     yield "Table 3, figure 6: T-LoRA obeys better than Ortho-LoRA (start without mask; r_min 100%)", _TLORA, _ORTHO
     for other in ("oft", "gsoft", "svdiff"):
@@ -159,23 +207,45 @@ def _comparisons():
     yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", _TLORA, {**_LORA, "images": 3}
     for rank in (RANK, *SMALL):
         lora = {**_LORA, **_FLOW, "rank": rank}
-        yield f"Table 5: T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})", {**_TLORA, **_FLOW, "rank": rank}, lora
-        yield f"Table 5: Vanilla T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})", {**_VANILLA, **_FLOW, "rank": rank}, lora
-    yield ("Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA on a flow-matching base",
-           {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW})
+        yield (
+            f"Table 5: T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})",
+            {**_TLORA, **_FLOW, "rank": rank},
+            lora,
+        )
+        yield (
+            f"Table 5: Vanilla T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})",
+            {**_VANILLA, **_FLOW, "rank": rank},
+            lora,
+        )
+    yield (
+        "Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA on a flow-matching base",
+        {**_TLORA, **_FLOW, "min_share": 0.0},
+        {**_LORA, **_FLOW},
+    )
     yield "Figure 2: LoRA trained on t < 500 alone obeys better than on all", {**_LORA, "noise_to": 0.5}, _LORA
     yield "Figure 2: LoRA trained on t < 800 alone obeys better than on all", {**_LORA, "noise_to": 0.8}, _LORA
     yield "Figure 2: LoRA trained on t >= 800 alone obeys worse than on all", _LORA, {**_LORA, "noise_from": 0.8}
-    yield ("Figure 2: LoRA trained on t < 500 alone obeys better than on all, on a flow-matching base",
-           {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW})
+    yield (
+        "Figure 2: LoRA trained on t < 500 alone obeys better than on all, on a flow-matching base",
+        {**_LORA, **_FLOW, "noise_to": 0.5},
+        {**_LORA, **_FLOW},
+    )
     for start in PAPERS_STARTS:
         if start != DEFAULT_START:
             yield f"Figure 5: {DEFAULT_START} obeys better than {start}", _ORTHO, {**_ORTHO, "start": start}
-    yield f"Beyond the paper: T-LoRA from {PUBLISHED_START} obeys better than from {DEFAULT_START}", {**_TLORA, "start": PUBLISHED_START}, _TLORA
+    yield (
+        f"Beyond the paper: T-LoRA from {PUBLISHED_START} obeys better than from {DEFAULT_START}",
+        {**_TLORA, "start": PUBLISHED_START},
+        _TLORA,
+    )
     yield "Figure 6: r_min 50% obeys better than 0%", _TLORA, {**_TLORA, "min_share": 0.0}
     yield "Figure 6: r_min 50% obeys better than 25%", _TLORA, {**_TLORA, "min_share": 0.25}
     for alpha in ALPHAS:
-        yield f"Beyond the paper: r(t) with alpha {alpha:g} obeys better than with 1", {**_TLORA, "alpha": alpha}, _TLORA
+        yield (
+            f"Beyond the paper: r(t) with alpha {alpha:g} obeys better than with 1",
+            {**_TLORA, "alpha": alpha},
+            _TLORA,
+        )
     for curve in FREE:
         yield f"Beyond the paper: r(t) as {curve} obeys better than the paper's", {**_TLORA, "curve": curve}, _TLORA
 
@@ -183,16 +253,28 @@ def _comparisons():
 def _comparisons_at_the_end():
     """(text, ours, others, value): value is higher for ours after the last step."""
     for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
-        yield (f"Figure 2: LoRA trained on {part} alone is less like the concept in the end (IS) than on all", _LORA, {**_LORA, **changes},
-               lambda point: point.is_)
+        yield (
+            f"Figure 2: LoRA trained on {part} alone is less like the concept in the end (IS) than on all",
+            _LORA,
+            {**_LORA, **changes},
+            lambda point: point.is_,
+        )
     for rank in (RANK, 8):
-        yield (f"Figure 4: B has a higher effective rank in Ortho-LoRA than in LoRA (rank {rank})", {**_ORTHO, "rank": rank}, {**_LORA, "rank": rank},
-               lambda point: point.effective_rank)
+        yield (
+            f"Figure 4: B has a higher effective rank in Ortho-LoRA than in LoRA (rank {rank})",
+            {**_ORTHO, "rank": rank},
+            {**_LORA, "rank": rank},
+            lambda point: point.effective_rank,
+        )
 
 
 def _copying():
     """(text, ours, others): ours copies less often."""
-    for who, ours in (("T-LoRA", _TLORA), ("the mask alone (Vanilla)", _VANILLA), ("the start alone (Ortho-LoRA)", _ORTHO)):
+    for who, ours in (
+        ("T-LoRA", _TLORA),
+        ("the mask alone (Vanilla)", _VANILLA),
+        ("the start alone (Ortho-LoRA)", _ORTHO),
+    ):
         yield f"{who} below LoRA", ours, _LORA
         yield f"{who} below LoRA at half its learning rate", ours, _SLOW_LORA
     yield "LoRA at half its learning rate below LoRA", _SLOW_LORA, _LORA
@@ -205,9 +287,21 @@ def _copying():
     yield "LoRA on all below LoRA trained on t >= 800 alone", _LORA, {**_LORA, "noise_from": 0.8}
     for rank in (RANK, *SMALL):
         for who, ours in (("T-LoRA", _TLORA), ("Vanilla T-LoRA", _VANILLA)):
-            yield f"on the flow-matching base, {who} below LoRA at rank {rank}", {**ours, **_FLOW, "rank": rank}, {**_LORA, **_FLOW, "rank": rank}
-    yield "on the flow-matching base, T-LoRA with r_min 0% below LoRA", {**_TLORA, **_FLOW, "min_share": 0.0}, {**_LORA, **_FLOW}
-    yield "on the flow-matching base, LoRA trained on t < 500 alone below LoRA on all", {**_LORA, **_FLOW, "noise_to": 0.5}, {**_LORA, **_FLOW}
+            yield (
+                f"on the flow-matching base, {who} below LoRA at rank {rank}",
+                {**ours, **_FLOW, "rank": rank},
+                {**_LORA, **_FLOW, "rank": rank},
+            )
+    yield (
+        "on the flow-matching base, T-LoRA with r_min 0% below LoRA",
+        {**_TLORA, **_FLOW, "min_share": 0.0},
+        {**_LORA, **_FLOW},
+    )
+    yield (
+        "on the flow-matching base, LoRA trained on t < 500 alone below LoRA on all",
+        {**_LORA, **_FLOW, "noise_to": 0.5},
+        {**_LORA, **_FLOW},
+    )
 
 
 def _by_likeness():
@@ -224,13 +318,18 @@ def _by_likeness():
 
 
 def _gain_grows(given):
-    """The gain over LoRA at the highest rank minus that at the lowest at which enough concepts can be compared, within units."""
+    """The gain over LoRA at the highest rank minus that at the lowest at which enough concepts can be compared, within
+    units."""
     gains = {rank: gain(given, {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}) for rank in RANKS}
     highest = gains[RANKS[-1]]
 
     def growth(rank):
         other = gains[rank]
-        return Differences(difference(highest.sound, other.sound), difference(highest.every, other.every), highest.trained & other.trained)
+        return Differences(
+            difference(highest.sound, other.sound),
+            difference(highest.every, other.every),
+            highest.trained & other.trained,
+        )
 
     enough = (rank for rank in RANKS[:-1] if (found := estimate(growth(rank).sound)) and found.low is not None)
     lowest = next(enough, RANKS[0])

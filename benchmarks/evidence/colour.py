@@ -1,10 +1,11 @@
 """Which colour a concept's body has, read by the world's own rules.
 
-The tiny base's scorer never saw a rim or a core and takes them for the colour: on rendered concepts it names an asked body colour
-in 13% to 99% of the pictures, by concept. Here the concept's pose is found by its outline, rim and core alone, and the body is
-compared with the concept rendered in that pose in each colour. Patterns are not read, nor asked for: rim and core leave too
-little body in half of the concepts.
+The tiny base's scorer never saw a rim or a core and takes them for the colour: on rendered concepts it names an asked
+body colour in 13% to 99% of the pictures, by concept. Here the concept's pose is found by its outline, rim and core
+alone, and the body is compared with the concept rendered in that pose in each colour. Patterns are not read, nor asked
+for: rim and core leave too little body in half of the concepts.
 """
+
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,19 +20,23 @@ _COARSE = 32  # side at which the pose is searched
 
 
 class ColourReader:
-    """Reads one concept's body colour. The place is taken as known, since the tiny base's scorer reads it without error.
+    """Reads one concept's body colour. The place is taken as known, since the tiny base's scorer reads it without
+    error.
 
-    through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3]. It shows the thin bodies of some concepts in
-    other colours than they have, and drawn pictures are compared with what it shows.
+    through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3]. It shows the thin bodies of some
+    concepts in other colours than they have, and drawn pictures are compared with what it shows.
     """
 
-    def __init__(self, concept: world.Concept, through: Callable[[torch.Tensor], torch.Tensor] = lambda pictures: pictures):
+    def __init__(
+        self, concept: world.Concept, through: Callable[[torch.Tensor], torch.Tensor] = lambda pictures: pictures
+    ):
         self.concept, self.through = concept, through
         self.bodies = np.array([*world.COLOURS.values(), concept.body]) / 255
         self.templates = {name: self._search(centre) for name, centre in world.PLACES.items()}
 
     def read(self, pictures: torch.Tensor, places: Sequence[str]) -> list[str]:
-        """The colour, one of COLOURS, of each of `pictures` [B, H, W, 3] in 0..1; `places`: where each shows its object."""
+        """The colour, one of COLOURS, of each of `pictures` [B, H, W, 3] in 0..1; `places`: where each shows its
+        object."""
         pictures = at_size(pictures.movedim(-1, 1))
         return [COLOURS[self._read(picture, place)] for picture, place in zip(pictures, places)]
 
@@ -48,9 +53,18 @@ class ColourReader:
     def _search(self, centre):
         """(poses [P, 4], pictures [P, n], weights [P, n] that are zero on the body and sum to 1) around a place."""
         near = (-0.1, -0.05, 0, 0.05, 0.1)
-        poses = np.array([(centre[0] + x, centre[1] + y, r, a) for x in near for y in near for r in (0.5, 0.55, 0.6)
-                          for a in (-0.2, -0.1, 0, 0.1, 0.2)])
-        dark, light = (world.render(self._scenes(poses, np.full((len(poses), 3), shade)), _COARSE) for shade in (0.0, 1.0))
+        poses = np.array(
+            [
+                (centre[0] + x, centre[1] + y, r, a)
+                for x in near
+                for y in near
+                for r in (0.5, 0.55, 0.6)
+                for a in (-0.2, -0.1, 0, 0.1, 0.2)
+            ]
+        )
+        dark, light = (
+            world.render(self._scenes(poses, np.full((len(poses), 3), shade)), _COARSE) for shade in (0.0, 1.0)
+        )
         mask = world.object_mask(self._scenes(poses, np.zeros((len(poses), 3))), _COARSE)
         weights = torch.from_numpy(mask[..., None] * (1 - (light - dark))).flatten(1)
         return poses, torch.from_numpy((dark + light) / 2).flatten(1), weights / weights.sum(1, keepdim=True)
@@ -61,14 +75,19 @@ class ColourReader:
         return scenes
 
 
-def concept_pictures(concept: world.Concept, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, list[str]]]:
+def concept_pictures(
+    concept: world.Concept, count: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, dict[str, list[str]]]:
     """Rendered pictures of the concept in its own and in named colours, [count, 64, 64, 3], and what they show."""
     scenes, index = world.concept_scenes(concept, count, rng), rng.integers(len(COLOURS), size=count)
     named = index < len(world.COLOURS)
     scenes.colour[named] = np.array(list(world.COLOURS.values()))[index[named]] / 255
     backgrounds, places = list(world.BACKGROUNDS), list(world.PLACES)
-    shown = {"colour": [COLOURS[i] for i in index], "background": [backgrounds[i] for i in scenes.background],
-             "place": [places[i] for i in scenes.place]}
+    shown = {
+        "colour": [COLOURS[i] for i in index],
+        "background": [backgrounds[i] for i in scenes.background],
+        "place": [places[i] for i in scenes.place],
+    }
     return torch.from_numpy(world.render(scenes)), shown
 
 

@@ -1,9 +1,10 @@
 """Down to which noise level the bare base still follows a prompt: what is decided where.
 
-T-LoRA's mask protects the noisiest timesteps, on the ground that pose and background are decided there. Here pictures are noised to
-t and drawn on from there by a prompt that asks for another shape, colour, place and background; the share that shows
-what was asked says whether it was still open at t.
+T-LoRA's mask protects the noisiest timesteps, on the ground that pose and background are decided there. Here pictures
+are noised to t and drawn on from there by a prompt that asks for another shape, colour, place and background; the share
+that shows what was asked says whether it was still open at t.
 """
+
 import numpy as np
 import torch
 
@@ -17,7 +18,8 @@ LEVELS = (999, 800, 600, 500, 400, 300, 200, 100)  # t of 1000
 
 
 def measure(bench: Bench, count: int = 40, seed: int = 0) -> list[dict]:
-    """A row for each of LEVELS: t, sigma, and for each attribute the share of `count` pictures that follow the prompt."""
+    """A row for each of LEVELS: t, sigma, and for each attribute the share of `count` pictures that follow the
+    prompt."""
     rng = np.random.default_rng(seed)
     scenes = world.sample_scenes(count, rng)
     asked = [_prompt(scenes, i, rng) for i in range(count)]
@@ -35,6 +37,11 @@ def measure(bench: Bench, count: int = 40, seed: int = 0) -> list[dict]:
 
 def _prompt(scenes: world.Scenes, i: int, rng: np.random.Generator) -> Prompt:
     """Asks for all that the i-th scene does not show."""
-    was = {"shape": scenes.shape[i], "colour": scenes.colour_index[i], "background": scenes.background[i], "place": scenes.place[i]}
+    was = {
+        "shape": scenes.shape[i],
+        "colour": scenes.colour_index[i],
+        "background": scenes.background[i],
+        "place": scenes.place[i],
+    }
     asked = {name: str(rng.choice([value for k, value in enumerate(NAMES[name]) if k != was[name]])) for name in NAMES}
     return full_prompt(asked, i)

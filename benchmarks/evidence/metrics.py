@@ -1,9 +1,10 @@
 """What is measured of drawn pictures. All of it is kept raw in the results; `analysis` makes figures of it.
 
-IS stands on `ConceptMatcher`: the colour error over the object's own pixels, hence with the background masked, in the best
-fitting pose. TS is the share of asked attributes that a scorer finds. The place and the background that a scorer sees, and the
-matcher's pose, give diversity and copying.
+IS stands on `ConceptMatcher`: the colour error over the object's own pixels, hence with the background masked, in the
+best fitting pose. TS is the share of asked attributes that a scorer finds. The place and the background that a scorer
+sees, and the matcher's pose, give diversity and copying.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -14,21 +15,39 @@ from tlora_core.tiny.scorer import AttributeScorer, ConceptMatcher
 from .colour import ColourReader
 from .prompts import NEUTRAL, Prompt
 
-NAMES = {"shape": world.SHAPES, "colour": tuple(world.COLOURS), "background": tuple(world.BACKGROUNDS), "place": tuple(world.PLACES)}
+NAMES = {
+    "shape": world.SHAPES,
+    "colour": tuple(world.COLOURS),
+    "background": tuple(world.BACKGROUNDS),
+    "place": tuple(world.PLACES),
+}
 
 
 def seen(pictures: torch.Tensor, scorer: AttributeScorer) -> list[dict[str, str]]:
-    """What the tiny base's scorer sees in each of `pictures` [B, H, W, 3] in 0..1: attribute -> the name of its value. Shape and
-    colour are to be trusted in pictures of the world's own objects only."""
+    """What the tiny base's scorer sees in each of `pictures` [B, H, W, 3] in 0..1: attribute -> the name of its value.
+    Shape and colour are to be trusted in pictures of the world's own objects only."""
     found = scorer.predict(pictures)
     return [{name: NAMES[name][int(found[name][i])] for name in NAMES} for i in range(len(pictures))]
 
 
-def measure(pictures: torch.Tensor, prompts: Sequence[Prompt], matcher: ConceptMatcher, reader: ColourReader,
-            scorer: AttributeScorer) -> list[dict]:
-    """A row for each picture: its prompt's kind and text, what was asked and is seen; for neutral ones distance and pose."""
-    rows = [{"kind": p.kind, "prompt": p.text, "asked": p.asked, "seen": {name: s[name] for name in ("background", "place")}}
-            for p, s in zip(prompts, seen(pictures, scorer))]
+def measure(
+    pictures: torch.Tensor,
+    prompts: Sequence[Prompt],
+    matcher: ConceptMatcher,
+    reader: ColourReader,
+    scorer: AttributeScorer,
+) -> list[dict]:
+    """A row for each picture: its prompt's kind and text, what was asked and is seen; for neutral ones distance and
+    pose."""
+    rows = [
+        {
+            "kind": p.kind,
+            "prompt": p.text,
+            "asked": p.asked,
+            "seen": {name: s[name] for name in ("background", "place")},
+        }
+        for p, s in zip(prompts, seen(pictures, scorer))
+    ]
     coloured = [i for i, prompt in enumerate(prompts) if "colour" in prompt.asked]
     for i, colour in zip(coloured, reader.read(pictures[coloured], [rows[i]["seen"]["place"] for i in coloured])):
         rows[i]["seen"]["colour"] = colour

@@ -1,4 +1,5 @@
 """The report's plots."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ COLOURS = {"confirmed": "C2", "contradicted": "C3", "not separable": "0.45"}
 def _pyplot():
     required("matplotlib", "The report").use("Agg")
     from matplotlib import pyplot
+
     return pyplot
 
 
@@ -28,7 +30,13 @@ def over_steps(lines: dict[str, Lines], title: str, file: Path) -> None:
             axes.plot([p.is_ for p in line], [p.ts for p in line], color=colour, alpha=0.2, linewidth=0.8)
         steps = sorted(set.intersection(*({p.step for p in line} for line in units.values())))
         at = [[next(p for p in line if p.step == step) for line in units.values()] for step in steps]
-        axes.plot([np.mean([p.is_ for p in ps]) for ps in at], [np.mean([p.ts for p in ps]) for ps in at], "o-", color=colour, label=name)
+        axes.plot(
+            [np.mean([p.is_ for p in ps]) for ps in at],
+            [np.mean([p.ts for p in ps]) for ps in at],
+            "o-",
+            color=colour,
+            label=name,
+        )
     axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt obeyed)", title=title)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
@@ -58,7 +66,9 @@ def by_likeness(made: Sequence[ByLikeness], file: Path) -> None:
         x = levels.index(row.level) + 0.8 * ((place + 0.5) / len(names) - 0.5)
         if row.ts.low is not None:
             axes.plot([x, x], [row.ts.low, row.ts.high], color=f"C{place}", linewidth=1.4)
-        axes.plot([x], [row.ts.mean], "o", color=f"C{place}", markersize=4, label=row.text if row.level == levels[0] else None)
+        axes.plot(
+            [x], [row.ts.mean], "o", color=f"C{place}", markersize=4, label=row.text if row.level == levels[0] else None
+        )
     axes.axhline(0, color="0.2", linewidth=0.8)
     axes.set(title="Difference in TS, all units that reach the IS", xlabel="IS (likeness to the concept)")
     axes.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])

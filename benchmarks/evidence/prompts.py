@@ -1,9 +1,11 @@
 """What a study's pictures are asked to show: the paper's kinds of prompts in the words of the tiny world.
 
-Its contextual prompts change appearance, background and position; its complex ones several of these at once; the neutral one
-is the training prompt: "a photo of a sks heart", with the article, as the tiny base's own captions have it. The scorer of each
-attribute is independent of the model that is measured.
+Its contextual prompts change appearance, background and position; its complex ones several of these at once; the
+neutral one
+is the training prompt: "a photo of a sks heart", with the article, as the tiny base's own captions have it. The scorer
+of each attribute is independent of the model that is measured.
 """
+
 import zlib
 from dataclasses import dataclass, field
 
@@ -54,7 +56,8 @@ def settings(concept: world.Concept, seed: int, count: int = 1) -> list[Setting]
 
 
 def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) -> list[Prompt]:
-    """The prompts of one concept and seed, the same for every method; `training` is the first training picture's setting."""
+    """The prompts of one concept and seed, the same for every method; `training` is the first training picture's
+    setting."""
     rng = _rng(concept, seed + 1000)
     backgrounds = _cycle(rng, [b for b in world.BACKGROUNDS if b != training.background])
     places = _cycle(rng, [p for p in world.PLACES if p != training.place])
@@ -67,7 +70,9 @@ def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) 
     for i in range(draws.place):
         made.append(_prompt(concept, PLACE, i, place=next(places)))
     for i in range(draws.combined):
-        made.append(_prompt(concept, COMBINED, i, colour=next(colours), place=next(places), background=next(backgrounds)))
+        made.append(
+            _prompt(concept, COMBINED, i, colour=next(colours), place=next(places), background=next(backgrounds))
+        )
     return made
 
 
@@ -77,21 +82,32 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
     made = []
     for i in range(count):
         shape, colour, place, background = (
-            str(rng.choice([s for s in world.SHAPES if s != concept.shape])), *(str(rng.choice(list(names))) for names in (
-                world.COLOURS, world.PLACES, world.BACKGROUNDS)))
+            str(rng.choice([s for s in world.SHAPES if s != concept.shape])),
+            *(str(rng.choice(list(names))) for names in (world.COLOURS, world.PLACES, world.BACKGROUNDS)),
+        )
         made.append(full_prompt({"shape": shape, "colour": colour, "place": place, "background": background}, i))
     return made
 
 
 def full_prompt(asked: dict[str, str], seed: int) -> Prompt:
     """A prompt of a thing of the world, with all that a caption can say."""
-    words = f"{asked['colour']} {asked['shape']} {world.PLACE_WORDS[asked['place']]} {world.BACKGROUNDS[asked['background']]}"
+    words = (
+        f"{asked['colour']} {asked['shape']} {world.PLACE_WORDS[asked['place']]} "
+        f"{world.BACKGROUNDS[asked['background']]}"
+    )
     return Prompt(f"a photo of a {words}", "control", seed, asked)
 
 
 def _prompt(concept, kind, seed, colour=None, place=None, background=None) -> Prompt:
     asked = {"colour": colour, "place": place, "background": background}
-    words = ["a photo of a", TOKEN, colour, concept.shape, world.PLACE_WORDS.get(place), world.BACKGROUNDS.get(background)]
+    words = [
+        "a photo of a",
+        TOKEN,
+        colour,
+        concept.shape,
+        world.PLACE_WORDS.get(place),
+        world.BACKGROUNDS.get(background),
+    ]
     return Prompt(" ".join(w for w in words if w), kind, seed, {name: value for name, value in asked.items() if value})
 
 

@@ -1,4 +1,5 @@
 """Runs cells one by one and appends what is measured to a file of JSON lines, from which an interrupted run goes on."""
+
 import functools
 import hashlib
 import json
@@ -37,6 +38,7 @@ class Bench:
         import tiny_gate
 
         from tlora_core.tiny import comfy as tiny_base
+
         self.model, self.clip, self.vae = tiny_base.load(str(weights / "tiny_base.safetensors"))
         self.flow = functools.cache(lambda: tiny_gate.load_flow(weights)[0])
         self.scorer = tiny_gate.load_scorer(weights)
@@ -48,22 +50,45 @@ class Bench:
         return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
-        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch; noise depends on the prompt's kind and seed only."""
+        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch; noise depends on the prompt's kind and
+        seed only."""
         import comfy.sample
+
         noise = torch.stack([torch.randn(LATENT_CHANNELS, 8, 8, generator=_noise_seed(p)) for p in asked])
         positive, negative = self._condition([p.text for p in asked]), self._condition([""] * len(asked))
         drawn = comfy.sample.sample(
-            model or self.model, noise, SAMPLING_STEPS, GUIDANCE, "euler", "normal", positive, negative, torch.zeros_like(noise),
-            disable_pbar=True, seed=0)
+            model or self.model,
+            noise,
+            SAMPLING_STEPS,
+            GUIDANCE,
+            "euler",
+            "normal",
+            positive,
+            negative,
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
         return self.vae.decode(drawn).clamp(0, 1)
 
     def draw_from(self, asked: Sequence[Prompt], latent: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor):
         """As `draw`, from `latent` [N, C, 8, 8] under noise at the first of `sigmas`."""
         import comfy.sample
         import comfy.samplers
+
         positive, negative = self._condition([p.text for p in asked]), self._condition([""] * len(asked))
         drawn = comfy.sample.sample_custom(
-            self.model, noise, GUIDANCE, comfy.samplers.sampler_object("euler"), sigmas, positive, negative, latent, disable_pbar=True, seed=0)
+            self.model,
+            noise,
+            GUIDANCE,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=0,
+        )
         return self.vae.decode(drawn).clamp(0, 1)
 
     def through(self, pictures: torch.Tensor) -> torch.Tensor:
@@ -105,15 +130,24 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
     def drawn(model, **more):
         began = time.process_time()
         pictures = bench.draw([*asked, *control], model)
-        rows = measure(pictures[:len(asked)], asked, bench.matcher(cell.concept), bench.reader(cell.concept), bench.scorer)
-        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked):], bench.scorer))]
-        return {"cell": asdict(cell), "training": asdict(setting), "rows": rows, "control": others, **more,
-                "cpu_seconds_drawing": round(time.process_time() - began, 1)}, pictures
+        rows = measure(
+            pictures[: len(asked)], asked, bench.matcher(cell.concept), bench.reader(cell.concept), bench.scorer
+        )
+        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked) :], bench.scorer))]
+        return {
+            "cell": asdict(cell),
+            "training": asdict(setting),
+            "rows": rows,
+            "control": others,
+            **more,
+            "cpu_seconds_drawing": round(time.process_time() - began, 1),
+        }, pictures
 
     if cell.method == "none":
         yield drawn(bench.bare(cell.base), step=0, ceiling=ceiling(bench, concept))
         return
     from tlora_core.hosts.comfy.sampling import apply_tlora
+
     trained = personalization(bench, cell)
     for step in cell.steps:
         began = time.process_time()
@@ -126,18 +160,41 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
         if step in done:
             continue
         tlora = trained.tlora()
-        yield drawn(apply_tlora(bench.bare(cell.base), tlora), step=step, loss=fmean(trained.trainer.losses[-20:]),
-                    effective_rank_B=list(tlora.training.get(B_KEY, {}).values()), cpu_seconds_training=seconds)
+        yield drawn(
+            apply_tlora(bench.bare(cell.base), tlora),
+            step=step,
+            loss=fmean(trained.trainer.losses[-20:]),
+            effective_rank_B=list(tlora.training.get(B_KEY, {}).values()),
+            cpu_seconds_training=seconds,
+        )
 
 
 def personalization(bench: Bench, cell: Cell):
     from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
-    config = TrainConfig(steps=max(cell.steps), learning_rate=cell.learning_rate, batch_size=cell.batch_size, seed=cell.seed,
-                         noise_from=cell.noise_from, noise_to=cell.noise_to)
+
+    config = TrainConfig(
+        steps=max(cell.steps),
+        learning_rate=cell.learning_rate,
+        batch_size=cell.batch_size,
+        seed=cell.seed,
+        noise_from=cell.noise_from,
+        noise_to=cell.noise_to,
+    )
     request = TrainRequest(
-        TOKEN, concept_named(cell.concept).shape, method=cell.method, rank=cell.rank, start=cell.start, alpha=cell.alpha,
-        min_rank=cell.min_rank if METHODS[cell.method].is_masked else cell.rank, curve=cell.curve_text, resolution=64, config=config)
-    return Personalization(bench.bare(cell.base), bench.clip, bench.vae, training_images(training_pictures(cell), TRAINING), request)
+        TOKEN,
+        concept_named(cell.concept).shape,
+        method=cell.method,
+        rank=cell.rank,
+        start=cell.start,
+        alpha=cell.alpha,
+        min_rank=cell.min_rank if METHODS[cell.method].is_masked else cell.rank,
+        curve=cell.curve_text,
+        resolution=64,
+        config=config,
+    )
+    return Personalization(
+        bench.bare(cell.base), bench.clip, bench.vae, training_images(training_pictures(cell), TRAINING), request
+    )
 
 
 def read(*files: Path) -> list[dict]:
@@ -166,12 +223,16 @@ def steps_done(records: list[dict]) -> dict[str, set[int]]:
 def whole(records: list[dict]) -> list[dict]:
     """Without those of trainings that were broken off before their last step."""
     done = steps_done(records)
-    return [record for record in records if (cell := cell_of(record)).method == "none" or set(cell.steps) <= done[cell.key]]
+    return [
+        record for record in records if (cell := cell_of(record)).method == "none" or set(cell.steps) <= done[cell.key]
+    ]
 
 
-def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None], others: Sequence[Path] = ()) -> None:
-    """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder `sheets`
-    beside it."""
+def run(
+    bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None], others: Sequence[Path] = ()
+) -> None:
+    """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder
+    `sheets` beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     _mend(file)
     done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
@@ -180,11 +241,16 @@ def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], No
     commit = _commit()
     say(f"{len(cells) - len(missing)} of {len(cells)} cells are done; {len(missing)} to go, {total} steps.")
     for number, cell in enumerate(missing, 1):
+
         def progress(step, number=number, cell=cell, before=finished):
             if step % 10 == 0 or step == max(cell.steps):
                 share = (before + step) / max(1, total)
                 left = (time.monotonic() - began) * (1 - share) / share
-                say(f"cell {number} of {len(missing)}: {cell.method} {cell.concept}, step {step}; {share:.0%}, about {left / 60:.0f} min left")
+                say(
+                    f"cell {number} of {len(missing)}: {cell.method} {cell.concept}, step {step}; {share:.0%}, about "
+                    f"{left / 60:.0f} min left"
+                )
+
         sheets = []
         for record, pictures in run_cell(bench, cell, done.get(cell.key, set()), progress):
             with file.open("a") as out:
@@ -197,7 +263,10 @@ def run(bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], No
 
 
 def sheet_path(folder: Path, cell: Cell) -> Path:
-    return folder / f"{cell.concept.replace(' ', '_')}-{cell.method}-{hashlib.sha256(cell.key.encode()).hexdigest()[:10]}.png"
+    return (
+        folder
+        / f"{cell.concept.replace(' ', '_')}-{cell.method}-{hashlib.sha256(cell.key.encode()).hexdigest()[:10]}.png"
+    )
 
 
 def _sheet(cell, drawn, folder):
@@ -211,7 +280,7 @@ def _sheet(cell, drawn, folder):
 def _mend(file):
     """Ends a line that a killed run left unfinished, by dropping it."""
     if file.exists() and (text := file.read_text()) and not text.endswith("\n"):
-        file.write_text(text[:text.rfind("\n") + 1])
+        file.write_text(text[: text.rfind("\n") + 1])
 
 
 def _noise_seed(prompt):

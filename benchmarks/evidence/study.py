@@ -1,4 +1,5 @@
 """The cells of the study: which trainings answer which table or figure of the paper."""
+
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,33 +15,66 @@ from .prompts import Draws
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sweep
-RANKS = (2, 4, 8, 16, 32)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
+RANKS = (
+    2,
+    4,
+    8,
+    16,
+    32,
+)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
 RANK = 32
 SMALL = (8, 4)  # the paper's largest on this width, and half of it
-BLOCKS = {"oft": 4, "gsoft": 8}  # of the paper's OFT-32 and GSOFT-64, likewise an eighth; blocks 24 and 12 wide at the least
-INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 0.2), (0.0, 1.0))  # the paper's figure 2, then without the noisiest, then all
+BLOCKS = {
+    "oft": 4,
+    "gsoft": 8,
+}  # of the paper's OFT-32 and GSOFT-64, likewise an eighth; blocks 24 and 12 wide at the least
+INTERVALS = (
+    (0.0, 0.5),
+    (0.5, 0.8),
+    (0.8, 1.0),
+    (0.0, 0.8),
+    (0.0, 0.2),
+    (0.0, 1.0),
+)  # the paper's figure 2, then without the noisiest, then all
 R_MIN = (0.0, 0.25, 0.5)  # and 1, which is Ortho-LoRA
 FLOW_METHODS = ("lora", "vanilla_tlora", "tlora")
 _PLAIN, _ORTHOGONAL = (7e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 6e-3)  # what starts orthogonal moves less per step
-SWEPT = {method: _ORTHOGONAL if kind.is_orthogonal else _PLAIN for method, kind in METHODS.items()} | {  # wider where the best was at an end
-    "oft": (3e-4, *_PLAIN), "gsoft": (3e-4, *_PLAIN), "svdiff": (*_PLAIN, 1e-2, 3e-2),
-    "lora on flow": (3e-4, *_PLAIN), "vanilla_tlora on flow": (3e-4, *_PLAIN), "tlora on flow": (7e-4, *_ORTHOGONAL)}
-FINER = 16  # SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the sigma
-SIGMAS = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)  # of t = 0 to 999, SDXL's and the tiny base's
+SWEPT = {
+    method: _ORTHOGONAL if kind.is_orthogonal else _PLAIN for method, kind in METHODS.items()
+} | {  # wider where the best was at an end
+    "oft": (3e-4, *_PLAIN),
+    "gsoft": (3e-4, *_PLAIN),
+    "svdiff": (*_PLAIN, 1e-2, 3e-2),
+    "lora on flow": (3e-4, *_PLAIN),
+    "vanilla_tlora on flow": (3e-4, *_PLAIN),
+    "tlora on flow": (7e-4, *_ORTHOGONAL),
+}
+# SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the
+# sigma
+FINER = 16
+SIGMAS = np.sqrt(
+    1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1
+)  # of t = 0 to 999, SDXL's and the tiny base's
 
 
 def moved(level: float) -> float:
-    """t / T at which SDXL's coarse structure is as noisy as the tiny base's is at t / T = level; 1 where there is none."""
-    return float(np.interp(FINER * np.interp(1000 * level, np.arange(1000), SIGMAS), SIGMAS, np.arange(1000) / 1000, right=1.0))
+    """t / T at which SDXL's coarse structure is as noisy as the tiny base's is at t / T = level; 1 where there is
+    none."""
+    return float(
+        np.interp(FINER * np.interp(1000 * level, np.arange(1000), SIGMAS), SIGMAS, np.arange(1000) / 1000, right=1.0)
+    )
 
 
 _FINE = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t / T, share)
-    "late drop": ((0.0, 1.0), (0.6, 1.0), (1.0, 0.5)), "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
-    "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)), "rising": ((0.0, 0.5), (1.0, 1.0)),
+    "late drop": ((0.0, 1.0), (0.6, 1.0), (1.0, 0.5)),
+    "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
+    "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)),
+    "rising": ((0.0, 0.5), (1.0, 1.0)),
     # The paper's with r_min 50%, and with 0%, where `moved` puts it.
     "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE)),
-    "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE))}
+    "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE)),
+}
 ALPHAS = (0.5, 2.0)
 PUBLISHED_START = "last_random_published"
 PAPERS_STARTS = tuple(name for name, start in STARTS.items() if not start.completed)
@@ -51,8 +85,9 @@ FRESH = (3, 4, 5)  # seeds of the study `fresh`
 class Cell:
     """One training and what is drawn at its checkpoints: all that its result depends on, and hence its key.
 
-    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise", the tiny base,
-    or "flow", the same trained on to predict the velocity. pace: learning_rate as a share of the one chosen for the method.
+    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise",
+    the tiny base, or "flow", the same trained on to predict the velocity. pace: learning_rate as a share of the one
+    chosen for the method.
     """
 
     concept: str
@@ -84,7 +119,11 @@ class Cell:
     @property
     def curve_text(self) -> str:
         """As TrainRequest.curve takes it."""
-        return ", ".join(f"{level:g}:{round(share * self.rank)}" for level, share in FREE[self.curve]) if self.curve else ""
+        return (
+            ", ".join(f"{level:g}:{round(share * self.rank)}" for level, share in FREE[self.curve])
+            if self.curve
+            else ""
+        )
 
 
 def cell_of(record: dict) -> Cell:
@@ -131,17 +170,34 @@ def chosen_rates(path: Path = RATES) -> dict[str, float]:
 
 def usual_rates() -> dict[str, float]:
     """Rates known to work on the tiny base (its gate's, the quickstart's) but not swept: for a quick look only."""
-    return {rate_name(method, base): 1.5e-3 if kind.is_orthogonal else 3e-3 for base in ("noise", "flow") for method, kind in METHODS.items()}
+    return {
+        rate_name(method, base): 1.5e-3 if kind.is_orthogonal else 3e-3
+        for base in ("noise", "flow")
+        for method, kind in METHODS.items()
+    }
 
 
 def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> list[Cell]:
     """Raises SystemExit when a method's rate is not chosen."""
     named = [(rate_name(variant["method"], variant.get("base", "noise")), variant) for variant in variants]
     if missing := {name for name, _ in named} - rates.keys():
-        raise SystemExit(f"No learning rate is chosen for {', '.join(sorted(missing))}; run the study `rates`, then `choose-rates`.")
-    return [Cell(concept=concept, seed=seed, learning_rate=rates[name] * variant.get("pace", 1), steps=scale.steps, draws=scale.draws,
-                 batch_size=scale.batch_size, **variant)
-            for seed in scale.seeds for concept in scale.concepts for name, variant in named]
+        raise SystemExit(
+            f"No learning rate is chosen for {', '.join(sorted(missing))}; run the study `rates`, then `choose-rates`."
+        )
+    return [
+        Cell(
+            concept=concept,
+            seed=seed,
+            learning_rate=rates[name] * variant.get("pace", 1),
+            steps=scale.steps,
+            draws=scale.draws,
+            batch_size=scale.batch_size,
+            **variant,
+        )
+        for seed in scale.seeds
+        for concept in scale.concepts
+        for name, variant in named
+    ]
 
 
 def references(cells: Iterable[Cell], base: str) -> list[Cell]:
@@ -151,9 +207,15 @@ def references(cells: Iterable[Cell], base: str) -> list[Cell]:
 
 
 def rates(scale: Scale, chosen: dict[str, float]) -> list[Cell]:
-    variants = [{"method": method} for method in METHODS] + [{"method": method, "base": "flow"} for method in FLOW_METHODS]
-    return [cell for variant in variants for rate in SWEPT[rate_name(**variant)]
-            for cell in _cells(scale, {rate_name(**variant): rate}, [variant])]
+    variants = [{"method": method} for method in METHODS] + [
+        {"method": method, "base": "flow"} for method in FLOW_METHODS
+    ]
+    return [
+        cell
+        for variant in variants
+        for rate in SWEPT[rate_name(**variant)]
+        for cell in _cells(scale, {rate_name(**variant): rate}, [variant])
+    ]
 
 
 def table1(scale, chosen):
@@ -169,11 +231,20 @@ def table4(scale, chosen):
 
 
 def table5(scale, chosen):
-    """The flow-matching base in the place of FLUX, for which the paper uses Vanilla T-LoRA; small ranks, and figures 2 and 6 on it, in short."""
-    return _cells(scale, chosen, [{**variant, "base": "flow"} for variant in (
-        *({"method": m, "rank": r} for r in (RANK, *SMALL) for m in FLOW_METHODS),
-        *({"method": "lora", "noise_to": end} for end in (0.8, 0.5)),
-        *({"method": m, "min_share": share} for m in ("tlora", "vanilla_tlora") for share in (0.0, 0.25)))])
+    """The flow-matching base in the place of FLUX, for which the paper uses Vanilla T-LoRA; small ranks, and figures 2
+    and 6 on it, in short."""
+    return _cells(
+        scale,
+        chosen,
+        [
+            {**variant, "base": "flow"}
+            for variant in (
+                *({"method": m, "rank": r} for r in (RANK, *SMALL) for m in FLOW_METHODS),
+                *({"method": "lora", "noise_to": end} for end in (0.8, 0.5)),
+                *({"method": m, "min_share": share} for m in ("tlora", "vanilla_tlora") for share in (0.0, 0.25)),
+            )
+        ],
+    )
 
 
 def figure2(scale, chosen):
@@ -186,16 +257,21 @@ def figure4(scale, chosen):
 
 
 def figure5(scale, chosen):
-    return _cells(scale, chosen, [{"method": "ortho_lora", "rank": r, "start": s} for s in PAPERS_STARTS for r in (4, 32)])
+    return _cells(
+        scale, chosen, [{"method": "ortho_lora", "rank": r, "start": s} for s in PAPERS_STARTS for r in (4, 32)]
+    )
 
 
 def published(scale, chosen):
-    """T-LoRA from the published code's start beside that from the paper's: they differ in keys and values of cross-attention."""
+    """T-LoRA from the published code's start beside that from the paper's: they differ in keys and values of
+    cross-attention."""
     return _cells(scale, chosen, [{"method": "tlora", "start": s} for s in (DEFAULT_START, PUBLISHED_START)])
 
 
 def figure6(scale, chosen):
-    return _cells(scale, chosen, [{"method": "tlora", "min_share": share} for share in R_MIN] + [{"method": "ortho_lora"}])
+    return _cells(
+        scale, chosen, [{"method": "tlora", "min_share": share} for share in R_MIN] + [{"method": "ortho_lora"}]
+    )
 
 
 def figures10_12(scale, chosen):
@@ -203,12 +279,21 @@ def figures10_12(scale, chosen):
 
 
 def curves(scale, chosen):
-    return _cells(scale, chosen, [{"method": "tlora", "curve": c} for c in FREE] + [{"method": "tlora", "alpha": a} for a in ALPHAS])
+    return _cells(
+        scale,
+        chosen,
+        [{"method": "tlora", "curve": c} for c in FREE] + [{"method": "tlora", "alpha": a} for a in ALPHAS],
+    )
 
 
 def paces(scale, chosen):
-    """Whether a difference is the method's or comes of learning more slowly: LoRA at half its rate, T-LoRA at twice its own."""
-    return _cells(scale, chosen, [{"method": m, "pace": p} for m, p in (("lora", 1.0), ("lora", 0.5), ("tlora", 1.0), ("tlora", 2.0))])
+    """Whether a difference is the method's or comes of learning more slowly: LoRA at half its rate, T-LoRA at twice its
+    own."""
+    return _cells(
+        scale,
+        chosen,
+        [{"method": m, "pace": p} for m, p in (("lora", 1.0), ("lora", 0.5), ("tlora", 1.0), ("tlora", 2.0))],
+    )
 
 
 def main_methods(scale, chosen):
@@ -218,20 +303,38 @@ def main_methods(scale, chosen):
 
 def fresh(scale, chosen):
     """Further trainings, for what was thought of after seeing the others."""
-    of_fresh = replace(scale, seeds=FRESH[:len(scale.seeds)])
-    return main_methods(of_fresh, chosen) + _cells(of_fresh, chosen, [{"method": m, "base": "flow"} for m in ("lora", "vanilla_tlora")])
+    of_fresh = replace(scale, seeds=FRESH[: len(scale.seeds)])
+    return main_methods(of_fresh, chosen) + _cells(
+        of_fresh, chosen, [{"method": m, "base": "flow"} for m in ("lora", "vanilla_tlora")]
+    )
 
 
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
-    "rates": rates, "methods": main_methods, "table1": table1, "table2": table2, "table4": table4, "table5": table5, "figure2": figure2,
-    "figure4": figure4, "figure5": figure5, "published": published, "figure6": figure6, "figures10-12": figures10_12, "curves": curves,
-    "paces": paces, "fresh": fresh}
+    "rates": rates,
+    "methods": main_methods,
+    "table1": table1,
+    "table2": table2,
+    "table4": table4,
+    "table5": table5,
+    "figure2": figure2,
+    "figure4": figure4,
+    "figure5": figure5,
+    "published": published,
+    "figure6": figure6,
+    "figures10-12": figures10_12,
+    "curves": curves,
+    "paces": paces,
+    "fresh": fresh,
+}
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
     """For each base its references, then the cells of all studies, each once."""
     cells = [cell for name in names for cell in STUDIES[name](scale, chosen)]
-    of_base = {base: references(cells, base) + [c for c in cells if c.base == base] for base in dict.fromkeys(c.base for c in cells)}
+    of_base = {
+        base: references(cells, base) + [c for c in cells if c.base == base]
+        for base in dict.fromkeys(c.base for c in cells)
+    }
     return list(dict.fromkeys(meaningful(cell) for cells in of_base.values() for cell in cells))
 
 
@@ -248,7 +351,8 @@ def drawn_later(cell: Cell) -> Cell:
 
 
 def meaningful(cell: Cell) -> Cell:
-    """Without what a method ignores, so that two studies share a training; the rank of rotations is their number of blocks."""
+    """Without what a method ignores, so that two studies share a training; the rank of rotations is their number of
+    blocks."""
     if cell.method not in METHODS:
         return cell
     kind = METHODS[cell.method]

@@ -1,4 +1,5 @@
 """The report's tables: which trainings make up a row, and which row each is compared with."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -13,9 +14,9 @@ SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch
 
 @dataclass(frozen=True)
 class Table:
-    """name: of the study. variant: the row that a cell belongs to. against: the fields of Cell that make of it the one that it is
-    compared with; against_text: that in words. varies: fields of Cell, of which the rows must show more than one value for the
-    table to say anything."""
+    """name: of the study. variant: the row that a cell belongs to. against: the fields of Cell that make of it the one
+    that it is compared with; against_text: that in words. varies: fields of Cell, of which the rows must show more than
+    one value for the table to say anything."""
 
     name: str
     title: str
@@ -37,7 +38,11 @@ class Table:
 def free(cell: Cell, *names: str) -> bool:
     """Whether all else than `names` is as a cell has it by default."""
     usual = meaningful(Cell(cell.concept, cell.seed, cell.method))
-    return all(getattr(cell, f.name) == getattr(usual, f.name) for f in fields(Cell) if f.name not in SHARED and f.name not in names)
+    return all(
+        getattr(cell, f.name) == getattr(usual, f.name)
+        for f in fields(Cell)
+        if f.name not in SHARED and f.name not in names
+    )
 
 
 def _method(cell):
@@ -45,7 +50,11 @@ def _method(cell):
 
 
 def ranks(cell):
-    return f"{cell.method}, rank {cell.rank}" if cell.method in METHODS and not METHODS[cell.method].of_weight and free(cell, "rank") else None
+    return (
+        f"{cell.method}, rank {cell.rank}"
+        if cell.method in METHODS and not METHODS[cell.method].of_weight and free(cell, "rank")
+        else None
+    )
 
 
 def _images(cell):
@@ -56,11 +65,17 @@ def _flow(cell):
     if cell.base != "flow" or not free(cell, "base", "rank", "min_share", "noise_to"):
         return None
     part = f", t up to {cell.noise_to:g}" if cell.noise_to < 1 else ""
-    return f"{cell.method}, rank {cell.rank}{part}" + (f", r_min {cell.min_share:.0%}" if METHODS[cell.method].is_masked else "")
+    return f"{cell.method}, rank {cell.rank}{part}" + (
+        f", r_min {cell.min_share:.0%}" if METHODS[cell.method].is_masked else ""
+    )
 
 
 def _interval(cell):
-    return f"t/T {cell.noise_from:g} to {cell.noise_to:g}" if cell.method == "lora" and free(cell, "noise_from", "noise_to") else None
+    return (
+        f"t/T {cell.noise_from:g} to {cell.noise_to:g}"
+        if cell.method == "lora" and free(cell, "noise_from", "noise_to")
+        else None
+    )
 
 
 def _start(cell):
@@ -91,16 +106,77 @@ def _pace(cell):
 
 _LORA = {"method": "lora"}
 TABLES = (
-    Table("methods", f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)", _method,
-          {**_LORA, "rank": RANK}, "lora", ("method",)),
-    Table("paces", "Is it the method, or how fast it learns?", _pace, {**_LORA, "pace": 0.5}, "lora, 0.5 times its rate", ("pace",)),
+    Table(
+        "methods",
+        f"LoRA, T-LoRA and both controls, rank {RANK} (Table 2's shape with the baselines there are)",
+        _method,
+        {**_LORA, "rank": RANK},
+        "lora",
+        ("method",),
+    ),
+    Table(
+        "paces",
+        "Is it the method, or how fast it learns?",
+        _pace,
+        {**_LORA, "pace": 0.5},
+        "lora, 0.5 times its rate",
+        ("pace",),
+    ),
     Table("table1", "Table 1: ranks", ranks, _LORA, "lora of the same rank", ("rank",)),
-    Table("table4", "Table 4: one, two and three training pictures", _images, {**_LORA, "images": 1}, "lora, images 1", ("images",)),
-    Table("table5", "Table 5: a flow-matching base, in the place of FLUX", _flow, {**_LORA, "noise_to": 1.0}, "lora of the same rank",
-          ("method", "rank", "min_share", "noise_to")),
-    Table("figure2", "Figure 2: LoRA trained on a part of the noise axis", _interval, {"noise_from": 0.0, "noise_to": 1.0}, "t/T 0 to 1",
-          ("noise_from", "noise_to")),
-    Table("figure5", "Figure 5: six starts of Ortho-LoRA", _start, {"start": DEFAULT_START}, f"{DEFAULT_START} of the same rank", ("start",)),
-    Table("published", "Beyond the paper: the start that its published code draws", _published, {"start": DEFAULT_START}, DEFAULT_START, ("start",)),
-    Table("figure6", "Figure 6: r_min as a share of the rank", _r_min, {"method": "tlora", "min_share": 0.5}, "r_min 50%", ("min_share",)),
-    Table("curves", "Beyond the paper: other shapes of r(t)", _curve, {"curve": "", "alpha": 1.0}, "alpha 1", ("curve", "alpha")))
+    Table(
+        "table4",
+        "Table 4: one, two and three training pictures",
+        _images,
+        {**_LORA, "images": 1},
+        "lora, images 1",
+        ("images",),
+    ),
+    Table(
+        "table5",
+        "Table 5: a flow-matching base, in the place of FLUX",
+        _flow,
+        {**_LORA, "noise_to": 1.0},
+        "lora of the same rank",
+        ("method", "rank", "min_share", "noise_to"),
+    ),
+    Table(
+        "figure2",
+        "Figure 2: LoRA trained on a part of the noise axis",
+        _interval,
+        {"noise_from": 0.0, "noise_to": 1.0},
+        "t/T 0 to 1",
+        ("noise_from", "noise_to"),
+    ),
+    Table(
+        "figure5",
+        "Figure 5: six starts of Ortho-LoRA",
+        _start,
+        {"start": DEFAULT_START},
+        f"{DEFAULT_START} of the same rank",
+        ("start",),
+    ),
+    Table(
+        "published",
+        "Beyond the paper: the start that its published code draws",
+        _published,
+        {"start": DEFAULT_START},
+        DEFAULT_START,
+        ("start",),
+    ),
+    Table(
+        "figure6",
+        "Figure 6: r_min as a share of the rank",
+        _r_min,
+        {"method": "tlora", "min_share": 0.5},
+        "r_min 50%",
+        ("min_share",),
+    ),
+    Table(
+        "curves",
+        "Beyond the paper: other shapes of r(t)",
+        _curve,
+        {"curve": "", "alpha": 1.0},
+        "alpha 1",
+        ("curve", "alpha"),
+    ),
+)

@@ -1,4 +1,5 @@
 """How far the scorers can be trusted, on rendered pictures of the concepts, which none of them was trained on."""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -14,11 +15,17 @@ from .metrics import seen
 ATTRIBUTES = ("background", "place", "colour")
 
 
-def validate(scorer: AttributeScorer, through: Callable[[torch.Tensor], torch.Tensor], count: int = 100, concepts: int = len(world.CONCEPTS)) -> dict:
+def validate(
+    scorer: AttributeScorer,
+    through: Callable[[torch.Tensor], torch.Tensor],
+    count: int = 100,
+    concepts: int = len(world.CONCEPTS),
+) -> dict:
     """through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3], as every drawn picture comes from it.
 
     attributes: name -> concept -> accuracy, of `count` pictures a concept. matcher: mean distances of
-    one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many matchers."""
+    one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many
+    matchers."""
     accuracy = {name: {} for name in ATTRIBUTES}
     for i, concept in enumerate(world.CONCEPTS):
         pictures, shown = concept_pictures(concept, count, np.random.default_rng((7, i)))
@@ -35,7 +42,7 @@ def separation(concepts) -> dict[str, float]:
     own = torch.cat([_rendered(concept) for concept in concepts])
     rows, damaged = [], {name: [] for name in ("noise", "blur", "grey", "class")}
     for i, concept in enumerate(concepts):
-        picture, matcher = own[i:i + 1], ConceptMatcher(concept)
+        picture, matcher = own[i : i + 1], ConceptMatcher(concept)
         rows.append(matcher.distance(own))
         noise = 0.3 * torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
         blurred = avg_pool2d(picture.movedim(-1, 1), 9, 1, 4, count_include_pad=False).movedim(1, -1)
@@ -45,8 +52,13 @@ def separation(concepts) -> dict[str, float]:
             damaged[name].append(distance)
     table = torch.stack(rows)  # [matcher, picture]
     right, others = table.diagonal(), table + torch.diag(torch.full((len(concepts),), torch.inf))
-    return {"pictures": len(concepts), "own": float(right.mean()), "nearest_other": float(others.min(0).values.mean()),
-            "right": float((right < others.min(0).values).float().mean()), **{name: float(np.mean(v)) for name, v in damaged.items()}}
+    return {
+        "pictures": len(concepts),
+        "own": float(right.mean()),
+        "nearest_other": float(others.min(0).values.mean()),
+        "right": float((right < others.min(0).values).float().mean()),
+        **{name: float(np.mean(v)) for name, v in damaged.items()},
+    }
 
 
 def _rendered(concept, plain=False):

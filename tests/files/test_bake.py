@@ -1,4 +1,5 @@
 """Plain LoRAs out of a T-LoRA: against the masked product, its mean over time, and its staircase, all in float64."""
+
 import errno
 from dataclasses import replace
 
@@ -58,8 +59,15 @@ def is_plain(baked, source):
 def tloras(draw, lowest=0):
     rank = draw(st.integers(1, 6))
     T, domain = draw(st.sampled_from([(1000, "discrete"), (1, "flow")]))
-    return make(rank, draw(st.integers(min(lowest, rank), rank)), draw(st.integers(1, rank)), T=T, domain=domain,
-                method=draw(st.sampled_from(["tlora", "vanilla_tlora"])), alpha=draw(st.sampled_from([0.5, 1.0, 3.0])))
+    return make(
+        rank,
+        draw(st.integers(min(lowest, rank), rank)),
+        draw(st.integers(1, rank)),
+        T=T,
+        domain=domain,
+        method=draw(st.sampled_from(["tlora", "vanilla_tlora"])),
+        alpha=draw(st.sampled_from([0.5, 1.0, 3.0])),
+    )
 
 
 levels = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
@@ -122,7 +130,9 @@ def test_an_interval_may_be_given_in_either_order_and_may_be_a_point():
 
 
 def test_an_interval_without_active_components_is_refused():
-    with pytest.raises(TLoRAError, match="nothing on at the noise levels to bake.* choose lower noise levels") as caught:
+    with pytest.raises(
+        TLoRAError, match="nothing on at the noise levels to bake.* choose lower noise levels"
+    ) as caught:
         bake_interval(make(2, 0), 900, 1000)
     assert "\n" not in str(caught.value)
 
@@ -144,8 +154,13 @@ def test_split_parts_on_at_a_timestep_add_up_to_the_staircase(tlora, data):
     times = [t for _, t in split]
     assert len(split) == parts and times == sorted(times, reverse=True) and all(is_plain(p, tlora) for p, _ in split)
     assert times[0] == T or tlora.schedule.min_rank == 0
-    heights = {name: [sum(part.layers[name].rank for part, _ in split[:n + 1] if name in part.layers) // layer.group
-                      for n in range(parts)] for name, layer in tlora.layers.items()}
+    heights = {
+        name: [
+            sum(part.layers[name].rank for part, _ in split[: n + 1] if name in part.layers) // layer.group
+            for n in range(parts)
+        ]
+        for name, layer in tlora.layers.items()
+    }
     for t in [level * T for level in (0, 0.1, 0.3, 0.5, 0.77, 1)]:
         on = [part for part, time in split if t <= time]
         for name in tlora.layers:
@@ -186,11 +201,16 @@ def test_a_group_comes_on_at_the_median_time_of_its_components():
     assert last == pytest.approx([1000, 500, 0], abs=1e-9)
 
 
-@pytest.mark.parametrize("rank, min_rank, parts, allowed", [
-    (4, 2, 1, "a whole number from 2 to 3"), (4, 2, 4, "a whole number from 2 to 3"),
-    (4, 0, 5, "a whole number from 1 to 4"),
-    (4, 4, 2, "set it to 1, since .* 4 are always on and 0 come on later"), (4, 2, 2.0, "a whole number from 2 to 3"),
-])
+@pytest.mark.parametrize(
+    "rank, min_rank, parts, allowed",
+    [
+        (4, 2, 1, "a whole number from 2 to 3"),
+        (4, 2, 4, "a whole number from 2 to 3"),
+        (4, 0, 5, "a whole number from 1 to 4"),
+        (4, 4, 2, "set it to 1, since .* 4 are always on and 0 come on later"),
+        (4, 2, 2.0, "a whole number from 2 to 3"),
+    ],
+)
 def test_numbers_of_parts_that_cannot_be_made_are_refused(rank, min_rank, parts, allowed):
     with pytest.raises(TLoRAError, match=f"^parts is {parts}; .*{allowed}") as caught:
         split_steps(make(rank, min_rank), parts)
@@ -199,8 +219,11 @@ def test_numbers_of_parts_that_cannot_be_made_are_refused(rank, min_rank, parts,
 
 @pytest.mark.parametrize("t", [-1, 1000.1, float("nan"), float("inf")])
 def test_timesteps_out_of_range_are_refused(t):
-    for name, bake in (("timestep", lambda: bake_at(make(), t)), ("first", lambda: bake_interval(make(), t, 0)),
-                       ("last", lambda: bake_interval(make(), 0, t))):
+    for name, bake in (
+        ("timestep", lambda: bake_at(make(), t)),
+        ("first", lambda: bake_interval(make(), t, 0)),
+        ("last", lambda: bake_interval(make(), 0, t)),
+    ):
         with pytest.raises(TLoRAError, match=f"^{name} is .*; set it to a number from 0 to 1000, "):
             bake()
 
@@ -208,8 +231,10 @@ def test_timesteps_out_of_range_are_refused(t):
 def with_parts(module, width):
     """A T-LoRA of ranks 4 and 3 on rows 0 and 2 * width of a fused module."""
     tlora, g = make(4, 2), torch.Generator().manual_seed(0)
-    rows = {f"{module}@{row}": LowRank(torch.randn(width, 2 * r, generator=g), torch.randn(2 * r, width, generator=g), 2)
-            for row, r in ((0, 4), (2 * width, 3))}
+    rows = {
+        f"{module}@{row}": LowRank(torch.randn(width, 2 * r, generator=g), torch.randn(2 * r, width, generator=g), 2)
+        for row, r in ((0, 4), (2 * width, 3))
+    }
     return replace(tlora, layers=tlora.layers | rows)
 
 
@@ -223,20 +248,27 @@ def test_parts_of_a_fused_module_become_one_update_of_the_whole():
     for row in (0, width, 2 * width):
         name = f"{module}@{row}"
         wanted = masked(tlora, name, 2) if name in tlora.layers else torch.zeros(width, width).double()
-        torch.testing.assert_close(whole[row:row + width], wanted)
+        torch.testing.assert_close(whole[row : row + width], wanted)
 
 
 def test_parts_of_a_module_of_unknown_size_are_refused():
-    with pytest.raises(TLoRAError, match="^tlora has updates for parts of a layer whose whole size is not known") as caught:
+    with pytest.raises(
+        TLoRAError, match="^tlora has updates for parts of a layer whose whole size is not known"
+    ) as caught:
         bake_at(with_parts("blocks.0.other", 5), 0)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("level, domain, words", [
-    (1, "discrete", "always on"), (1, "flow", "always on"), (0.625, "discrete", "start_percent 0.375 (noise level 0.625)"),
-    (0, "discrete", "start_percent 0.999 (noise level 0.000)"),
-    (0.625, "flow", "on from noise level 0.625 down; the start_percent of it depends on the shift"),
-])
+@pytest.mark.parametrize(
+    "level, domain, words",
+    [
+        (1, "discrete", "always on"),
+        (1, "flow", "always on"),
+        (0.625, "discrete", "start_percent 0.375 (noise level 0.625)"),
+        (0, "discrete", "start_percent 0.999 (noise level 0.000)"),
+        (0.625, "flow", "on from noise level 0.625 down; the start_percent of it depends on the shift"),
+    ],
+)
 def test_when_a_part_comes_on_is_said_in_the_hosts_terms(level, domain, words):
     T = 1000 if domain == "discrete" else 1
     assert when_on(make(T=T, domain=domain), level * T).startswith(words)
@@ -261,8 +293,10 @@ def test_baked_files_are_plain_loras_and_load_again(tmp_path, dtype):
         again, tensors = TLoRAFile.load(path), load_file(path)
         assert again.training == file.training and again.schedule == file.schedule and again.method == "lora"
         for name in file.layers:
-            up, down, alpha = (tensors["lora_unet_" + name.replace(".", "_") + part]
-                               for part in (".lora_up.weight", ".lora_down.weight", ".alpha"))
+            up, down, alpha = (
+                tensors["lora_unet_" + name.replace(".", "_") + part]
+                for part in (".lora_up.weight", ".lora_down.weight", ".alpha")
+            )
             assert up.dtype == dtype and alpha.item() == down.shape[0]
             torch.testing.assert_close(up.double() @ down.double(), update(file, name))
 
@@ -270,6 +304,7 @@ def test_baked_files_are_plain_loras_and_load_again(tmp_path, dtype):
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_if_one_file_cannot_be_saved_none_is_left(tmp_path, monkeypatch, failure):
     import os
+
     replaced, whole = [], os.replace
 
     def fail_at_the_third(source, target):
@@ -297,7 +332,9 @@ def test_a_file_that_was_to_be_replaced_stays_when_saving_fails(tmp_path):
     assert old.read_bytes() == b"kept" and list(tmp_path.iterdir()) == [old]
 
 
-@pytest.mark.parametrize("points", [((0.0, 2), (0.5, 8), (1.0, 4)), ((0.0, 6), (0.3, 6), (0.6, 1), (1.0, 8)), ((0.1, 5), (0.9, 3))])
+@pytest.mark.parametrize(
+    "points", [((0.0, 2), (0.5, 8), (1.0, 4)), ((0.0, 6), (0.3, 6), (0.6, 1), (1.0, 8)), ((0.1, 5), (0.9, 3))]
+)
 @pytest.mark.parametrize("ends", [(0, 1), (0.2, 0.7), (0, 0), (0.5, 0.5)])
 def test_baked_over_an_interval_is_the_mean_of_any_curve(points, ends):
     tlora = make(8, 0)
@@ -308,5 +345,10 @@ def test_baked_over_an_interval_is_the_mean_of_any_curve(points, ends):
     share = np.mean([[schedule.active_rank(t, 1000) > i for i in range(8)] for t in times], axis=0)
     (name,) = [name for name in tlora.layers if tlora.layers[name].rank == 8][:1]
     layer = tlora.layers[name]
-    wanted = sum(share[i] * layer.up[:, layer.group * i:layer.group * (i + 1)] @ layer.down[layer.group * i:layer.group * (i + 1)] for i in range(8))
+    wanted = sum(
+        share[i]
+        * layer.up[:, layer.group * i : layer.group * (i + 1)]
+        @ layer.down[layer.group * i : layer.group * (i + 1)]
+        for i in range(8)
+    )
     torch.testing.assert_close(update(bake_interval(tlora, first, last), name), wanted.double(), rtol=0.02, atol=0.02)

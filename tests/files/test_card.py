@@ -1,4 +1,5 @@
 """What a file picker is told of a file: from its header, trusting nothing, by names in the list only."""
+
 import base64
 import io
 import json
@@ -33,8 +34,14 @@ def test_our_file_tells_schedule_phrase_and_thumbnail(tmp_path):
     path = tmp_path / "x.safetensors"
     make(token="sks", class_word="dog").save(path, thumbnail=picture(kind="JPEG"))
     card = read_card(path)
-    assert card.as_json() == {"method": "tlora", "schedule": {"rank": 4, "min_rank": 2, "alpha": 1.0, "points": ()}, "rank": None,
-                              "base_model": "sdxl", "phrase": "sks dog", "thumbnail": True}
+    assert card.as_json() == {
+        "method": "tlora",
+        "schedule": {"rank": 4, "min_rank": 2, "alpha": 1.0, "points": ()},
+        "rank": None,
+        "base_model": "sdxl",
+        "phrase": "sks dog",
+        "thumbnail": True,
+    }
     shown = Image.open(io.BytesIO(read_thumbnail(path)))
     assert shown.format == "JPEG" and shown.size == (256, 171)
     assert max(abs(a - b) for a, b in zip(shown.getpixel((9, 9)), (200, 30, 40))) < 6
@@ -43,18 +50,29 @@ def test_our_file_tells_schedule_phrase_and_thumbnail(tmp_path):
 def test_free_curve_is_told_too(tmp_path):
     path = tmp_path / "x.safetensors"
     make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 0.5:3, 1:1")).save(path)
-    assert read_card(path).as_json()["schedule"] == {"rank": 4, "min_rank": 1, "alpha": 1.0, "points": ((0.0, 4), (0.5, 3), (1.0, 1))}
+    assert read_card(path).as_json()["schedule"] == {
+        "rank": 4,
+        "min_rank": 1,
+        "alpha": 1.0,
+        "points": ((0.0, 4), (0.5, 3), (1.0, 1)),
+    }
 
 
 def test_another_programs_file_tells_what_it_says_of_itself(tmp_path):
     path = tmp_path / "x.safetensors"
-    save_file(PLAIN, path, {"ss_network_dim": "16", "ss_base_model_version": "sdxl_base_v1-0", "modelspec.trigger_phrase": "ohwx"})
+    save_file(
+        PLAIN,
+        path,
+        {"ss_network_dim": "16", "ss_base_model_version": "sdxl_base_v1-0", "modelspec.trigger_phrase": "ohwx"},
+    )
     assert read_card(path) == Card(rank=16, base_model="sdxl_base_v1-0", phrase="ohwx")
     save_file(PLAIN, path)
     assert read_card(path) == Card() and read_thumbnail(path) is None
 
 
-@pytest.mark.parametrize("metadata", [{"ss_network_dim": "-3"}, {"ss_network_dim": "9" * 9}, {"ss_network_dim": "²"}], ids=str)
+@pytest.mark.parametrize(
+    "metadata", [{"ss_network_dim": "-3"}, {"ss_network_dim": "9" * 9}, {"ss_network_dim": "²"}], ids=str
+)
 def test_nonsense_of_another_program_is_left_out(tmp_path, metadata):
     path = tmp_path / "x.safetensors"
     save_file(PLAIN, path, metadata)
@@ -67,8 +85,11 @@ def test_long_text_with_control_characters_becomes_one_short_line(tmp_path):
     assert read_card(path).phrase == "abc" + "d" * 194
 
 
-@pytest.mark.parametrize("changes", [
-    {"rank": "4"}, {"min_rank": 9}, {"alpha": None}, {"method": ["tlora"]}, {"method": "new"}, {"format": 99}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"rank": "4"}, {"min_rank": 9}, {"alpha": None}, {"method": ["tlora"]}, {"method": "new"}, {"format": 99}],
+    ids=str,
+)
 def test_damaged_metadata_of_ours_is_refused_in_words(tmp_path, changes):
     path = tmp_path / "x.safetensors"
     make().save(path)
@@ -87,11 +108,20 @@ def test_thumbnail_is_drawn_anew_or_left_out(tmp_path):
     assert Image.open(io.BytesIO(of("data:image/png;base64," + encoded))).format == "JPEG"
     huge = base64.b64encode(picture((5000, 5000))).decode()  # a few kB that unpack to 75 MB
     # What says that it is larger than Pillow opens at all.
-    giant = base64.b64encode(picture((2, 2)).replace(struct.pack(">II", 2, 2), struct.pack(">II", 60000, 60000))).decode()
+    giant = base64.b64encode(
+        picture((2, 2)).replace(struct.pack(">II", 2, 2), struct.pack(">II", 60000, 60000))
+    ).decode()
     gif = base64.b64encode(picture(kind="GIF")).decode()
-    for text in ("", "https://evil.example/x.jpg", "data:text/html;base64," + encoded, "data:image/png;base64,@@@@",
-                 "data:image/png;base64," + encoded[:80], "data:image/png;base64," + huge, "data:image/png;base64," + giant,
-                 "data:image/gif;base64," + gif):
+    for text in (
+        "",
+        "https://evil.example/x.jpg",
+        "data:text/html;base64," + encoded,
+        "data:image/png;base64,@@@@",
+        "data:image/png;base64," + encoded[:80],
+        "data:image/png;base64," + huge,
+        "data:image/png;base64," + giant,
+        "data:image/gif;base64," + gif,
+    ):
         assert of(text) is None, text[:60]
 
 
@@ -122,7 +152,13 @@ def test_page_gets_cards_and_thumbnails_of_listed_files_only(loras):
     assert status == 200 and json.loads(body)["schedule"]["rank"] == 4
     status, body = get("/tlora/thumbnail", "sub/ours.safetensors")
     assert status == 200 and Image.open(io.BytesIO(body)).format == "JPEG"
-    for name in ("../secret.safetensors", str(loras.parent / "secret.safetensors"), "sub/../sub/ours.safetensors", "", "x"):
+    for name in (
+        "../secret.safetensors",
+        str(loras.parent / "secret.safetensors"),
+        "sub/../sub/ours.safetensors",
+        "",
+        "x",
+    ):
         for path in ("/tlora/files", "/tlora/thumbnail"):
             assert get(path, name)[0] == 404, (path, name)
     status, body = get("/tlora/files", "damaged.safetensors")

@@ -110,7 +110,8 @@ def test_a_refused_value_is_one_sentence(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "words"), [([], 0, "16 layers matched"), (["--min-rank", "5"], 1, "min_rank is 5"), (["-x"], 2, "usage:")]
+    ("arguments", "status", "words"),
+    [([], 0, "16 layers matched"), (["--min-rank", "5"], 1, "min_rank is 5"), (["-x"], 2, "usage:")],
 )
 def test_it_runs_as_a_module_without_comfyui_and_ends_with_its_status(checkpoint, arguments, status, words):
     command = [sys.executable, "-m", "tlora_core", "info", str(checkpoint), *arguments]
@@ -149,7 +150,9 @@ def test_base_terms_from_a_checkpoint_of_either_layout(tmp_path, capsys, layout,
     U, S, Vh = torch.linalg.svd(weights[name])
     key = "lycoris_" + name.replace(".", "_")
     trained = {"q_layer.weight": Vh[:3] + 0.01, "p_layer.weight": U[:, :3] - 0.01, "lambda_layer": S[None, :3] * 1.1}
-    save_file({f"{key}.{part}": value.contiguous() for part, value in trained.items()}, tmp_path / "lycoris.safetensors")
+    save_file(
+        {f"{key}.{part}": value.contiguous() for part, value in trained.items()}, tmp_path / "lycoris.safetensors"
+    )
     stored = original if layout == "original" else {f"{module}.weight": weight for module, weight in weights.items()}
     save_file(stored, tmp_path / "model.safetensors")
     out = tmp_path / "out.safetensors"
@@ -177,4 +180,6 @@ def test_a_model_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, capsy
     }.items():
         assert main(["info", str(checkpoint), "--model", str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(f'error: model "{name}": ') and re.search(words, error) and error.count("\n") == 1, error
+        assert error.startswith(f'error: model "{name}": ') and re.search(words, error) and error.count("\n") == 1, (
+            error
+        )

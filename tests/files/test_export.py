@@ -34,7 +34,10 @@ def made_in(folder):
 
 
 def load_of(name, tmp_path):
-    state, path = {"orthogonal": reference_orthogonal, "plain": reference_plain}[name]()[0], tmp_path / f"{name}.safetensors"
+    state, path = (
+        {"orthogonal": reference_orthogonal, "plain": reference_plain}[name]()[0],
+        tmp_path / f"{name}.safetensors",
+    )
     save_file(state, path)
     return load_any(path, min_rank=2, alpha=1.5).tlora
 
@@ -73,11 +76,14 @@ def test_reference_export_names_the_tensors_as_the_reference_does(tmp_path):
     tlora = load_of("orthogonal", tmp_path)
     state, _ = reference_orthogonal()
     written = load_file(export(tlora, tmp_path / "out", "reference"))
-    assert {key: tensor.shape for key, tensor in written.items()} == {key.removeprefix("unet."): tensor.shape for key, tensor in state.items()}
+    assert {key: tensor.shape for key, tensor in written.items()} == {
+        key.removeprefix("unet."): tensor.shape for key, tensor in state.items()
+    }
 
 
 def as_the_reference_loads(attention, path, widths, rank, orthogonal):
-    """Adapters loaded as the reference's inference does: strictly, into one for each projection of each attention of the model."""
+    """Adapters loaded as the reference's inference does: strictly, into one for each projection of each attention of
+    the model."""
     from diffusers.loaders import AttnProcsLayers
     from torch import nn
 
@@ -96,8 +102,10 @@ def as_the_reference_loads(attention, path, widths, rank, orthogonal):
             both.register_parameter(size, nn.Parameter(torch.ones(1, rank)))
         return both
 
-    processors = {name: nn.ModuleDict({f"{projection}_lora": adapter(*shape) for projection, shape in widths(name).items()})
-                  for name in attention}
+    processors = {
+        name: nn.ModuleDict({f"{projection}_lora": adapter(*shape) for projection, shape in widths(name).items()})
+        for name in attention
+    }
     layers = AttnProcsLayers(processors)
     layers.load_state_dict(load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True))
     return layers.state_dict()
@@ -111,12 +119,22 @@ def sdxl_attention():
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-            use_linear_projection=True)
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+        )
     modules = dict(unet.named_modules())
-    return {name: {f"to_{x}": tuple((attention.to_out[0] if x == "out" else getattr(attention, f"to_{x}")).weight.shape) for x in ("q", "k", "v", "out")}
-            for name in unet.attn_processors for attention in [modules[name.removesuffix(".processor")]]}
+    return {
+        name: {
+            f"to_{x}": tuple((attention.to_out[0] if x == "out" else getattr(attention, f"to_{x}")).weight.shape)
+            for x in ("q", "k", "v", "out")
+        }
+        for name in unet.attn_processors
+        for attention in [modules[name.removesuffix(".processor")]]
+    }
 
 
 @pytest.mark.parametrize("method", ["tlora", "vanilla_tlora"])
@@ -129,7 +147,9 @@ def test_the_reference_loads_its_sdxl_layout_strictly(tmp_path, sdxl_attention, 
     state = as_the_reference_loads(sdxl_attention, path, sdxl_attention.get, 2, group == 2)
     trained = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora."
     ups = {key: tensor for key, tensor in state.items() if key.endswith(("up.weight", "p_layer.weight"))}
-    assert len(ups) == 560 and {key.rpartition("_lora.")[0] + "_lora." for key, up in ups.items() if up.any()} == {trained}
+    assert len(ups) == 560 and {key.rpartition("_lora.")[0] + "_lora." for key, up in ups.items() if up.any()} == {
+        trained
+    }
     loaded = load_any(path).tlora
     assert_close(update(loaded.layers[name], 2), update(layers[name], 2))
     assert (loaded.method, loaded.schedule) == (method, tlora.schedule)
@@ -143,19 +163,24 @@ def test_the_reference_loads_its_flux_layout_strictly(tmp_path, method):
         attention = list(FluxTransformer2DModel().attn_processors)
     name = "single_blocks.3.linear1@3072"
     layers = {name: LowRank(torch.randn(3072, 2), torch.randn(2, 3072), 1)}
-    tlora = TLoRAFile(layers, method, RankSchedule(2, 1 if method == "vanilla_tlora" else 2), 1.0, "flow", "flux", "sks", "dog")
+    tlora = TLoRAFile(
+        layers, method, RankSchedule(2, 1 if method == "vanilla_tlora" else 2), 1.0, "flow", "flux", "sks", "dog"
+    )
     path = export(tlora, tmp_path / "out", "reference")
     shapes = dict.fromkeys(("to_q", "to_k", "to_v", "to_out", "to_q_proj", "to_k_proj", "to_v_proj"), (3072, 3072))
     state = as_the_reference_loads(attention, path, lambda name: shapes, 2, False)
     assert {key for key, tensor in state.items() if tensor.any()} == {
-        f"single_transformer_blocks.3.attn.processor.to_k_lora.{part}.weight" for part in ("up", "down")}
+        f"single_transformer_blocks.3.attn.processor.to_k_lora.{part}.weight" for part in ("up", "down")
+    }
     assert load_any(path).tlora.schedule == tlora.schedule
 
 
 def test_flux_of_another_width_gets_the_unused_tensors_of_its_single_blocks(tmp_path):
     state, _ = reference_flux()
     torch.save(state, tmp_path / "lora.pt")
-    written = torch.load(export(load_any(tmp_path / "lora.pt").tlora, tmp_path / "out", "reference", torch.float32), weights_only=True)
+    written = torch.load(
+        export(load_any(tmp_path / "lora.pt").tlora, tmp_path / "out", "reference", torch.float32), weights_only=True
+    )
     unused = unused_of_single_blocks(state)
     assert written.keys() == state.keys() | unused.keys()
     assert not any(written[key].any() for key in unused)
@@ -167,16 +192,36 @@ def test_reference_hparams_hold_what_its_inference_asks_for(tmp_path, family):
 
     if family == "sdxl":
         tlora = load_of("orthogonal", tmp_path)
-        wanted = {"lora_rank": 4, "min_rank": 2, "alpha_rank_scale": 1.5, "sig_type": "last", "trainer_class": "sdxl_tlora",
-                  "trainer_type": "ortho_lora", "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0"}
+        wanted = {
+            "lora_rank": 4,
+            "min_rank": 2,
+            "alpha_rank_scale": 1.5,
+            "sig_type": "last",
+            "trainer_class": "sdxl_tlora",
+            "trainer_type": "ortho_lora",
+            "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+        }
     else:
         torch.save(reference_flux()[0], tmp_path / "lora.pt")
         tlora = load_any(tmp_path / "lora.pt").tlora
-        wanted = {"rank": 4, "min_rank": 2, "tlora": True, "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev"}
-    path = export(replace(tlora, token="sks", class_word="dog", training={"steps": 500}), made_in(tmp_path / "it's") / "dog_v1.5", "reference")
+        wanted = {
+            "rank": 4,
+            "min_rank": 2,
+            "tlora": True,
+            "pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev",
+        }
+    path = export(
+        replace(tlora, token="sks", class_word="dog", training={"steps": 500}),
+        made_in(tmp_path / "it's") / "dog_v1.5",
+        "reference",
+    )
     hparams = yaml.safe_load((path.parents[1] / "logs" / "hparams.yml").read_text(encoding="utf-8"))
-    assert hparams == wanted | {"placeholder_token": "sks", "class_name": "dog", "revision": None,
-                                "output_dir": str(tmp_path / "it's" / "dog_v1.5")}
+    assert hparams == wanted | {
+        "placeholder_token": "sks",
+        "class_name": "dog",
+        "revision": None,
+        "output_dir": str(tmp_path / "it's" / "dog_v1.5"),
+    }
     assert Path(hparams["output_dir"], "checkpoint-500", path.name) == path and path.exists()
 
 
@@ -184,7 +229,10 @@ def test_a_tlora_of_flux_schnell_names_it_as_its_base(tmp_path):
     torch.save(reference_flux()[0], tmp_path / "lora.pt")
     tlora = replace(load_any(tmp_path / "lora.pt").tlora, base_model="fluxschnell")
     path = export(tlora, tmp_path / "out", "reference")
-    assert "pretrained_model_name_or_path: black-forest-labs/FLUX.1-schnell\n" in (path.parents[1] / "logs" / "hparams.yml").read_text()
+    assert (
+        "pretrained_model_name_or_path: black-forest-labs/FLUX.1-schnell\n"
+        in (path.parents[1] / "logs" / "hparams.yml").read_text()
+    )
 
 
 @pytest.mark.parametrize("alpha", [1, 0.05, 1e-05, 1.5e-05, 1e16])
@@ -198,9 +246,15 @@ def test_an_alpha_of_any_size_is_a_number_to_the_references_inference(tmp_path, 
     assert load_any(path).tlora.schedule == tlora.schedule
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"method": "tlora"}, 'method is "tlora".*plain pairs alone'), ({"schedule": RankSchedule(2, 1, 0.5)}, "alpha is 0.5"),
-    ({"base_model": "flux2"}, '"flux2".*SDXL and FLUX.1 alone'), ({"schedule": RankSchedule(4, 1)}, "attn.processor.to_out.* rank 2 and the schedule 4")])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"method": "tlora"}, 'method is "tlora".*plain pairs alone'),
+        ({"schedule": RankSchedule(2, 1, 0.5)}, "alpha is 0.5"),
+        ({"base_model": "flux2"}, '"flux2".*SDXL and FLUX.1 alone'),
+        ({"schedule": RankSchedule(4, 1)}, "attn.processor.to_out.* rank 2 and the schedule 4"),
+    ],
+)
 def test_what_the_references_code_has_no_place_for_is_refused_in_a_sentence(tmp_path, changes, named):
     group = 2 if "method" in changes else 1
     layers = {"double_blocks.0.img_attn.proj": LowRank(torch.randn(6, 2 * group), torch.randn(2 * group, 6), group)}
@@ -229,7 +283,10 @@ def test_a_dot_in_the_name_stays_in_it(tmp_path, layout, name):
 
 def test_a_dot_stays_in_the_names_of_parts():
     assert [numbered(Path(name), 2).name for name in ("dog_v1.5.safetensors", "dog_v1.5", "dog")] == [
-        "dog_v1.5part2.safetensors", "dog_v1.5part2", "dogpart2"]
+        "dog_v1.5part2.safetensors",
+        "dog_v1.5part2",
+        "dogpart2",
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -277,8 +334,9 @@ def test_a_fused_update_is_split_for_diffusers(tmp_path):
     assert len(written.tlora.layers) == 7
 
 
-@pytest.mark.parametrize("path", [
-    "blocks.0", "input_blocks.3.1.transformer_blocks.0.attn1.to_q"])  # the second in U-Nets of one residual block a level, such as the tiny base
+@pytest.mark.parametrize(
+    "path", ["blocks.0", "input_blocks.3.1.transformer_blocks.0.attn1.to_q"]
+)  # the second in U-Nets of one residual block a level, such as the tiny base
 def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(tmp_path, path):
     save_file(
         {
@@ -294,9 +352,15 @@ def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-@pytest.mark.parametrize("base_model, path, parts, height", [
-    ("flux", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 42), ("flux2", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 54),
-    ("lumina2", "layers.0.attention.qkv", {0: 6, 6: 2, 8: 2}, 10), ("flux", "double_blocks.0.img_attn.qkv", {6: 6}, 18)])
+@pytest.mark.parametrize(
+    "base_model, path, parts, height",
+    [
+        ("flux", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 42),
+        ("flux2", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 54),
+        ("lumina2", "layers.0.attention.qkv", {0: 6, 6: 2, 8: 2}, 10),
+        ("flux", "double_blocks.0.img_attn.qkv", {6: 6}, 18),
+    ],
+)
 def test_a_fused_module_has_the_height_that_it_has_in_the_model(base_model, path, parts, height):
     layers = {f"{path}@{row}": LowRank(torch.ones(rows, 2), torch.ones(2, 6), 1) for row, rows in parts.items()}
     (whole,) = fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", base_model)).values()
@@ -310,9 +374,16 @@ def test_a_fused_module_whose_height_cannot_be_told_is_refused():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name, rows", [
-    ("double_blocks.0.img_attn.qkv@9", 6), ("double_blocks.0.img_attn.qkv@0", 12), ("double_blocks.0.img_attn.qkv@600", 6),
-    ("single_blocks.0.linear1@36", 12), ("single_blocks.0.linear1", 54)])
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("double_blocks.0.img_attn.qkv@9", 6),
+        ("double_blocks.0.img_attn.qkv@0", 12),
+        ("double_blocks.0.img_attn.qkv@600", 6),
+        ("single_blocks.0.linear1@36", 12),
+        ("single_blocks.0.linear1", 54),
+    ],
+)
 def test_rows_that_no_name_stands_for_are_never_exported_as_others(tmp_path, layout, name, rows):
     """Of a file by hand, or of a FLUX.2, whose feed-forward is larger."""
     whole = "@" not in name
@@ -326,7 +397,7 @@ def test_rows_that_no_name_stands_for_are_never_exported_as_others(tmp_path, lay
     (layer,) = load_any(path).tlora.layers.values()
     first = int(name.partition("@")[2] or 0)
     assert whole or not update(layer, layer.rank)[:first].any()
-    assert_close(update(layer, layer.rank)[first:first + rows], update(layers[name], 2))
+    assert_close(update(layer, layer.rank)[first : first + rows], update(layers[name], 2))
 
 
 def test_a_reference_export_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):

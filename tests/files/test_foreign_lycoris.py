@@ -47,7 +47,11 @@ def test_lycoris_base_is_made_again_from_the_weights(tmp_path, first, sign):
     # Principal, last and middle components; signs of singular vectors differ between machines.
     weights, updates = lycoris_file(tmp_path / "a.safetensors", first=first, sign=sign)
     loaded = load_any(tmp_path / "a.safetensors", target_with(weights))
-    assert loaded.kind == "LyCORIS T-LoRA" and loaded.tlora.method == "tlora" and loaded.tlora.schedule == RankSchedule(3, 1)
+    assert (
+        loaded.kind == "LyCORIS T-LoRA"
+        and loaded.tlora.method == "tlora"
+        and loaded.tlora.schedule == RankSchedule(3, 1)
+    )
     for name, by_rank in updates.items():
         for r, want in enumerate(by_rank, 1):
             assert_close(update(loaded.tlora.layers[name], r), want, 1e-4)
@@ -75,7 +79,9 @@ def test_lycoris_from_a_random_start_or_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize("shape", [(48, 80), (80, 48), (64, 64)])
 def test_the_decomposition_is_exact_for_every_component(shape):
     g = generator()
-    weight = torch.randn(shape, generator=g) + 10 * torch.randn(shape[0], 2, generator=g) @ torch.randn(2, shape[1], generator=g)
+    weight = torch.randn(shape, generator=g) + 10 * torch.randn(shape[0], 2, generator=g) @ torch.randn(
+        2, shape[1], generator=g
+    )
     weight[:, -1] = weight[:, 0]  # singular, if it is not wide
     U, S, Vh = singular_vectors(weight)
     want = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -124,7 +130,9 @@ def test_weights_are_decomposed_on_the_targets_device(tmp_path):
     else:
         with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
             load_any(tmp_path / "a.safetensors", on_cuda)
-    assert {exact_device(other).type for other in ("mps", "xpu", "privateuseone")} == {"cpu"} and exact_device(torch.device("cuda", 1)).index == 1
+    assert {exact_device(other).type for other in ("mps", "xpu", "privateuseone")} == {"cpu"} and exact_device(
+        torch.device("cuda", 1)
+    ).index == 1
 
 
 def tiny_base_file(path, rank=2):
@@ -136,7 +144,9 @@ def tiny_base_file(path, rank=2):
                 U, S, Vh = torch.linalg.svd(opened.get_tensor(key).float(), full_matrices=False)
                 name = "lycoris_" + plain_name(key.removesuffix(".weight"))
                 state |= {
-                    f"{name}.q_layer.weight": (Vh[:rank] + 0.1 * torch.randn(Vh[:rank].shape, generator=g)).contiguous(),
+                    f"{name}.q_layer.weight": (
+                        Vh[:rank] + 0.1 * torch.randn(Vh[:rank].shape, generator=g)
+                    ).contiguous(),
                     f"{name}.p_layer.weight": U[:, :rank].contiguous(),
                     f"{name}.lambda_layer": S[None, :rank].contiguous(),
                 }

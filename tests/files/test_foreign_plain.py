@@ -52,7 +52,9 @@ def test_a_schedule_can_be_put_on_a_plain_lora(tmp_path):
 )
 def test_pefts_scale_is_read_from_its_settings(tmp_path, config, scale):
     layers = plain_layers()
-    save_file(plain_state("diffusers", layers), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    save_file(
+        plain_state("diffusers", layers), tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(config)}
+    )
     tlora = load_any(tmp_path / "a.safetensors").tlora
     for name, (up, down) in layers.items():
         assert_close(update(tlora.layers[name], RANK), scale * up.double() @ down.double())
@@ -68,8 +70,16 @@ def test_pefts_own_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", ["[", "[1]", '{"lora_alpha": "x"}', '{"lora_alpha": 1, "alpha_pattern": {"a": 2}}', "[" * 10**5,
-               f'{{"lora_alpha": 1{"0" * 400}}}'], ids=range(6)
+    "config",
+    [
+        "[",
+        "[1]",
+        '{"lora_alpha": "x"}',
+        '{"lora_alpha": 1, "alpha_pattern": {"a": 2}}',
+        "[" * 10**5,
+        f'{{"lora_alpha": 1{"0" * 400}}}',
+    ],
+    ids=range(6),
 )
 def test_peft_settings_that_leave_the_scale_unknown_are_refused(tmp_path, config):
     save_file(plain_state("diffusers", plain_layers()), tmp_path / "a.safetensors", {"lora_adapter_metadata": config})
@@ -117,23 +127,43 @@ def test_layers_of_another_shape_and_files_without_a_match_are_refused(tmp_path)
 # Plain LoRAs made of a T-LoRA.
 
 
-def stacked(path, order=lambda rank: [*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)], minus="up", moved=0.05, naming="comfyui", plain=0):
-    """A plain LoRA of both terms of a T-LoRA, [P, -P0] [A; A0] but for `order`; the first `plain` layers are not of that kind. Returns
-    {name: (trained, base)}."""
+def stacked(
+    path,
+    order=lambda rank: [*range(0, 2 * rank, 2), *range(1, 2 * rank, 2)],
+    minus="up",
+    moved=0.05,
+    naming="comfyui",
+    plain=0,
+):
+    """A plain LoRA of both terms of a T-LoRA, [P, -P0] [A; A0] but for `order`; the first `plain` layers are not of
+    that kind. Returns {name: (trained, base)}."""
     layers, pairs = {}, plain_layers()
     for index, (_, name, o, i) in enumerate(unet_layers()):
         trained, base = layers[name] = orthogonal_parts(o, i, moved=moved)
         P, P0 = trained[0] * trained[1], base[0] * base[1]
         sign = (-1, 1) if minus == "up" else (1, -1)
-        up, down = torch.stack((P, sign[0] * P0), 2).flatten(1), torch.stack((trained[2], sign[1] * base[2]), 1).flatten(0, 1)
+        up, down = (
+            torch.stack((P, sign[0] * P0), 2).flatten(1),
+            torch.stack((trained[2], sign[1] * base[2]), 1).flatten(0, 1),
+        )
         if index >= plain:
             pairs[name] = up[:, order(RANK)].float().contiguous(), down[order(RANK)].float().contiguous()
     save_file(plain_state(naming, pairs, alpha=2.0 * RANK), path, {"format": "pt"})
     return layers
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"order": lambda rank: list(range(2 * rank))}, {"minus": "down"}, {"moved": 1e-4}, {"moved": 0.1}, {"naming": "kohya"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"order": lambda rank: list(range(2 * rank))},
+        {"minus": "down"},
+        {"moved": 1e-4},
+        {"moved": 0.1},
+        {"naming": "kohya"},
+    ],
+    ids=str,
+)
 def test_both_terms_of_a_tlora_in_a_plain_lora_are_recognised_and_masked_together(tmp_path, options):
     layers = stacked(tmp_path / "a.safetensors", **options)
     loaded = load_any(tmp_path / "a.safetensors")
@@ -153,7 +183,10 @@ def test_no_schedule_is_put_on_a_file_of_which_only_some_layers_hold_both_terms(
     loaded = load_any(tmp_path / "a.safetensors")
     assert loaded.tlora.method == "lora" and "set min_rank" not in loaded.report and "partly made of" in loaded.report
     for asked in ({"min_rank": 2}, {"alpha": 2.0}):
-        with pytest.raises(TLoRAError, match='"a.safetensors": 13 of its 16 layers hold both terms .* no schedule can be put on it; set min_rank'):
+        with pytest.raises(
+            TLoRAError,
+            match='"a.safetensors": 13 of its 16 layers hold both terms .* no schedule can be put on it; set min_rank',
+        ):
             load_any(tmp_path / "a.safetensors", **asked)
 
 
@@ -165,7 +198,9 @@ def test_no_schedule_is_put_on_an_export_of_ours_whose_ranks_are_pairs(tmp_path,
     export(TLoRAFile.load(tmp_path / "ours.safetensors"), tmp_path / "b.safetensors", layout)
     loaded = load_any(tmp_path / "b.safetensors")
     assert "load that T-LoRA to have its schedule" in loaded.report and "set min_rank" not in loaded.report
-    with pytest.raises(TLoRAError, match='"b.safetensors": It was made of a T-LoRA of this pack, .*no schedule can be put on it'):
+    with pytest.raises(
+        TLoRAError, match='"b.safetensors": It was made of a T-LoRA of this pack, .*no schedule can be put on it'
+    ):
         load_any(tmp_path / "b.safetensors", min_rank=2)
 
 
@@ -174,11 +209,19 @@ def test_report_says_which_schedule_is_used_and_why(tmp_path):
     save_file(plain_state("kohya", plain_layers()), path)
     make().save(ours)
     for where, words, chosen in (
-            (ours, "The schedule is the file's own.", {}),
-            (ours, "The schedule is the file's own, but the node sets min_rank 3 in place of 2 and alpha 2 in place of 1.",
-             {"min_rank": 3, "alpha": 2.0}),
-            (path, "The schedule is a default, as the file tells none.", {}),
-            (path, "The schedule is a default, as the file tells none, but the node sets min_rank 1 in place of 4.", {"min_rank": 1})):
+        (ours, "The schedule is the file's own.", {}),
+        (
+            ours,
+            "The schedule is the file's own, but the node sets min_rank 3 in place of 2 and alpha 2 in place of 1.",
+            {"min_rank": 3, "alpha": 2.0},
+        ),
+        (path, "The schedule is a default, as the file tells none.", {}),
+        (
+            path,
+            "The schedule is a default, as the file tells none, but the node sets min_rank 1 in place of 4.",
+            {"min_rank": 1},
+        ),
+    ):
         assert words in load_any(where, **chosen).report.splitlines()
     make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 1:1")).save(ours)
     assert "sets alpha 2 in place of the curve." in load_any(ours, alpha=2.0).report

@@ -1,5 +1,5 @@
-"""Checkpoints of the paper's own code: recognised, matched and converted without loss, with the schedule beside them."""
-
+"""Checkpoints of the paper's own code: recognised, matched and converted without loss, with the schedule beside
+them."""
 
 import pytest
 import torch
@@ -98,7 +98,12 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
     loaded = load_any(path)
     assert (loaded.tlora.method, loaded.tlora.schedule) == ("lora", RankSchedule(4, 4))
     (note,) = loaded.notes
-    assert "all ranks are on" in note and "set min_rank; 2, half the rank" in note and "own default is 1." in note and note in loaded.report
+    assert (
+        "all ranks are on" in note
+        and "set min_rank; 2, half the rank" in note
+        and "own default is 1." in note
+        and note in loaded.report
+    )
     assert "plain LoRA of older diffusers" in loaded.kind
     given = load_any(path, min_rank=2)
     assert (given.tlora.method, given.tlora.schedule) == ("vanilla_tlora", RankSchedule(4, 2)) and not given.notes
@@ -119,7 +124,9 @@ def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evalua
         layers[name] = state[key + "up.weight"], state[key + "down.weight"] = up * 0.1, down * 0.1
     save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
     tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", target_of(unet)).tlora
-    whole = TLoRAFile({name: LowRank(*pair, 1) for name, pair in layers.items()}, "lora", RankSchedule(4, 4), 1000, "discrete", "sdxl")
+    whole = TLoRAFile(
+        {name: LowRank(*pair, 1) for name, pair in layers.items()}, "lora", RankSchedule(4, 4), 1000, "discrete", "sdxl"
+    )
     recorded = runs.Evaluations(unet)
     runs.sample(runs.apply(recorded.model, tlora), *runs.texts())
     recorded.assert_merged((whole, 1.0))
@@ -172,14 +179,18 @@ def test_flux_without_hparams_says_what_the_trainer_does_by_default(tmp_path):
     torch.save(reference_flux()[0], tmp_path / "lora.pt")
     (note,) = load_any(tmp_path / "lora.pt").notes
     assert "it is assumed: min_rank 2, half the rank" in note and "own default is 4." in note  # 16, and the rank is 4
-    state = {key: torch.cat([tensor] * 8, dim=int(key.endswith("up.weight"))) for key, tensor in reference_flux()[0].items()}
+    state = {
+        key: torch.cat([tensor] * 8, dim=int(key.endswith("up.weight"))) for key, tensor in reference_flux()[0].items()
+    }
     torch.save(state, tmp_path / "lora.pt")
     (note,) = load_any(tmp_path / "lora.pt").notes
     assert "it is assumed: min_rank 16, half the rank" in note and "own default is 16." in note
 
 
-@pytest.mark.parametrize(("tlora", "method", "schedule"), [
-    ("true", "vanilla_tlora", RankSchedule(4, 1)), ("false", "lora", RankSchedule(4, 4))])
+@pytest.mark.parametrize(
+    ("tlora", "method", "schedule"),
+    [("true", "vanilla_tlora", RankSchedule(4, 1)), ("false", "lora", RankSchedule(4, 4))],
+)
 def test_flux_hparams_tell_whether_it_is_masked(tmp_path, tlora, method, schedule):
     loaded = load_any(reference_flux_run(tmp_path, reference_flux()[0], tlora))
     assert (loaded.tlora.method, loaded.tlora.schedule) == (method, schedule) and not loaded.notes

@@ -1,4 +1,6 @@
-"""Damaged and hostile files made by hand: one clear sentence from `load_any` and the command line; nothing is run, written or patched."""
+"""Damaged and hostile files made by hand: one clear sentence from `load_any` and the command line; nothing is run,
+written or patched."""
+
 import copy
 import io
 import json
@@ -52,7 +54,10 @@ def compressed_torch_file(folder):
 
 def overlapping_torch_file(folder):
     """One tensor's bytes under ten names: read, ten times as much as the file."""
-    source, target = zipfile.ZipFile(io.BytesIO(torch_file(lambda _: {f"a{i}": torch.ones(1000) + i for i in range(10)})(folder))), io.BytesIO()
+    source, target = (
+        zipfile.ZipFile(io.BytesIO(torch_file(lambda _: {f"a{i}": torch.ones(1000) + i for i in range(10)})(folder))),
+        io.BytesIO(),
+    )
     with zipfile.ZipFile(target, "w") as archive:
         for name in source.namelist():
             if re.fullmatch(r".*/data/[1-9]", name):
@@ -87,7 +92,10 @@ FILES = {
     "header of 100 MB": (lambda folder: with_header(b"{" + b" " * 100_000_001 + b"}", b""), "cannot be read"),
     "long but valid header": (lambda folder: with_header(b"{}" + b" " * 20_000_000, b""), "holds no tensors"),
     "deep JSON": (lambda folder: with_header(b"[" * 200_000, b""), "cannot be read"),
-    "deep JSON in a table": (lambda folder: with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""), "cannot be read"),
+    "deep JSON in a table": (
+        lambda folder: with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, b""),
+        "cannot be read",
+    ),
     "header that is a list": (lambda folder: with_header([1], b""), "cannot be read"),
     "header that is not UTF-8": (lambda folder: with_header(b'{"\xff\xfe": 1}', b""), "cannot be read"),
     "no tensors": (lambda folder: save({}), "holds no tensors"),
@@ -103,9 +111,18 @@ FILES = {
         saved(lora_te1_a__lora_up__weight=UP, lora_te1_a__lora_down__weight=DOWN),
         "belongs to a text encoder",
     ),
-    "a LoHa": (saved(lora_unet_a__hada_w1_a=UP, lora_unet_a__hada_w1_b=DOWN), "hada_w1_a is not a part of a plain LoRA"),
-    "only one half": (lambda folder: save({f"{KOHYA}.lora_up.weight": UP}), 'the "down" part of its layer .* is missing'),
-    "the other half": (lambda folder: save({f"{KOHYA}.lora_down.weight": DOWN}), 'the "up" part of its layer .* is missing'),
+    "a LoHa": (
+        saved(lora_unet_a__hada_w1_a=UP, lora_unet_a__hada_w1_b=DOWN),
+        "hada_w1_a is not a part of a plain LoRA",
+    ),
+    "only one half": (
+        lambda folder: save({f"{KOHYA}.lora_up.weight": UP}),
+        'the "down" part of its layer .* is missing',
+    ),
+    "the other half": (
+        lambda folder: save({f"{KOHYA}.lora_down.weight": DOWN}),
+        'the "up" part of its layer .* is missing',
+    ),
     "halves of two ranks": (pair(UP, torch.ones(3, 6)), "halves .* do not fit: up is .4, 2., down .3, 6."),
     "rank 0": (pair(torch.ones(4, 0), torch.ones(0, 6)), "has the shape .4, 0., which is no matrix"),
     "a vector": (pair(torch.ones(4), DOWN), "which is no matrix"),
@@ -138,7 +155,10 @@ FILES = {
     ),
     "parts of two ranks": (reference_parts(q_layer=(2, 6), p_layer=(6, 3), lambda_layer=(1, 2)), "do not fit: p is"),
     "a pickle that runs code": (lambda folder: pickle.dumps(Payload(folder / "ran")), "cannot be read"),
-    "a torch file that runs code": (torch_file(lambda folder: {"a": Payload(folder / "ran")}), "holds more than tensors"),
+    "a torch file that runs code": (
+        torch_file(lambda folder: {"a": Payload(folder / "ran")}),
+        "holds more than tensors",
+    ),
     "an old torch file that runs code": (
         lambda folder: b"\x80\x02" + pickle.dumps(Payload(folder / "ran"), 2)[2:],
         "cannot be read",
@@ -202,7 +222,11 @@ def test_what_was_made_to_take_long_is_read_at_once(tmp_path, what):
         (tmp_path / "a.safetensors").write_bytes(save({"a" + ".lora_magnitude_vector" * 16_000 + "\nx": torch.ones(1)}))
         assert "lora_magnitude_vector" in refuse_or_read(tmp_path / "a.safetensors")
     else:
-        (tmp_path / "hparams.yml").write_text("lora_rank: 4\nmin_rank: 2" + " " * 80_000 + "x\nalpha_rank_scale: 1 \t\n")
+        (tmp_path / "hparams.yml").write_text(
+            "lora_rank: 4\nmin_rank: 2" + " " * 80_000 + "x\nalpha_rank_scale: 1 \t\n"
+        )
         settings = read_hparams(tmp_path / "hparams.yml")
-        assert settings["lora_rank"] == "4" and settings["alpha_rank_scale"] == "1" and settings["min_rank"].endswith(" x")
+        assert (
+            settings["lora_rank"] == "4" and settings["alpha_rank_scale"] == "1" and settings["min_rank"].endswith(" x")
+        )
     assert time.monotonic() - began < 5

@@ -1,8 +1,9 @@
 """Damaged files, generated: one clear sentence from `load_any`; nothing is run, written or patched.
 
-Every file here is either refused with a TLoRAError or read; any other exception fails the test. They start from good files of each
-kind and are changed in a few places, since noise alone never gets past the first check.
+Every file here is either refused with a TLoRAError or read; any other exception fails the test. They start from good
+files of each kind and are changed in a few places, since noise alone never gets past the first check.
 """
+
 import json
 import math
 
@@ -83,7 +84,16 @@ def test_changed_fields_of_our_metadata(tmp_path_factory, data):
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
 TENSOR_TYPES = st.sampled_from(
-    [torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn]
+    [
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.int8,
+        torch.bool,
+        torch.int64,
+        torch.float8_e4m3fn,
+    ]
 )
 SUFFIXES = [
     ".lora_up.weight",
@@ -117,7 +127,9 @@ VALUES = st.sampled_from([0.0, 1.0, float("nan"), float("inf"), -1e38, 1e-45])
 @settings(FEW, max_examples=200)
 @given(
     st.dictionaries(
-        st.tuples(st.sampled_from(MODULES), st.sampled_from(SUFFIXES)), st.tuples(SHAPES, TENSOR_TYPES, VALUES), max_size=5
+        st.tuples(st.sampled_from(MODULES), st.sampled_from(SUFFIXES)),
+        st.tuples(SHAPES, TENSOR_TYPES, VALUES),
+        max_size=5,
     )
 )
 def test_any_tensors_under_known_names(tmp_path_factory, described):
@@ -145,7 +157,8 @@ def test_halves_of_any_shapes(tmp_path_factory, up, down):
 @given(SIDES, SIDES, SIDES)
 def test_reference_parts_of_any_shapes(tmp_path_factory, q, p, scale):
     path = tmp_path_factory.mktemp("parts") / "a.safetensors"
-    path.write_bytes(reference_parts(
-        q_layer=q, p_layer=p, lambda_layer=scale, base_q=q, base_p=p, base_lambda=scale)(path.parent))
+    path.write_bytes(
+        reference_parts(q_layer=q, p_layer=p, lambda_layer=scale, base_q=q, base_p=p, base_lambda=scale)(path.parent)
+    )
     fits = len(q) == len(p) == 2 and p[1] == q[0] == math.prod(scale) and 0 not in (*q, *p)
     assert (refuse_or_read(path) is None) == fits

@@ -1,6 +1,5 @@
 """Names of layers, against the host's own tables and models."""
 
-
 import pytest
 from foreign_files import (
     FLUX_LAYERS,
@@ -57,7 +56,9 @@ def test_names_of_flux_are_the_hosts(comfy):
     import comfy.utils
 
     width, checked = 3072, 0
-    for name, place in comfy.utils.flux_to_diffusers({"depth": 19, "depth_single_blocks": 38, "hidden_size": width}).items():
+    for name, place in comfy.utils.flux_to_diffusers(
+        {"depth": 19, "depth_single_blocks": 38, "hidden_size": width}
+    ).items():
         others = ("norm_", ".linear_", "to_qkv_mlp_proj")  # no linear layers, or FLUX.2's
         is_flux2 = any(word in name for word in others) or name.startswith("single_") and ".attn.to_out." in name
         if not name.endswith(".weight") or "_blocks" not in name or is_flux2:

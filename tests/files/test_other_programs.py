@@ -1,4 +1,6 @@
-"""Our own file as other programs see it, which know nothing of T-LoRA: the host's Load LoRA, on each family of models."""
+"""Our own file as other programs see it, which know nothing of T-LoRA: the host's Load LoRA, on each family of
+models."""
+
 import json
 
 import pytest
@@ -11,9 +13,17 @@ from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.files.export import export
 from tlora_core.files.layer_names import layer_key, split_name
 
-# Family -> layers of those trained by "attention+feed-forward" that the host has a name for, where that is not all of them.
+# Family -> layers of those trained by "attention+feed-forward" that the host has a name for, where that is not all of
+# them.
 FAMILIES = {
-    "sdxl": None, "sd15": None, "sd3": None, "flux": None, "chroma": None, "z-image": None, "qwen-image": None, "wan": None,
+    "sdxl": None,
+    "sd15": None,
+    "sd3": None,
+    "flux": None,
+    "chroma": None,
+    "z-image": None,
+    "qwen-image": None,
+    "wan": None,
     # The host takes keys and values to have as many heads as queries.
     "lumina2": "layers.0.attention.qkv@0",
     "hunyuan-video": "",
@@ -32,7 +42,9 @@ def family(request, comfy):
     layers = {}
     for name, layer in target_layers(model, "attention+feed-forward").items():
         rows, columns = layer.shape
-        layers[name] = LowRank(torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator), 1)
+        layers[name] = LowRank(
+            torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator), 1
+        )
     base_model = type(model.model.model_config).__name__.lower()
     return request.param, model, TLoRAFile(layers, "vanilla_tlora", RankSchedule(2, 1), 1.0, "flow", base_model)
 
@@ -45,15 +57,19 @@ def changes(model, path) -> dict[str, torch.Tensor]:
 
     stock, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0)
     weights = {key: comfy.utils.get_attr(model.model, key) for key in stock.patches}
-    return {key.removeprefix("diffusion_model.").removesuffix(".weight"):
-            comfy.lora.calculate_weight(stock.patches[key], torch.zeros_like(weight), key) for key, weight in weights.items()}
+    return {
+        key.removeprefix("diffusion_model.").removesuffix(".weight"): comfy.lora.calculate_weight(
+            stock.patches[key], torch.zeros_like(weight), key
+        )
+        for key, weight in weights.items()
+    }
 
 
 def assert_whole(changed, tlora, but=()):
     for name, layer in tlora.layers.items():
         path, row = split_name(name)
         if name not in but:
-            assert_close(changed[path][row:row + len(layer.up)].double(), update(layer, layer.rank))
+            assert_close(changed[path][row : row + len(layer.up)].double(), update(layer, layer.rank))
 
 
 def test_the_host_loads_all_of_it_as_a_plain_lora_or_the_file_says_so(family, tmp_path):
@@ -67,7 +83,9 @@ def test_the_host_loads_all_of_it_as_a_plain_lora_or_the_file_says_so(family, tm
         assert tlora.note == ""
     else:
         total = len(tlora.layers)
-        assert f"find {total - len(unknown)} of the file's {total} layers" in tlora.note and "Export T-LoRA" in tlora.note
+        assert (
+            f"find {total - len(unknown)} of the file's {total} layers" in tlora.note and "Export T-LoRA" in tlora.note
+        )
         export(tlora, tmp_path / "b.safetensors", "comfyui", torch.float32)
         assert_whole(changes(model, tmp_path / "b.safetensors"), tlora)
 

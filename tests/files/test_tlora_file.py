@@ -71,14 +71,16 @@ def test_others_read_a_plain_lora_of_scale_one(saved):
     # As sd-scripts writes them for a folder of pictures named after the words.
     assert json.loads(metadata["ss_tag_frequency"]) == {"sks dog": {"sks dog": 1}}
     (dataset,) = json.loads(metadata["ss_datasets"])
-    assert dataset["tag_frequency"] == {"sks dog": {"sks dog": 1}} and dataset["subsets"][0]["class_tokens"] == "sks dog"
+    assert (
+        dataset["tag_frequency"] == {"sks dog": {"sks dog": 1}} and dataset["subsets"][0]["class_tokens"] == "sks dog"
+    )
     assert metadata["modelspec.trigger_phrase"] == "sks dog" and "sks dog" in metadata["modelspec.title"]
     assert json.loads(metadata["tlora"])["format"] == 1
 
 
 def test_lora_managers_find_the_hash_of_the_tensors(saved):
     content = saved.read_bytes()
-    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little"):]).hexdigest()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     with safe_open(saved, framework="pt") as f:
         metadata = f.metadata()
     assert metadata["sshs_model_hash"] == digest and metadata["modelspec.hash_sha256"] == f"0x{digest}"
@@ -86,7 +88,11 @@ def test_lora_managers_find_the_hash_of_the_tensors(saved):
 
 
 def test_number_of_pictures_is_told_with_the_words_and_nothing_where_there_are_none(tmp_path):
-    for words, training, want in (("sks", {"images": 3}, {"sks dog": {"sks dog": 3}}), ("", {"images": 3}, None), ("sks", {"images": "x"}, 1)):
+    for words, training, want in (
+        ("sks", {"images": 3}, {"sks dog": {"sks dog": 3}}),
+        ("", {"images": 3}, None),
+        ("sks", {"images": "x"}, 1),
+    ):
         make(token=words, class_word="dog" if words else "", training=training).save(tmp_path / "a.safetensors")
         with safe_open(tmp_path / "a.safetensors", framework="pt") as f:
             told = f.metadata().get("ss_tag_frequency")

@@ -1,4 +1,5 @@
 """What the nodes do when something is wrong: a sentence, and nothing is harmed."""
+
 import json
 import os
 import pickle
@@ -64,10 +65,12 @@ def test_cancelled_training_stops_within_steps_and_leaves_no_trace(server, loras
 
 def bad_training(**changes):
     """A case: a training with these inputs changed; a callable is given the graph."""
+
     def build():
         graph = TinyGraph()
         graph.train(**{name: value(graph) if callable(value) else value for name, value in changes.items()})
         return graph
+
     return build
 
 
@@ -109,15 +112,18 @@ def load_of(name):
         graph = TinyGraph()
         graph.picture(graph.add("TLoRALoad", file=name, strength=1.0, model=graph.model)[0])
         return graph
+
     return build
 
 
 def single(class_type, **inputs):
     """A case: one node whose first output is looked at."""
+
     def build():
         graph = Graph()
         graph.add("PreviewAny", source=graph.add(class_type, **inputs)[0])
         return graph
+
     return build
 
 
@@ -134,15 +140,18 @@ def saving_as(file_name):
         tlora = graph.add("TLoRALoad", file="tests/good.safetensors", strength=1.0)[1]
         graph.add("TLoRASave", tlora=tlora, file_name=file_name, dtype="float16")
         return graph
+
     return build
 
 
 def baking(**changes):
     """A case: the good file baked with these inputs."""
+
     def build():
         graph = TinyGraph()
         bake(graph, "tests/good.safetensors", **{"mode": "interval", **changes})
         return graph
+
     return build
 
 
@@ -155,21 +164,52 @@ BAD = {
     "rank above a layer's width": (bad_training(rank=97, min_rank=2), "rank is 97, but the layer .* is 96 x 96"),
     "min_rank above rank": (bad_training(rank=4, min_rank=5), "min_rank is 5; .* from 0 to the rank, which is 4"),
     "no token and no class word": (bad_training(token=" ", class_word=""), "token and class_word are both empty"),
-    "token with a character that cannot be shown": (bad_training(token="sks\u200d"), r"token is 'sks\\u200d'; it must be one line of text, without"),
-    "resolution that the VAE cannot encode": (bad_training(resolution=68), "resolution is 68; set it to a multiple of 8"),
-    "model of another family": (bad_training(model=diffusion_transformer), "model could not be run on .* clip and vae of one checkpoint"),
+    "token with a character that cannot be shown": (
+        bad_training(token="sks\u200d"),
+        r"token is 'sks\\u200d'; it must be one line of text, without",
+    ),
+    "resolution that the VAE cannot encode": (
+        bad_training(resolution=68),
+        "resolution is 68; set it to a multiple of 8",
+    ),
+    "model of another family": (
+        bad_training(model=diffusion_transformer),
+        "model could not be run on .* clip and vae of one checkpoint",
+    ),
     "clip of a model-only checkpoint": (
-        bad_training(clip=part_of_a_model_only_checkpoint(1)), "^clip is empty, .* connect the clip of a Load CLIP node"),
+        bad_training(clip=part_of_a_model_only_checkpoint(1)),
+        "^clip is empty, .* connect the clip of a Load CLIP node",
+    ),
     "vae of a model-only checkpoint": (
-        bad_training(vae=part_of_a_model_only_checkpoint(2)), "^vae is empty, .* connect the vae of a Load VAE node"),
+        bad_training(vae=part_of_a_model_only_checkpoint(2)),
+        "^vae is empty, .* connect the vae of a Load VAE node",
+    ),
     "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),
-    "file that is cut off": (load_of("tests/cut.safetensors"), '"cut.safetensors": it cannot be read as a safetensors file'),
-    "file that is a pickle": (load_of("tests/pickle.safetensors"), '"pickle.safetensors": it cannot be read as a safetensors'),
-    "file that is empty": (load_of("tests/empty.safetensors"), '"empty.safetensors": it cannot be read as a safetensors file'),
-    "no prompts": (single("TLoRAPrompts", prompts=" \n\n", subject="sks dog"), "prompts is empty; write at least one line"),
+    "file that is cut off": (
+        load_of("tests/cut.safetensors"),
+        '"cut.safetensors": it cannot be read as a safetensors file',
+    ),
+    "file that is a pickle": (
+        load_of("tests/pickle.safetensors"),
+        '"pickle.safetensors": it cannot be read as a safetensors',
+    ),
+    "file that is empty": (
+        load_of("tests/empty.safetensors"),
+        '"empty.safetensors": it cannot be read as a safetensors file',
+    ),
+    "no prompts": (
+        single("TLoRAPrompts", prompts=" \n\n", subject="sks dog"),
+        "prompts is empty; write at least one line",
+    ),
     "sigmas without their model": (preview_of_sigmas_without_a_model, "model is not connected"),
-    "preview with min_rank above rank": (single("TLoRASchedulePreview", rank=4, min_rank=5, alpha=1.0), "min_rank is 5"),
-    "clip that changes over a sampling": (bad_training(clip=clip_that_changes_over_a_sampling), "clip reads prompts in 2 ways"),
+    "preview with min_rank above rank": (
+        single("TLoRASchedulePreview", rank=4, min_rank=5, alpha=1.0),
+        "min_rank is 5",
+    ),
+    "clip that changes over a sampling": (
+        bad_training(clip=clip_that_changes_over_a_sampling),
+        "clip reads prompts in 2 ways",
+    ),
     "training into a folder above": (bad_training(file_name="../x"), r'file_name is "\.\./x", which leaves the loras'),
     "file in a folder above": (saving_as("../x"), "which leaves the loras folder"),
     "file at an absolute path": (saving_as(str(OUTSIDE / "x")), "which leaves the loras folder"),
@@ -177,7 +217,10 @@ BAD = {
     "file without a name": (saving_as("tests/"), 'file_name is "tests/"; give a name'),
     "file with a name that no disk takes": (saving_as("x" * 240), 'file_name is "x+", which cannot be made here'),
     "training into such a file": (bad_training(file_name="x" * 300), 'file_name is "x+", which cannot be made here'),
-    "file in a file": (saving_as("tests/plain.safetensors/x"), 'file_name is "tests/plain.safetensors/x", which cannot be made here'),
+    "file in a file": (
+        saving_as("tests/plain.safetensors/x"),
+        'file_name is "tests/plain.safetensors/x", which cannot be made here',
+    ),
     "baking into a folder above": (baking(file_name="../x"), "which leaves the loras folder"),
     "baking without a name": (baking(mode="steps", file_name="tests/"), 'file_name is "tests/"; give a name'),
     "more parts than components": (baking(mode="steps", parts=4), "parts is 4; set it to a whole number from 2 to 3"),
@@ -196,7 +239,8 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def bad_files(server, loras, trained):
-    """Files that the cases name: good.safetensors is a T-LoRA, the others are not. Returns what the pickle would make."""
+    """Files that the cases name: good.safetensors is a T-LoRA, the others are not. Returns what the pickle would
+    make."""
     folder, trap = loras / "tests", server.workspace / "unpickled"
     whole = (loras / trained[0]).read_bytes()
     (folder / "good.safetensors").write_bytes(whole)
@@ -213,11 +257,14 @@ def bad_files(server, loras, trained):
     save_file(
         {
             "joint_blocks.0.context_block.attn.qkv.weight": torch.zeros(192, 64),
-            "x_embedder.proj.weight": torch.zeros(64, 16, 2, 2), "final_layer.linear.weight": torch.zeros(64, 64),
-            "context_embedder.weight": torch.zeros(64, 32), "y_embedder.mlp.0.weight": torch.zeros(64, 32),
+            "x_embedder.proj.weight": torch.zeros(64, 16, 2, 2),
+            "final_layer.linear.weight": torch.zeros(64, 64),
+            "context_embedder.weight": torch.zeros(64, 32),
+            "y_embedder.mlp.0.weight": torch.zeros(64, 32),
             "pos_embed": torch.zeros(1, 16, 64),
         },
-        models / "tests_sd3.safetensors")
+        models / "tests_sd3.safetensors",
+    )
     (checkpoints / "tests_model_only.safetensors").write_bytes((models / "tests_sd3.safetensors").read_bytes())
     return trap
 
@@ -266,14 +313,21 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
 
     def training(steps):
         graph = TinyGraph()
-        model = graph.add("LoraLoaderModelOnly", model=graph.model, lora_name="overflow.safetensors", strength_model=1.0)
-        node = graph.train(model=model[0], steps=steps, learning_rate=0.01, rank=2, min_rank=1, seed=1, file_name=f"tests/nan{steps}")
+        model = graph.add(
+            "LoraLoaderModelOnly", model=graph.model, lora_name="overflow.safetensors", strength_model=1.0
+        )
+        node = graph.train(
+            model=model[0], steps=steps, learning_rate=0.01, rank=2, min_rank=1, seed=1, file_name=f"tests/nan{steps}"
+        )
         return graph, node
 
     before = files_below(loras)
     message = error_of(server, training(60)[0])
-    found = re.search(r"because the loss was no longer a finite number; lower learning_rate\. .* back at step (\d+), .*"
-                      r"It is saved as (tests/nan60_\S+\.safetensors)\.$", message)
+    found = re.search(
+        r"because the loss was no longer a finite number; lower learning_rate\. .* back at step (\d+), .*"
+        r"It is saved as (tests/nan60_\S+\.safetensors)\.$",
+        message,
+    )
     assert found and "\n" not in message, message
     kept, name = int(found[1]), found[2]
     assert files_below(loras) - before == {name}
@@ -292,7 +346,9 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
 @contextmanager
 def small_disk(server, folder: Path, size: str = "64k", mode: str = "rw"):
     """A small file system at `folder`."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"{mode},size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"{mode},size={size}", "tmpfs", str(folder)], capture_output=True
+    ).returncode:
         pytest.skip("mounting a file system needs more rights")
     try:
         yield
@@ -326,7 +382,11 @@ def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, 
         message = error_of(server, case())
         left = files_below(folder)
     if (what, obstacle) == ("training", small_disk):
-        assert re.match(r'The disk of ".+/small_disk_training" has .+ free and the training needs .+ there for the T-LoRA file; free', message)
+        assert re.match(
+            r'The disk of ".+/small_disk_training" has .+ free and the training needs .+ there for the T-LoRA file; '
+            r"free",
+            message,
+        )
     else:
         assert re.match(r'"x_00001_\.safetensors" was not saved \(.+\); free some disk space', message)
     assert "\n" not in message and left == set()
@@ -366,10 +426,18 @@ def test_disk_that_fills_up_during_a_training_loses_nothing_and_run_again_only_w
     folder = loras / "filled_disk"
     folder.mkdir()
     with small_disk(server, folder, "1m"):
-        (graph, node), filling, again = longer_training("filled_disk/x"), FillsDisk(server, folder), CancelAt(server, step=10**9)
+        (graph, node), filling, again = (
+            longer_training("filled_disk/x"),
+            FillsDisk(server, folder),
+            CancelAt(server, step=10**9),
+        )
         (message,) = server.run(graph, check=False, listener=filling).errors
-        assert re.search(r'"x_00001_\.safetensors" was not saved .* The training is kept in "x-\w+"; when there is room, .* press Run again, '
-                         r"which only writes the file\.$", message)
+        assert re.search(
+            r'"x_00001_\.safetensors" was not saved .* The training is kept in "x-\w+"; when there is room, .* press '
+            r"Run again, "
+            r"which only writes the file\.$",
+            message,
+        )
         filling.ballast.unlink()
         name = server.run(graph, listener=again).outputs[node]["text"][0]
         assert again.last_step == 0 and files_below(folder) == {Path(name).name}
@@ -382,9 +450,14 @@ def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_u
     folder, output = loras / "taken_nowhere", server.workspace / "output"
     folder.mkdir()
     with small_disk(server, folder, "1m"), small_disk(server, output / "tlora_runs"):
-        (message,) = server.run(longer_training("taken_nowhere/x")[0], check=False, listener=FillsDisk(server, folder)).errors
+        (message,) = server.run(
+            longer_training("taken_nowhere/x")[0], check=False, listener=FillsDisk(server, folder)
+        ).errors
     path = output / "x_00001_.safetensors"
-    assert message.endswith(f'It is kept as "{path}"; move that file to "{loras}".') and "no checkpoint of step 80" in message
+    assert (
+        message.endswith(f'It is kept as "{path}"; move that file to "{loras}".')
+        and "no checkpoint of step 80" in message
+    )
     assert same_tensors(path, straight)
 
 
@@ -397,4 +470,8 @@ def test_folder_that_cannot_be_written_to_is_told_before_any_step(server, loras,
     with small_disk(server, folder, mode="ro"):
         message = server.run(graph, check=False, listener=none).errors[0].partition(": ")[2]
     assert none.last_step == 0 and "\n" not in message
-    assert message == f'file_name is "{folder.name}/x", but nothing may be written to "{folder.name}" in the loras folder; choose another folder.'
+    assert (
+        message
+        == f'file_name is "{folder.name}/x", but nothing may be written to "{folder.name}" in the loras folder; '
+        f"choose another folder."
+    )

@@ -1,4 +1,5 @@
 """tools/host.py: workflows in the interface's format, --set, and the command line."""
+
 import sys
 
 import pytest
@@ -17,8 +18,15 @@ def image_in(name="image"):
 INFO = {
     "Source": {"input": {"required": {"seed": ["INT", {"default": 0}], "text": ["STRING", {"default": "none"}]}}},
     "Filter": {"input": {"required": {**image_in(), "amount": ["FLOAT", {"default": 0.5}]}}},
-    "Save": {"input": {"required": {**image_in("images"), "prefix": ["STRING", {}]}, "optional": {"quality": ["INT", {"default": 9}]}}},
-    "Upload": {"input": {"required": {"image": [["a.png"], {"image_upload": True}]}, "optional": {"scale": ["FLOAT", {}]}}},
+    "Save": {
+        "input": {
+            "required": {**image_in("images"), "prefix": ["STRING", {}]},
+            "optional": {"quality": ["INT", {"default": 9}]},
+        }
+    },
+    "Upload": {
+        "input": {"required": {"image": [["a.png"], {"image_upload": True}]}, "optional": {"scale": ["FLOAT", {}]}}
+    },
     "Choice": {
         "input": {
             "required": {
@@ -85,7 +93,8 @@ def test_reroute_disappears():
 
 def test_primitive_becomes_its_value():
     prompt = convert(
-        [node(1, "PrimitiveNode", [42, "fixed"]), node(2, "Source", [0, "fixed", "x"], [("seed", "INT", 10)])], [[10, 1, 0, 2, 0, "INT"]]
+        [node(1, "PrimitiveNode", [42, "fixed"]), node(2, "Source", [0, "fixed", "x"], [("seed", "INT", 10)])],
+        [[10, 1, 0, 2, 0, "INT"]],
     )
     assert prompt == {"2": {"class_type": "Source", "inputs": {"seed": 42, "text": "x"}, "_meta": {"title": "Source"}}}
 
@@ -125,7 +134,14 @@ def test_list_value_is_wrapped_so_that_it_is_not_taken_for_a_link():
 
 
 def link(link_id, origin, origin_slot, target, target_slot):
-    return {"id": link_id, "origin_id": origin, "origin_slot": origin_slot, "target_id": target, "target_slot": target_slot, "type": "IMAGE"}
+    return {
+        "id": link_id,
+        "origin_id": origin,
+        "origin_slot": origin_slot,
+        "target_id": target,
+        "target_slot": target_slot,
+        "type": "IMAGE",
+    }
 
 
 def subgraph_workflow(**instance):
@@ -140,7 +156,11 @@ def subgraph_workflow(**instance):
     }
     outer = node(2, "uuid-1", inputs=[("picture", "IMAGE", 10), ("amount", "FLOAT", None)], **instance)
     save = node(3, "Save", ["p", 5], [("images", "IMAGE", 11)])
-    return {"nodes": [SOURCE, outer, save], "links": [link(10, 1, 0, 2, 0), link(11, 2, 0, 3, 0)], "definitions": {"subgraphs": [graph]}}
+    return {
+        "nodes": [SOURCE, outer, save],
+        "links": [link(10, 1, 0, 2, 0), link(11, 2, 0, 3, 0)],
+        "definitions": {"subgraphs": [graph]},
+    }
 
 
 def test_subgraph_is_flattened():
@@ -198,7 +218,12 @@ def test_set_values_are_json_or_text():
 
 @pytest.mark.parametrize(
     "target, node_id, name",
-    [("1.seed", "1", "seed"), ("Source.seed", "1", "seed"), ("Save v1.0.quality", "2", "quality"), ("Choice.mode.width", "4", "mode.width")],
+    [
+        ("1.seed", "1", "seed"),
+        ("Source.seed", "1", "seed"),
+        ("Save v1.0.quality", "2", "quality"),
+        ("Choice.mode.width", "4", "mode.width"),
+    ],
 )
 def test_set_finds_nodes_by_id_title_and_class(target, node_id, name):
     changed = apply_overrides(PROMPT, {target: 5}, INFO)
@@ -207,7 +232,12 @@ def test_set_finds_nodes_by_id_title_and_class(target, node_id, name):
 
 
 @pytest.mark.parametrize(
-    "target, words", [("Save.prefix", r"several nodes \(2, 3\)"), ("9.seed", "no such node"), ("1.sed", "no input 'sed', only seed, text")]
+    "target, words",
+    [
+        ("Save.prefix", r"several nodes \(2, 3\)"),
+        ("9.seed", "no such node"),
+        ("1.sed", "no input 'sed', only seed, text"),
+    ],
 )
 def test_set_that_fits_nothing_or_too_much_is_an_error(target, words):
     with pytest.raises(HostError, match=words):

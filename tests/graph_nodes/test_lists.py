@@ -1,4 +1,6 @@
-"""Lists of pictures, as the host's own loaders of folders give them: one training is made of all, on the real server."""
+"""Lists of pictures, as the host's own loaders of folders give them: one training is made of all, on the real
+server."""
+
 import json
 
 import numpy as np
@@ -47,7 +49,8 @@ def test_a_folder_of_pictures_with_texts_and_masks_is_one_training(server, loras
 def test_lists_that_do_not_fit_are_told_in_one_sentence(server, loras, folder):
     cases = {
         "captions": "captions has 3 texts for 1 picture; give one for all or one for each.",
-        "class_word": "class_word is a list of 3; connect a single value, since one training is made of all pictures."}
+        "class_word": "class_word is a list of 3; connect a single value, since one training is made of all pictures.",
+    }
     for name, words in cases.items():
         graph, before = TinyGraph(), files_below(loras)
         graph.train(**{name: graph.add("LoadImageTextDataSetFromFolder", folder=folder)[1]})

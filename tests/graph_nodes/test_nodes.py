@@ -1,4 +1,5 @@
 """The nodes on the real server: what they offer and what they make."""
+
 import io
 import json
 import re
@@ -61,7 +62,9 @@ def test_every_input_has_a_tooltip_and_no_seed_changes_by_itself(server, node):
     inputs = declared(server.object_info()[node])
     assert [name for name, (_, options) in inputs.items() if not options.get("tooltip")] == []
     # Without an explicit no, the interface adds a "control after generate" to every input with this name.
-    assert all(options.get("control_after_generate") is False for name, (_, options) in inputs.items() if "seed" in name)
+    assert all(
+        options.get("control_after_generate") is False for name, (_, options) in inputs.items() if "seed" in name
+    )
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -70,7 +73,9 @@ def test_help_page_is_served_and_explains_every_input_and_output(server, node):
     linked = [server.client.request(path).decode() for path in re.findall(r"\]\((/[^)]+)\)", page)]
     info = server.object_info()[node]
     assert page.startswith(f"# {NODES[node]}\n")
-    explained = set(re.findall(r"^- \*\*`(.+?)`\*\*", page, flags=re.MULTILINE)) | set(re.findall("<dt>(.+?)</dt>", "".join(linked)))
+    explained = set(re.findall(r"^- \*\*`(.+?)`\*\*", page, flags=re.MULTILINE)) | set(
+        re.findall("<dt>(.+?)</dt>", "".join(linked))
+    )
     shown = {options.get("display_name") or name for name, (_, options) in declared(info).items()}
     assert explained == shown | set(info["output_name"])
 
@@ -79,7 +84,9 @@ def test_workflows_of_the_pack_are_listed_and_served_as_templates(server):
     listed = server.client.get_json("/workflow_templates")[PACK_NAME]
     assert sorted(listed) == [path.stem for path in WORKFLOWS] and "01 Quickstart" in listed
     for path in WORKFLOWS:
-        assert server.client.get_json(f"/api/workflow_templates/{PACK_NAME}/{quote(path.name)}") == json.loads(path.read_text())
+        assert server.client.get_json(f"/api/workflow_templates/{PACK_NAME}/{quote(path.name)}") == json.loads(
+            path.read_text()
+        )
 
 
 # --- train, save, load, apply ---
@@ -97,7 +104,9 @@ def test_saved_tlora_loads_in_a_later_prompt_and_gives_the_same_picture(server, 
     expected = pixels(result, applied)
     effect = difference(expected, pixels(result, bare))
     assert effect > 2 and np.array_equal(pixels(result, from_training), expected)
-    assert {tensor.dtype for key, tensor in load_file(loras / name).items() if not key.endswith(".alpha")} == {DTYPES[dtype]}
+    assert {tensor.dtype for key, tensor in load_file(loras / name).items() if not key.endswith(".alpha")} == {
+        DTYPES[dtype]
+    }
     _, adapted = bare_and_adapted(server, name)
     assert difference(adapted, expected) <= tolerance * effect
 
@@ -123,7 +132,10 @@ def test_strength_zero_is_exactly_the_bare_model(server, trained):
 
 
 def test_save_and_info_say_where_other_programs_do_not_find_the_layers(server, loras):
-    layers = {f"layers.0.attention.qkv@{row}": LowRank(torch.ones(rows, 2), torch.ones(2, 6), 1) for row, rows in ((0, 6), (6, 2), (8, 2))}
+    layers = {
+        f"layers.0.attention.qkv@{row}": LowRank(torch.ones(rows, 2), torch.ones(2, 6), 1)
+        for row, rows in ((0, 6), (6, 2), (8, 2))
+    }
     tlora = TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2")
     loras.mkdir(parents=True, exist_ok=True)
     tlora.save(loras / "parts_of_layers.safetensors")
@@ -158,10 +170,29 @@ def test_hosts_own_training_node_gets_a_fresh_copy_of_the_tiny_base(server):
     text = graph.add("CLIPTextEncode", clip=graph.clip, text="a photo of sks flower")
     latent = graph.add("VAEEncode", pixels=graph.concept(), vae=graph.vae)
     trained = graph.add(
-        "TrainLoraNode", model=graph.model, latents=latent[0], positive=text[0], batch_size=1, grad_accumulation_steps=1, steps=2,
-        learning_rate=0.01, rank=2, optimizer="AdamW", loss_function="MSE", seed=0, training_dtype="fp32", lora_dtype="fp32",
-        quantized_backward=False, algorithm="LoRA", gradient_checkpointing=False, checkpoint_depth=1, offloading=False,
-        existing_lora="[None]", bucket_mode=False, bypass_mode=False)
+        "TrainLoraNode",
+        model=graph.model,
+        latents=latent[0],
+        positive=text[0],
+        batch_size=1,
+        grad_accumulation_steps=1,
+        steps=2,
+        learning_rate=0.01,
+        rank=2,
+        optimizer="AdamW",
+        loss_function="MSE",
+        seed=0,
+        training_dtype="fp32",
+        lora_dtype="fp32",
+        quantized_backward=False,
+        algorithm="LoRA",
+        gradient_checkpointing=False,
+        checkpoint_depth=1,
+        offloading=False,
+        existing_lora="[None]",
+        bucket_mode=False,
+        bypass_mode=False,
+    )
     graph.add("SaveLoRA", lora=trained[0], prefix="loras/host", steps=2)
     server.run(graph)
 
@@ -195,7 +226,9 @@ def test_schedule_preview_is_a_picture_with_the_samplers_steps_on_it(server, tra
     sigmas = graph.add("BasicScheduler", model=graph.model, scheduler="normal", steps=5, denoise=1.0)
     tlora = graph.add("TLoRALoad", file=trained[0], strength=1.0)[1]
     more = ({}, {"model": graph.model, "sigmas": sigmas[0]}, {"tlora": tlora})
-    plots = [graph.save(graph.add("TLoRASchedulePreview", rank=4, min_rank=3, alpha=1.0, **inputs)[0]) for inputs in more]
+    plots = [
+        graph.save(graph.add("TLoRASchedulePreview", rank=4, min_rank=3, alpha=1.0, **inputs)[0]) for inputs in more
+    ]
     plots.append(graph.save(graph.add("TLoRASchedulePreview", rank=4, min_rank=2, alpha=1.0)[0]))
     result = server.run(graph)
     plain, with_steps, of_the_file, same_as_file = (pixels(result, plot)[0] for plot in plots)
@@ -209,8 +242,10 @@ def test_prompts_come_out_one_a_line_with_the_subject_in_place(server, trained):
     graph = TinyGraph()
     tlora = graph.add("TLoRALoad", file=trained[0], strength=1.0)[1]
     lines = "a photo of {}\n\n  {} and {}  \nnothing"
-    shown = [graph.add("PreviewAny", source=graph.add("TLoRAPrompts", prompts=lines, subject="xyz cat", **more)[0])
-             for more in ({}, {"tlora": tlora})]
+    shown = [
+        graph.add("PreviewAny", source=graph.add("TLoRAPrompts", prompts=lines, subject="xyz cat", **more)[0])
+        for more in ({}, {"tlora": tlora})
+    ]
     result = server.run(graph)
     assert result.outputs[shown[0].id]["text"] == ["a photo of xyz cat", "xyz cat and xyz cat", "nothing"]
     assert result.outputs[shown[1].id]["text"] == ["a photo of sks flower", "sks flower and sks flower", "nothing"]
@@ -232,7 +267,10 @@ def test_prompts_take_a_foreign_files_trigger_phrase_and_the_subject_where_it_ha
     graph = TinyGraph()
     tlora = graph.add("TLoRALoad", file="nameless.safetensors", strength=1.0)[1]
     graph.add("PreviewAny", source=graph.add("TLoRAPrompts", prompts="a photo of {}", subject=" ", tlora=tlora)[0])
-    assert error_of(server, graph) == 'subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".'
+    assert (
+        error_of(server, graph)
+        == 'subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".'
+    )
 
 
 def test_quickstart_trains_saves_and_ends_in_one_sheet_of_eight_pictures(server):
@@ -256,8 +294,14 @@ def test_info_reports_settings_ranks_and_blocks_as_text_and_picture(server, lora
     text, picture = graph.add("PreviewAny", source=info[0]), graph.save(info[1])
     result = server.run(graph)
     report = result.outputs[text.id]["text"][0]
-    for words in ("method tlora, rank 4, min_rank 2, alpha 1", "1: 2, 0.75: 2, 0.5: 3, 0.25: 3, 0: 4", "88 layers",
-                  'class word "flower"', f"{min(recorded.values())}/", "\n  middle_block"):
+    for words in (
+        "method tlora, rank 4, min_rank 2, alpha 1",
+        "1: 2, 0.75: 2, 0.5: 3, 0.25: 3, 0: 4",
+        "88 layers",
+        'class word "flower"',
+        f"{min(recorded.values())}/",
+        "\n  middle_block",
+    ):
         assert words in report
     assert "not recorded" not in report
     assert pixels(result, picture).shape == (1, 720, 640, 3)
@@ -297,8 +341,14 @@ def hooked_picture(graph, start_percents):
         hooks = hook if hooks is None else graph.add("CombineHooks2", hooks_A=hooks, hooks_B=hook)[0]
     saved = graph.picture(graph.model)
     sampler = next(node for node in reversed(graph.values()) if node["class_type"] == "KSampler")["inputs"]
-    props = graph.add("PairConditioningSetProperties", positive_NEW=sampler["positive"], negative_NEW=sampler["negative"],
-                      strength=1.0, set_cond_area="default", hooks=hooks)
+    props = graph.add(
+        "PairConditioningSetProperties",
+        positive_NEW=sampler["positive"],
+        negative_NEW=sampler["negative"],
+        strength=1.0,
+        set_cond_area="default",
+        hooks=hooks,
+    )
     sampler["positive"], sampler["negative"] = props[0], props[1]
     return saved
 
@@ -354,7 +404,9 @@ class StopAt:
 @pytest.mark.parametrize("rerun, goes_on", [("continue", True), ("auto", False)])
 def test_running_a_stopped_graph_again_goes_on_where_it_is_asked_to_and_then_no_more(server, rerun, goes_on):
     graph = TinyGraph()
-    training = graph.train(steps=60, learning_rate=1e-3, seed=40 + goes_on, file_name=f"tests/stopped_{rerun}", rerun=rerun)
+    training = graph.train(
+        steps=60, learning_rate=1e-3, seed=40 + goes_on, file_name=f"tests/stopped_{rerun}", rerun=rerun
+    )
     stop, again = StopAt(server, 5), StopAt(server, 999)
     server.run(graph, listener=stop)
     result = server.run(graph, listener=again)

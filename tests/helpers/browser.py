@@ -1,11 +1,19 @@
 """A page of the real interface for the browser tests."""
+
 from contextlib import contextmanager
 
 from hostlib.server import PACK_NAME
 from playwright.sync_api import sync_playwright
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 # A busy machine may need long; a failure still ends.
 STEP_MS, RUN_MS = 120_000, 300_000
 GRAPH_IS_LOADED = "count => window.app?.graph?.nodes?.length === count"
@@ -26,22 +34,37 @@ def opened_browser(chromium: str):
 
 
 def new_page(browser, pixels: int = 1):
-    """A page without history; `page.complaints` collects what goes wrong in it. `pixels`: of the screen in one of the page."""
+    """A page without history; `page.complaints` collects what goes wrong in it. `pixels`: of the screen in one of the
+    page."""
     page = browser.new_page(viewport={"width": 1800, "height": 1050}, device_scale_factor=pixels)
     page.set_default_timeout(STEP_MS)
     page.complaints = []
     page.add_init_script(WARNINGS_SAY_WHERE)
     page.on("pageerror", lambda error: page.complaints.append(f"{error}\n{error.stack}"))
-    page.on("console", lambda message: page.complaints.append(f"{message.text} ({message.location['url']})")
-            if message.type in ("error", "warning") else None)
-    page.on("response", lambda answer: page.complaints.append(f"{answer.status} {answer.url}")
-            if answer.status >= 400 and (PACK_NAME in answer.url or "/tlora/" in answer.url) else None)
+    page.on(
+        "console",
+        lambda message: (
+            page.complaints.append(f"{message.text} ({message.location['url']})")
+            if message.type in ("error", "warning")
+            else None
+        ),
+    )
+    page.on(
+        "response",
+        lambda answer: (
+            page.complaints.append(f"{answer.status} {answer.url}")
+            if answer.status >= 400 and (PACK_NAME in answer.url or "/tlora/" in answer.url)
+            else None
+        ),
+    )
     return page
 
 
 def ours(complaints: list[str]) -> list[str]:
     """Those that name the pack's files, nodes or events; an offline machine gives the interface others of its own."""
-    return [text for text in complaints if PACK_NAME in text or "TLoRA" in text or "/tlora/" in text or "tlora." in text]
+    return [
+        text for text in complaints if PACK_NAME in text or "TLoRA" in text or "/tlora/" in text or "tlora." in text
+    ]
 
 
 def open_interface(page, server) -> None:

@@ -1,4 +1,5 @@
-"""diffusers' pipelines around the host's own random models: the same weights in diffusers' classes, and the same sampling in both.
+"""diffusers' pipelines around the host's own random models: the same weights in diffusers' classes, and the same
+sampling in both.
 
 Text encoders and VAE are left out: pipelines take embeddings and give latents without them.
 """
@@ -10,7 +11,11 @@ from foreign_files import generator
 
 # A layer of each model: diffusers' name, ComfyUI's layer and its module, the layer's first row in that.
 LAYERS = {
-    "sdxl": ("down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k", "input_blocks.8.1.transformer_blocks.1.attn2.to_k", 0),
+    "sdxl": (
+        "down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k",
+        "input_blocks.8.1.transformer_blocks.1.attn2.to_k",
+        0,
+    ),
     "flux": ("single_transformer_blocks.1.attn.to_v", "single_blocks.1.linear1", 512),
 }
 
@@ -112,7 +117,9 @@ def picture_in_diffusers(model, pipe, guidance=4.0):
 
     positive, negative = (random_models.conditioning(model, seed=seed)[0] for seed in (1, 2))
     is_flux = hasattr(pipe, "transformer")
-    options = dict(height=8 * SIZE, width=8 * SIZE, num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent")
+    options = dict(
+        height=8 * SIZE, width=8 * SIZE, num_inference_steps=STEPS, guidance_scale=guidance, output_type="latent"
+    )
     options |= dict(prompt_embeds=positive[0], pooled_prompt_embeds=positive[1]["pooled_output"])
     pipe.set_progress_bar_config(disable=True)
     if is_flux:
@@ -134,7 +141,11 @@ def start(is_flux):
 
 def evaluate(twins, timesteps):
     """One evaluation of the denoiser, on a batch with these timesteps or one for all of a batch of two."""
-    g, size, dtype = generator(), len(timesteps) if isinstance(timesteps, list) else 2, next(twins.denoiser.parameters()).dtype
+    g, size, dtype = (
+        generator(),
+        len(timesteps) if isinstance(timesteps, list) else 2,
+        next(twins.denoiser.parameters()).dtype,
+    )
     timestep = torch.tensor(timesteps)
 
     def random(*shape):

@@ -104,7 +104,9 @@ tlora: {tlora}
 def reference_flux_run(folder, state, tlora="true", rank=RANK, min_rank=1):
     """The same of its FLUX trainer."""
     path = reference_run(folder, lambda p: torch.save(state, p), name="lora.pt")
-    (path.parents[1] / "logs" / "hparams.yml").write_text(FLUX_HPARAMS.format(tlora=tlora, rank=rank, min_rank=min_rank))
+    (path.parents[1] / "logs" / "hparams.yml").write_text(
+        FLUX_HPARAMS.format(tlora=tlora, rank=rank, min_rank=min_rank)
+    )
     return path
 
 
@@ -156,7 +158,8 @@ def reference_flux():
 
 
 def unused_of_single_blocks(flux_state):
-    """What the reference's FLUX checkpoint holds beside `flux_state`: adapters of single blocks as they began, which its code never uses."""
+    """What the reference's FLUX checkpoint holds beside `flux_state`: adapters of single blocks as they began, which
+    its code never uses."""
     g, unused = generator(2), {}
     for key, tensor in flux_state.items():
         if key.startswith("single_transformer_blocks.") and ".to_q_lora." in key:
@@ -194,7 +197,11 @@ NAMINGS = {
     "diffusers": ("unet.{diffusers}", "lora_B.weight", "lora_A.weight"),
     "diffusers, older": ("unet.{diffusers}", "lora.up.weight", "lora.down.weight"),
     "peft": ("base_model.model.{diffusers}", "lora_B.weight", "lora_A.weight"),
-    "peft with an adapter's name": ("base_model.model.unet.{diffusers}", "lora_B.default.weight", "lora_A.default.weight"),
+    "peft with an adapter's name": (
+        "base_model.model.unet.{diffusers}",
+        "lora_B.default.weight",
+        "lora_A.default.weight",
+    ),
 }
 
 

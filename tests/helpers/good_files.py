@@ -1,4 +1,5 @@
 """Small good files of each kind, for tests that damage them, and the rule for what becomes of a damaged one."""
+
 import io
 import json
 import os

@@ -1,4 +1,5 @@
 """Prompts in the API format for the tests on the real server, and what comes back: pictures, files, errors."""
+
 import itertools
 from pathlib import Path
 
@@ -43,9 +44,23 @@ class TinyGraph(Graph):
     def train(self, **changes) -> Node:
         """A training of a second or so that moves the model far; outputs T-LoRA, MODEL, file, loss."""
         inputs = {
-            "model": self.model, "clip": self.clip, "vae": self.vae, "token": "sks", "class_word": "flower",
-            "method": "tlora", "rank": 4, "min_rank": 2, "steps": 3, "learning_rate": 0.1, "resolution": 64, "seed": 0,
-            "file_name": "tests/trained", "alpha": 1.0, "start": "last_random", "batch_size": 1, **changes,
+            "model": self.model,
+            "clip": self.clip,
+            "vae": self.vae,
+            "token": "sks",
+            "class_word": "flower",
+            "method": "tlora",
+            "rank": 4,
+            "min_rank": 2,
+            "steps": 3,
+            "learning_rate": 0.1,
+            "resolution": 64,
+            "seed": 0,
+            "file_name": "tests/trained",
+            "alpha": 1.0,
+            "start": "last_random",
+            "batch_size": 1,
+            **changes,
         }
         if "image" not in inputs:
             inputs["image"] = self.concept()
@@ -54,13 +69,25 @@ class TinyGraph(Graph):
     def picture(self, model: list) -> Node:
         """A picture sampled anew with `model`: always the same prompt and seed."""
         # Words that are not there to be replaced: with an input of its own, the server cannot answer from its cache.
-        text = self.add("StringReplace", string="a photo of sks flower", find=f"word {next(_never_repeated)}", replace="")
+        text = self.add(
+            "StringReplace", string="a photo of sks flower", find=f"word {next(_never_repeated)}", replace=""
+        )
         positive = self.add("CLIPTextEncode", clip=self.clip, text=text[0])
         negative = self.add("CLIPTextEncode", clip=self.clip, text="")
         latent = self.add("EmptyLatentImage", width=64, height=64, batch_size=1)
         sampled = self.add(
-            "KSampler", model=model, positive=positive[0], negative=negative[0], latent_image=latent[0], seed=3, steps=4,
-            cfg=4.0, sampler_name="euler", scheduler="normal", denoise=1.0)
+            "KSampler",
+            model=model,
+            positive=positive[0],
+            negative=negative[0],
+            latent_image=latent[0],
+            seed=3,
+            steps=4,
+            cfg=4.0,
+            sampler_name="euler",
+            scheduler="normal",
+            denoise=1.0,
+        )
         return self.save(self.add("VAEDecode", samples=sampled[0], vae=self.vae)[0])
 
     def save(self, images: list) -> Node:
@@ -96,8 +123,16 @@ def bare_and_adapted(server, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def bake(graph, name, mode, **changes):
     """Bake T-LoRA on a file, in float32 so that nothing is rounded."""
-    inputs = {"mode": mode, "interval_start": 1.0, "interval_end": 0.0, "noise_level": 1.0, "parts": 3,
-              "file_name": f"tests/baked_{mode}", "dtype": "float32", **changes}
+    inputs = {
+        "mode": mode,
+        "interval_start": 1.0,
+        "interval_end": 0.0,
+        "noise_level": 1.0,
+        "parts": 3,
+        "file_name": f"tests/baked_{mode}",
+        "dtype": "float32",
+        **changes,
+    }
     return graph.add("TLoRABake", tlora=graph.add("TLoRALoad", file=name, strength=1.0)[1], **inputs)
 
 

@@ -1,4 +1,5 @@
 """Small random models in the host's own classes. Import inside tests that use the `comfy` fixture."""
+
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ def random_unet(seed: int = 0, dtype=torch.float32):
 
 
 def tiny_base(quantised=None):
-    """The tiny base as (MODEL, CLIP, VAE), made anew. quantised: a state dict for its U-Net as random_models.quantise makes it."""
+    """The tiny base as (MODEL, CLIP, VAE), made anew. quantised: a state dict for its U-Net as random_models.quantise
+    makes it."""
     import comfy.model_patcher
 
     from tlora_core.tiny import comfy as tiny_base
@@ -37,7 +39,9 @@ def tiny_base(quantised=None):
             config.quant_config = {"mixed_ops": True}
             base = config.get_model({}, device=model.offload_device)
             tiny_base.set_norm_groups(base.diffusion_model).load_state_dict(quantised, assign=True)
-            model = comfy.model_patcher.ModelPatcher(base, load_device=model.load_device, offload_device=model.offload_device)
+            model = comfy.model_patcher.ModelPatcher(
+                base, load_device=model.load_device, offload_device=model.offload_device
+            )
     return model, clip, vae
 
 
@@ -54,7 +58,9 @@ def random_tlora(model, rank: int = 64, min_rank: int = 32, scale: float = 0.1, 
             is_scale = parameter.shape[1] == 1
             parameter.add_(torch.randn_like(parameter) * scale * (1 if is_scale else 0.3))
     layers = {path: adapter.detach() for path, adapter in adapters.items()}
-    return TLoRAFile(layers, "tlora", RankSchedule(rank, min_rank, alpha), 1000, "discrete", "tinysdxl", "sks", "flower")
+    return TLoRAFile(
+        layers, "tlora", RankSchedule(rank, min_rank, alpha), 1000, "discrete", "tinysdxl", "sks", "flower"
+    )
 
 
 def conditioning(seed: int = 0):

@@ -1,4 +1,5 @@
 """T-LoRA files as the pack saves them, and the same ones damaged."""
+
 import json
 
 import torch

@@ -1,4 +1,5 @@
 """Stand-ins for the pages of a browser, and requests to the pack's routes."""
+
 import asyncio
 import json
 

@@ -1,4 +1,5 @@
 """The quickstart in the interface, and the panel of its Train node."""
+
 import json
 
 from browser import RUN_MS, load_workflow
@@ -22,7 +23,9 @@ PANEL = """id => {
     return {
         state: panel.dataset.state, step, steps, numbers: text(".tlora-numbers"), message: text(".tlora-message"),
         points: (panel.querySelector(".tlora-raw").getAttribute("d") ?? "").split("L").length,
-        connected: panel.isConnected, enabled: [...panel.querySelectorAll(".tlora-buttons button:not(.tlora-fold)")].map(button => !button.disabled)};
+        connected: panel.isConnected,
+            enabled: [...panel.querySelectorAll(".tlora-buttons button:not(.tlora-fold)")]
+                .map(button => !button.disabled)};
 }"""
 
 
@@ -39,7 +42,9 @@ ONLY_TRAINING = """([steps, seed]) => {
 
 def wait_for(page, condition: str, node=TRAIN) -> dict:
     """The panel once `condition` on `panel` holds."""
-    page.wait_for_function(f"id => {{ const panel = ({PANEL})(id); return panel && ({condition}); }}", arg=node, timeout=RUN_MS)
+    page.wait_for_function(
+        f"id => {{ const panel = ({PANEL})(id); return panel && ({condition}); }}", arg=node, timeout=RUN_MS
+    )
     return page.evaluate(PANEL, node)
 
 

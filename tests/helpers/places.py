@@ -1,4 +1,5 @@
 """Where the project's own files lie."""
+
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -1,4 +1,6 @@
-"""Whole samplings by the host, and what each of their evaluations should have been. Import inside tests that use `comfy`."""
+"""Whole samplings by the host, and what each of their evaluations should have been. Import inside tests that use
+`comfy`."""
+
 import host_models
 import torch
 
@@ -16,15 +18,28 @@ def apply(model, tlora, strength=1.0, **options):
     return apply_tlora(model, tlora, strength, **options)
 
 
-def sample(model, positive, negative, sampler="euler", steps=3, *, latent=None, channels=16, scheduler="normal", **options):
+def sample(
+    model, positive, negative, sampler="euler", steps=3, *, latent=None, channels=16, scheduler="normal", **options
+):
     """The latent that the host's sampler gives; `options` go to comfy.sample.sample."""
     import comfy.sample
 
     latent = torch.zeros(1, channels, 8, 8) if latent is None else latent
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, comfy.sample.prepare_noise(latent, 3), steps, 3.0, sampler, scheduler, positive, negative, latent,
-            disable_pbar=True, seed=3, **options)
+            model,
+            comfy.sample.prepare_noise(latent, 3),
+            steps,
+            3.0,
+            sampler,
+            scheduler,
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=3,
+            **options,
+        )
 
 
 def sample_sigmas(model, positive, negative, sigmas, sampler="euler", latent=None, **options):
@@ -35,8 +50,18 @@ def sample_sigmas(model, positive, negative, sigmas, sampler="euler", latent=Non
     latent = torch.zeros(1, 16, 8, 8) if latent is None else latent
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            model, comfy.sample.prepare_noise(latent, 3), 3.0, comfy.samplers.sampler_object(sampler), torch.tensor(sigmas),
-            positive, negative, latent, disable_pbar=True, seed=3, **options)
+            model,
+            comfy.sample.prepare_noise(latent, 3),
+            3.0,
+            comfy.samplers.sampler_object(sampler),
+            torch.tensor(sigmas),
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=3,
+            **options,
+        )
 
 
 class Ways:
@@ -47,8 +72,11 @@ class Ways:
         from tlora_core.layers import overlay as attach
 
         self.used = set()
-        for owner, name, label in ((folding.FoldedWeight, "forward", "weight"), (folding.FoldedOutput, "forward", "output"),
-                                   (attach, "add_low_rank", "product")):
+        for owner, name, label in (
+            (folding.FoldedWeight, "forward", "weight"),
+            (folding.FoldedOutput, "forward", "output"),
+            (attach, "add_low_rank", "product"),
+        ):
             monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), label))
 
     def _counting(self, function, label):
@@ -71,7 +99,9 @@ class Evaluations:
     def _record(self, executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
         text = None if c_crossattn is None else c_crossattn.clone()
         options = {k: v for k, v in transformer_options.items() if k != "wrappers"}
-        hints = control and {name: list(parts) for name, parts in control.items()}  # the host takes them off their lists
+        hints = control and {
+            name: list(parts) for name, parts in control.items()
+        }  # the host takes them off their lists
         output = executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
         self.calls.append((x, sigma, (c_concat, text, hints, options), kwargs, output))
         return output
@@ -81,7 +111,8 @@ class Evaluations:
         return [float(call[1][0]) for call in self.calls]
 
     def assert_merged(self, *applied, below: float = 1e-5) -> None:
-        """Each output is that of weights merged in float64 with the updates of `applied`: pairs of T-LoRA and strength."""
+        """Each output is that of weights merged in float64 with the updates of `applied`: pairs of T-LoRA and
+        strength."""
         assert self.calls
         base = self.model.model
         modules = dict(base.diffusion_model.named_modules())
@@ -118,7 +149,8 @@ def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
 
 
 def timestep(sigmas_of_timesteps: torch.Tensor, sigma: float) -> float:
-    """t/T by the rules of the method: the nearest of 1000 timesteps in log sigma for noise and v prediction, else sigma."""
+    """t/T by the rules of the method: the nearest of 1000 timesteps in log sigma for noise and v prediction, else
+    sigma."""
     if float(sigmas_of_timesteps[-1]) <= 1:
         return sigma
     assert len(sigmas_of_timesteps) == 1000

@@ -1,4 +1,5 @@
 """Trainings on the tiny base as the Train node makes them. Import inside tests that use `comfy`."""
+
 import json
 from contextlib import nullcontext
 
@@ -18,7 +19,9 @@ def request(steps=6, rate=0.01, **changes):
     from tlora_core.training.config import TrainConfig
 
     config = TrainConfig(steps=steps, learning_rate=rate, **changes.pop("config", {}))
-    return TrainRequest(**{"token": "sks", "class_word": "heart", "rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config)
+    return TrainRequest(
+        **{"token": "sks", "class_word": "heart", "rank": 4, "min_rank": 2, "resolution": 64, **changes}, config=config
+    )
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
@@ -26,12 +29,16 @@ def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keep
     from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
 
     with torch.inference_mode():
-        return train_or_find(*base, pictures or images(), asked or request(), Keeping(**keeping), file_name, None, prior)
+        return train_or_find(
+            *base, pictures or images(), asked or request(), Keeping(**keeping), file_name, None, prior
+        )
 
 
 def folders(output):
     """Those of the runs, in the order of their beginning."""
-    return sorted((output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"])
+    return sorted(
+        (output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"]
+    )
 
 
 def record(output, index=-1):
@@ -40,12 +47,14 @@ def record(output, index=-1):
 
 def same(one, two):
     return one.layers.keys() == two.layers.keys() and all(
-        torch.equal(one.layers[k].up, two.layers[k].up) and torch.equal(one.layers[k].down, two.layers[k].down) for k in one.layers)
+        torch.equal(one.layers[k].up, two.layers[k].up) and torch.equal(one.layers[k].down, two.layers[k].down)
+        for k in one.layers
+    )
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other module
-    than torch is needed."""
+    """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other
+    module than torch is needed."""
 
     def __init__(self, monkeypatch, step, operation):
         from tlora_core.training.trainer import Trainer

@@ -1,4 +1,5 @@
-"""T-LoRAs in diffusers' pipelines: the host's picture, the formula's rank at every evaluation, nothing left after removal.
+"""T-LoRAs in diffusers' pipelines: the host's picture, the formula's rank at every evaluation, nothing left after
+removal.
 
 The models are small and random, the same ones in diffusers' and in the host's classes.
 """
@@ -30,8 +31,8 @@ only_sdxl = pytest.mark.parametrize("twins", ["sdxl"], indirect=True)
 
 
 class Watch:
-    """Within the block, records at each evaluation the timesteps that the denoiser is given and what LAYERS' layer adds to
-    its own output."""
+    """Within the block, records at each evaluation the timesteps that the denoiser is given and what LAYERS' layer adds
+    to its own output."""
 
     def __init__(self, twins):
         self.denoiser = twins.denoiser
@@ -77,7 +78,9 @@ def formula(t, T, rank=8, min_rank=2):
 
 def is_bare(denoiser):
     hooks = len(denoiser._forward_pre_hooks) + len(denoiser._forward_hooks)
-    return not hooks and "_tlora" not in denoiser.__dict__ and not any("forward" in m.__dict__ for m in denoiser.modules())
+    return (
+        not hooks and "_tlora" not in denoiser.__dict__ and not any("forward" in m.__dict__ for m in denoiser.modules())
+    )
 
 
 # Measured: 5e-6 for the U-Net, 2e-7 for FLUX; docs/FILE_FORMAT.md has the largest difference.
@@ -108,7 +111,9 @@ def test_the_rank_is_the_formulas_at_every_evaluation(twins):
 
 
 @only_sdxl
-@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "DDIMScheduler", "LCMScheduler"])
+@pytest.mark.parametrize(
+    "name", ["DPMSolverMultistepScheduler", "HeunDiscreteScheduler", "DDIMScheduler", "LCMScheduler"]
+)
 def test_other_schedulers_count_timesteps_too(sdxl, name):
     options = {} if name in ("DDIMScheduler", "LCMScheduler") else {"use_karras_sigmas": True}
     tlora = sdxl.tlora()
@@ -121,7 +126,9 @@ def test_other_schedulers_count_timesteps_too(sdxl, name):
 
 
 def edm(name):
-    options = {"timestep_type": "continuous", "prediction_type": "v_prediction"} if name == "EulerDiscreteScheduler" else {}
+    options = (
+        {"timestep_type": "continuous", "prediction_type": "v_prediction"} if name == "EulerDiscreteScheduler" else {}
+    )
     return getattr(diffusers, name)(sigma_min=0.002, sigma_max=80.0, **options)
 
 
@@ -208,7 +215,9 @@ def test_an_error_half_way_leaves_nothing(twins, error):
 
 
 def test_it_stays_on_when_offloading_comes_and_goes(twins):
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed; tools/host.py test installs it")
+    hooks = pytest.importorskip(
+        "accelerate.hooks", reason="accelerate is not installed; tools/host.py test installs it"
+    )
     bare = evaluate(twins, 0.5)
     hooks.add_hook_to_module(twins.denoiser, hooks.ModelHook())
     with tlora_core.apply(twins.pipe, twins.tlora()):
@@ -288,7 +297,13 @@ def test_a_scheduler_that_does_not_tell_its_range_is_refused(sdxl):
 @only_sdxl
 def test_a_u_net_with_other_blocks_is_refused(sdxl):
     unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=32, attention_head_dim=2, cross_attention_dim=64,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=32,
+        attention_head_dim=2,
+        cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     with pytest.raises(TLoRAError, match="1 residual blocks a level"):
         tlora_core.apply(SimpleNamespace(unet=unet, scheduler=None), sdxl.tlora())

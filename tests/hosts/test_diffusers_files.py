@@ -1,4 +1,5 @@
 """Files in diffusers: what a pipeline loads, what diffusers' own loader makes of ours, and the README's example."""
+
 import logging
 import re
 
@@ -26,7 +27,10 @@ def peft_file(twins, path):
         for name, layer in twins.denoiser.named_modules()
         if re.search(r"attn\d?\.(to_[qkv]|to_out\.0|add_[qkv]_proj)$", name)
     }
-    layers, part = pairs([(name, *shape) for name, shape in shapes.items()], 2), "unet" if twins.kind == "sdxl" else "transformer"
+    layers, part = (
+        pairs([(name, *shape) for name, shape in shapes.items()], 2),
+        "unet" if twins.kind == "sdxl" else "transformer",
+    )
     state = {}
     for name, (up, down) in layers.items():
         state |= {f"{part}.{name}.lora_B.weight": up * 0.1, f"{part}.{name}.lora_A.weight": down}
@@ -64,7 +68,9 @@ def test_diffusers_own_loader_reads_our_file_as_a_plain_lora(twins, tmp_path):
     loaded = {}
     for key, tensor in state.items():
         module, part = re.fullmatch(r"(.+?)[._](lora_A|lora_B|lora\.down|lora\.up)\.weight", key).groups()
-        loaded.setdefault(layer_of(plain_name(module)), {})[part.replace("lora.down", "lora_A").replace("lora.up", "lora_B")] = tensor
+        loaded.setdefault(layer_of(plain_name(module)), {})[
+            part.replace("lora.down", "lora_A").replace("lora.up", "lora_B")
+        ] = tensor
     assert len(loaded) == len(tlora.layers)
     for place, parts in loaded.items():
         layer = tlora.layers[place.layer(parts["lora_A"].shape[1])]
@@ -77,7 +83,9 @@ def test_lycoris_base_terms_come_from_the_pipelines_weights(twins, tmp_path):
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     key = "lycoris_" + name.replace(".", "_")
     trained = {"q_layer.weight": Vh[:3] + 0.01, "p_layer.weight": U[:, :3] - 0.01, "lambda_layer": S[None, :3] * 1.1}
-    save_file({f"{key}.{part}": value.float().contiguous() for part, value in trained.items()}, tmp_path / "a.safetensors")
+    save_file(
+        {f"{key}.{part}": value.float().contiguous() for part, value in trained.items()}, tmp_path / "a.safetensors"
+    )
     told = []
     tlora = tlora_core.load(tmp_path / "a.safetensors", twins.pipe, progress=lambda *count: told.append(count))
     (layer,) = tlora.layers.values()
@@ -87,8 +95,11 @@ def test_lycoris_base_terms_come_from_the_pipelines_weights(twins, tmp_path):
 
 
 def test_the_readmes_example_runs(twins, tmp_path, monkeypatch):
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-                  if "tlora_core.apply" in block)
+    (example,) = (
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+        if "tlora_core.apply" in block
+    )
     ours = [line for line in example.splitlines() if "tlora_core" in line or line.startswith("handle")]
     assert len(ours) == 4 and ours[0].startswith("import"), ours
     twins.tlora().save(tmp_path / "my_subject.safetensors")

@@ -1,4 +1,5 @@
 """Updates folded into a copy of a weight, against the sum in float64."""
+
 from contextlib import contextmanager
 
 import pytest
@@ -28,7 +29,7 @@ def term(columns, seed=0, rows=12, row=0, dtype=torch.float32):
 def reference(linear, terms, x):
     weight = linear.weight.double().clone()
     for t in terms:
-        weight[t.row:t.row + t.up.shape[0]] += t.up[:, :t.columns].double() @ t.down[:t.columns].double()
+        weight[t.row : t.row + t.up.shape[0]] += t.up[:, : t.columns].double() @ t.down[: t.columns].double()
     return torch.nn.functional.linear(x.double(), weight, linear.bias.double())
 
 
@@ -42,7 +43,9 @@ def test_follows_any_course_of_one_or_two_ranks(course):
     linear, x = layer(), torch.randn(3, 8)
     fold, one, two = FoldedWeight(linear), term(0, 1), term(0, 2, rows=5, row=4)
     for first, second in course:
-        terms = [("a", one._replace(columns=first))] + ([("b", two._replace(columns=second))] if second is not None else [])
+        terms = [("a", one._replace(columns=first))] + (
+            [("b", two._replace(columns=second))] if second is not None else []
+        )
         contexts = [folded(key, [(fold, t)]) for key, t in terms]
         with contexts[0]:
             with contexts[1] if second is not None else folded("none", []):
@@ -70,8 +73,12 @@ def test_half_precision_is_rounded_once_however_often_the_rank_moved(dtype):
             terms = [("a", one._replace(columns=columns))] + ([("b", two._replace(columns=2))] if both else [])
             with folded(*_entry(fold, terms[0])), folded(*_entry(fold, terms[-1])):
                 linear(x)
-        exact = linear.weight.double() + sum(t.up[:, :t.columns].double() @ t.down[:t.columns].double() for _, t in terms)
-        assert torch.equal(fold.weight, exact.to(dtype)) or error(fold.weight, exact) < 1.05 * error(exact.to(dtype), exact)
+        exact = linear.weight.double() + sum(
+            t.up[:, : t.columns].double() @ t.down[: t.columns].double() for _, t in terms
+        )
+        assert torch.equal(fold.weight, exact.to(dtype)) or error(fold.weight, exact) < 1.05 * error(
+            exact.to(dtype), exact
+        )
 
 
 def _entry(fold, keyed):
@@ -112,7 +119,9 @@ def test_a_fetched_weight_is_used_within_its_block_alone_and_only_when_the_rank_
     for columns, times in ((2, 1), (2, 1), (5, 2), (2, 3)):
         with folded("a", [(fold, one._replace(columns=columns))]):
             got = linear(x)
-        assert error(got, reference(linear, [one._replace(columns=columns)], x)) < (1e-5 if dtype == torch.float32 else 1e-2)
+        assert error(got, reference(linear, [one._replace(columns=columns)], x)) < (
+            1e-5 if dtype == torch.float32 else 1e-2
+        )
         assert len(fetched) == (1 if dtype == torch.float32 else times)
 
 

@@ -1,4 +1,5 @@
 """The backward passes written out, against autograd's own in float64. Plain torch."""
+
 from contextlib import contextmanager
 
 import pytest
@@ -52,7 +53,9 @@ def layer():
 @pytest.mark.parametrize("active", [RANK, 3, 1, torch.tensor([2, 0, 5]), torch.tensor([2, 1, 2])])
 @pytest.mark.parametrize("kind", ["ortho", "lora"])
 def test_adapters_gradients_are_those_of_the_formula(layer, kind, active, stands_in, wants_input):
-    x = torch.randn(3, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_(wants_input)
+    x = torch.randn(3, 4, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_(
+        wants_input
+    )
     parts = [(adapter(kind, 0, OUT), 0), (adapter(kind, 1, 6), 6)]
     leaves = leaves_of(*(a for a, _ in parts))
     scale = 1.0
@@ -90,11 +93,17 @@ def test_gradients_of_a_layer_that_is_called_twice_add_up(layer, kind):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("make, shape", [
-    (lambda: nn.Linear(6, 8), (2, 5, 6)), (lambda: nn.Conv1d(6, 4, 3, padding=1, stride=2), (2, 6, 9)),
-    (lambda: nn.Conv2d(6, 4, 3, padding=1, stride=2, groups=2), (2, 6, 8, 9)), (lambda: nn.Conv3d(3, 4, 2, dilation=2), (1, 3, 4, 5, 6)),
-    (lambda: nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), (2, 6, 8, 9)), (lambda: nn.GroupNorm(3, 6), (2, 6, 5)),
-])
+@pytest.mark.parametrize(
+    "make, shape",
+    [
+        (lambda: nn.Linear(6, 8), (2, 5, 6)),
+        (lambda: nn.Conv1d(6, 4, 3, padding=1, stride=2), (2, 6, 9)),
+        (lambda: nn.Conv2d(6, 4, 3, padding=1, stride=2, groups=2), (2, 6, 8, 9)),
+        (lambda: nn.Conv3d(3, 4, 2, dilation=2), (1, 3, 4, 5, 6)),
+        (lambda: nn.Conv2d(6, 4, 3, padding="same", padding_mode="reflect"), (2, 6, 8, 9)),
+        (lambda: nn.GroupNorm(3, 6), (2, 6, 5)),
+    ],
+)
 def test_a_frozen_layer_that_fetches_its_weight_keeps_none(make, shape):
     torch.manual_seed(0)
     layer, fetched, saved = make().double().requires_grad_(False), [], []
@@ -113,7 +122,9 @@ def test_a_frozen_layer_that_fetches_its_weight_keeps_none(make, shape):
     for one, other in zip(ours, plain):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     assert not any(t.data_ptr() == layer.weight.data_ptr() for t in saved)
-    assert len(fetched) == (0 if isinstance(layer, nn.GroupNorm) or getattr(layer, "padding_mode", "") == "reflect" else 1)
+    assert len(fetched) == (
+        0 if isinstance(layer, nn.GroupNorm) or getattr(layer, "padding_mode", "") == "reflect" else 1
+    )
 
 
 def test_an_adapter_saves_the_input_once_for_its_layers_and_no_factors(layer):
@@ -131,7 +142,9 @@ def test_an_adapter_saves_the_input_once_for_its_layers_and_no_factors(layer):
     with attached([Attachment(layer, adapter("ortho"), 3), Attachment(other, adapter("ortho", 1), 3)]):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = layer(inner), other(inner)
-    large = [size for size in saved.values() if size >= 8 * 3 * 400 * 3]  # beside them the factors, small and shared by a bank
+    large = [
+        size for size in saved.values() if size >= 8 * 3 * 400 * 3
+    ]  # beside them the factors, small and shared by a bank
     assert len(large) == 3 and sum(large) == 8 * 3 * 400 * (IN + 2 * 3)
     assert sum(saved.values()) - sum(large) <= 2 * 2 * 2 * 8 * 2 * 3 * (IN + OUT)
     del outputs
@@ -161,8 +174,13 @@ def test_gradients_of_layers_whose_inputs_differ_in_dtype_are_each_its_own():
     inputs = [torch.randn(4, IN, generator=torch.Generator().manual_seed(3)).to(layer.weight.dtype) for layer in layers]
     with attached(Attachment(layer, a, RANK, 0) for layer, a in zip(layers, adapters)):
         ours = torch.autograd.grad(sum(layer(x).float().square().sum() for layer, x in zip(layers, inputs)), leaves)
-    plain = sum(add_low_rank(layer.forward(x), x, *(f.to(x.dtype) for f in a.factors()), RANK, a.group, 0).float().square().sum()
-                for layer, a, x in zip(layers, adapters, inputs))
+    plain = sum(
+        add_low_rank(layer.forward(x), x, *(f.to(x.dtype) for f in a.factors()), RANK, a.group, 0)
+        .float()
+        .square()
+        .sum()
+        for layer, a, x in zip(layers, adapters, inputs)
+    )
     for one, other in zip(ours, torch.autograd.grad(plain, leaves)):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
 

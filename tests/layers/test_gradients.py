@@ -1,5 +1,6 @@
-"""Gradients of adapters on the host's own models, against finite differences in float64: its blocks write in place, and what is
-computed again for a backward pass starts from what was written there."""
+"""Gradients of adapters on the host's own models, against finite differences in float64: its blocks write in place, and
+what is computed again for a backward pass starts from what was written there."""
+
 from contextlib import contextmanager
 
 import pytest
@@ -22,7 +23,10 @@ class Setting:
 
         # No SDXL is small enough, so this is one with fewer blocks and a narrow text.
         self.model = model or (
-            random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype) if family == "sdxl" else random_models.small(family, dtype=dtype))
+            random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype)
+            if family == "sdxl"
+            else random_models.small(family, dtype=dtype)
+        )
         if storage is not None:
             cast_to(self.model, storage)
         self.layers = target_layers(self.model)
@@ -50,7 +54,10 @@ class Setting:
         from tlora_core.training.config import TrainConfig
 
         with training_session(self.model, checkpointing):
-            samples = [Sample(latent, None, None, random_models.conditioning(self.model, 5, seed)) for seed, latent in enumerate(self.latents)]
+            samples = [
+                Sample(latent, None, None, random_models.conditioning(self.model, 5, seed))
+                for seed, latent in enumerate(self.latents)
+            ]
             self.denoiser = HostDenoiser(self.model, self.adapters, RankSchedule(4, 1), samples, TrainConfig())
             yield
 
@@ -82,8 +89,8 @@ def cast_to(model, storage):
 
 
 def slope(setting, name, levels, step=1e-2):
-    """(what the gradients say, what the loss does) when one layer's adapter moves along its gradient. The host gives its output
-    in float32, so the step must not be too small."""
+    """(what the gradients say, what the loss does) when one layer's adapter moves along its gradient. The host gives
+    its output in float32, so the step must not be too small."""
     adapter = setting.adapters[name]
     whole = list(adapter.module.parameters())
     parameters = [p[adapter.index] for p in whole]
@@ -189,7 +196,9 @@ def test_what_is_computed_again_has_the_ranks_it_had(comfy):
 def test_weights_that_are_cast_for_each_use_are_not_kept(comfy, family, storage):
     full, cast = Setting(family, torch.float32), Setting(family, torch.float32, storage)
     with torch.no_grad():
-        for one, other in zip(full.model.model.diffusion_model.parameters(), cast.model.model.diffusion_model.parameters()):
+        for one, other in zip(
+            full.model.model.diffusion_model.parameters(), cast.model.model.diffusion_model.parameters()
+        ):
             one.copy_(other.float())
     with full.session():
         wanted, needed = full.gradients(ALIKE), saved_bytes(full)

@@ -1,4 +1,5 @@
 """Adapters attached to layers for the length of one evaluation, in plain torch."""
+
 import pytest
 import torch
 
@@ -14,7 +15,9 @@ def layer():
 
 def update(seed, group=1):
     generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(6, 4 * group, generator=generator), torch.randn(4 * group, 8, generator=generator), group)
+    return LowRank(
+        torch.randn(6, 4 * group, generator=generator), torch.randn(4 * group, 8, generator=generator), group
+    )
 
 
 def masked(adapter, active):

@@ -124,7 +124,14 @@ def test_adapters_of_one_shape_share_their_parameters():
     layers = {"a": (8, 6), "b": (6, 8), "c": (8, 6)}
     made = make_adapters("tlora", "last_random", layers, 2, 0)
     assert list(made) == list(layers) and made["a"].module is made["c"].module is not made["b"].module
-    assert [tuple(p.shape) for p in made.parameters()] == [(2, 2, 6), (2, 1, 2), (2, 8, 2), (1, 2, 8), (1, 1, 2), (1, 6, 2)]
+    assert [tuple(p.shape) for p in made.parameters()] == [
+        (2, 2, 6),
+        (2, 1, 2),
+        (2, 8, 2),
+        (1, 2, 8),
+        (1, 1, 2),
+        (1, 6, 2),
+    ]
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-3, 1.0])

@@ -1,4 +1,5 @@
 """OFT, GSOFT and SVDiff: against their definitions, by the adapters' contract, and in training."""
+
 import pytest
 import torch
 
@@ -37,7 +38,9 @@ def test_rotation_is_orthogonal_and_turns_the_input(method):
     torch.testing.assert_close(layer.weight + up @ down, layer.weight @ R)
     blocks = (R.view(BLOCKS, IN // BLOCKS, BLOCKS, IN // BLOCKS).abs().amax((1, 3)) > 1e-9).double()
     # OFT's blocks know only themselves; the shuffle joins each with every other.
-    assert torch.equal(blocks, torch.eye(BLOCKS, dtype=R.dtype) if method == "oft" else torch.ones(BLOCKS, BLOCKS, dtype=R.dtype))
+    assert torch.equal(
+        blocks, torch.eye(BLOCKS, dtype=R.dtype) if method == "oft" else torch.ones(BLOCKS, BLOCKS, dtype=R.dtype)
+    )
 
 
 def test_svdiff_shifts_singular_values_and_none_below_zero():

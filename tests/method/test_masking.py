@@ -65,7 +65,9 @@ def test_a_slice_of_a_wider_output_gets_the_update_and_the_rest_stays(active):
     output, x, up, down = torch.randn(2, 3, 9), torch.randn(2, 3, 5), torch.randn(4, 6), torch.randn(6, 5)
     got = add_low_rank(output, x, up, down, active, 2, row=3)
     assert torch.equal(got[..., :3], output[..., :3]) and torch.equal(got[..., 7:], output[..., 7:])
-    torch.testing.assert_close(got[..., 3:7] - output[..., 3:7], low_rank_delta(x, up, down, active, 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got[..., 3:7] - output[..., 3:7], low_rank_delta(x, up, down, active, 2), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("active", [-1, 4, torch.tensor([1]), torch.tensor([[1, 1]])])

@@ -155,7 +155,10 @@ def test_every_point_of_a_curve_has_its_own_rank_and_others_lie_between(points):
     assert layer.rank == 16 and all(0 < a for _, a in layer.points if _ and 0 < dict(points)[_])
 
 
-@pytest.mark.parametrize("curve", ["0:64", "0:64, x:1", "0.5:1, 0.2:3", "0:65, 1:2", "0:64, 2:1", "0:64, 1:-1", "0 64, 1 32", "0:64, 0:32", ", ;"])
+@pytest.mark.parametrize(
+    "curve",
+    ["0:64", "0:64, x:1", "0.5:1, 0.2:3", "0:65, 1:2", "0:64, 2:1", "0:64, 1:-1", "0 64, 1 32", "0:64, 0:32", ", ;"],
+)
 def test_curve_that_cannot_be_is_refused(curve):
     with pytest.raises(TLoRAError, match="curve"):
         RankSchedule.from_text(64, 32, 1.0, curve)

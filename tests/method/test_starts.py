@@ -79,7 +79,12 @@ def frames(rank):
     return torch.stack([B for B, _, _ in starts]), torch.stack([A.mT for _, _, A in starts])
 
 
-COMPLETED = [(4, 20, 3), (12, 20, 3), (9, 10, 2), (100, 130, 30)]  # out, in, rank: both of LAPACK's ways, little and more than one block
+COMPLETED = [
+    (4, 20, 3),
+    (12, 20, 3),
+    (9, 10, 2),
+    (100, 130, 30),
+]  # out, in, rank: both of LAPACK's ways, little and more than one block
 
 
 @functools.cache
@@ -94,61 +99,89 @@ def of_the_published_code(out, width, rank):
 @functools.cache
 def ours_of_the_published_code(out, width, rank):
     count = SAMPLES if width < 100 else 300
-    return tuple(torch.stack(part) for part in zip(*orthogonal_starts("last_random_published", [(out, width)] * count, rank, seed=12)))
+    return tuple(
+        torch.stack(part)
+        for part in zip(*orthogonal_starts("last_random_published", [(out, width)] * count, rank, seed=12))
+    )
 
 
 def completed_statistics(out, width, rank):
-    """Of B, S and A, one number a sample each: every part of A on its own, together, and the whole start. Where LAPACK is free to
-    choose, as in the signs of the singular vectors, which fill A's first `out` columns, signs do not count."""
+    """Of B, S and A, one number a sample each: every part of A on its own, together, and the whole start. Where LAPACK
+    is free to choose, as in the signs of the singular vectors, which fill A's first `out` columns, signs do not
+    count."""
     w, v, g = torch.linspace(-1, 1, out), torch.linspace(2, -1, width), torch.Generator().manual_seed(3)
     mix, turn = torch.randn(width, generator=g), torch.randn(rank, generator=g)
     last = slice(width - rank, width)
     completed = range(max(out, width - rank), width)
     return {
-        "a corner": lambda B, S, A: A[:, -1, -1], "above it": lambda B, S, A: A[:, 0, -1],
+        "a corner": lambda B, S, A: A[:, -1, -1],
+        "above it": lambda B, S, A: A[:, 0, -1],
         "beside it": lambda B, S, A: A[:, -1, completed[0]],
-        "a singular vector's": lambda B, S, A: A[:, 0, 0].abs(), "another's": lambda B, S, A: A[:, -1, out - 1].abs(),
-        "the first completed": lambda B, S, A: A[:, 0, out], "trace": lambda B, S, A: sum(A[:, i - width, i] for i in completed),
+        "a singular vector's": lambda B, S, A: A[:, 0, 0].abs(),
+        "another's": lambda B, S, A: A[:, -1, out - 1].abs(),
+        "the first completed": lambda B, S, A: A[:, 0, out],
+        "trace": lambda B, S, A: sum(A[:, i - width, i] for i in completed),
         "energy in the last features": lambda B, S, A: A[:, :, last].square().sum((1, 2)),
         "energy in the first": lambda B, S, A: A[:, :, :out].square().sum((1, 2)),
         "energy of one row": lambda B, S, A: A[:, 0, :out].square().sum(1),
         "first and last at once": lambda B, S, A: A[:, 0, 0] * A[:, 0, -1],
         "their sizes": lambda B, S, A: A[:, 0, 0].abs() * A[:, 0, completed[0]],
-        "one text": lambda B, S, A: (A @ mix).square().sum(1), "and signs": lambda B, S, A: (A @ mix) @ turn,
-        "B": lambda B, S, A: B[:, 0, 0], "B's trace": lambda B, S, A: B[:, :rank].diagonal(dim1=1, dim2=2).sum(1),
-        "S": lambda B, S, A: S[:, 0], "smallest S": lambda B, S, A: S[:, -1],
+        "one text": lambda B, S, A: (A @ mix).square().sum(1),
+        "and signs": lambda B, S, A: (A @ mix) @ turn,
+        "B": lambda B, S, A: B[:, 0, 0],
+        "B's trace": lambda B, S, A: B[:, :rank].diagonal(dim1=1, dim2=2).sum(1),
+        "S": lambda B, S, A: S[:, 0],
+        "smallest S": lambda B, S, A: S[:, -1],
         "the update of one text": lambda B, S, A: ((B * S[:, None]) @ (A @ mix)[..., None])[..., 0] @ w,
         "its size": lambda B, S, A: ((B * S[:, None]) @ (A @ v)[..., None]).square().sum((1, 2)),
-        "S and A": lambda B, S, A: S[:, 0] * A[:, 0, -1], "A and B": lambda B, S, A: A[:, 0, -1] * B[:, 0, 0]}
+        "S and A": lambda B, S, A: S[:, 0] * A[:, 0, -1],
+        "A and B": lambda B, S, A: A[:, 0, -1] * B[:, 0, 0],
+    }
 
 
 @pytest.mark.parametrize("shape", COMPLETED)
 def test_the_published_start_has_the_distribution_of_rows_of_a_full_svd(shape):
     mine, theirs = ours_of_the_published_code(*shape), of_the_published_code(*shape)
     assert [part.shape for part in mine] == [part.shape for part in theirs]
-    different = {name: p for name, statistic in completed_statistics(*shape).items()
-                 if (p := stats.ks_2samp(statistic(*mine).numpy(), statistic(*theirs).numpy()).pvalue) < P_MIN}
+    different = {
+        name: p
+        for name, statistic in completed_statistics(*shape).items()
+        if (p := stats.ks_2samp(statistic(*mine).numpy(), statistic(*theirs).numpy()).pvalue) < P_MIN
+    }
     assert not different
 
 
 def test_rows_of_a_tall_layers_svd_are_those_of_the_wide_ones_turned_around():
     out, width, rank = 20, 12, 3
-    B, S, A = (torch.stack(part) for part in zip(*orthogonal_starts("last_random_published", [(out, width)] * SAMPLES, rank, seed=12)))
-    U, values, Vh = torch.linalg.svd(torch.randn(SAMPLES, width, out, generator=torch.Generator().manual_seed(6)) / rank)
+    B, S, A = (
+        torch.stack(part)
+        for part in zip(*orthogonal_starts("last_random_published", [(out, width)] * SAMPLES, rank, seed=12))
+    )
+    U, values, Vh = torch.linalg.svd(
+        torch.randn(SAMPLES, width, out, generator=torch.Generator().manual_seed(6)) / rank
+    )
     for mine, theirs in ((B, Vh[:, :, -rank:]), (A, U[:, -rank:])):
-        for statistic in (lambda x: x[:, -1, -1], lambda x: x[:, 0, 0], lambda x: x[:, -rank:, -rank:].square().sum((1, 2))):
+        for statistic in (
+            lambda x: x[:, -1, -1],
+            lambda x: x[:, 0, 0],
+            lambda x: x[:, -rank:, -rank:].square().sum((1, 2)),
+        ):
             assert_same_distribution(statistic(mine), statistic(theirs))
     assert_same_distribution(S[:, 0], values[:, -rank])
 
 
 def test_half_of_the_published_start_of_sdxls_narrow_text_layers_lies_in_the_last_text_features():
-    (_, _, haar), (_, _, A) = (orthogonal_starts(kind, [(640, 2048)], 64, 0)[0] for kind in ("last_random", "last_random_published"))
+    (_, _, haar), (_, _, A) = (
+        orthogonal_starts(kind, [(640, 2048)], 64, 0)[0] for kind in ("last_random", "last_random_published")
+    )
     energy = [float(rows[:, -64:].square().sum() / 64) for rows in (haar, A)]
     assert energy == pytest.approx([0.03, 0.49], abs=0.01)
 
 
 def test_the_published_start_of_a_square_layer_is_the_papers():
-    for mine, theirs in zip(*(orthogonal_starts(kind, [(48, 48)], 8, 3)[0] for kind in ("last_random", "last_random_published"))):
+    for mine, theirs in zip(
+        *(orthogonal_starts(kind, [(48, 48)], 8, 3)[0] for kind in ("last_random", "last_random_published"))
+    ):
         assert torch.equal(mine, theirs)
 
 
@@ -224,7 +257,9 @@ def test_counting_survives_exact_zeros():
 def test_starts_are_orthonormal_descending_float32(shape, part):
     out, width, rank = shape
     kinds = ["last_random", "last_random_published"] if part == "last" else [f"{part}_random"]
-    for B, S, A in (start for kind in kinds for start in orthogonal_starts(kind, [(out, width), (width, out)], rank, seed=4)):
+    for B, S, A in (
+        start for kind in kinds for start in orthogonal_starts(kind, [(out, width), (width, out)], rank, seed=4)
+    ):
         assert B.shape[1] == A.shape[0] == S.shape[0] == rank and B.dtype == S.dtype == A.dtype == torch.float32
         assert {B.shape[0], A.shape[1]} == {out, width} and B.is_contiguous() and A.is_contiguous()
         for gram in (B.mT.double() @ B.double(), A.double() @ A.mT.double()):

@@ -1,4 +1,5 @@
 """Comparison sheets: every picture in its cell, labels and prompts beside them, and bad numbers refused."""
+
 import numpy as np
 import pytest
 import torch
@@ -30,10 +31,12 @@ def ink(sheet, left, top, right, bottom) -> int:
 
 
 def test_pictures_stand_in_columns_of_settings_and_rows_of_prompts():
-    sheet = comparison_sheet([column(c) for c in COLOURS], ["LoRA", "T-LoRA", "base"], ["on the beach", "at night"], cell=100)
+    sheet = comparison_sheet(
+        [column(c) for c in COLOURS], ["LoRA", "T-LoRA", "base"], ["on the beach", "at night"], cell=100
+    )
     found = boxes(sheet)
     assert all(box[2] - box[0] == box[3] - box[1] == 100 for box in found.values())
-    for (upper, lower) in COLOURS:
+    for upper, lower in COLOURS:
         assert found[upper][0] == found[lower][0] and found[upper][3] < found[lower][1]
     lefts = [found[colours[0]][0] for colours in COLOURS]
     assert lefts == sorted(lefts) and len(set(lefts)) == 3
@@ -56,8 +59,12 @@ def test_without_prompts_nothing_is_left_free_for_them_and_the_title_stands_on_t
 
 def test_pictures_keep_their_shape_and_long_texts_their_place():
     word = "w" * 300
-    sheet = comparison_sheet([column(COLOURS[0], (20, 80)), column(COLOURS[1], (80, 20))], [word, "b " * 60],
-                             [word, "many words " * 40], cell=120)
+    sheet = comparison_sheet(
+        [column(COLOURS[0], (20, 80)), column(COLOURS[1], (80, 20))],
+        [word, "b " * 60],
+        [word, "many words " * 40],
+        cell=120,
+    )
     found = boxes(sheet)
     assert np.array_equal([found[(1, 0, 0)][i + 2] - found[(1, 0, 0)][i] for i in (0, 1)], (120, 30))
     assert np.array_equal([found[(0, 0, 1)][i + 2] - found[(0, 0, 1)][i] for i in (0, 1)], (30, 120))
@@ -65,30 +72,50 @@ def test_pictures_keep_their_shape_and_long_texts_their_place():
     assert ink(sheet, left - 4, 200, left, sheet.height) == 0  # no prompt reaches the pictures
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(labels=["one"]), "labels"), (dict(prompts=["one"]), "prompts"), (dict(cell=50_000), "cell"),
-    (dict(columns=[column(COLOURS[0]), column(COLOURS[0][:1])]), "2, 1 pictures"),
-    (dict(columns=[column(COLOURS[0]), column(COLOURS[0])[..., :1]]), "images_2 has 1 channels")], ids=str)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(labels=["one"]), "labels"),
+        (dict(prompts=["one"]), "prompts"),
+        (dict(cell=50_000), "cell"),
+        (dict(columns=[column(COLOURS[0]), column(COLOURS[0][:1])]), "2, 1 pictures"),
+        (dict(columns=[column(COLOURS[0]), column(COLOURS[0])[..., :1]]), "images_2 has 1 channels"),
+    ],
+    ids=str,
+)
 def test_numbers_that_do_not_fit_are_refused(change, message):
     with pytest.raises(TLoRAError, match=message):
-        comparison_sheet(**{"columns": [column(c) for c in COLOURS[:2]], "labels": ["a", "b"], "prompts": ["x", "y"],
-                            "cell": 64, **change})
+        comparison_sheet(
+            **{
+                "columns": [column(c) for c in COLOURS[:2]],
+                "labels": ["a", "b"],
+                "prompts": ["x", "y"],
+                "cell": 64,
+                **change,
+            }
+        )
 
 
 def test_node_takes_lists_and_batches_and_prompts_as_a_list(server):
     graph = TinyGraph()
     prompts = graph.add("TLoRAPrompts", prompts="one {}\ntwo {}", subject="thing")
-    batch = graph.add("TLoRATinySampleConcept", concept="teal flower", background="beach", place="centre", count=2, seed=0)
+    batch = graph.add(
+        "TLoRATinySampleConcept", concept="teal flower", background="beach", place="centre", count=2, seed=0
+    )
     # A list: one picture for each prompt.
     text = graph.add("StringReplace", string=prompts[0], find="x", replace="")
     sizes = graph.add("StringLength", string=text[0])
     listed = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=sizes[0])
-    sheet = graph.add("TLoRACompare", images_1=batch[0], images_2=listed[0], labels="batch\nlist", prompts=prompts[0], cell=64)
+    sheet = graph.add(
+        "TLoRACompare", images_1=batch[0], images_2=listed[0], labels="batch\nlist", prompts=prompts[0], cell=64
+    )
     saved = graph.save(sheet[0])
     [picture] = pixels(server.run(graph), saved)
     assert picture.shape[0] > 2 * 64 and picture.shape[1] > 64 * 2.9
     refused = TinyGraph()
-    batch = refused.add("TLoRATinySampleConcept", concept="teal flower", background="beach", place="centre", count=2, seed=0)
+    batch = refused.add(
+        "TLoRATinySampleConcept", concept="teal flower", background="beach", place="centre", count=2, seed=0
+    )
     refused.save(refused.add("TLoRACompare", images_1=batch[0], images_2=batch[0], labels="one")[0])
     result = server.run(refused, check=False)
     assert "labels" in result.errors[0]

@@ -1,4 +1,5 @@
 """T-LoRA Evaluate: its measures on tiny CLIP and DINO models, and the node on the server."""
+
 import os
 import subprocess
 import sys
@@ -40,12 +41,19 @@ def test_scores_are_the_mean_cosines_of_the_models_own_features(clip, model_fold
     mean, std = (torch.tensor(PREPARATION[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     pixels = lambda batch: (batch.movedim(-1, 1) - mean) / std  # noqa: E731
     with torch.inference_mode():
+
         def seen(batch):
             pooled = clip.model.vision_model(pixel_values=pixels(batch)).pooler_output
             return normalize(clip.model.visual_projection(pooled), dim=-1)
+
         ids = torch.tensor([[3, 4, 5, 6], [3, 6, 7, 8]]), torch.tensor([[3, 6, 7, 8, 9]])
-        texts = [normalize(clip.model.text_projection(clip.model.text_model(input_ids=i[:1]).pooler_output), dim=-1) for i in ids]
-        looks = [normalize(dino.model(pixel_values=pixels(b)).last_hidden_state[:, 0], dim=-1) for b in (concept, batches[0])]
+        texts = [
+            normalize(clip.model.text_projection(clip.model.text_model(input_ids=i[:1]).pooler_output), dim=-1)
+            for i in ids
+        ]
+        looks = [
+            normalize(dino.model(pixel_values=pixels(b)).last_hidden_state[:, 0], dim=-1) for b in (concept, batches[0])
+        ]
         wanted = torch.cat([(seen(b) @ t.T).flatten() for b, t in zip(batches, texts)]).mean()
         likeness = (seen(concept) @ seen(batches[0]).T).mean()
     assert scores.image_similarity == pytest.approx(float(likeness), abs=1e-5)
@@ -80,15 +88,30 @@ def test_background_outside_the_mask_does_not_count_for_image_similarity(clip):
     assert cut.text_similarity == plain.text_similarity
 
 
-@pytest.mark.parametrize("prompt, token, read", [
-    ("a photo of sks dog", "sks", "a photo of dog"), ("sks dog, sksdog", "sks", "dog, sksdog"), ("a V* dog", "V*", "a dog"), ("a dog", "", "a dog")])
+@pytest.mark.parametrize(
+    "prompt, token, read",
+    [
+        ("a photo of sks dog", "sks", "a photo of dog"),
+        ("sks dog, sksdog", "sks", "dog, sksdog"),
+        ("a V* dog", "V*", "a dog"),
+        ("a dog", "", "a dog"),
+    ],
+)
 def test_token_is_left_out_of_what_clip_reads(prompt, token, read):
     assert without_token(prompt, token) == read
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"prompts": ["a dog", "b"]}, "2 texts"), ({"neutral_prompt": "a cat"}, "neutral_prompt"), ({"concept": torch.rand(1, 20, 24, 4)}, "concept"),
-    ({"masks": [None, None]}, "mask is given for 2"), ({"masks": [torch.ones(1, 9, 9)]}, "mask is 1 x 9x9"), ({"pictures": [None]}, "images")])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"prompts": ["a dog", "b"]}, "2 texts"),
+        ({"neutral_prompt": "a cat"}, "neutral_prompt"),
+        ({"concept": torch.rand(1, 20, 24, 4)}, "concept"),
+        ({"masks": [None, None]}, "mask is given for 2"),
+        ({"masks": [torch.ones(1, 9, 9)]}, "mask is 1 x 9x9"),
+        ({"pictures": [None]}, "images"),
+    ],
+)
 def test_input_that_does_not_fit_together_is_named(clip, changes, words):
     given = {"pictures": [pictures(1, 0)], "prompts": ["a dog"], "concept": pictures(1, 0), **changes}
     with pytest.raises(TLoRAError, match=words):
@@ -105,7 +128,10 @@ def test_pictures_and_masks_may_lie_on_different_devices(clip):
     # Tensors without numbers, whose operations fail across devices as on a GPU.
     with FakeTensorMode(allow_non_fake_inputs=True):
         shown, mask = torch.rand(2, 20, 24, 3, device="cuda"), torch.ones(1, 20, 24)
-        assert masked(shown, mask, "mask").device.type == "cuda" and masked(shown.cpu(), mask.cuda(), "mask").device.type == "cpu"
+        assert (
+            masked(shown, mask, "mask").device.type == "cuda"
+            and masked(shown.cpu(), mask.cuda(), "mask").device.type == "cpu"
+        )
         found = clip.images(masked(shown, mask, "mask"))
     assert found.shape == (2, 8) and found.device.type == "cpu"
 
@@ -125,13 +151,23 @@ def test_best_obeys_most_among_those_about_as_alike():
     assert marked[0].startswith("400")
 
 
-@pytest.mark.parametrize("name, other", [
-    ("clip_model", "clip-vit-large-patch14"), ("dino_model", "dino-vits16"), ("prompts", frozenset({"a dog"})),
-    ("neutral_prompt", frozenset({"dog"})), ("mask", True), ("concept", "1")])
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("clip_model", "clip-vit-large-patch14"),
+        ("dino_model", "dino-vits16"),
+        ("prompts", frozenset({"a dog"})),
+        ("neutral_prompt", frozenset({"dog"})),
+        ("mask", True),
+        ("concept", "1"),
+    ],
+)
 @pytest.mark.parametrize("rank", [best, table])
 def test_scores_measured_with_something_else_are_not_ranked(name, other, rank):
     scores = [scores_of("100", 0.8, 0.3), scores_of("400", 0.8, 0.3), scores_of("900", 0.8, 0.3, **{name: other})]
-    with pytest.raises(TLoRAError, match=f'^{name} differs between "100" and "900", .* cannot be compared; give both the same'):
+    with pytest.raises(
+        TLoRAError, match=f'^{name} differs between "100" and "900", .* cannot be compared; give both the same'
+    ):
         rank(scores, 0.02)
 
 
@@ -142,8 +178,14 @@ def test_two_scores_of_one_label_are_not_ranked():
 
 def test_scores_hold_what_they_were_measured_with(clip, model_folders):
     def measured(other_clip=clip, **changes):
-        given = {"pictures": [pictures(1, 1), pictures(1, 2)], "prompts": ["a photo of sks dog", "a sks dog at night"],
-                 "concept": pictures(1, 0), "neutral_prompt": "a photo of sks dog", "token": "sks", **changes}
+        given = {
+            "pictures": [pictures(1, 1), pictures(1, 2)],
+            "prompts": ["a photo of sks dog", "a sks dog at night"],
+            "concept": pictures(1, 0),
+            "neutral_prompt": "a photo of sks dog",
+            "token": "sks",
+            **changes,
+        }
         return evaluate("x", clip=other_clip, **given).protocol
 
     usual = measured()
@@ -151,11 +193,17 @@ def test_scores_hold_what_they_were_measured_with(clip, model_folders):
     assert usual.prompts == {"a photo of dog", "a dog at night"} and usual.neutral_prompt == {"a photo of dog"}
     # The pictures themselves, their order and the word that CLIP does not read leave scores comparable.
     assert usual == measured(pictures=[pictures(2, 3), pictures(2, 4)])
-    assert usual == measured(prompts=["a V* dog at night", "a photo of V* dog"], neutral_prompt="a photo of V* dog", token="V*")
+    assert usual == measured(
+        prompts=["a V* dog at night", "a photo of V* dog"], neutral_prompt="a photo of V* dog", token="V*"
+    )
     whole = torch.ones(1, 20, 24)
     for name, changes in {
-            "dino_model": {"dino": ImageEncoder(model_folders / "dino", DINO_TYPES)}, "prompts": {"prompts": ["a photo of sks dog", "a dog"]},
-            "neutral_prompt": {"neutral_prompt": ""}, "mask": {"masks": [whole, whole]}, "concept": {"concept_mask": whole / 2}}.items():
+        "dino_model": {"dino": ImageEncoder(model_folders / "dino", DINO_TYPES)},
+        "prompts": {"prompts": ["a photo of sks dog", "a dog"]},
+        "neutral_prompt": {"neutral_prompt": ""},
+        "mask": {"masks": [whole, whole]},
+        "concept": {"concept_mask": whole / 2},
+    }.items():
         other = measured(**changes)
         assert getattr(other, name) != getattr(usual, name), name
 
@@ -180,9 +228,21 @@ def served(server):
 
 def evaluation(graph, image, label, **more):
     prompts = graph.add("TLoRAPrompts", prompts="a photo of {}", subject="sks dog", prompt_set="own")
-    return graph.add("TLoRAEvaluate", **{
-        "images": image, "prompts": prompts[0], "concept": graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0],
-        "clip_model": "test_clip", "dino_model": "test_dino", "label": label, "token": "sks", "neutral_prompt": "", "tolerance": 0.02, **more})
+    return graph.add(
+        "TLoRAEvaluate",
+        **{
+            "images": image,
+            "prompts": prompts[0],
+            "concept": graph.add("EmptyImage", width=32, height=32, batch_size=1, color=0xFF0000)[0],
+            "clip_model": "test_clip",
+            "dino_model": "test_dino",
+            "label": label,
+            "token": "sks",
+            "neutral_prompt": "",
+            "tolerance": 0.02,
+            **more,
+        },
+    )
 
 
 def test_node_compares_checkpoints_and_names_the_best(served):
@@ -215,7 +275,10 @@ def test_node_takes_no_folder_but_those_it_lists(served, name):
 
 def test_folder_is_known_whatever_the_systems_own_encoding(tmp_path):
     (tmp_path / "config.json").write_bytes('{"model_type": "clip", "_name_or_path": "D:/模型"}'.encode())
-    asked = f"from pathlib import Path; from tlora_core.reports.evaluation import model_type; print(model_type(Path({str(tmp_path)!r})))"
+    asked = (
+        f"from pathlib import Path; from tlora_core.reports.evaluation import model_type; "
+        f"print(model_type(Path({str(tmp_path)!r})))"
+    )
     environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
     told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "clip"

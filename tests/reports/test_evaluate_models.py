@@ -1,4 +1,5 @@
 """Which CLIP and DINO models T-LoRA Evaluate takes, and what it says of those that it does not."""
+
 import json
 import os
 
@@ -42,42 +43,86 @@ def copied(folder, target, change=lambda weights: weights, without=()):
     return target
 
 
-@pytest.mark.parametrize("name, types, change, count", [
-    # Files of the host's own clip_vision hold the picture half.
-    ("clip", CLIP_TYPES, lambda w: {k: v for k, v in w.items() if k.startswith(("vision_model.", "visual_projection."))}, 21),
-    ("dino", DINO_TYPES, lambda w: {f"blocks.{k}": v for k, v in w.items()}, 22),
-    ("dino", DINO_TYPES, lambda w: {k: v for k, v in w.items() if k != "embeddings.cls_token"}, 1)])
+@pytest.mark.parametrize(
+    "name, types, change, count",
+    [
+        # Files of the host's own clip_vision hold the picture half.
+        (
+            "clip",
+            CLIP_TYPES,
+            lambda w: {k: v for k, v in w.items() if k.startswith(("vision_model.", "visual_projection."))},
+            21,
+        ),
+        ("dino", DINO_TYPES, lambda w: {f"blocks.{k}": v for k, v in w.items()}, 22),
+        ("dino", DINO_TYPES, lambda w: {k: v for k, v in w.items() if k != "embeddings.cls_token"}, 1),
+    ],
+)
 def test_weights_that_no_file_holds_are_not_left_at_random(model_folders, tmp_path, name, types, change, count):
-    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, such as .*; download the whole'):
+    with pytest.raises(
+        TLoRAError,
+        match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, such as .*; download the whole',
+    ):
         ImageEncoder(copied(model_folders / name, tmp_path, change), types)
 
 
 @pytest.mark.parametrize("name, types, unused", [("clip", CLIP_TYPES, "logit_scale"), ("dino", DINO_TYPES, "pooler.")])
 def test_weights_that_do_not_count_may_be_missing(model_folders, tmp_path, name, types, unused):
-    encoder = ImageEncoder(copied(model_folders / name, tmp_path, lambda w: {k: v for k, v in w.items() if not k.startswith(unused)}), types)
+    encoder = ImageEncoder(
+        copied(model_folders / name, tmp_path, lambda w: {k: v for k, v in w.items() if not k.startswith(unused)}),
+        types,
+    )
     shown = pictures(2, 3)
     assert torch.equal(encoder.images(shown), ImageEncoder(model_folders / name, types).images(shown))
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-EXTRA = {"id": 12, "content": "sks", "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+EXTRA = {
+    "id": 12,
+    "content": "sks",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": True,
+    "special": False,
+}
 
 
-@pytest.mark.parametrize("files", [
-    {}, {"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}},
-    {"vocab.json": {word: i for i, word in enumerate(WORDS)}},  # its merges.txt is missing
-    {"tokenizer.json": {}}], ids=["none", "configuration", "half", "damaged"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        {"tokenizer_config.json": {"tokenizer_class": "CLIPTokenizer"}},
+        {"vocab.json": {word: i for i, word in enumerate(WORDS)}},  # its merges.txt is missing
+        {"tokenizer.json": {}},
+    ],
+    ids=["none", "configuration", "half", "damaged"],
+)
 def test_clip_without_a_whole_tokenizer_scores_nothing(model_folders, tmp_path, files):
     encoder = ImageEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer that goes with it \(.+\); add the files'):
+    with pytest.raises(
+        TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer that goes with it \(.+\); add the files'
+    ):
         encoder.texts(["a dog", "the snow at night"])
 
 
 def test_vocabulary_and_merges_are_a_tokenizer_too(model_folders, tmp_path):
     encoder = ImageEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
-    tokens = ["<|startoftext|>", "<|endoftext|>", "a</w>", "d", "o", "g</w>", "do", "dog</w>", "s", "n", "s</w>", "n</w>"]
+    tokens = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "a</w>",
+        "d",
+        "o",
+        "g</w>",
+        "do",
+        "dog</w>",
+        "s",
+        "n",
+        "s</w>",
+        "n</w>",
+    ]
     (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nd o\ndo g</w>\n")
     dog, other = encoder.texts(["a dog", "n s"])
@@ -94,21 +139,40 @@ def test_tokenizer_with_tokens_that_clip_does_not_know_is_refused(model_folders,
         encoder.texts(["a sks dog"])
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 605157884\n"
+LFS_POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 605157884\n"
+)
 
 
-@pytest.mark.parametrize("file, content", [
-    ("model.safetensors", lambda whole: whole[:-100]), ("model.safetensors", lambda _: LFS_POINTER), ("model.safetensors", lambda _: b""),
-    ("config.json", lambda _: b'{"model_type": "vit", "hidden_size": "x"}'),
-    ("config.json", lambda _: b'{"model_type": "vit", "num_attention_heads": 0}'),
-    ("config.json", lambda whole: whole.replace(b'"image_size": 16', b'"image_size": [16, 16]')),
-    *[("preprocessor_config.json", lambda _, text=text: text) for text in (
-        b"[]", b'"clip"', b"{", b"{}", b'{"image_mean": 0.5, "image_std": 1}', b'{"image_mean": [0, 0, 0], "image_std": [1, 0, 1]}')]])
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("model.safetensors", lambda whole: whole[:-100]),
+        ("model.safetensors", lambda _: LFS_POINTER),
+        ("model.safetensors", lambda _: b""),
+        ("config.json", lambda _: b'{"model_type": "vit", "hidden_size": "x"}'),
+        ("config.json", lambda _: b'{"model_type": "vit", "num_attention_heads": 0}'),
+        ("config.json", lambda whole: whole.replace(b'"image_size": 16', b'"image_size": [16, 16]')),
+        *[
+            ("preprocessor_config.json", lambda _, text=text: text)
+            for text in (
+                b"[]",
+                b'"clip"',
+                b"{",
+                b"{}",
+                b'{"image_mean": 0.5, "image_std": 1}',
+                b'{"image_mean": [0, 0, 0], "image_std": [1, 0, 1]}',
+            )
+        ],
+    ],
+)
 def test_damaged_file_is_told_in_one_sentence(model_folders, tmp_path, file, content):
     for path in (model_folders / "dino").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).write_bytes(content((tmp_path / file).read_bytes()))
-    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" cannot be loaded \(.+\); its folder needs .*download them again'):
+    with pytest.raises(
+        TLoRAError, match=rf'^"{tmp_path.name}" cannot be loaded \(.+\); its folder needs .*download them again'
+    ):
         ImageEncoder(tmp_path, DINO_TYPES)
 
 
@@ -128,11 +192,15 @@ def test_weights_in_openais_own_layout_are_read_the_same(model_folders, tmp_path
         (tmp_path / name).write_text((model_folders / "dino" / name).read_text())
     torch.save(load_file(model_folders / "dino" / "model.safetensors"), tmp_path / "pytorch_model.bin")
     shown = pictures(2, 3)
-    assert torch.equal(ImageEncoder(tmp_path, DINO_TYPES).images(shown), ImageEncoder(model_folders / "dino", DINO_TYPES).images(shown))
+    assert torch.equal(
+        ImageEncoder(tmp_path, DINO_TYPES).images(shown), ImageEncoder(model_folders / "dino", DINO_TYPES).images(shown)
+    )
 
 
 @pytest.mark.parametrize("name, types", [("clip", CLIP_TYPES), ("dino", DINO_TYPES)])
-def test_half_precision_weights_are_computed_in_float32_by_releases_without_the_dtype_keyword(model_folders, tmp_path, monkeypatch, name, types):
+def test_half_precision_weights_are_computed_in_float32_by_releases_without_the_dtype_keyword(
+    model_folders, tmp_path, monkeypatch, name, types
+):
     from transformers import AutoModel
 
     load = AutoModel.from_pretrained
@@ -153,6 +221,7 @@ def test_loader_itself_refuses_names_that_leave_the_folder(comfy, model_folders)
     import folder_paths
 
     from tlora_core.hosts.comfy.encoders import encoder_names, load_encoder
+
     folder_paths.add_model_folder_path("clip_vision", str(model_folders))
     assert "clip" in encoder_names(CLIP_TYPES) and "dino" not in encoder_names(CLIP_TYPES)
     for name in ("../" + model_folders.name + "/clip", str(model_folders / "clip"), "dino"):

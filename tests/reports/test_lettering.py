@@ -1,4 +1,5 @@
 """Letters in sheets and plots: each language's own, no boxes, and an ellipsis where a text is cut."""
+
 import importlib.util
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tlora_core.reports.sheet import comparison_sheet
 @pytest.fixture
 def fonts(monkeypatch):
     """Sets the files that are found."""
+
     def found(*files):
         monkeypatch.setattr(lettering, "font_files", lambda: files)
         forget()
@@ -42,8 +44,12 @@ def picture(text, size=20) -> bytes:
 
 
 def differ(letters: str) -> bool:
-    """Whether all look unlike one another, unlike nothing and unlike the box and the mark of a letter that is not there."""
-    return len({picture(letter) for letter in [*letters, "", lettering.NO_FONT, "\U0010fffe"]} | {box()}) == len(letters) + 3
+    """Whether all look unlike one another, unlike nothing and unlike the box and the mark of a letter that is not
+    there."""
+    return (
+        len({picture(letter) for letter in [*letters, "", lettering.NO_FONT, "\U0010fffe"]} | {box()})
+        == len(letters) + 3
+    )
 
 
 def box() -> bytes:
@@ -75,7 +81,11 @@ def test_what_no_font_has_is_said_once_and_marked(fonts, caplog):
 def test_prompts_titles_and_names_that_are_cut_end_in_an_ellipsis(monkeypatch):
     written = []
     write = Lettering.write
-    monkeypatch.setattr(Lettering, "write", lambda self, draw, xy, text, *rest: written.append(text) or write(self, draw, xy, text, *rest))
+    monkeypatch.setattr(
+        Lettering,
+        "write",
+        lambda self, draw, xy, text, *rest: written.append(text) or write(self, draw, xy, text, *rest),
+    )
     comparison_sheet([torch.full((1, 16, 16, 3), 0.5)], ["a"], ["many words " * 40], 100, "long title " * 40)
     bar_chart(["0"], [1.0], "long title " * 40, "t")
     cut = [text for text in written if text.endswith("…")]
@@ -92,4 +102,10 @@ def test_lines_have_smooth_edges():
     share = ((inside - ground) @ (strong - ground)) / ((strong - ground) @ (strong - ground))
     assert ((share > 0.5) & (share < 0.9)).sum() > 100  # neither line nor ground
     assert [_step_ticks(count) for count in (0, 1, 4, 350, 800, 1010)] == [
-        [1], [1], [1, 2, 3, 4], [1, 100, 200, 300, 350], [1, 200, 400, 600, 800], [1, 200, 400, 600, 800, 1010]]
+        [1],
+        [1],
+        [1, 2, 3, 4],
+        [1, 100, 200, 300, 350],
+        [1, 200, 400, 600, 800],
+        [1, 200, 400, 600, 800, 1010],
+    ]

@@ -1,4 +1,5 @@
 """The report on a T-LoRA: effective ranks and norms against full matrices, and what text and picture show."""
+
 import numpy as np
 import pytest
 import torch
@@ -18,8 +19,14 @@ from tlora_core.reports.report import (
     singular_values,
 )
 
-NAMES = ["output_blocks.10.1.attn1.to_q", "output_blocks.9.1.attn1.to_q", "input_blocks.4.1.attn1.to_q",
-         "input_blocks.4.1.attn1.to_k", "middle_block.1.attn1.to_q", "double_blocks.3.img_attn.qkv@128"]
+NAMES = [
+    "output_blocks.10.1.attn1.to_q",
+    "output_blocks.9.1.attn1.to_q",
+    "input_blocks.4.1.attn1.to_q",
+    "input_blocks.4.1.attn1.to_k",
+    "middle_block.1.attn1.to_q",
+    "double_blocks.3.img_attn.qkv@128",
+]
 
 
 def random_layer(seed=0, out=12, inner=6, width=10, group=2):
@@ -29,9 +36,17 @@ def random_layer(seed=0, out=12, inner=6, width=10, group=2):
 
 def make(names=NAMES, training=None, **changes):
     layers = {name: random_layer(seed) for seed, name in enumerate(names)}
-    fields = {"layers": layers, "method": "tlora", "schedule": RankSchedule(3, 1, 2.0), "num_timesteps": 1000,
-              "noise_domain": "discrete", "base_model": "sdxl", "token": "sks", "class_word": "dog",
-              "training": {"steps": 800} if training is None else training}
+    fields = {
+        "layers": layers,
+        "method": "tlora",
+        "schedule": RankSchedule(3, 1, 2.0),
+        "num_timesteps": 1000,
+        "noise_domain": "discrete",
+        "base_model": "sdxl",
+        "token": "sks",
+        "class_word": "dog",
+        "training": {"steps": 800} if training is None else training,
+    }
     return TLoRAFile(**(fields | changes))
 
 
@@ -56,7 +71,7 @@ def test_effective_rank_and_norm_are_those_of_the_full_matrix(size, seed, share,
     assert effective_rank((up, down), share) == effective_rank(product, share) == by_full_svd(product, share)
     assert float(singular_values((up, down)).norm()) == pytest.approx(float(product.norm()), rel=1e-9)
     expected = torch.linalg.svdvals(product)
-    found = singular_values(product)[:len(expected)]
+    found = singular_values(product)[: len(expected)]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7 * float(expected[0]))
 
 
@@ -90,12 +105,21 @@ def test_learnt_factor_b_is_measured_alone(method):
     assert effective_rank_of_b(adapters) == {"a.b": expected, "c": 1}
 
 
-@pytest.mark.parametrize("layer, block", [
-    ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks.4"), ("middle_block.1.proj_in", "middle_block"),
-    ("double_blocks.3.img_attn.qkv@3072", "double_blocks.3"), ("single_blocks.37.linear1@0", "single_blocks.37"),
-    ("layers.12.attention.out", "layers.12"), ("context_embedder", "context_embedder"), ("img_in@64", "img_in"),
-    ("down_blocks.1.attentions.0.to_q", "down_blocks.1"), ("blocks.0", "blocks.0"), ("time_embed.0", "time_embed"),
-])
+@pytest.mark.parametrize(
+    "layer, block",
+    [
+        ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "input_blocks.4"),
+        ("middle_block.1.proj_in", "middle_block"),
+        ("double_blocks.3.img_attn.qkv@3072", "double_blocks.3"),
+        ("single_blocks.37.linear1@0", "single_blocks.37"),
+        ("layers.12.attention.out", "layers.12"),
+        ("context_embedder", "context_embedder"),
+        ("img_in@64", "img_in"),
+        ("down_blocks.1.attentions.0.to_q", "down_blocks.1"),
+        ("blocks.0", "blocks.0"),
+        ("time_embed.0", "time_embed"),
+    ],
+)
 def test_layers_are_grouped_by_the_models_blocks(layer, block):
     assert block_name(layer) == block
 
@@ -104,7 +128,12 @@ def test_blocks_come_in_order_with_the_figures_of_their_layers():
     tlora = make()
     found = blocks(tlora)
     assert [b.name for b in found] == [
-        "double_blocks.3", "input_blocks.4", "middle_block", "output_blocks.9", "output_blocks.10"]
+        "double_blocks.3",
+        "input_blocks.4",
+        "middle_block",
+        "output_blocks.9",
+        "output_blocks.10",
+    ]
     updates = [tlora.layers[name].up.double() @ tlora.layers[name].down.double() for name in NAMES[2:4]]
     assert found[1].ranks == [by_full_svd(u, 0.95) for u in updates]
     assert found[1].norm == pytest.approx(float(torch.cat(updates).norm()), rel=1e-9)
@@ -114,10 +143,17 @@ def test_blocks_come_in_order_with_the_figures_of_their_layers():
 def test_text_gives_the_settings_the_ranks_and_every_block():
     tlora = make(training={"steps": 800, "start": "last_random", B_KEY: {NAMES[2]: 1, NAMES[3]: 3, NAMES[4]: 2}})
     text = report_text(tlora, blocks(tlora))
-    for words in ('base model sdxl: token "sks", class word "dog"', "method tlora, rank 3, min_rank 1, alpha 2",
-                  "1: 1, 0.75: 1, 0.5: 1, 0.25: 2, 0: 3", "noise domain discrete, T = 1000", "6 layers, 0.00 MB in float32",
-                  '"steps": 800, "start": "last_random"', "whole update up @ down, all ranks on: ", "(6 columns)",
-                  "factor B alone, at the end of training: 1/2/3 (rank 3)"):
+    for words in (
+        'base model sdxl: token "sks", class word "dog"',
+        "method tlora, rank 3, min_rank 1, alpha 2",
+        "1: 1, 0.75: 1, 0.5: 1, 0.25: 2, 0: 3",
+        "noise domain discrete, T = 1000",
+        "6 layers, 0.00 MB in float32",
+        '"steps": 800, "start": "last_random"',
+        "whole update up @ down, all ranks on: ",
+        "(6 columns)",
+        "factor B alone, at the end of training: 1/2/3 (rank 3)",
+    ):
         assert words in text, words
     lines = [line.split()[0] for line in text.partition("by block")[2].splitlines()[1:]]
     assert lines == [b.name for b in blocks(tlora)]
@@ -134,7 +170,9 @@ def test_size_is_that_of_the_tensors():
 def test_other_things_under_the_name_of_factor_b_are_not_taken_for_ranks(recorded):
     tlora = make(training={B_KEY: recorded})
     text = report_text(tlora, blocks(tlora))
-    assert "factor B alone, at the end of training: not recorded in this file" in text and "training: not recorded" in text
+    assert (
+        "factor B alone, at the end of training: not recorded in this file" in text and "training: not recorded" in text
+    )
 
 
 def colours(picture):
@@ -154,7 +192,7 @@ def test_bars_of_the_picture_follow_norm_and_effective_rank():
         layers = {"input_blocks.0.a": random_layer(0), "input_blocks.1.a": random_layer(0)}
         layers["input_blocks.1.a"] = LowRank(layers["input_blocks.1.a"].up * scale, layers["input_blocks.1.a"].down, 2)
         tlora = make(layers=layers)
-        pixels = np.asarray(report_picture(tlora, blocks(tlora)))[240 * panel:240 * (panel + 1)]
+        pixels = np.asarray(report_picture(tlora, blocks(tlora)))[240 * panel : 240 * (panel + 1)]
         return [int((half == (100, 180, 255)).all(2).sum()) for half in (pixels[:, 64:342], pixels[:, 342:])]
 
     whole, quarter = bar_pixels(0.25, 2)

@@ -1,4 +1,5 @@
 """The embedded tiny base model: its world, its tokenizer, its files, and that it draws what its prompts say."""
+
 import json
 import re
 
@@ -29,7 +30,9 @@ def test_caption_names_what_the_picture_shows():
     batch = scenes(200)
     texts = [world.caption(batch, i, tiny_gate.FullCaption(), drop=0) for i in range(200)]
     for i, text in enumerate(texts):
-        assert world.SHAPES[batch.shape[i]] in text.split() and list(world.COLOURS)[batch.colour_index[i]] in text.split()
+        assert (
+            world.SHAPES[batch.shape[i]] in text.split() and list(world.COLOURS)[batch.colour_index[i]] in text.split()
+        )
         assert text.endswith(list(world.BACKGROUNDS.values())[batch.background[i]])
     assert any(w in " ".join(texts) for w in ("striped", "dotted"))
 
@@ -71,7 +74,9 @@ def test_concept_matcher_tells_a_concept_from_the_others():
     flower = world.CONCEPTS[0]
     matcher = tiny_gate.ConceptMatcher(flower)
     own = world.render(world.concept_scenes(flower, 4, np.random.default_rng(3)))
-    others = np.concatenate([world.render(world.concept_scenes(c, 1, np.random.default_rng(4))) for c in world.CONCEPTS[1:6]])
+    others = np.concatenate(
+        [world.render(world.concept_scenes(c, 1, np.random.default_rng(4))) for c in world.CONCEPTS[1:6]]
+    )
     assert matcher.distance(torch.from_numpy(own)).max() < 0.1 < 0.15 < matcher.distance(torch.from_numpy(others)).min()
 
 

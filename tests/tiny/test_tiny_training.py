@@ -1,4 +1,6 @@
-"""The program that makes the tiny base, whole and from nothing, in miniature: what it writes is what the project loads."""
+"""The program that makes the tiny base, whole and from nothing, in miniature: what it writes is what the project
+loads."""
+
 import json
 import os
 import subprocess
@@ -7,17 +9,31 @@ import sys
 import torch
 from places import REPO
 
-STEPS = "--scenes 60 --odd-scenes 20 --autoencoder-steps 2 --text-steps 2 --base-steps 4 --flow-steps 3 --scorer-steps 2 " \
-        "--gate-pictures 2 --gate-concepts 0 --processes 2 --device cpu"
+STEPS = (
+    "--scenes 60 --odd-scenes 20 --autoencoder-steps 2 --text-steps 2 --base-steps 4 --flow-steps 3 --scorer-steps 2 "
+    "--gate-pictures 2 --gate-concepts 0 --processes 2 --device cpu"
+)
 
 
 def test_every_stage_runs_and_what_it_writes_loads(comfy, tmp_path):
     import tiny_gate
+
     work, weights = tmp_path / "work", tmp_path / "weights"
-    command = [sys.executable, str(REPO / "tools" / "train_tiny_base.py"), "--work", str(work), "--output", str(weights),
-               "--flow-output", str(weights / "flow.safetensors"), *STEPS.split()]
+    command = [
+        sys.executable,
+        str(REPO / "tools" / "train_tiny_base.py"),
+        "--work",
+        str(work),
+        "--output",
+        str(weights),
+        "--flow-output",
+        str(weights / "flow.safetensors"),
+        *STEPS.split(),
+    ]
     paths = os.pathsep.join([os.environ["TLORA_COMFYUI"], str(REPO)])
-    made = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    made = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     assert "base 4/4" in made.stdout and "flow 3/3" in made.stdout
     report = json.loads((work / "gate.json").read_text())
@@ -27,5 +43,8 @@ def test_every_stage_runs_and_what_it_writes_loads(comfy, tmp_path):
         assert host.sample("a red star", 0).isfinite().all()
     base = tiny_gate.load_file(weights / "tiny_base.safetensors")
     flow = tiny_gate.load_file(weights / "flow.safetensors")
-    moved = [(base["model.diffusion_model." + name].float() - value.float()).abs().max().item() for name, value in flow.items()]
+    moved = [
+        (base["model.diffusion_model." + name].float() - value.float()).abs().max().item()
+        for name, value in flow.items()
+    ]
     assert 0 < max(moved) < 0.05, "the velocity is learnt from where the base stood"

@@ -1,4 +1,5 @@
 """The evidence benchmark: prompts, cells, scorers, and a run in miniature on the real host."""
+
 import json
 import os
 import subprocess
@@ -34,7 +35,9 @@ def test_prompts_never_ask_for_what_the_training_picture_shows(seed):
 def test_prompts_say_what_they_ask_for_in_the_worlds_words():
     for p in prompts.prompts(HEART, 0, FULL.draws, prompts.settings(HEART, 0)[0]):
         words = {"background": world.BACKGROUNDS, "place": world.PLACE_WORDS}
-        assert p.text.startswith("a photo of a sks ") and all(words.get(k, {}).get(v, v) in p.text for k, v in p.asked.items())
+        assert p.text.startswith("a photo of a sks ") and all(
+            words.get(k, {}).get(v, v) in p.text for k, v in p.asked.items()
+        )
         assert (p.text == "a photo of a sks heart") == (p.kind == prompts.NEUTRAL) == (p.asked == {})
 
 
@@ -45,7 +48,9 @@ def test_several_training_pictures_differ_and_begin_with_the_single_one():
 
 def test_control_prompts_do_not_name_the_concept():
     for p in prompts.control_prompts(HEART, 0, 10):
-        assert "sks" not in p.text and "heart" not in p.text and set(p.asked) == {"shape", "colour", "place", "background"}
+        assert (
+            "sks" not in p.text and "heart" not in p.text and set(p.asked) == {"shape", "colour", "place", "background"}
+        )
 
 
 # --- cells ---
@@ -67,12 +72,16 @@ def test_fresh_trainings_are_of_other_seeds_and_have_references_of_their_own():
     assert {cell.seed for cell in cells}.isdisjoint(cell.seed for cell in others)
     assert len([cell for cell in cells if cell.base == "noise"]) == len(others)
     for base in ("noise", "flow"):
-        references, trained = ({(c.concept, c.seed) for c in cells if c.base == base and (c.method == "none") == bare} for bare in (True, False))
+        references, trained = (
+            {(c.concept, c.seed) for c in cells if c.base == base and (c.method == "none") == bare}
+            for bare in (True, False)
+        )
         assert references == trained and len(references) == len(FULL.concepts) * len(FULL.seeds)
 
 
 def test_free_curves_are_ones_that_training_takes():
     from tlora_core.method.schedule import RankSchedule
+
     for name in study.FREE:
         cell = study.Cell("olive heart", 0, "tlora", curve=name)
         smallest = 0 if name.endswith("to 0") else study.RANK // 2
@@ -92,6 +101,7 @@ def test_equal_signal_is_the_papers_schedule_at_a_sixteenth_of_the_sigma():
 
 def test_scorers_are_measured_on_every_concept(monkeypatch):
     import tiny_gate
+
     monkeypatch.setattr(validation, "separation", lambda concepts: {})  # minutes; its matcher has tests of its own
     found = validation.validate(tiny_gate.load_scorer(), lambda pictures: pictures, 12)["attributes"]
     assert {name: len(by) for name, by in found.items()} == {"background": 12, "place": 12, "colour": 12}
@@ -112,12 +122,16 @@ def test_colour_of_an_object_that_is_not_yet_the_concept_is_read_too():
 @pytest.fixture(scope="module")
 def bench(comfy):
     import tiny_gate
+
     with torch.inference_mode():
         yield run.Bench(tiny_gate.WEIGHTS)
 
 
 def test_pictures_drawn_together_are_those_drawn_alone(bench):
-    both = [prompts.Prompt("a photo of a sks heart at night", "background", 0), prompts.Prompt("a photo of a sks heart", "neutral", 3)]
+    both = [
+        prompts.Prompt("a photo of a sks heart at night", "background", 0),
+        prompts.Prompt("a photo of a sks heart", "neutral", 3),
+    ]
     with torch.inference_mode():
         together, alone = bench.draw(both), torch.cat([bench.draw([p]) for p in both])
     assert (together - alone).abs().max() < 1e-3 and (together[0] - together[1]).abs().mean() > 0.02
@@ -155,11 +169,27 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
 
 def test_one_command_runs_a_study_and_says_how_far_it_is(host, tmp_path):
     def command(*arguments):
-        return subprocess.run([host.python, REPO / "benchmarks" / "personalization.py", *arguments, "--scale", "miniature", "--results", tmp_path],
-                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join((str(host.comfyui), str(REPO)))})
+        return subprocess.run(
+            [
+                host.python,
+                REPO / "benchmarks" / "personalization.py",
+                *arguments,
+                "--scale",
+                "miniature",
+                "--results",
+                tmp_path,
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(host.comfyui), str(REPO)))},
+        )
+
     (tmp_path / "scorers.json").write_text('{"attributes": {}}')
-    for study_, said in (("methods", "0 of 5 cells are done; 5 to go, 8 steps."), ("earlier", "0 of 0 cells are done"),
-                        ("later", "0 of 4 cells are done; 4 to go, 16 steps.")):
+    for study_, said in (
+        ("methods", "0 of 5 cells are done; 5 to go, 8 steps."),
+        ("earlier", "0 of 0 cells are done"),
+        ("later", "0 of 4 cells are done; 4 to go, 16 steps."),
+    ):
         done = command(study_)
         assert done.returncode == 0 and said in done.stderr, done.stderr
     assert len(run.read(tmp_path / "miniature.jsonl")) == 9 + 8
@@ -171,7 +201,9 @@ def test_one_command_runs_a_study_and_says_how_far_it_is(host, tmp_path):
 def test_how_a_training_goes_does_not_depend_on_where_it_is_drawn(bench):
     cell = study.cells_of(["methods"], study.SCALES["miniature"], study.usual_rates())[2]
     with torch.inference_mode():
-        whole, alone = ([record for record, _ in run.run_cell(bench, replace(cell, steps=steps), set())] for steps in ((1, 2), (2,)))
+        whole, alone = (
+            [record for record, _ in run.run_cell(bench, replace(cell, steps=steps), set())] for steps in ((1, 2), (2,))
+        )
     assert cell.method == "tlora" and [r["step"] for r in whole] == [1, 2] and [r["step"] for r in alone] == [2]
     assert whole[1]["rows"] == alone[0]["rows"] and whole[1]["loss"] == alone[0]["loss"]
 
@@ -179,7 +211,10 @@ def test_how_a_training_goes_does_not_depend_on_where_it_is_drawn(bench):
 def test_scorers_read_the_matchers_concept_and_the_scene(bench):
     scenes = world.concept_scenes(HEART, 2, np.random.default_rng(0), "night", "left")
     pictures = torch.from_numpy(world.render(scenes))
-    asked = [prompts.Prompt("a photo of a sks heart", "neutral", 0), prompts.Prompt("x", "background", 0, {"background": "night"})]
+    asked = [
+        prompts.Prompt("a photo of a sks heart", "neutral", 0),
+        prompts.Prompt("x", "background", 0, {"background": "night"}),
+    ]
     rows = metrics.measure(pictures, asked, bench.matcher("olive heart"), bench.reader("olive heart"), bench.scorer)
     assert rows[0]["distance"] < 0.1 and rows[0]["pose"][0] == pytest.approx(scenes.centre[0, 0], abs=0.05)
     assert "distance" not in rows[1] and rows[1]["seen"]["background"] == "night" and rows[1]["seen"]["place"] == "left"
@@ -187,7 +222,15 @@ def test_scorers_read_the_matchers_concept_and_the_scene(bench):
 
 def test_flow_base_draws_what_prompts_say_and_is_trained_as_a_flow(bench):
     import comfy.model_sampling
-    cell = replace(study.Cell("olive heart", 0, "vanilla_tlora"), rank=4, min_share=0.25, base="flow", learning_rate=1e-3, steps=(1,))
+
+    cell = replace(
+        study.Cell("olive heart", 0, "vanilla_tlora"),
+        rank=4,
+        min_share=0.25,
+        base="flow",
+        learning_rate=1e-3,
+        steps=(1,),
+    )
     asked = prompts.control_prompts(HEART, 0, 8)
     with torch.inference_mode():
         drawn = metrics.seen(bench.draw(asked, bench.bare("flow")), bench.scorer)
@@ -201,8 +244,15 @@ def test_flow_base_draws_what_prompts_say_and_is_trained_as_a_flow(bench):
 
 
 def test_training_of_a_cell_is_what_the_cell_says(bench):
-    cell = replace(study.Cell("olive heart", 0, "tlora"), rank=8, images=2, curve="late drop", noise_to=0.8,
-                   learning_rate=2e-3, steps=(1,))
+    cell = replace(
+        study.Cell("olive heart", 0, "tlora"),
+        rank=8,
+        images=2,
+        curve="late drop",
+        noise_to=0.8,
+        learning_rate=2e-3,
+        steps=(1,),
+    )
     with torch.inference_mode():
         made = run.personalization(bench, cell)
     assert made.images == 2 and made.request.schedule.active_rank(600) == 8 and made.request.schedule.min_rank == 4

@@ -1,4 +1,5 @@
 """tools/host.py: the set-up's cache, the server's life and death, the converter, and what the user is told."""
+
 import contextlib
 import io
 import json
@@ -31,7 +32,11 @@ from places import REPO
 HOST_TOOL = REPO / "tools" / "host.py"
 MINI = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 16, "batch_size": 1, "color": 255}},
-    "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "mini"}, "_meta": {"title": "Keep it"}},
+    "2": {
+        "class_type": "SaveImage",
+        "inputs": {"images": ["1", 0], "filename_prefix": "mini"},
+        "_meta": {"title": "Keep it"},
+    },
 }
 # A stand-in for ComfyUI that starts in no time, starts a child of its own, and says who it is.
 FAKE_MAIN = """
@@ -123,7 +128,9 @@ def test_host_is_rebuilt_when_its_pins_change(tmp_path, monkeypatch):
         (folder / "constraints.txt").write_text("torch==1\n")
 
     monkeypatch.setattr(build, "_build_host", build_host)
-    monkeypatch.setattr(build, "pip", lambda python, *arguments, purpose: installed.append(Path(arguments[-1]).read_text()))
+    monkeypatch.setattr(
+        build, "pip", lambda python, *arguments, purpose: installed.append(Path(arguments[-1]).read_text())
+    )
     first, again = build.ensure_host(), build.ensure_host()
     assert first == again and len(built) == len(installed) == 1 and "torch==1\ndiffusers==" in installed[0]
     pins = read_pins()
@@ -157,16 +164,24 @@ def test_the_readmes_command_installs_the_requirements(tmp_path, language, separ
     custom_nodes = tmp_path / "ComfyUI" / "custom_nodes"
     custom_nodes.mkdir(parents=True)
     (custom_nodes / PACK_NAME).symlink_to(repo)
-    [command] = re.findall(rf"```{language}\n +(\S+ -m pip install .*)\n", (repo / "README.md").read_text(encoding="utf-8"))
+    [command] = re.findall(
+        rf"```{language}\n +(\S+ -m pip install .*)\n", (repo / "README.md").read_text(encoding="utf-8")
+    )
     arguments = command.replace(separator, "/").split()[1:]
-    ran = subprocess.run([sys.executable, *arguments, "--no-index", "--dry-run"], cwd=tmp_path / folder, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, *arguments, "--no-index", "--dry-run"], cwd=tmp_path / folder, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr
     assert all(f"already satisfied: {Requirement(pin).name}" in ran.stdout for pin in read_pins()["pack"])
 
 
 def test_diffusers_leaves_the_hub_client_of_transformers_4_and_of_5_as_it_is():
     """Where pip has to move huggingface-hub for it, transformers, and with it ComfyUI, may start no more."""
-    [hub] = [each for each in map(Requirement, metadata.requires("diffusers")) if each.name == "huggingface-hub" and each.marker is None]
+    [hub] = [
+        each
+        for each in map(Requirement, metadata.requires("diffusers"))
+        if each.name == "huggingface-hub" and each.marker is None
+    ]
     assert all(hub.specifier.contains(version) for version in ("0.34.0", "0.36.2", "1.3.0", "1.33.0"))
 
 
@@ -188,9 +203,13 @@ def make_archive(path: Path, names: list[str]) -> Path:
 
 
 def test_only_comfyui_leaves_the_archive(tmp_path):
-    archive = make_archive(tmp_path / "a.tar.gz", ["pkg-1/setup.py", "pkg-1/vendor/ComfyUI/main.py", "pkg-1/vendor/ComfyUI/comfy/a.py"])
+    archive = make_archive(
+        tmp_path / "a.tar.gz", ["pkg-1/setup.py", "pkg-1/vendor/ComfyUI/main.py", "pkg-1/vendor/ComfyUI/comfy/a.py"]
+    )
     unpack_comfyui(archive, tmp_path / "out")
-    files = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if not path.is_dir())
+    files = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if not path.is_dir()
+    )
     assert files == ["comfy/a.py", "main.py"]
 
 
@@ -241,7 +260,10 @@ def test_terminated_tool_stops_its_server(fake_host):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to ignore")
 def test_child_that_ignores_termination_is_killed(monkeypatch):
     monkeypatch.setattr("hostlib.process.GRACE_SECONDS", 0.3)
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+    stubborn = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); "
+        "time.sleep(600)"
+    )
     process = start_group([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
     with process:
         process.stdout.readline()
@@ -311,7 +333,13 @@ def test_workflow_runs_on_the_real_server(server):
 def test_interface_format_runs_on_the_real_server(server):
     workflow = {
         "nodes": [
-            {"id": 1, "type": "EmptyImage", "inputs": [], "outputs": [{"type": "IMAGE"}], "widgets_values": [24, 8, 1, 0]},
+            {
+                "id": 1,
+                "type": "EmptyImage",
+                "inputs": [],
+                "outputs": [{"type": "IMAGE"}],
+                "widgets_values": [24, 8, 1, 0],
+            },
             {"id": 2, "type": "PreviewImage", "inputs": [{"name": "images", "type": "IMAGE", "link": 5}]},
             {"id": 3, "type": "Note", "widgets_values": ["hello"]},
         ],

@@ -1,4 +1,5 @@
 """Training pictures: captions, masks, framing."""
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -50,7 +51,9 @@ def test_masks_are_one_for_all_or_one_for_each():
     with pytest.raises(TLoRAError, match="mask 2 is empty"):
         training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
     with pytest.raises(TLoRAError, match="mask 1 is empty"):
-        training_images(batch, mask=torch.zeros(1, 64, 64))  # the host's for a picture in which nothing was painted over
+        training_images(
+            batch, mask=torch.zeros(1, 64, 64)
+        )  # the host's for a picture in which nothing was painted over
 
 
 def captions_of(*arguments):
@@ -59,19 +62,30 @@ def captions_of(*arguments):
 
 def test_a_list_of_pictures_of_any_sizes_is_one_set_with_captions_as_texts_or_lines():
     listed = [pictures(1, 20, 30), pictures(1, 40, 20), pictures(2, 16, 16)]
-    assert [tuple(image.pixels.shape[:2]) for image in training_list(listed)] == [(20, 30), (40, 20), (16, 16), (16, 16)]
+    assert [tuple(image.pixels.shape[:2]) for image in training_list(listed)] == [
+        (20, 30),
+        (40, 20),
+        (16, 16),
+        (16, 16),
+    ]
     assert captions_of(listed) == [PROMPT] * 4 and captions_of(listed, ["a {token}"]) == ["a {token}"] * 4
     assert captions_of(listed, ["a\nb\nc\nd"]) == captions_of(listed, ["a", "b", "c", "d"]) == ["a", "b", "c", "d"]
-    assert captions_of(listed, ["a", "b", "c"]) == ["a", "b", "c", "c"] and captions_of(listed, ["a", "b", "c\nd"])[2:] == ["c", "d"]
+    assert captions_of(listed, ["a", "b", "c"]) == ["a", "b", "c", "c"] and captions_of(listed, ["a", "b", "c\nd"])[
+        2:
+    ] == ["c", "d"]
     # The text of a picture's own file: none where there is no file, and one caption whatever its lines.
     assert captions_of(listed, ["a dog,\non grass", "", " ", "d"]) == ["a dog, on grass", PROMPT, PROMPT, "d"]
     assert captions_of(listed[2:], ["a", "b"]) == ["a", "b"]
 
 
-@pytest.mark.parametrize("captions, words", [
-    (["a", "b"], "captions has 2 texts for 4 pictures; give one for all or one for each"),
-    (["a\nb"], "captions has 2 lines for 4 pictures; give one for all or one for each"),
-    (["a", "b\nc", "d\ne\nf"], "captions has 2 lines for 1 picture;")])
+@pytest.mark.parametrize(
+    "captions, words",
+    [
+        (["a", "b"], "captions has 2 texts for 4 pictures; give one for all or one for each"),
+        (["a\nb"], "captions has 2 lines for 4 pictures; give one for all or one for each"),
+        (["a", "b\nc", "d\ne\nf"], "captions has 2 lines for 1 picture;"),
+    ],
+)
 def test_captions_that_are_not_as_many_as_the_pictures_of_a_list_are_refused(captions, words):
     with pytest.raises(TLoRAError, match=words):
         training_list([pictures(1, 20, 30), pictures(1, 40, 20), pictures(2, 16, 16)], captions)

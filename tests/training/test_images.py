@@ -1,4 +1,5 @@
 """Pictures in and out of training."""
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +10,16 @@ from tlora_core.reports.plot import _round_ticks, loss_curve, schedule_curve
 from tlora_core.training.images import check_images, resized, square, to_tensor
 
 
-@pytest.mark.parametrize("images, words", [
-    (None, "empty"), (torch.zeros(0, 64, 64, 3), "empty"), (torch.zeros(1, 64, 64, 4), "4 channels"),
-    (torch.zeros(1, 1, 1, 3), "1x1 pixels"), (torch.full((1, 64, 64, 3), torch.nan), "no numbers"),
-])
+@pytest.mark.parametrize(
+    "images, words",
+    [
+        (None, "empty"),
+        (torch.zeros(0, 64, 64, 3), "empty"),
+        (torch.zeros(1, 64, 64, 4), "4 channels"),
+        (torch.zeros(1, 1, 1, 3), "1x1 pixels"),
+        (torch.full((1, 64, 64, 3), torch.nan), "no numbers"),
+    ],
+)
 def test_image_that_cannot_work_is_refused_in_a_sentence(images, words):
     with pytest.raises(TLoRAError, match=words) as raised:
         check_images(images)
@@ -35,7 +42,7 @@ def test_a_picture_that_is_not_square_is_cut_before_it_is_resized(height, width)
     got = square(torch.from_numpy(pixels / 255)[None].float(), 64)
     assert torch.equal(got, to_tensor(wanted))
     mask = torch.zeros(height, width)
-    mask[top:top + side, left:left + side] = 1
+    mask[top : top + side, left : left + side] = 1
     assert resized(mask, (left, top, side, side), (64, 64), Image.Resampling.BOX).min() == 1
 
 

@@ -1,4 +1,5 @@
 """The training loop on a toy model, without ComfyUI."""
+
 import io
 import itertools
 import math
@@ -71,9 +72,11 @@ def test_equal_seeds_train_equal_adapters_and_others_do_not():
 
 def test_each_round_shows_each_image_once_and_shapes_never_mix():
     _, _, toy = run(TrainConfig(steps=12, batch_size=2), buckets=((0, 1, 2, 3), (4, 5)))
-    rounds = [toy.rows[i:i + 3] for i in range(0, 12, 3)]
+    rounds = [toy.rows[i : i + 3] for i in range(0, 12, 3)]
     assert all(sorted(sum(r, [])) == list(range(6)) for r in rounds) and len({str(r) for r in rounds}) > 1
-    assert len({[rows[0] < 4 for rows in r].index(False) for r in rounds}) > 1, "the small bucket's turn is not always the same"
+    assert len({[rows[0] < 4 for rows in r].index(False) for r in rounds}) > 1, (
+        "the small bucket's turn is not always the same"
+    )
     assert all(set(rows) <= {0, 1, 2, 3} or set(rows) <= {4, 5} for rows in toy.rows)
 
 
@@ -118,13 +121,21 @@ def test_state_of_an_optimizer_is_as_large_as_said(optimizer):
     for parameter in trainer.parameters:
         parameter.grad = torch.ones_like(parameter)
     trainer.optimizer.step()
-    kept = sum(value.nbytes for state in trainer.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    kept = sum(
+        value.nbytes
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
     assert kept / sum(p.nbytes for p in trainer.parameters) == pytest.approx(STATE_SIZES[optimizer], abs=0.05)
     assert STATE_SIZES.keys() == set(OPTIMIZERS)
 
 
 def test_adafactor_moves_factors_as_far_as_adamw_at_the_same_rate():
-    moved = {name: (run(TrainConfig(steps=50, learning_rate=1e-3, optimizer=name))[1].B).norm() for name in ("adamw", "adafactor")}
+    moved = {
+        name: (run(TrainConfig(steps=50, learning_rate=1e-3, optimizer=name))[1].B).norm()
+        for name in ("adamw", "adafactor")
+    }
     assert 0.3 < moved["adafactor"] / moved["adamw"] < 3
 
 
@@ -149,9 +160,20 @@ def test_learning_rate_follows_its_schedule(name):
     assert rates[-1] == pytest.approx(1e-4) if name == "constant" else rates[-1] < 0.05e-4
 
 
-HARD = [TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer="adamw", lr_schedule="cosine", warmup_steps=5,
-                    ema_decay=0.9, max_grad_norm=0.5, gradient_accumulation=2),
-        *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in CPU_OPTIMIZERS[1:]]]
+HARD = [
+    TrainConfig(
+        steps=60,
+        learning_rate=0.01,
+        batch_size=2,
+        optimizer="adamw",
+        lr_schedule="cosine",
+        warmup_steps=5,
+        ema_decay=0.9,
+        max_grad_norm=0.5,
+        gradient_accumulation=2,
+    ),
+    *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in CPU_OPTIMIZERS[1:]],
+]
 
 
 @pytest.mark.parametrize("config", HARD, ids=lambda c: c.optimizer)
@@ -184,8 +206,11 @@ def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_in
 @pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
 @pytest.mark.parametrize("step", [1, 3])
 def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_known_to_be_half_made(
-        monkeypatch, step, optimizer, norm, is_scaled):
-    config = TrainConfig(steps=4, learning_rate=0.01, optimizer=optimizer, warmup_steps=2, max_grad_norm=norm, ema_decay=0.9)
+    monkeypatch, step, optimizer, norm, is_scaled
+):
+    config = TrainConfig(
+        steps=4, learning_rate=0.01, optimizer=optimizer, warmup_steps=2, max_grad_norm=norm, ema_decay=0.9
+    )
     kept = []
 
     def trained(operation):
@@ -212,7 +237,10 @@ def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_kno
             break
         if kept[-1]:
             assert trainer.losses == whole.losses and trainer.scaler.state_dict() == whole.scaler.state_dict()
-            assert all(torch.equal(a, b) for a, b in zip([*trainer.parameters, *trainer.average], [*whole.parameters, *whole.average]))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip([*trainer.parameters, *trainer.average], [*whole.parameters, *whole.average])
+            )
     assert len(kept) == operation > 2
     # The first operation clips, where it is asked to; the last are the average's and the scaler's.
     assert all(kept) if step == 1 else (kept[0], kept[-1]) == (norm > 0, False)
@@ -233,7 +261,10 @@ def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
 
 def test_average_forgets_the_start_faster_than_later_weights():
     adapter = new_adapter()
-    trainer, average = Trainer(Adapters({"layer": adapter}), TrainConfig(steps=5, learning_rate=0.02, ema_decay=0.3)), adapter.B.detach().clone()
+    trainer, average = (
+        Trainer(Adapters({"layer": adapter}), TrainConfig(steps=5, learning_rate=0.02, ema_decay=0.3)),
+        adapter.B.detach().clone(),
+    )
     for step in range(5):
         trainer.run(Toy(adapter), step + 1)
         average = torch.lerp(average, adapter.B.detach(), 1 - min(0.3, (step + 1) / (step + 10)))
@@ -265,7 +296,9 @@ def test_accumulated_batches_are_one_large_batch():
     up, down = other.factors()
     rows = Batches(buckets, 2, 0)
     for i in range(2):
-        ((torch.tensor(rows[i]).float().mean() * (up @ down - Toy(other).target)).square().mean() / 2).backward(retain_graph=True)
+        ((torch.tensor(rows[i]).float().mean() * (up @ down - Toy(other).target)).square().mean() / 2).backward(
+            retain_graph=True
+        )
     torch.testing.assert_close(got, other.module.B.grad)
 
 
@@ -302,11 +335,15 @@ class Breaking(Toy):
             yield loss * (self.factor if len(self.states) > self.step else 1)
 
 
-@pytest.mark.parametrize("factor, bad_step", [
-    (math.nan, SNAPSHOT_EVERY + 7), (1e4, SNAPSHOT_EVERY + 7), (math.nan, 2 * SNAPSHOT_EVERY)])
+@pytest.mark.parametrize(
+    "factor, bad_step", [(math.nan, SNAPSHOT_EVERY + 7), (1e4, SNAPSHOT_EVERY + 7), (math.nan, 2 * SNAPSHOT_EVERY)]
+)
 def test_loss_that_diverges_stops_at_the_last_good_state(factor, bad_step):
     adapter = new_adapter()
-    denoiser, trainer = Breaking(adapter, bad_step, factor), Trainer(Adapters({"layer": adapter}), TrainConfig(steps=100))
+    denoiser, trainer = (
+        Breaking(adapter, bad_step, factor),
+        Trainer(Adapters({"layer": adapter}), TrainConfig(steps=100)),
+    )
     with pytest.raises(TrainingDiverged, match="lower learning_rate") as raised:
         trainer.run(denoiser, 100)
     assert raised.value.kept_step == trainer.step == len(trainer.losses) == SNAPSHOT_EVERY
@@ -330,7 +367,10 @@ def test_result_of_a_run_that_diverged_is_that_of_the_last_good_state(config, fa
             results.append(adapter.B.detach().clone())
     good, kept = results
     # Of schedule_free what it goes on from is kept, and not its average, which lies near.
-    assert kept.isfinite().all() and (kept - good).abs().max() < (0.15 if "schedule_free" in str(config) else 1e-6) * good.abs().max()
+    assert (
+        kept.isfinite().all()
+        and (kept - good).abs().max() < (0.15 if "schedule_free" in str(config) else 1e-6) * good.abs().max()
+    )
 
 
 def test_run_that_was_taken_up_and_diverges_is_back_where_it_was_taken_up():
@@ -358,10 +398,24 @@ def test_state_of_another_run_is_refused():
         other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("field, value", [
-    ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", math.nan), ("optimizer", "sgd"),
-    ("lr_schedule", "up"), ("timestep_density", "x"), ("ema_decay", 1.0), ("noise_from", 1.0), ("outside_mask", 2.0),
-    ("gradient_accumulation", 0), ("min_snr_gamma", -1.0), ("orthogonality", math.inf)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("optimizer", "sgd"),
+        ("lr_schedule", "up"),
+        ("timestep_density", "x"),
+        ("ema_decay", 1.0),
+        ("noise_from", 1.0),
+        ("outside_mask", 2.0),
+        ("gradient_accumulation", 0),
+        ("min_snr_gamma", -1.0),
+        ("orthogonality", math.inf),
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(field, value):
     with pytest.raises(TLoRAError, match=field):
         TrainConfig(**{field: value})

@@ -1,9 +1,15 @@
 """Text boxes on the nodes in the canvas renderer: each has its name, also when filled, and room for three lines."""
+
 import pytest
 from browser import new_page, open_interface, opened_browser, ours, set_setting
 
-WITH_BOXES = {"TLoRATrainFromImage": ["captions", "validation_prompts"], "TLoRAImages": ["captions"], "TLoRAPrompts": ["prompts"],
-              "TLoRASweep": ["x_values", "y_values"], "TLoRACompare": ["labels", "prompts"]}
+WITH_BOXES = {
+    "TLoRATrainFromImage": ["captions", "validation_prompts"],
+    "TLoRAImages": ["captions"],
+    "TLoRAPrompts": ["prompts"],
+    "TLoRASweep": ["x_values", "y_values"],
+    "TLoRACompare": ["labels", "prompts"],
+}
 THREE_LINES = 39
 # A new node whose boxes are filled: the words that it draws over them, and the boxes' heights on the screen.
 FRESH = """async type => {
@@ -18,11 +24,14 @@ FRESH = """async type => {
     app.canvas.setDirty(true, true);
     await new Promise(resolve => setTimeout(resolve, 500));
     const drawn = [], own = app.canvas.ctx.fillText;
-    app.canvas.ctx.fillText = function (text, ...place) { drawn.push([text, place[1]]); return own.call(this, text, ...place); };
+    app.canvas.ctx.fillText = function (text, ...place) { drawn.push([text, place[1]]); return own.call(this, text,
+        ...place); };
     app.canvas.draw(true, true);
     delete app.canvas.ctx.fillText;
-    return boxes.map(box => ({name: box.name, height: box.element.clientHeight, inside: box.y + box.computedHeight <= node.size[1],
-                              named: drawn.some(([text, y]) => text === (box.label ?? box.name) && y > box.y && y < box.y + box.margin)}));
+    return boxes.map(box => ({name: box.name, height: box.element.clientHeight,
+        inside: box.y + box.computedHeight <= node.size[1],
+                              named: drawn.some(([text, y]) => text === (box.label ?? box.name) && y > box.y
+                                  && y < box.y + box.margin)}));
 }"""
 
 

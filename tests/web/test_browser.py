@@ -1,4 +1,5 @@
 """The quickstart in the real interface: opened from the template browser, run with the Run button, seen in pictures."""
+
 import json
 
 import pytest

@@ -1,4 +1,6 @@
-"""Our panels, and the notes of our templates, can be read: a contrast of 4.5 in every palette, in both renderers and interfaces."""
+"""Our panels, and the notes of our templates, can be read: a contrast of 4.5 in every palette, in both renderers and
+interfaces."""
+
 import json
 
 import pytest
@@ -18,16 +20,19 @@ SHOW_ALL = f"""async () => {{
     window.app.graph.add(load);
     window.app.canvas.setDirty(true, true);
     const {{showLarge}} = await import("/extensions/{PACK_NAME}/lightbox.js");
-    showLarge([{{source: "", title: "step 3", caption: "a dog"}}, {{source: "", title: "step 4", caption: "a dog"}}], 0);
+    showLarge([{{source: "", title: "step 3", caption: "a dog"}}, {{source: "", title: "step 4", caption: "a dog"}}],
+        0);
     for (const element of document.querySelectorAll(".tlora *")) {{
         element.hidden = false;
-        if (element.matches("span, div, button") && !element.childNodes.length && !element.matches(".tlora-dot, .tlora-bar *, .tlora-handle"))
+        if (element.matches("span, div, button") && !element.childNodes.length
+            && !element.matches(".tlora-dot, .tlora-bar *, .tlora-handle"))
             element.textContent = "text";
     }}
     const [enabled] = document.querySelectorAll(".tlora-buttons button");
     if (enabled) enabled.disabled = false;
 }}"""
-# Contrast of every text below `roots` with what is behind it: [ratio, element, text, colours], where it is less than `least`.
+# Contrast of every text below `roots` with what is behind it: [ratio, element, text, colours], where it is less than
+# `least`.
 TOO_FAINT = """([roots, least]) => {
     const context = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
     const laid = colours => { // what the screen has of colours one over the other, by the browser's own reckoning
@@ -55,9 +60,11 @@ TOO_FAINT = """([roots, least]) => {
             const opacity = styles.reduce((all, style) => all * style.opacity, 1);
             const ground = laid(behind), full = laid([...behind, styles.at(-1).color]);
             const ink = full.map((v, i) => v * opacity + ground[i] * (1 - opacity));
-            const [dark, light] = [luminance(ink), luminance(ground)].sort((a, b) => a - b), ratio = (light + 0.05) / (dark + 0.05);
+            const [dark, light] = [luminance(ink), luminance(ground)].sort((a, b) => a - b),
+                ratio = (light + 0.05) / (dark + 0.05);
             seen++;
-            if (ratio < least) faint.push([Number(ratio.toFixed(2)), element.className, text.slice(0, 30), `${ink} on ${ground}`]);
+            if (ratio < least) faint.push([Number(ratio.toFixed(2)), element.className, text.slice(0, 30),
+                `${ink} on ${ground}`]);
         }
     }
     return [seen, faint];
@@ -83,12 +90,16 @@ def test_every_text_has_enough_contrast(page, vue):
     for palette in PALETTES:
         set_setting(page, "Comfy.ColorPalette", palette)
         for state in ("idle", "running", "failed"):
-            page.evaluate("""state => document.querySelectorAll(".tlora-panel").forEach(panel => {
+            page.evaluate(
+                """state => document.querySelectorAll(".tlora-panel").forEach(panel => {
                 if (panel.dataset.state) panel.dataset.state = state;
                 panel.querySelector(".tlora-schedule")?.classList.toggle("tlora-wrong", state === "failed");
-            })""", state)
+            })""",
+                state,
+            )
             told(page, ".tlora", LEAST, palette, 25)
-        # The host writes solarized's notes in a grey that has 4.5 on black alone, which the light palette could not make bright.
+        # The host writes solarized's notes in a grey that has 4.5 on black alone, which the light palette could not
+        # make bright.
         told(page, "[class*=markdown]", LEAST if palette != "solarized" else 2.9, palette, 5)
     page.evaluate("() => document.querySelector('dialog.tlora-large').close()")
 

@@ -1,4 +1,6 @@
-"""The host's own interface and the newest one: templates, nodes and panel, without an error or a warning that is ours."""
+"""The host's own interface and the newest one: templates, nodes and panel, without an error or a warning that is
+ours."""
+
 import json
 import time
 
@@ -54,7 +56,8 @@ def test_templates_open_and_all_nodes_can_be_made(page, renderer):
 def test_schedule_of_apply_follows_train_and_a_link_to_an_input_is_seen(page, renderer):
     load_workflow(page, json.loads(TEMPLATES["01 Quickstart"].read_text(encoding="utf-8")))
     shown = """text => window.app.graph.nodes.find(node => node.type === "TLoRAApply").widgets
-        .find(widget => widget.name === "tlora_schedule").element.querySelector("svg").getAttribute("aria-label").startsWith(text)"""
+        .find(widget => widget.name === "tlora_schedule").element
+            .querySelector("svg").getAttribute("aria-label").startsWith(text)"""
     page.wait_for_function(shown, arg="Active ranks: 16 at pure noise, 32 in")
     page.evaluate("""() => {
         const number = window.LiteGraph.createNode("PrimitiveInt");

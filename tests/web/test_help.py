@@ -1,4 +1,5 @@
 """The help pages in the interface: short enough to be read, and as wide as the panel they stand in."""
+
 import re
 
 import pytest
@@ -19,8 +20,10 @@ OPEN = """type => {
 }"""
 TOO_WIDE = """() => {
     const page = document.querySelector(".node-help-content"), right = page.getBoundingClientRect().right;
-    return [...page.querySelectorAll("*"), page].filter(part => part.scrollWidth > part.clientWidth + 1 && part.clientWidth
-        || part.getBoundingClientRect().right > right + 1).map(part => `${part.tagName} ${part.textContent.slice(0, 60)}`);
+    return [...page.querySelectorAll("*"), page].filter(part => part.scrollWidth > part.clientWidth + 1
+        && part.clientWidth
+        || part.getBoundingClientRect().right > right + 1)
+            .map(part => `${part.tagName} ${part.textContent.slice(0, 60)}`);
 }"""
 
 

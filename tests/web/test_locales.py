@@ -1,4 +1,5 @@
 """The interface's languages: every node and input has its entry in each, and none is left of what is gone."""
+
 import json
 import re
 
@@ -14,7 +15,11 @@ LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir())
 
 @pytest.fixture(scope="module")
 def ours(server):
-    return {name: info for name, info in server.object_info().items() if info["python_module"] == f"custom_nodes.{PACK_NAME}"}
+    return {
+        name: info
+        for name, info in server.object_info().items()
+        if info["python_module"] == f"custom_nodes.{PACK_NAME}"
+    }
 
 
 def entries(language: str) -> dict:
@@ -22,8 +27,11 @@ def entries(language: str) -> dict:
 
 
 def declared(info: dict) -> dict:
-    return {name: spec[1] if len(spec) > 1 else {} for group in ("required", "optional")
-            for name, spec in (info["input"].get(group) or {}).items()}
+    return {
+        name: spec[1] if len(spec) > 1 else {}
+        for group in ("required", "optional")
+        for name, spec in (info["input"].get(group) or {}).items()
+    }
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -51,14 +59,19 @@ def test_english_is_what_the_nodes_say_themselves(ours):
         assert told.get("description") == (info["description"] if is_plain(info["description"]) else None)
         for name, options in declared(info).items():
             assert told["inputs"][name]["name"] == (options.get("display_name") or name)
-            assert told["inputs"][name].get("tooltip") == (options["tooltip"] if is_plain(options["tooltip"]) else None), (node, name)
+            assert told["inputs"][name].get("tooltip") == (
+                options["tooltip"] if is_plain(options["tooltip"]) else None
+            ), (node, name)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_texts_of_nodes_are_plain(language):
     for node, one in entries(language).items():
-        texts = [one["display_name"], one.get("description", ""), *(text for slot in (*one.get("inputs", {}).values(), *one["outputs"].values())
-                                                                     for text in slot.values())]
+        texts = [
+            one["display_name"],
+            one.get("description", ""),
+            *(text for slot in (*one.get("inputs", {}).values(), *one["outputs"].values()) for text in slot.values()),
+        ]
         assert all(map(is_plain, texts)), node
 
 
@@ -76,7 +89,9 @@ def test_translations_are_translated_and_keep_numbers_names_and_places(language)
             # What is typed or computed with is the same in every language.
             for kept in re.findall(r"\d+(?:[.e]-?\d+)+|\b[a-z]+(?:_[a-z0-9]+)+\b", one["tooltip"]):
                 assert kept in other["tooltip"], (node, name, kept)
-    english, told = (json.loads((LOCALES / each / "main.json").read_text(encoding="utf-8"))["tlora"] for each in ("en", language))
+    english, told = (
+        json.loads((LOCALES / each / "main.json").read_text(encoding="utf-8"))["tlora"] for each in ("en", language)
+    )
     assert english.keys() == told.keys()
     for key, text in english.items():
         assert sorted(re.findall(r"\{\w+\}", text)) == sorted(re.findall(r"\{\w+\}", told[key])), key
@@ -89,8 +104,10 @@ AS_IN_ENGLISH = {"CLIP", "VAE", "T-LoRA", "Sigmas", "Weights & Biases", "Min-SNR
 def test_names_of_inputs_and_outputs_are_chinese_in_chinese():
     for node, one in entries("zh").items():
         names = [slot["name"] for slot in (*one.get("inputs", {}).values(), *one["outputs"].values())]
-        assert [name for name in names if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)] == [], node
-        assert len(set(names[:len(one.get("inputs", {}))])) == len(one.get("inputs", {})), node
+        assert [name for name in names if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)] == [], (
+            node
+        )
+        assert len(set(names[: len(one.get("inputs", {}))])) == len(one.get("inputs", {})), node
 
 
 LABORATORY = ("tiny base", "could be told", "measurabl", "微型基础模型上", "内置小模型")
@@ -105,7 +122,9 @@ def test_texts_say_what_an_input_does_and_not_what_an_experiment_found(language)
 
 def test_the_host_serves_both_languages(server):
     served = server.client.get_json("/i18n")
-    assert all(served[language]["nodeDefs"]["TLoRATrainFromImage"] and served[language]["tlora"] for language in LANGUAGES)
+    assert all(
+        served[language]["nodeDefs"]["TLoRATrainFromImage"] and served[language]["tlora"] for language in LANGUAGES
+    )
 
 
 def test_the_interface_in_chinese_speaks_chinese_on_the_nodes(server, chromium):
@@ -114,16 +133,22 @@ def test_the_interface_in_chinese_speaks_chinese_on_the_nodes(server, chromium):
         try:
             page = new_page(browser)
             open_interface(page, server)
-            load_workflow(page, json.loads((LOCALES.parent / "workflows" / "01 Quickstart.json").read_text(encoding="utf-8")))
+            load_workflow(
+                page, json.loads((LOCALES.parent / "workflows" / "01 Quickstart.json").read_text(encoding="utf-8"))
+            )
             page.get_by_role("button", name="停止并保留").wait_for()
-            titles = page.evaluate("() => [...document.querySelectorAll('.tlora-buttons button')].map(button => button.textContent)")
+            titles = page.evaluate(
+                "() => [...document.querySelectorAll('.tlora-buttons button')].map(button => button.textContent)"
+            )
             assert titles == ["停止并保留", "立即保存检查点", "更多设置"]
             assert page.evaluate("() => window.LiteGraph.registered_node_types.TLoRALoad.title") == "加载 T-LoRA"
             shown = page.evaluate("""() => window.app.graph.nodes.filter(node => node.type.startsWith("TLoRA"))
                 .flatMap(({widgets, inputs, outputs}) => [...(widgets ?? []), ...inputs, ...outputs])
                 .filter(({name}) => !name.startsWith("tlora_"))
                 .map(({label, localized_name: translated, name}) => label ?? translated ?? name)""")
-            assert [name for name in shown if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)] == []
+            assert [
+                name for name in shown if name not in AS_IN_ENGLISH and not re.search("[\u4e00-\u9fff]", name)
+            ] == []
             assert ours_only(page.complaints) == []
         finally:
             server.client.request("/settings/Comfy.Locale", "en")

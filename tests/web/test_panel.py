@@ -1,4 +1,6 @@
-"""The training panel in the real interface, on real trainings: what it shows, what outlives a reload, and its buttons."""
+"""The training panel in the real interface, on real trainings: what it shows, what outlives a reload, and its
+buttons."""
+
 import re
 
 import pytest
@@ -7,15 +9,33 @@ from graphs import TinyGraph, bake, difference, pixels
 from panel_page import ONLY_TRAINING, PANEL, QUICKSTART, TRAIN, begin, wait_for
 
 ARE_LISTED = """names => {
-    const options = window.LiteGraph.createNode("TLoRALoad").widgets.find(widget => widget.name === "file").options.values;
+    const options = window.LiteGraph.createNode("TLoRALoad")
+        .widgets.find(widget => widget.name === "file").options.values;
     return names.every(name => (typeof options === "function" ? options() : options).includes(name));
 }"""
 
 
 # A run as the server tells of it.
-RUN = {"id": "x", "sequence": 1, "node": str(TRAIN), "workflow": None, "owner": "this graph's", "title": "Train", "state": "running", "step": 3, "steps": 9,
-       "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]], "rate": 0.5, "left": 12, "memory": 2048, "memory_kind": "device peak",
-       "pictures": [], "wishes": [], "message": "", "file": ""}
+RUN = {
+    "id": "x",
+    "sequence": 1,
+    "node": str(TRAIN),
+    "workflow": None,
+    "owner": "this graph's",
+    "title": "Train",
+    "state": "running",
+    "step": 3,
+    "steps": 9,
+    "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]],
+    "rate": 0.5,
+    "left": 12,
+    "memory": 2048,
+    "memory_kind": "device peak",
+    "pictures": [],
+    "wishes": [],
+    "message": "",
+    "file": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +54,22 @@ def page(browser, server):
     server.client.interrupt()
 
 
-
-
-
-
 def tell(page, run: dict) -> None:
     """As an event of the server does, of a run that the open graph has begun."""
-    page.evaluate("""run => import("/scripts/api.js").then(({api}) => {
+    page.evaluate(
+        """run => import("/scripts/api.js").then(({api}) => {
         window.app.graph.getNodeById(run.node).properties.tlora_run = run.owner;
         api.dispatchEvent(new CustomEvent("tlora.training", {detail: run}));
-    })""", run)
+    })""",
+        run,
+    )
 
 
 def press(page, text: str) -> None:
-    page.evaluate("text => [...document.querySelectorAll('.tlora-buttons button')].find(b => b.textContent === text).click()", text)
+    page.evaluate(
+        "text => [...document.querySelectorAll('.tlora-buttons button')].find(b => b.textContent === text).click()",
+        text,
+    )
 
 
 def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usable_file(page, browser, server):
@@ -56,22 +78,31 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
     assert idle["state"] == "idle" and idle["enabled"] == [False, False]
     begin(page, 5000, seed=1)
     first = wait_for(page, "panel.state === 'running' && panel.step > 2")
-    assert first["steps"] == 5000 and first["enabled"] == [True, True] and "RAM" in first["numbers"] and "left" in first["numbers"]
+    assert (
+        first["steps"] == 5000
+        and first["enabled"] == [True, True]
+        and "RAM" in first["numbers"]
+        and "left" in first["numbers"]
+    )
     later = wait_for(page, f"panel.step > {first['step'] + 3}")
     assert later["points"] == later["step"] > first["points"]
 
     # A copy has had no training, and collapsing loses nothing.
-    copy = page.evaluate("""id => {
+    copy = page.evaluate(
+        """id => {
         const node = window.app.graph.getNodeById(id), copy = node.clone();
         window.app.graph.add(copy);
         node.collapse();
         return copy.id;
-    }""", TRAIN)
+    }""",
+        TRAIN,
+    )
     assert page.evaluate(PANEL, copy)["state"] == "idle"
     page.evaluate("id => window.app.graph.getNodeById(id).collapse()", TRAIN)
     wait_for(page, "panel.connected && panel.step > 0")
 
-    # The same template opened again has had no training, though its ids are the same; coming back to the graph, all is there.
+    # The same template opened again has had no training, though its ids are the same; coming back to the graph, all is
+    # there.
     saved = page.evaluate("() => window.app.graph.serialize()")
     load_workflow(page, QUICKSTART)
     assert page.evaluate(PANEL, TRAIN)["state"] == "idle"
@@ -95,12 +126,18 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
     press(page, "Stop and keep")
     for each in (page, second):
         ended = wait_for(each, "panel.state === 'stopped'")
-        assert 0 < ended["step"] < 5000 and ended["enabled"] == [False, False] and "Saved as panel/trained" in ended["message"]
+        assert (
+            0 < ended["step"] < 5000
+            and ended["enabled"] == [False, False]
+            and "Saved as panel/trained" in ended["message"]
+        )
         name = ended["message"].removeprefix("Saved as ").removesuffix(".")
         # Without a restart or Refresh, the lists have the new file.
         each.wait_for_function(ARE_LISTED, arg=[name])
     # The graph went on.
-    page.wait_for_function("() => window.app.graph.nodes.some(node => node.type === 'PreviewImage' && node.title === 'Loss' && node.imgs)")
+    page.wait_for_function(
+        "() => window.app.graph.nodes.some(node => node.type === 'PreviewImage' && node.title === 'Loss' && node.imgs)"
+    )
     assert ours(page.complaints) == ours(second.complaints) == []
     second.close()
 
@@ -114,10 +151,13 @@ def test_panel_outlives_reload_tabs_and_renderers_and_stop_and_keep_gives_a_usab
 def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(page, server):
     load_workflow(page, QUICKSTART)
     page.evaluate(ONLY_TRAINING, [5000, 2])
-    inside = page.evaluate("""id => {
+    inside = page.evaluate(
+        """id => {
         const {node} = window.app.graph.convertToSubgraph(new Set([window.app.graph.getNodeById(id)]));
         return `${node.id}:${id}`;
-    }""", TRAIN)
+    }""",
+        TRAIN,
+    )
     page.get_by_test_id("queue-button").click()
     running = wait_for(page, "panel.state === 'running' && panel.step > 1", inside)
     assert running["steps"] == 5000
@@ -126,19 +166,27 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     server.client.interrupt()
     cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
     assert cancelled["enabled"] == [False, False]
-    assert re.fullmatch(r"Cancelled at step \d+\. Run (goes on from step \d+|trains from the start, .*)\.", cancelled["message"])
+    assert re.fullmatch(
+        r"Cancelled at step \d+\. Run (goes on from step \d+|trains from the start, .*)\.", cancelled["message"]
+    )
     assert ours(page.complaints) == []
 
 
 def test_the_panel_says_what_zero_stands_for_before_the_run(page):
     load_workflow(page, QUICKSTART)
-    says = r"text => document.querySelector('.tlora-plan').textContent.replace(/, at least 0\.0\d+ of [\d.]+ GiB$/, ', memory') === text"
+    says = (
+        r"text => document.querySelector('.tlora-plan').textContent.replace(/, at least 0\.0\d+ of [\d.]+ GiB$/, "
+        r"', memory') === text"
+    )
     page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers, memory")
-    change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets) if (widget.name in values) {
+    change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+        if (widget.name in values) {
         widget.value = values[widget.name];
         widget.callback?.(widget.value);
     } }"""
-    page.evaluate(change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}])
+    page.evaluate(
+        change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}]
+    )
     page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers, memory")
     page.evaluate(change, [TRAIN, {"min_rank": 9}])
     page.wait_for_function(says, arg="min_rank is 9; set it to a whole number from 0 to the rank, which is 8.")
@@ -148,12 +196,16 @@ def test_the_panel_says_what_zero_stands_for_before_the_run(page):
     assert ours(page.complaints) == []
 
 
-MARKED = """() => window.app.graph.nodes.flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
+MARKED = """() => window.app.graph.nodes
+    .flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
 
 
 def set_widgets(page, values: dict) -> None:
-    page.evaluate("""([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
-        if (widget.name in values) widget.value = values[widget.name]; }""", [TRAIN, values])
+    page.evaluate(
+        """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+        if (widget.name in values) widget.value = values[widget.name]; }""",
+        [TRAIN, values],
+    )
 
 
 def test_what_is_wrong_is_said_in_the_panel_and_marks_the_inputs_that_it_is_about(page, server):
@@ -196,9 +248,13 @@ def test_files_that_a_node_has_saved_are_looked_for_once(page, server):
     output, looks = server.run(graph).outputs[baking.id], []
     page.on("request", lambda request: looks.append(request.url) if request.url.endswith("/object_info") else None)
     for times in (2, 1):  # two nodes tell at once; an unchanged graph that is run again tells of the same files
-        page.evaluate("""([times, output]) => import("/scripts/api.js").then(({api}) => {
-            for (let i = 0; i < times; i++) api.dispatchEvent(new CustomEvent("executed", {detail: {node: "none", output}}));
-        })""", [times, output])
+        page.evaluate(
+            """([times, output]) => import("/scripts/api.js").then(({api}) => {
+            for (let i = 0; i < times; i++) api.dispatchEvent(new CustomEvent("executed", {detail: {node: "none",
+                output}}));
+        })""",
+            [times, output],
+        )
         page.wait_for_function(ARE_LISTED, arg=output["tlora_names"])
         page.wait_for_timeout(1000)
     assert len(output["tlora_names"]) == 3 and len(looks) == 1
@@ -235,7 +291,9 @@ def test_after_the_server_was_away_the_page_shows_what_it_has_now(page):
 
     def come_back():
         """The page's request for the runs, which is not answered yet."""
-        page.evaluate("""() => import("/scripts/api.js").then(({api}) => api.dispatchEvent(new CustomEvent("reconnected")))""")
+        page.evaluate(
+            """() => import("/scripts/api.js").then(({api}) => api.dispatchEvent(new CustomEvent("reconnected")))"""
+        )
         for _ in range(200):
             if asked:
                 return asked.pop()
@@ -254,9 +312,20 @@ def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_
     """On a record as the server sends it, since a training makes no such texts."""
     load_workflow(page, QUICKSTART)
     hostile = "<img src=x onerror=window.hacked=1>"
-    page.route("**/validation/*", lambda route: route.fulfill(content_type="image/svg+xml", body="<svg xmlns='http://www.w3.org/2000/svg'/>"))
-    tell(page, RUN | {"state": "failed", "title": hostile, "message": hostile,
-                      "pictures": [{"index": i, "step": 10 * i, "captions": [hostile, f"prompt {i}"]} for i in range(3)]})
+    page.route(
+        "**/validation/*",
+        lambda route: route.fulfill(content_type="image/svg+xml", body="<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    )
+    tell(
+        page,
+        RUN
+        | {
+            "state": "failed",
+            "title": hostile,
+            "message": hostile,
+            "pictures": [{"index": i, "step": 10 * i, "captions": [hostile, f"prompt {i}"]} for i in range(3)],
+        },
+    )
     shown = wait_for(page, "panel.state === 'failed'")
     assert shown["message"] == hostile and shown["numbers"] == "2.0 s/step2.0 GB GPU peak"
     assert page.evaluate("() => [window.hacked, document.querySelectorAll('.tlora img[src=x]').length]") == [None, 0]

@@ -1,4 +1,5 @@
 """The quickstart as it ships, with all its steps, on the real server."""
+
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,10 @@ def result(server):
     for number, node in list(prompt.items()):
         if node["class_type"] == "VAEDecode":
             title = prompt[node["inputs"]["samples"][0]]["_meta"]["title"]
-            prompt[f"saved{number}"] = {"class_type": "SaveImage", "inputs": {"images": [number, 0], "filename_prefix": title.split()[0]}}
+            prompt[f"saved{number}"] = {
+                "class_type": "SaveImage",
+                "inputs": {"images": [number, 0], "filename_prefix": title.split()[0]},
+            }
     return server.run(prompt)
 
 
@@ -41,7 +45,9 @@ def test_four_scenes_are_drawn_with_and_without_and_the_tlora_changes_each(resul
 def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_the_prompts(result):
     """Measured when it was made: 0.13 to 0.18 from the concept with, 0.22 to 0.27 without."""
     concept = next(c for c in world.CONCEPTS if c.name == "lime circle")
-    with_tlora, without = (torch.from_numpy(np.stack(pictures(result, name)) / 255.0).float() for name in ("with", "without"))
+    with_tlora, without = (
+        torch.from_numpy(np.stack(pictures(result, name)) / 255.0).float() for name in ("with", "without")
+    )
     distance = ConceptMatcher(concept).distance
     assert distance(with_tlora).mean() < distance(without).mean() - 0.06
     assert distance(with_tlora).min() < 0.16

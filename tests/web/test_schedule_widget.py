@@ -1,4 +1,5 @@
 """The rank schedule on the nodes: the same numbers as in Python, redrawn as values change, with the file's on Load."""
+
 import io
 import json
 
@@ -27,11 +28,14 @@ ADD = """type => {
     window.app.graph.add(node);
 }"""
 # By node type: the picture's text for those who cannot see it, and whether a line is drawn.
-SHOWN = """() => Object.fromEntries(window.app.graph.nodes.map(node => [node, node.widgets?.find(w => w.name === "tlora_schedule")])
+SHOWN = """() => Object.fromEntries(window.app.graph.nodes
+    .map(node => [node, node.widgets?.find(w => w.name === "tlora_schedule")])
     .filter(([, widget]) => widget).map(([node, {element}]) => [node.type, [
-        element.querySelector("svg").getAttribute("aria-label"), Boolean(element.querySelector(".tlora-mean").getAttribute("d"))]]))"""
+        element.querySelector("svg").getAttribute("aria-label"),
+            Boolean(element.querySelector(".tlora-mean").getAttribute("d"))]]))"""
 CARD = """() => {
-    const {element} = window.app.graph.nodes.find(node => node.type === "TLoRALoad").widgets.find(w => w.name === "tlora_schedule");
+    const {element} = window.app.graph.nodes.find(node => node.type === "TLoRALoad")
+        .widgets.find(w => w.name === "tlora_schedule");
     const picture = element.querySelector(".tlora-card img");
     return [element.querySelector(".tlora-phrase").textContent, element.querySelector(".tlora-caption").textContent,
             picture.hidden ? 0 : picture.naturalWidth];
@@ -60,7 +64,10 @@ def page(chromium, server):
 def graph(page, request):
     """The quickstart in either renderer, with Train's advanced inputs, and with them its schedule, folded out."""
     set_setting(page, "Comfy.VueNodes.Enabled", request.param)
-    nodes = [{**node, "showAdvanced": True, "size": [340, 1310]} if node["type"] == "TLoRATrainFromImage" else node for node in WORKFLOW["nodes"]]
+    nodes = [
+        {**node, "showAdvanced": True, "size": [340, 1310]} if node["type"] == "TLoRATrainFromImage" else node
+        for node in WORKFLOW["nodes"]
+    ]
     load_workflow(page, {**WORKFLOW, "nodes": nodes})
     yield page
     assert ours(page.complaints) == []
@@ -69,11 +76,16 @@ def graph(page, request):
 def label(rank, min_rank, alpha) -> str:
     schedule = RankSchedule(rank, min_rank, alpha)
     some = ", ".join(f"{level:g}: {schedule.active_rank(level, 1)}" for level in (1, 0.75, 0.5, 0.25, 0))
-    return f"Active ranks: {min_rank} at pure noise, {rank} in the finished picture, alpha {alpha:g}. By noise level: {some}."
+    return (
+        f"Active ranks: {min_rank} at pure noise, {rank} in the finished picture, alpha {alpha:g}. By noise level: "
+        f"{some}."
+    )
 
 
 def wait_for(page, node_type, shown) -> None:
-    page.wait_for_function(f"([type, shown]) => JSON.stringify(({SHOWN})()[type]) === JSON.stringify(shown)", arg=[node_type, shown])
+    page.wait_for_function(
+        f"([type, shown]) => JSON.stringify(({SHOWN})()[type]) === JSON.stringify(shown)", arg=[node_type, shown]
+    )
 
 
 # A node of the first type with these values, then Clear Workflow, then one of the second type, which gets the same id.
@@ -103,8 +115,10 @@ def test_a_new_node_after_clear_workflow_has_its_own_defaults(page, vue):
     again = page.evaluate(AFTER_CLEAR, ["TLoRATrainFromImage", changed, "TLoRATrainFromImage"])
     assert {name: again[name] for name in changed} == {name: train[name] for name in changed}
     load_workflow(page, WORKFLOW)  # whose values are not its nodes' defaults
-    (steps,) = page.evaluate("() => app.graph.nodes.filter(n => n.type === 'TLoRATrainFromImage').map("
-                             "n => n.widgets.find(w => w.name === 'steps').value)")
+    (steps,) = page.evaluate(
+        "() => app.graph.nodes.filter(n => n.type === 'TLoRATrainFromImage').map("
+        "n => n.widgets.find(w => w.name === 'steps').value)"
+    )
     assert steps and ours(page.complaints) == []
 
 
@@ -112,18 +126,36 @@ def test_formula_is_that_of_the_python_code(page):
     curves = ["0:64, 0.5:48, 1:32", "0.2:7; 0.25:60, 0.9:0", "0:1, 1:64"]
     schedules = [(64, 32, 1.0), (64, 0, 1.0), (16, 16, 1.0), (7, 3, 0.5), (128, 1, 2.0), (33, 10, 0.35)]
     levels = [i / 400 for i in range(401)]
-    shown = page.evaluate(f"""async ([schedules, levels]) => {{
+    shown = page.evaluate(
+        f"""async ([schedules, levels]) => {{
         const {{activeRank, pointsOf}} = await import("/extensions/{PACK_NAME}/schedule.js");
         return schedules.map(([rank, min_rank, alpha, curve]) => levels.map(level =>
             activeRank({{rank, min_rank, alpha, points: pointsOf(curve)}}, level)));
-    }}""", [[(*schedule, "") for schedule in schedules] + [(64, 0, 1.0, curve) for curve in curves], levels])
-    wanted = [RankSchedule(*schedule) for schedule in schedules] + [RankSchedule.from_text(64, 0, 1.0, curve) for curve in curves]
+    }}""",
+        [[(*schedule, "") for schedule in schedules] + [(64, 0, 1.0, curve) for curve in curves], levels],
+    )
+    wanted = [RankSchedule(*schedule) for schedule in schedules] + [
+        RankSchedule.from_text(64, 0, 1.0, curve) for curve in curves
+    ]
     for schedule, ranks in zip(wanted, shown, strict=True):
         assert ranks == [schedule.active_rank(level, 1) for level in levels], schedule
 
 
 def test_curve_is_read_as_python_reads_it(page):
-    texts = ["", "  ", "0:64, 1:32", "0:64", "1:3, 0:4", "0:4, 0:3", "a", "0:1:2, 1:1", "0:-1, 1:2", "-0.1:2, 1:2", "0:2, 1.5:2", ",0:2,;1:2,"]
+    texts = [
+        "",
+        "  ",
+        "0:64, 1:32",
+        "0:64",
+        "1:3, 0:4",
+        "0:4, 0:3",
+        "a",
+        "0:1:2, 1:1",
+        "0:-1, 1:2",
+        "-0.1:2, 1:2",
+        "0:2, 1.5:2",
+        ",0:2,;1:2,",
+    ]
 
     def python(text):
         try:
@@ -131,10 +163,13 @@ def test_curve_is_read_as_python_reads_it(page):
         except TLoRAError:
             return None
 
-    shown = page.evaluate(f"""async texts => {{
+    shown = page.evaluate(
+        f"""async texts => {{
         const {{pointsOf}} = await import("/extensions/{PACK_NAME}/schedule.js");
         return texts.map(pointsOf);
-    }}""", texts)
+    }}""",
+        texts,
+    )
     assert dict(zip(texts, shown)) == {text: python(text) for text in texts}
 
 
@@ -176,7 +211,8 @@ def look_at_schedule(page) -> None:
         for (let i = 0; i < 10; i++) {
             canvas.setDirty(true, true);
             await frame();
-            const {left, top} = node.widgets.find(widget => widget.name === "tlora_schedule").element.getBoundingClientRect();
+            const {left, top} = node.widgets.find(widget => widget.name === "tlora_schedule")
+                .element.getBoundingClientRect();
             canvas.ds.offset = [canvas.ds.offset[0] + 400 - left, canvas.ds.offset[1] + 400 - top];
         }
     }""")
@@ -186,7 +222,8 @@ def look_at_schedule(page) -> None:
 # Another graph was opened: how often the nodes of the old and of the new one are looked at when something changes.
 LOOKED_AT = f"""async subgraph => {{
     const {{changed}} = await import("/extensions/{PACK_NAME}/graph.js");
-    const train = () => window.app.rootGraph.getNodeById(subgraph).subgraph.nodes.find(node => node.type === "TLoRATrainFromImage");
+    const train = () => window.app.rootGraph.getNodeById(subgraph).subgraph
+        .nodes.find(node => node.type === "TLoRATrainFromImage");
     const old = train(), saved = window.app.rootGraph.serialize();
     await window.app.loadGraphData(saved);
     return [old, train()].map(node => {{
@@ -223,27 +260,41 @@ def test_no_curve_is_drawn_of_values_that_come_from_another_node(graph):
     own = {"rank": 40, "min_rank": 8, "alpha": 2.0}
     graph.evaluate(SET, ["TLoRATrainFromImage", {**own, "method": "tlora", "curve": ""}])
     for name in ("rank", "min_rank"):
-        graph.evaluate("""name => {
+        graph.evaluate(
+            """name => {
             const number = window.LiteGraph.createNode("PrimitiveInt");
             window.app.graph.add(number);
             const train = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
             number.connect(0, train, train.inputs.findIndex(input => input.name === name));
-        }""", name)
-        wait_for(graph, "TLoRATrainFromImage", [f"{name} comes from the connected node, so the ranks are not known here.", False])
+        }""",
+            name,
+        )
+        wait_for(
+            graph,
+            "TLoRATrainFromImage",
+            [f"{name} comes from the connected node, so the ranks are not known here.", False],
+        )
         wait_for(graph, "TLoRAApply", ["Follows the schedule of the T-LoRA that is connected.", False])
-        graph.evaluate("() => window.app.graph.remove(window.app.graph.nodes.find(node => node.type === 'PrimitiveInt'))")
+        graph.evaluate(
+            "() => window.app.graph.remove(window.app.graph.nodes.find(node => node.type === 'PrimitiveInt'))"
+        )
         wait_for(graph, "TLoRATrainFromImage", [label(**own), True])
 
 
 def test_a_method_without_a_mask_has_no_curve_to_bend(graph):
-    graph.evaluate(SET, ["TLoRATrainFromImage", {"rank": 20, "min_rank": 10, "alpha": 1.0, "method": "lora", "curve": ""}])
+    graph.evaluate(
+        SET, ["TLoRATrainFromImage", {"rank": 20, "min_rank": 10, "alpha": 1.0, "method": "lora", "curve": ""}]
+    )
     wait_for(graph, "TLoRATrainFromImage", [label(20, 20, 1.0), True])
     look_at_schedule(graph)
     chart = graph.locator(".tlora-schedule svg").first
     box = chart.bounding_box()
     graph.mouse.dblclick(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert graph.evaluate("""() => window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage")
-        .widgets.find(widget => widget.name === "curve").value""") == ""
+    assert (
+        graph.evaluate("""() => window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage")
+        .widgets.find(widget => widget.name === "curve").value""")
+        == ""
+    )
     assert chart.locator("..").get_attribute("title") == ""
 
 
@@ -274,8 +325,15 @@ def test_curve_is_bent_with_mouse_and_keys(graph):
         graph.keyboard.press(key)
     assert curve() == "0:20, 0.35:17, 1:10"
     assert "noise 0.35, rank 17" in handles.nth(1).get_attribute("aria-label")
-    wait_for(graph, "TLoRATrainFromImage", ["Active ranks on a free curve: 0:20, 0.35:17, 1:10. By noise level: 1: 10, "
-                                            "0.75: 12, 0.5: 15, 0.25: 17, 0: 20.", True])
+    wait_for(
+        graph,
+        "TLoRATrainFromImage",
+        [
+            "Active ranks on a free curve: 0:20, 0.35:17, 1:10. By noise level: 1: 10, "
+            "0.75: 12, 0.5: 15, 0.25: 17, 0: 20.",
+            True,
+        ],
+    )
     graph.keyboard.press("Delete")
     assert curve() == "0:20, 1:10"
     graph.keyboard.press("Delete")

@@ -1,4 +1,5 @@
 """The interface's node search: what people type who look for the pack's nodes."""
+
 import pytest
 from browser import new_page, open_interface, opened_browser, ours
 
@@ -7,7 +8,8 @@ FIRST = {"TLoRATrainFromImage", "TLoRALoad", "TLoRAApply"}
 # As the interface's search box asks.
 FOUND = """async typed => {
     const stores = document.querySelector("#vue-app").__vue_app__.config.globalProperties.$pinia._s;
-    const found = () => stores.get("nodeDef").nodeSearchService.searchNode(typed, [], {limit: 64}).map(({name}) => name);
+    const found = () => stores.get("nodeDef").nodeSearchService.searchNode(typed, [], {limit: 64}).map(({name}) =>
+        name);
     found(); // the first search makes the store of how much each node is used
     await stores.get("nodeFrequency").loadNodeFrequencies();
     return found();

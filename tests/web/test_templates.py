@@ -1,4 +1,6 @@
-"""The templates: each is what the host can run, those that need no download are run, and each opens cleanly in the interface."""
+"""The templates: each is what the host can run, those that need no download are run, and each opens cleanly in the
+interface."""
+
 import json
 import re
 
@@ -11,7 +13,10 @@ TEMPLATES = {path.stem: path for path in sorted((REPO / "workflows").glob("*.jso
 NEED_FILES = {name for name in TEMPLATES if name[:2] in ("02", "03", "04", "05", "06", "10")}
 # What only a person can fill in: files that do not come with the pack.
 TO_CHOOSE = ("ckpt_name", "file")
-UNREGISTERED = "() => window.app.graph.nodes.map(node => node.type).filter(type => !(type in window.LiteGraph.registered_node_types))"
+UNREGISTERED = (
+    "() => window.app.graph.nodes.map(node => node.type).filter(type => !(type in "
+    "window.LiteGraph.registered_node_types))"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,15 +31,25 @@ def page(chromium, server):
 def test_template_has_a_square_thumbnail_a_note_and_groups(name):
     workflow = json.loads(TEMPLATES[name].read_text(encoding="utf-8"))
     with Image.open(TEMPLATES[name].with_suffix(".jpg")) as thumbnail:
-        assert thumbnail.format == "JPEG" and thumbnail.width == thumbnail.height >= 300 and TEMPLATES[name].with_suffix(".jpg").stat().st_size < 100_000
+        assert (
+            thumbnail.format == "JPEG"
+            and thumbnail.width == thumbnail.height >= 300
+            and TEMPLATES[name].with_suffix(".jpg").stat().st_size < 100_000
+        )
     assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"]) and len(workflow["groups"]) >= 3
     assert len({json.loads(path.read_text(encoding="utf-8"))["id"] for path in TEMPLATES.values()}) == len(TEMPLATES)
     height = {node["id"]: 0 if node["flags"].get("collapsed") else node["size"][1] for node in workflow["nodes"]}
-    boxes = [(*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + height[node["id"]]) for node in workflow["nodes"]]
+    boxes = [
+        (*node["pos"], node["pos"][0] + node["size"][0], node["pos"][1] + height[node["id"]])
+        for node in workflow["nodes"]
+    ]
     for i, (left, top, right, bottom) in enumerate(boxes):
         for other in boxes[:i]:
             # A node's title is above its position.
-            assert right <= other[0] or left >= other[2] or bottom + 30 <= other[1] or top - 30 >= other[3], (boxes[i], other)
+            assert right <= other[0] or left >= other[2] or bottom + 30 <= other[1] or top - 30 >= other[3], (
+                boxes[i],
+                other,
+            )
 
 
 # Left, top, width and height of each node as it is drawn, its title included, in the graph's pixels.
@@ -50,9 +65,11 @@ DRAWN = {
         await wait();
         return drawn().map(element => {
             const {left, top, width, height} = element.getBoundingClientRect();
-            return [window.app.graph.getNodeById(element.dataset.nodeId).type, left, top, width, height].map(x => x / ds.scale || x);
+            return [window.app.graph.getNodeById(element.dataset.nodeId).type, left, top, width,
+                height].map(x => x / ds.scale || x);
         });
-    }"""}
+    }""",
+}
 
 
 @pytest.mark.parametrize("nodes_2", DRAWN, ids=["canvas", "nodes 2.0"])
@@ -82,7 +99,9 @@ def test_template_lacks_nothing_but_the_files_to_choose(server, name):
     unexpected = [error for error in answer.errors if not re.search(rf"\b({'|'.join(TO_CHOOSE)})\b", error)]
     assert unexpected == []
     hinted = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
-    assert hinted and all(model["url"].endswith(model["name"]) and model["directory"] == "checkpoints" for model in hinted)
+    assert hinted and all(
+        model["url"].endswith(model["name"]) and model["directory"] == "checkpoints" for model in hinted
+    )
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - NEED_FILES - {"01 Quickstart"}))
@@ -107,17 +126,23 @@ def test_template_opens_in_the_interface_as_it_is_meant(server, page, name):
     meant = server.to_prompt(workflow)
     for node in shown.values():
         if node["class_type"] == "PreviewAny":  # the widgets that older interfaces show its text in
-            node["inputs"] = {name: value for name, value in node["inputs"].items() if name not in ("preview", "previewMode")}
+            node["inputs"] = {
+                name: value for name, value in node["inputs"].items() if name not in ("preview", "previewMode")
+            }
     assert {node: shown[node]["inputs"] for node in shown} == {node: meant[node]["inputs"] for node in meant}
     # Nothing had to grow, so that nothing covers its neighbour.
-    grown = page.evaluate("""sizes => window.app.graph.nodes.filter(node => !node.flags.collapsed && node.size[1] > sizes[node.id] + 1)
-        .map(node => [node.type, node.size[1], sizes[node.id]])""", {node["id"]: node["size"][1] for node in workflow["nodes"]})
+    grown = page.evaluate(
+        """sizes => window.app.graph.nodes.filter(node => !node.flags.collapsed && node.size[1] > sizes[node.id] + 1)
+        .map(node => [node.type, node.size[1], sizes[node.id]])""",
+        {node["id"]: node["size"][1] for node in workflow["nodes"]},
+    )
     assert grown == []
     assert ours(page.complaints) == []
 
 
 LAPTOP = {"width": 1366, "height": 768}
-# Opens a workflow as the template browser does; gives the zoom, the one below which no text is drawn, and the nodes' heights.
+# Opens a workflow as the template browser does; gives the zoom, the one below which no text is drawn, and the nodes'
+# heights.
 OPEN_AS_TEMPLATE = """async ([workflow, name]) => {
     const {app} = window, frames = count => new Promise(resolve => {
         const next = () => count-- ? requestAnimationFrame(next) : resolve();
@@ -125,8 +150,10 @@ OPEN_AS_TEMPLATE = """async ([workflow, name]) => {
     });
     await app.loadGraphData(workflow, true, true, name, {openSource: "template"});
     await frames(20);
-    const {canvas} = app, least = canvas.min_font_size_for_lod / (window.LiteGraph.NODE_TEXT_SIZE * Math.sqrt(window.devicePixelRatio));
-    return {scale: canvas.ds.scale, least, isLow: canvas.low_quality, heights: app.graph.nodes.map(node => [node.type, node.size[1]])};
+    const {canvas} = app,
+        least = canvas.min_font_size_for_lod / (window.LiteGraph.NODE_TEXT_SIZE * Math.sqrt(window.devicePixelRatio));
+    return {scale: canvas.ds.scale, least, isLow: canvas.low_quality, heights: app.graph.nodes.map(node => [node.type,
+        node.size[1]])};
 }"""
 
 
@@ -152,25 +179,34 @@ def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page
     set_setting(page, "Comfy.VueNodes.Enabled", renderer == "elements")
     try:
         page.evaluate("() => window.app.graph.clear()")
-        page.wait_for_timeout(300)  # else the element of the node that was there before stands for the new one of the same id
+        page.wait_for_timeout(
+            300
+        )  # else the element of the node that was there before stands for the new one of the same id
         page.evaluate("""() => { const node = window.LiteGraph.createNode("TLoRATrainFromImage");
-            window.app.graph.add(node); node.pos = [100, 100]; window.app.canvas.ds.scale = 1; window.app.canvas.ds.offset = [0, 0]; }""")
+            window.app.graph.add(node); node.pos = [100, 100]; window.app.canvas.ds.scale = 1;
+                window.app.canvas.ds.offset = [0, 0]; }""")
         page.wait_for_timeout(700)
         measure = """() => {
             const [node] = window.app.graph.nodes, top = element => element?.getBoundingClientRect().top;
             const named = name => node.widgets.find(widget => widget.name === name);
-            return {height: node.size[1], panel: named("tlora_training").y, token: named("token").y, last: node.widgets.at(-1).name,
-                    tops: [top(named("tlora_training").element), top(document.querySelector('[data-node-id] .lg-node-widgets input'))]};
+            return {height: node.size[1], panel: named("tlora_training").y, token: named("token").y,
+                last: node.widgets.at(-1).name,
+                    tops: [top(named("tlora_training").element),
+                        top(document.querySelector('[data-node-id] .lg-node-widgets input'))]};
         }"""
         seen = page.evaluate(measure)
         assert seen["height"] <= 620, seen
-        assert seen["panel"] < seen["token"] and seen["last"] == "tlora_training"  # values are saved in the order of widgets
+        assert (
+            seen["panel"] < seen["token"] and seen["last"] == "tlora_training"
+        )  # values are saved in the order of widgets
         if renderer == "elements":
             assert seen["tops"][0] < seen["tops"][1]
             page.get_by_test_id("advanced-inputs-button").click()
         else:
             page.locator(".tlora-fold").click()
-        page.wait_for_function("least => window.app.graph.nodes[0].size[1] > least", arg=seen["height"] + 300, timeout=20_000)
+        page.wait_for_function(
+            "least => window.app.graph.nodes[0].size[1] > least", arg=seen["height"] + 300, timeout=20_000
+        )
     finally:
         set_setting(page, "Comfy.VueNodes.Enabled", False)
 
@@ -179,10 +215,19 @@ def test_captions_that_a_template_fills_in_are_seen_where_advanced_inputs_are_no
     """Whoever puts pictures of their own in would teach captions that are not true of them."""
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     try:
-        load_workflow(page, json.loads(TEMPLATES["12 Several pictures with masks, no download"].read_text(encoding="utf-8")))
-        page.evaluate("() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.ds.offset = [300, 100]; window.app.canvas.setDirty(true, true); }")
-        page.wait_for_function("""() => [...document.querySelectorAll("textarea")]
-            .filter(area => area.checkVisibility() && area.value.startsWith("a photo of {token} {class_word} ")).length === 3""", timeout=20_000)
+        load_workflow(
+            page, json.loads(TEMPLATES["12 Several pictures with masks, no download"].read_text(encoding="utf-8"))
+        )
+        page.evaluate(
+            "() => { window.app.canvas.ds.scale = 0.5; window.app.canvas.ds.offset = [300, 100]; "
+            "window.app.canvas.setDirty(true, true); }"
+        )
+        page.wait_for_function(
+            """() => [...document.querySelectorAll("textarea")]
+            .filter(area => area.checkVisibility()
+                && area.value.startsWith("a photo of {token} {class_word} ")).length === 3""",
+            timeout=20_000,
+        )
     finally:
         set_setting(page, "Comfy.VueNodes.Enabled", False)
 

@@ -25,7 +25,7 @@ def stem_of(path: Path) -> str:
 
 def numbered(path: Path, number: int) -> Path:
     """The path of part `number` of several: "dog_v1.5part2.safetensors"."""
-    return path.with_name(f"{stem_of(path)}part{number}{path.name[len(stem_of(path)):]}")
+    return path.with_name(f"{stem_of(path)}part{number}{path.name[len(stem_of(path)) :]}")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -52,7 +52,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _usual_mode(beside: Path) -> int:
-    """The permissions that a new file gets in this folder. safetensors makes its files readable by their owner alone."""
+    """The permissions that a new file gets in this folder. safetensors makes its files readable by their owner
+    alone."""
     # Python can read the umask only by setting it, which other threads would see; a file made here shows it.
     probe = beside.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
     try:
@@ -63,7 +64,8 @@ def _usual_mode(beside: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Where it is there and can be removed: on a read-only disk even what is not there cannot, which would hide the error before it."""
+    """Where it is there and can be removed: on a read-only disk even what is not there cannot, which would hide the
+    error before it."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
@@ -73,6 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Raises TLoRAError when the disk does not take the file.
     """
+
     def write(temporary: Path) -> None:
         save_file(dict(tensors), temporary, dict(metadata))
         _fill_in_hash(temporary)

@@ -1,8 +1,9 @@
 """Plain LoRAs out of a T-LoRA, for programs that know nothing of timesteps.
 
-Each result is a TLoRAFile of method "lora", whose schedule is constant. `training` keeps what the T-LoRA was trained with;
-its entry "baked" says what was made of it. Components are kept or weighted, never recomputed.
+Each result is a TLoRAFile of method "lora", whose schedule is constant. `training` keeps what the T-LoRA was trained
+with; its entry "baked" says what was made of it. Components are kept or weighted, never recomputed.
 """
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -49,31 +50,40 @@ def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
         if low == high:
             active = schedule.active_rank(low, T)
             return [1.0] * active + [0.0] * (schedule.rank - active)
-        # Rounded, since the time of a component that is on only at one end of the interval is exact only to the last bits.
-        return [round(sum(max(min(end, high) - max(start, low), 0.0) for start, end in spans) / (high - low), 12)
-                for spans in spans_on(schedule, T)]
+        # Rounded, since the time of a component that is on only at one end of the interval is exact only to the last
+        # bits.
+        return [
+            round(sum(max(min(end, high) - max(start, low), 0.0) for start, end in spans) / (high - low), 12)
+            for spans in spans_on(schedule, T)
+        ]
 
     return _baked(tlora, weights, {"mode": "interval", "first": first, "last": last})
 
 
 def split_steps(tlora: TLoRAFile, parts: int) -> list[tuple[TLoRAFile, float]]:
-    """`parts` plain LoRAs, each with the timestep up to which it is on; on at t together, they make a staircase of r(t).
+    """`parts` plain LoRAs, each with the timestep up to which it is on; on at t together, they make a staircase of
+    r(t).
 
     First the components that are always on, if min_rank is above 0, with T; then the others in groups of equal number,
     in the order in which they come on as the noise falls. A group comes on at the median of its components' own times,
     the best single time in least squares where components are equally large. With as many groups as components the
-    staircase is r(t) itself, in layers of the file's full rank. Raises TLoRAError for a number of parts that cannot be made.
+    staircase is r(t) itself, in layers of the file's full rank. Raises TLoRAError for a number of parts that cannot be
+    made.
     """
     schedule = tlora.schedule
     if not schedule.is_falling:
-        raise TLoRAError("tlora has a curve with more ranks on at more noise somewhere, which parts cannot follow; bake it at one noise level.")
+        raise TLoRAError(
+            "tlora has a curve with more ranks on at more noise somewhere, which parts cannot follow; bake it at one "
+            "noise level."
+        )
     always, switching = int(schedule.min_rank > 0), schedule.rank - schedule.min_rank
     least, most = always + int(switching > 0), always + switching
     if not isinstance(parts, int) or not least <= parts <= most:
         allowed = f"a whole number from {least} to {most}" if least < most else str(least)
         raise TLoRAError(
             f"parts is {parts}; set it to {allowed}, since of this T-LoRA's {schedule.rank} components "
-            f"{schedule.min_rank} are always on and {switching} come on later.")
+            f"{schedule.min_rank} are always on and {switching} come on later."
+        )
     return [_part(tlora, part, parts, always) for part in range(parts)]
 
 
@@ -84,12 +94,15 @@ Span = tuple[float, float]
 def spans_on(schedule: RankSchedule, num_timesteps: float) -> tuple[tuple[Span, ...], ...]:
     """For each component the spans of t in [0, T] in which it is on, T = num_timesteps.
 
-    Found by bisection of r(t), which stays the only copy of its formula, between the points of a curve, where it rises or falls only.
+    Found by bisection of r(t), which stays the only copy of its formula, between the points of a curve, where it rises
+    or falls only.
     """
     T = float(num_timesteps)
     bends = sorted({0.0, T, *(level * T for level, _ in schedule.points)})
-    return tuple(tuple(span for ends in zip(bends, bends[1:]) if (span := _span_on(schedule, component, ends, T)))
-                 for component in range(schedule.rank))
+    return tuple(
+        tuple(span for ends in zip(bends, bends[1:]) if (span := _span_on(schedule, component, ends, T)))
+        for component in range(schedule.rank)
+    )
 
 
 def _span_on(schedule: RankSchedule, component: int, ends: Span, T: float) -> Span | None:
@@ -121,8 +134,8 @@ def when_on(tlora: TLoRAFile, timestep: float) -> str:
 
 
 def save_all(files: Sequence[tuple[TLoRAFile, Path]], dtype: torch.dtype) -> None:
-    """Saves each file at its path. After an error or an interrupt there is no new file; one that was there before is whole,
-    as it was or replaced."""
+    """Saves each file at its path. After an error or an interrupt there is no new file; one that was there before is
+    whole, as it was or replaced."""
     new = [path for _, path in files if not path.exists()]
     try:
         for file, path in files:
@@ -154,11 +167,13 @@ def _part(tlora: TLoRAFile, part: int, parts: int, always: int) -> tuple[TLoRAFi
 
 
 def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]], what: dict[str, Any]) -> TLoRAFile:
-    """The T-LoRA with its components weighted. weights: schedule of a layer -> a weight of 0 or more for each component;
-    components, and layers, without weight are left out."""
+    """The T-LoRA with its components weighted. weights: schedule of a layer -> a weight of 0 or more for each
+    component; components, and layers, without weight are left out."""
     layers = {}
     for name, layer in tlora.layers.items():
-        scale = torch.tensor(weights(tlora.schedule_of(name)), dtype=torch.float64).repeat_interleave(layer.group).sqrt()
+        scale = (
+            torch.tensor(weights(tlora.schedule_of(name)), dtype=torch.float64).repeat_interleave(layer.group).sqrt()
+        )
         kept = scale > 0
         if kept.any():
             # Half of the weight in each factor, so that both keep using the range of a half precision format alike.
@@ -167,7 +182,8 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
     if not layers:
         raise TLoRAError(
             f"tlora has nothing on at the noise levels to bake (its min_rank is {tlora.schedule.min_rank}); "
-            "choose lower noise levels.")
+            "choose lower noise levels."
+        )
     schedule = tlora.schedule
     source = {"method": tlora.method, "rank": schedule.rank, "min_rank": schedule.min_rank, "alpha": schedule.alpha}
     training = {**tlora.training, "baked": {**what, "from": source}}
@@ -178,7 +194,8 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
     except TLoRAError as error:
         raise TLoRAError(
             "tlora has updates for parts of a layer whose whole size is not known, so no plain LoRA can be made of it; "
-            "use it with Apply T-LoRA.") from error
+            "use it with Apply T-LoRA."
+        ) from error
     return replace(baked, layers=whole, schedule=_constant(whole))
 
 

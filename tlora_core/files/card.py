@@ -1,4 +1,5 @@
 """What a LoRA file tells of itself, for a file picker: read from its header alone, trusting nothing in it."""
+
 import base64
 import io
 from dataclasses import asdict, dataclass
@@ -36,12 +37,14 @@ class Card:
 def read_card(path: Path) -> Card:
     """Raises TLoRAError or OSError when the file is missing or its header is damaged."""
     metadata = read_metadata(path)
-    common = {"phrase": text_of(metadata.get(PHRASE_KEY)),
-              "thumbnail": isinstance(metadata.get(_THUMBNAIL), str)}
+    common = {"phrase": text_of(metadata.get(PHRASE_KEY)), "thumbnail": isinstance(metadata.get(_THUMBNAIL), str)}
     if METADATA_KEY not in metadata:
         dim = text_of(metadata.get("ss_network_dim"))
-        return Card(rank=int(dim) if dim.isdecimal() and len(dim) < 6 else None,
-                    base_model=text_of(metadata.get("ss_base_model_version")), **common)
+        return Card(
+            rank=int(dim) if dim.isdecimal() and len(dim) < 6 else None,
+            base_model=text_of(metadata.get("ss_base_model_version")),
+            **common,
+        )
     content = read_content(metadata)
     schedule = read_schedule(content)
     phrase = " ".join(f"{text_of(content.get('token'))} {text_of(content.get('class_word'))}".split())
@@ -49,7 +52,8 @@ def read_card(path: Path) -> Card:
 
 
 def read_thumbnail(path: Path) -> bytes | None:
-    """The file's thumbnail, drawn anew as a JPEG of at most THUMBNAIL_SIDE pixels; None where it has none that is sound."""
+    """The file's thumbnail, drawn anew as a JPEG of at most THUMBNAIL_SIDE pixels; None where it has none that is
+    sound."""
     kind, _, data = _as_text(read_metadata(path).get(_THUMBNAIL)).partition(";base64,")
     if not kind.startswith("data:image/"):
         return None
@@ -58,7 +62,9 @@ def read_thumbnail(path: Path) -> bytes | None:
         if max(picture.size) > MAX_SIDE:
             return None
         small = picture.convert("RGB")
-    except Exception:  # what Pillow raises for damaged pictures, and for those that would unpack to too much, is of many kinds
+    except (
+        Exception
+    ):  # what Pillow raises for damaged pictures, and for those that would unpack to too much, is of many kinds
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     written = io.BytesIO()

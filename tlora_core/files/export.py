@@ -1,7 +1,8 @@
 """T-LoRAs in the layouts of other programs.
 
-"kohya", "diffusers" and "comfyui" are plain LoRAs that differ in their names: they apply all ranks at every timestep, which
-is not what a T-LoRA was trained for. "reference" is the layout of the paper's own code (`reference_layout`), which applies the mask again.
+"kohya", "diffusers" and "comfyui" are plain LoRAs that differ in their names: they apply all ranks at every timestep,
+which is not what a T-LoRA was trained for. "reference" is the layout of the paper's own code (`reference_layout`),
+which applies the mask again.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,8 +27,9 @@ _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
     """Writes tlora in a layout, one of LAYOUTS, in dtype, one of file.DTYPES' values; returns the path of the weights.
 
-    "reference" makes a folder named like path without ".safetensors", as the reference's trainer does: checkpoint-<steps>/ with the
-    weights, and logs/hparams.yml with the schedule. The other layouts write the file at path.
+    "reference" makes a folder named like path without ".safetensors", as the reference's trainer does:
+    checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file at
+    path.
     Raises TLoRAError for an unknown layout or dtype, a layer that the layout has no name for, values that dtype cannot
     hold, and when the disk does not take the file.
     """
@@ -44,7 +46,9 @@ def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype =
             raise TLoRAError(f"{key} has values that {dtype} cannot hold; store it in float32.")
     if layout == "reference":
         return write_reference(tlora, path.with_name(stem_of(path)), tensors)
-    rank = max(tensor.shape[0] for key, tensor in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight")))
+    rank = max(
+        tensor.shape[0] for key, tensor in tensors.items() if key.endswith(("lora_down.weight", "lora_A.weight"))
+    )
     write_tensors(path, tensors, plain_metadata(tlora, rank))
     return path
 
@@ -105,7 +109,9 @@ def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
     parts: dict[str, list[str]] = {}
     for name in tlora.layers:
         parts.setdefault(split_name(name)[0], []).append(name)
-    return {path: tlora.layers[path] if names == [path] else _joined(tlora, path, names) for path, names in parts.items()}
+    return {
+        path: tlora.layers[path] if names == [path] else _joined(tlora, path, names) for path, names in parts.items()
+    }
 
 
 def _joined(tlora: TLoRAFile, path: str, names: list[str]) -> LowRank:
@@ -127,7 +133,9 @@ def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> in
     if kind == "linear1":
         return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
     if kind == "qkv" and len(layers) == 3:
-        return max(row + layer.up.shape[0] for row, layer in layers)  # keys and values may have fewer heads than queries
+        return max(
+            row + layer.up.shape[0] for row, layer in layers
+        )  # keys and values may have fewer heads than queries
     if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
         return 3 * width
     return None

@@ -5,7 +5,8 @@ transformer are arranged otherwise than the original ones, which ComfyUI follows
 differences away, `layer_of` translates the third, and `diffusers_name` goes back.
 
 The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. For other models, the host's
-own table of names is needed (see `foreign.target`). `part_key` is what programs that load plain LoRAs call a part of a fused module.
+own table of names is needed (see `foreign.target`). `part_key` is what programs that load plain LoRAs call a part of a
+fused module.
 """
 
 import re
@@ -22,11 +23,17 @@ _TEXT_ENCODER = re.compile(
     r"^(lora_te\d?_|lycoris_te|text_encoder|te\d?[._]|lora_prior_te_|clip_[lgh]\.|t5xxl\.|transformer\.text_model)"
 )
 # What attention processors and the trainer of the reference call a projection -> its module.
-_PROCESSOR_NAMES = {"to_q_proj": "add_q_proj", "to_k_proj": "add_k_proj", "to_v_proj": "add_v_proj", "to_out": "to_out.0"}
+_PROCESSOR_NAMES = {
+    "to_q_proj": "add_q_proj",
+    "to_k_proj": "add_k_proj",
+    "to_v_proj": "add_v_proj",
+    "to_out": "to_out.0",
+}
 
 
 class Place(NamedTuple):
-    """A module's path and, where the layer is one of several in it, its number: its rows begin at `part` times the width."""
+    """A module's path and, where the layer is one of several in it, its number: its rows begin at `part` times the
+    width."""
 
     path: str
     part: int | None = None
@@ -37,7 +44,11 @@ class Place(NamedTuple):
 
 
 # The linear layers in a transformer of a U-Net, which all programs name alike but for dots.
-_ATTENTION = [f"{attention}.{projection}" for attention in ("attn1", "attn2") for projection in ("to_q", "to_k", "to_v", "to_out.0")]
+_ATTENTION = [
+    f"{attention}.{projection}"
+    for attention in ("attn1", "attn2")
+    for projection in ("to_q", "to_k", "to_v", "to_out.0")
+]
 _IN_UNET_BLOCK = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
 _BESIDE_UNET_BLOCKS = ("proj_in", "proj_out")
 # The linear layers in a block of FLUX: diffusers' name -> their place in the block.
@@ -70,14 +81,17 @@ _IN_FLUX_BLOCK = {
 _FLUX_BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_blocks"}  # diffusers' names
 
 
-# Query, key and value in one module: the start of a family's name (TLoRAFile.base_model) -> module's path, and ComfyUI's name for one
-# of the three in a LoRA. By family, since models share paths whose LoRAs do not share names: HunyuanVideo FLUX's, Ideogram Z-Image's.
+# Query, key and value in one module: the start of a family's name (TLoRAFile.base_model) -> module's path, and
+# ComfyUI's name for one of the three in a LoRA. By family, since models share paths whose LoRAs do not share names:
+# HunyuanVideo FLUX's, Ideogram Z-Image's.
 _QKV_KEYS = {
     "sd3": {
         r"joint_blocks\.(\d+)\.x_block\.(attn2?)\.qkv": r"lora_transformer_transformer_blocks_\1_\2_to_{}",
         r"joint_blocks\.(\d+)\.context_block\.attn\.qkv": r"lora_transformer_transformer_blocks_\1_attn_add_{}_proj",
     },
-    **dict.fromkeys(("lumina2", "zimage"), {r"layers\.(\d+)\.attention\.qkv": r"diffusion_model.layers.\1.attention.to_{}"}),
+    **dict.fromkeys(
+        ("lumina2", "zimage"), {r"layers\.(\d+)\.attention\.qkv": r"diffusion_model.layers.\1.attention.to_{}"}
+    ),
 }
 _FLUX_FAMILIES = ("flux", "chroma", "longcatimage")
 
@@ -121,7 +135,8 @@ def processor_name(module: str) -> str:
 
 
 def layer_of(plain: str) -> Place | None:
-    """The place of a layer with this plain name, in ComfyUI's spelling or diffusers'; None for a name without a rule."""
+    """The place of a layer with this plain name, in ComfyUI's spelling or diffusers'; None for a name without a
+    rule."""
     if match := _UNET_NAME.fullmatch(plain):
         return _unet_layer(*match.groups())
     if match := _FLUX_NAME.fullmatch(plain):
@@ -162,7 +177,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
 
 
 def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> str | None:
-    """The key, in a plain LoRA, of an update of `shape` = (out, in) of a module's rows from `row` on; None where there is none."""
+    """The key, in a plain LoRA, of an update of `shape` = (out, in) of a module's rows from `row` on; None where there
+    is none."""
     part = part_number(row, shape)
     if part is None:
         return None
@@ -176,15 +192,17 @@ def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> st
 
 
 def part_number(row: int, shape: tuple[int, int]) -> int | None:
-    """Which of a fused module's parts that have names an update of `shape` = (out, in) from `row` on is: 0, 1, 2 for query, key and
-    value, 3 for FLUX's feed-forward below them; None for rows that are none of these. For modules whose parts are as wide as the input."""
+    """Which of a fused module's parts that have names an update of `shape` = (out, in) from `row` on is: 0, 1, 2 for
+    query, key and value, 3 for FLUX's feed-forward below them; None for rows that are none of these. For modules whose
+    parts are as wide as the input."""
     part, beyond = divmod(row, shape[1])
     # FLUX's feed-forward has four times as many rows.
     return part if not beyond and shape[0] == (4 if part == 3 else 1) * shape[1] else None
 
 
 def onetrainer_key(base_model: str, path: str, part: int | None = None) -> str | None:
-    """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers read too; None for one without, and for other models."""
+    """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers read too; None for one without, and for other
+    models."""
     named = diffusers_name(path, part) if base_model.startswith(_FLUX_FAMILIES) and family_of(path) == "flux" else None
     return named and "lora_transformer_" + _plain(named)
 
@@ -202,8 +220,9 @@ def layer_key(name: str) -> str:
 
 
 def stored_keys(layers: Mapping[str, LowRank], base_model: str) -> dict[str, str]:
-    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name that other
-    programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers reads no mixture."""
+    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name
+    that other programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers
+    reads no mixture."""
     if not any("@" in name for name in layers):
         return {name: layer_key(name) for name in layers}
     return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}

@@ -1,7 +1,8 @@
-"""The layout of the paper's own code: the folder of a run, which its inference.py (SDXL) or flux/run_inference.py (FLUX.1) loads.
+"""The layout of the paper's own code: the folder of a run, which its inference.py (SDXL) or flux/run_inference.py
+(FLUX.1) loads.
 
-That code puts an adapter on every attention projection, all of one rank, and loads them strictly: a file must hold a tensor for each.
-Projections that a T-LoRA leaves alone are written as zeros, which change nothing.
+That code puts an adapter on every attention projection, all of one rank, and loads them strictly: a file must hold a
+tensor for each. Projections that a T-LoRA leaves alone are written as zeros, which change nothing.
 """
 
 import shutil
@@ -21,26 +22,42 @@ from .tlora_file import TLoRAFile
 Tensors = dict[str, Tensor]
 
 # SDXL's attention: diffusers' block -> its number of attentions, the transformer blocks in each, its width.
-_SDXL = {"down_blocks.1": (2, 2, 640), "down_blocks.2": (2, 10, 1280), "mid_block": (1, 10, 1280), "up_blocks.0": (3, 10, 1280),
-         "up_blocks.1": (3, 2, 640)}
+_SDXL = {
+    "down_blocks.1": (2, 2, 640),
+    "down_blocks.2": (2, 10, 1280),
+    "mid_block": (1, 10, 1280),
+    "up_blocks.0": (3, 10, 1280),
+    "up_blocks.1": (3, 2, 640),
+}
 _SDXL_TEXT = 2048
 _FLUX = {"transformer_blocks": 19, "single_transformer_blocks": 38}  # of FLUX.1, which is 3072 wide
 _FLUX_WIDTH = 3072
-_FLUX_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_q_proj", "to_k_proj", "to_v_proj")  # in single blocks too, though unused
+_FLUX_PROJECTIONS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "to_q_proj",
+    "to_k_proj",
+    "to_v_proj",
+)  # in single blocks too, though unused
 
 
 def reference_tensors(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> Tensors:
     """The checkpoint's tensors. layers: the T-LoRA's, by diffusers' names.
 
-    Raises TLoRAError for what the reference's code has no place for: another model, a layer beside the attention, layers of
-    different ranks; on FLUX.1 an orthogonal method and an alpha other than 1.
+    Raises TLoRAError for what the reference's code has no place for: another model, a layer beside the attention,
+    layers of different ranks; on FLUX.1 an orthogonal method and an alpha other than 1.
     """
     _require_place(tlora)
     layers = {_processor(name): layer for name, layer in layers.items()}
     for key, layer in layers.items():
         if layer.rank != tlora.schedule.rank:
-            raise TLoRAError(f'The layer "{key}" has rank {layer.rank} and the schedule {tlora.schedule.rank}, but the reference\'s layout has '
-                             "one rank for all layers; choose another layout.")
+            raise TLoRAError(
+                f'The layer "{key}" has rank {layer.rank} and the schedule {tlora.schedule.rank}, but the '
+                f"reference's layout has "
+                "one rank for all layers; choose another layout."
+            )
     tensors = {}
     for key, layer in (_empty(tlora, layers) | layers).items():
         parts = {"down.weight": layer.down, "up.weight": layer.up} if layer.group == 1 else _two_terms(layer)
@@ -55,8 +72,10 @@ def write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
     """
     steps = tlora.training.get("steps")
     is_flux = _is_flux(tlora)
-    inside = Path(f"checkpoint-{steps if type(steps) is int and steps > 0 else 1}",
-                  "lora.pt" if is_flux else "pytorch_lora_weights.safetensors")
+    inside = Path(
+        f"checkpoint-{steps if type(steps) is int and steps > 0 else 1}",
+        "lora.pt" if is_flux else "pytorch_lora_weights.safetensors",
+    )
     settings = _hparams(tlora, folder)
     temporary = folder.with_name(f".tlora-{uuid.uuid4().hex}.tmp")  # there as a whole, or not at all
     try:
@@ -87,12 +106,21 @@ def _require_place(tlora: TLoRAFile) -> None:
     method, base = METHODS[tlora.method], tlora.base_model
     others = ("flux2", "chroma") if _is_flux(tlora) else ("sd1", "sd2")
     if base.startswith(others):
-        raise TLoRAError(f'tlora is for the model "{base}", and the reference\'s code knows SDXL and FLUX.1 alone; choose another layout.')
+        raise TLoRAError(
+            f'tlora is for the model "{base}", and the reference\'s code knows SDXL and FLUX.1 alone; choose another '
+            f"layout."
+        )
     if _is_flux(tlora) and any(layer.group == 2 for layer in tlora.layers.values()):
-        raise TLoRAError(f'tlora\'s method is "{tlora.method}", and the reference\'s code for FLUX.1 knows plain pairs alone (vanilla_tlora, '
-                         "lora); choose another layout.")
+        raise TLoRAError(
+            f"tlora's method is \"{tlora.method}\", and the reference's code for FLUX.1 knows plain pairs alone "
+            f"(vanilla_tlora, "
+            "lora); choose another layout."
+        )
     if _is_flux(tlora) and method.is_masked and tlora.schedule.alpha != 1:
-        raise TLoRAError(f"tlora's alpha is {tlora.schedule.alpha:g}, and the reference's code for FLUX.1 knows only 1; choose another layout.")
+        raise TLoRAError(
+            f"tlora's alpha is {tlora.schedule.alpha:g}, and the reference's code for FLUX.1 knows only 1; choose "
+            f"another layout."
+        )
 
 
 def _processor(name: str) -> str:
@@ -105,14 +133,18 @@ def _processor(name: str) -> str:
 
 
 def _empty(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Layers of zeros for the projections that the reference's code expects and the T-LoRA leaves alone, as far as its model is known."""
+    """Layers of zeros for the projections that the reference's code expects and the T-LoRA leaves alone, as far as its
+    model is known."""
     rank, some = tlora.schedule.rank, next(iter(layers.values()))
     shapes = dict(_flux_shapes(layers) if _is_flux(tlora) else _sdxl_shapes())
     if any(shapes.get(key) != (layer.up.shape[0], layer.down.shape[1]) for key, layer in layers.items()):
         return {}  # a model of its own size: which layers it has beside these, the file does not tell
     columns = rank * some.group
-    return {key: LowRank(some.up.new_zeros(rows, columns), some.down.new_zeros(columns, width), some.group)
-            for key, (rows, width) in shapes.items() if key not in layers}
+    return {
+        key: LowRank(some.up.new_zeros(rows, columns), some.down.new_zeros(columns, width), some.group)
+        for key, (rows, width) in shapes.items()
+        if key not in layers
+    }
 
 
 def _sdxl_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
@@ -123,7 +155,8 @@ def _sdxl_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
                 for module in ("attn1", "attn2"):
                     for projection in ("to_q", "to_k", "to_v", "to_out"):
                         reads_text = module == "attn2" and projection in ("to_k", "to_v")
-                        key = f"{block}.attentions.{attention}.transformer_blocks.{number}.{module}.processor.{projection}"
+                        place = f"{block}.attentions.{attention}.transformer_blocks.{number}"
+                        key = f"{place}.{module}.processor.{projection}"
                         yield key, (width, _SDXL_TEXT if reads_text else width)
 
 
@@ -137,11 +170,12 @@ def _flux_shapes(layers: Mapping[str, LowRank]) -> Iterator[tuple[str, tuple[int
 
 
 def _two_terms(layer: LowRank) -> Tensors:
-    """B, S, A and B0, S0, A0 of a layer in difference form, component i of which is [P_i - P0_i, P0_i] [A_i; A_i - A0_i].
+    """B, S, A and B0, S0, A0 of a layer in difference form, component i of which is [P_i - P0_i, P0_i] [A_i; A_i -
+    A0_i].
 
-    Of the two scales that the difference form leaves open, the first makes A's rows unit vectors. The second does the same
-    to A - A0: then no two nearly equal numbers are subtracted when the update is formed. So A0 and B0 are not those
-    that training began from, but the update is the same at every rank.
+    Of the two scales that the difference form leaves open, the first makes A's rows unit vectors. The second does the
+    same to A - A0: then no two nearly equal numbers are subtracted when the update is formed. So A0 and B0 are not
+    those that training began from, but the update is the same at every rank.
     """
     up, down = layer.up.float(), layer.down.float()
     moved, P0 = up[:, 0::2], up[:, 1::2]
@@ -165,10 +199,14 @@ def _norm_or_one(rows: Tensor) -> Tensor:
 
 
 def _hparams(tlora: TLoRAFile, folder: Path) -> str:
-    """The settings that the reference's inference reads, as YAML. output_dir is where the folder is: the code looks nowhere else."""
+    """The settings that the reference's inference reads, as YAML. output_dir is where the folder is: the code looks
+    nowhere else."""
     s = tlora.schedule
     if s.points:
-        raise TLoRAError("tlora has a free curve, which the reference's layout cannot tell; export it as a plain LoRA or keep our file.")
+        raise TLoRAError(
+            "tlora has a free curve, which the reference's layout cannot tell; export it as a plain LoRA or keep our "
+            "file."
+        )
     settings = {
         "class_name": _quoted(tlora.class_word),
         "min_rank": s.min_rank,
@@ -182,7 +220,11 @@ def _hparams(tlora: TLoRAFile, folder: Path) -> str:
 def _of_flux(tlora: TLoRAFile) -> dict[str, object]:
     masked = "true" if METHODS[tlora.method].is_masked else "false"
     variant = "schnell" if tlora.base_model == "fluxschnell" else "dev"
-    return {"pretrained_model_name_or_path": f"black-forest-labs/FLUX.1-{variant}", "rank": tlora.schedule.rank, "tlora": masked}
+    return {
+        "pretrained_model_name_or_path": f"black-forest-labs/FLUX.1-{variant}",
+        "rank": tlora.schedule.rank,
+        "tlora": masked,
+    }
 
 
 def _of_sdxl(tlora: TLoRAFile) -> dict[str, object]:

@@ -1,9 +1,10 @@
 """The T-LoRA file: a safetensors file that other programs can load as a plain LoRA.
 
-The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight` and `.alpha` (the
-stored rank, so the scale is 1), or for parts of fused modules the names that other programs have for these. A program that
-knows nothing of timesteps reads the full-rank update. The metadata key `tlora` holds, as JSON, what is needed to mask it again:
-the fields of TLoRAFile, with the rank of each layer in place of its tensors. `docs/FILE_FORMAT.md` is the specification.
+The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight` and `.alpha`
+(the stored rank, so the scale is 1), or for parts of fused modules the names that other programs have for these. A
+program that knows nothing of timesteps reads the full-rank update. The metadata key `tlora` holds, as JSON, what is
+needed to mask it again: the fields of TLoRAFile, with the rank of each layer in place of its tensors.
+`docs/FILE_FORMAT.md` is the specification.
 """
 
 import base64
@@ -47,8 +48,8 @@ _ARCHITECTURES = {
 class TLoRAFile:
     """A trained T-LoRA with everything needed to apply it again.
 
-    layers: path of a module in the diffusion model -> its update. Where a model keeps several projections in one module,
-        as FLUX its q, k and v, "path@row" is the update of the module's rows from `row` on.
+    layers: path of a module in the diffusion model -> its update. Where a model keeps several projections in one
+        module, as FLUX its q, k and v, "path@row" is the update of the module's rows from `row` on.
     method: a key of METHODS. schedule: of the full rank; see schedule_of for one layer's.
     num_timesteps: T of r(t), in the unit of noise_domain, the name of the parameterisation whose t it is:
         "discrete" counts training steps (T = 1000), "flow" is sigma itself (T = 1).
@@ -86,18 +87,22 @@ class TLoRAFile:
     @property
     def note(self) -> str:
         """What to tell the user where other programs do not find all of the file's layers; else nothing."""
-        found = sum("@" not in name or key != layer_key(name) for name, key in stored_keys(self.layers, self.base_model).items())
+        found = sum(
+            "@" not in name or key != layer_key(name) for name, key in stored_keys(self.layers, self.base_model).items()
+        )
         if found == len(self.layers):
             return ""
         return (
-            f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of this model's "
+            f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of "
+            f"this model's "
             "modules; for them, use Export T-LoRA with the layout comfyui."
         )
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
         """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
 
-        thumbnail: a small JPEG that LoRA managers and ComfyUI's list of models show; everyone who gets the file can see it.
+        thumbnail: a small JPEG that LoRA managers and ComfyUI's list of models show; everyone who gets the file can see
+            it.
         Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
         """
         path = Path(path)
@@ -167,7 +172,9 @@ def _check_layers(file: TLoRAFile) -> None:
             raise TLoRAError(f'"{name}" has {layer.group} columns per component; "{file.method}" has {group}.')
     for path, row in map(split_name, file.layers):
         if path in file.layers and f"{path}@{row}" in file.layers:
-            raise TLoRAError(f'There is an update of all of the layer "{path}" and one of its rows from {row} on; keep one of them.')
+            raise TLoRAError(
+                f'There is an update of all of the layer "{path}" and one of its rows from {row} on; keep one of them.'
+            )
     largest = max(layer.rank for layer in file.layers.values())
     if largest != file.schedule.rank:
         raise TLoRAError(f"The largest layer has rank {largest}, but the schedule is for rank {file.schedule.rank}.")
@@ -190,7 +197,9 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
         "class_word": file.class_word,
         "training": dict(file.training),
         "layers": {name: layer.rank for name, layer in file.layers.items()},
-        "keys": {name: key for name, key in stored_keys(file.layers, file.base_model).items() if key != layer_key(name)},
+        "keys": {
+            name: key for name, key in stored_keys(file.layers, file.base_model).items() if key != layer_key(name)
+        },
     }
     try:
         text = json.dumps(content, allow_nan=False)
@@ -223,7 +232,8 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
 
 
 def _tags(phrase: str, images: Any) -> dict[str, str]:
-    """Where LoRA managers look for trigger words: in what kohya's trainer tells of captions, as if the phrase were the only one."""
+    """Where LoRA managers look for trigger words: in what kohya's trainer tells of captions, as if the phrase were the
+    only one."""
     if not phrase:
         return {}
     count = images if type(images) is int and images > 0 else 1
@@ -259,7 +269,9 @@ def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
 def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
     points = content.get("points", [])
     number = (int, float)
-    if not isinstance(points, list) or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points):
+    if not isinstance(points, list) or not all(
+        isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points
+    ):
         raise TLoRAError('its T-LoRA metadata has no valid "points"; get the file again.')
     # Python reads whole numbers of any length, which no float can hold.
     return tuple((float(max(min(level, 2), -1)), active) for level, active in points)
@@ -277,7 +289,8 @@ def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, 
 
 
 def read_content(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our part of a file's metadata, of a format and method that this version knows. Raises TLoRAError for any other."""
+    """Our part of a file's metadata, of a format and method that this version knows. Raises TLoRAError for any
+    other."""
     if METADATA_KEY not in metadata:
         raise TLoRAError("it has no T-LoRA metadata; load a plain LoRA with the Load LoRA node.")
     try:
@@ -309,9 +322,7 @@ def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
     return content[name]
 
 
-def _read_layer(
-    opened: Any, keys: set[str], key: str, name: str, rank: object, content: dict[str, Any]
-) -> LowRank:
+def _read_layer(opened: Any, keys: set[str], key: str, name: str, rank: object, content: dict[str, Any]) -> LowRank:
     group = METHODS[content["method"]].group
     tensors = []
     for part in (_UP, _DOWN, _ALPHA):

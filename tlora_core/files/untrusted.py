@@ -1,7 +1,8 @@
 """Reading files that may be damaged or hostile: tensors and text come out, or one sentence about what is wrong.
 
 Nothing in a file is executed. A safetensors file holds no code; a torch file is a pickle, which torch unpickles in its
-weights-only mode, and only if its tensors lie in it uncompressed and apart, so that a small file cannot ask for a lot of memory.
+weights-only mode, and only if its tensors lie in it uncompressed and apart, so that a small file cannot ask for a lot
+of memory.
 """
 
 import json
@@ -25,7 +26,8 @@ PHRASE_KEY = "modelspec.trigger_phrase"  # of the metadata: the words that stand
 
 @dataclass(frozen=True)
 class Contents:
-    """tensors: by key, on the CPU, as stored. metadata: of the safetensors header. others: keys whose value is no tensor."""
+    """tensors: by key, on the CPU, as stored. metadata: of the safetensors header. others: keys whose value is no
+    tensor."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -41,7 +43,9 @@ def read_contents(path: Path) -> Contents:
     try:
         return _read_torch(path) if _is_zip(path) else _read_safetensors(path)
     except (OSError, SafetensorError) as error:
-        raise TLoRAError(f"it cannot be read ({one_line(error)}); check that it is complete, or get it again.") from error
+        raise TLoRAError(
+            f"it cannot be read ({one_line(error)}); check that it is complete, or get it again."
+        ) from error
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
@@ -52,7 +56,8 @@ def read_metadata(path: Path) -> Mapping[str, Any]:
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises TLoRAError for a file of another kind, and for a header that names a tensor
+    """The header of a safetensors file. Raises TLoRAError for a file of another kind, and for a header that names a
+    tensor
     twice: readers differ in which of the two they take."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -120,7 +125,12 @@ def _read_torch(path: Path) -> Contents:
 
 def _is_plain(value: object, size: int) -> bool:
     """A dense tensor no larger than its file: strides of 0 make tensors of any size from a few bytes."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or value.is_quantized
+        or value.device.type != "cpu"
+    ):
         return False
     return value.is_contiguous() and value.nbytes <= size
 
@@ -136,7 +146,8 @@ def text_of(value: object) -> str:
 
 
 def check_line(name: str, value: object) -> None:
-    """Refuses what is no line of text, or holds characters that cannot be shown, such as zero-width ones pasted with a word."""
+    """Refuses what is no line of text, or holds characters that cannot be shown, such as zero-width ones pasted with a
+    word."""
     if not isinstance(value, str):
         raise TLoRAError(f"{name} is {value!r}; it must be one line of text.")
     hidden = dict.fromkeys(printable(c) for c in value if not c.isprintable())

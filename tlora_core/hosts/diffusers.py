@@ -51,8 +51,8 @@ def load(
 def apply(pipe: Any, tlora: TLoRAFile, strength: float = 1.0) -> "Handle":
     """Makes a diffusers pipeline generate with a T-LoRA until the handle is removed; several add up.
 
-    The model's weights and modules stay as they are: each evaluation puts the T-LoRA beside its layers, and takes it off.
-    After an interrupt from the keyboard, that happens at the next evaluation or removal.
+    The model's weights and modules stay as they are: each evaluation puts the T-LoRA beside its layers, and takes it
+    off. After an interrupt from the keyboard, that happens at the next evaluation or removal.
     Raises TLoRAError when the pipeline's model is of another kind, compiled, or has other layers than the T-LoRA's.
     """
     denoiser = _denoiser_of(pipe)
@@ -94,10 +94,14 @@ class _Applied:
         self._copies_for, self._copies = None, updates
 
     def attachments(self, kind: str, timestep: object, sample: Tensor) -> list[Attachment]:
-        """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or [B]."""
+        """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or
+        [B]."""
         t, T = _noise_level(self.pipe, kind, torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1))
         t = t.expand(len(sample)) if len(t) == 1 else t
-        active = {rank: self.schedule.active_of_layer(rank, t, T, sample.device) for rank in {update.rank for _, update, _ in self.updates}}
+        active = {
+            rank: self.schedule.active_of_layer(rank, t, T, sample.device)
+            for rank in {update.rank for _, update, _ in self.updates}
+        }
         copies = self._on(sample.device, sample.dtype)
         return [Attachment(layer, update, active[update.rank], row) for layer, update, row in copies]
 
@@ -111,7 +115,8 @@ class _Applied:
 class _Patched:
     """A denoiser with T-LoRAs: puts all of them on for each evaluation, and takes them off.
 
-    Through torch's own hooks: what offloads and moves models replaces `forward`, and puts back what it found there first.
+    Through torch's own hooks: what offloads and moves models replaces `forward`, and puts back what it found there
+    first.
     """
 
     _NAME = "_tlora"  # of the denoiser's attribute that holds this
@@ -166,10 +171,13 @@ def _denoiser_of(pipe: Any) -> nn.Module:
     parts = (getattr(pipe, name, None) for name in ("unet", "transformer"))
     denoiser = next((part for part in parts if part is not None), None)
     if hasattr(denoiser, "_orig_mod") or getattr(denoiser, "_compiled_call_impl", None):
-        raise TLoRAError("pipe's model is compiled, and the ranks change from step to step; use it without torch.compile.")
+        raise TLoRAError(
+            "pipe's model is compiled, and the ranks change from step to step; use it without torch.compile."
+        )
     if _kind(denoiser) is None:
         raise TLoRAError(
-            f"pipe is a {type(pipe).__name__}, whose model T-LoRA does not know; use a pipeline of SD1.5, SD2, SDXL or FLUX."
+            f"pipe is a {type(pipe).__name__}, whose model T-LoRA does not know; use a pipeline of SD1.5, SD2, SDXL "
+            f"or FLUX."
         )
     if any(_is_fused(module, _kind(denoiser)) for module in denoiser.modules()):
         raise TLoRAError("pipe's attention projections are fused; call pipe.unfuse_qkv_projections() first.")
@@ -177,8 +185,8 @@ def _denoiser_of(pipe: Any) -> nn.Module:
 
 
 def _is_fused(module: nn.Module, kind: str | None) -> bool:
-    """Whether q, k and v come from one layer beside those that the names speak of. The U-Net's attention leaves its flag on
-    when they are separate again, so there the processor tells."""
+    """Whether q, k and v come from one layer beside those that the names speak of. The U-Net's attention leaves its
+    flag on when they are separate again, so there the processor tells."""
     if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
         return True
     return kind == "FluxTransformer2DModel" and getattr(module, "fused_projections", False)
@@ -194,7 +202,8 @@ def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
         low, high = config.get("sigma_min"), config.get("sigma_max")
         if not low or not high:
             raise TLoRAError(
-                f"pipe.scheduler, a {type(scheduler).__name__}, does not tell its sigma_min and sigma_max, so the noise level "
+                f"pipe.scheduler, a {type(scheduler).__name__}, does not tell its sigma_min and sigma_max, so the "
+                f"noise level "
                 "of its timesteps is unknown; set them in its config."
             )
         low, high = torch.tensor([low, high], dtype=torch.float32).log()
@@ -203,7 +212,8 @@ def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
         T = config.get("num_train_timesteps")
     if not T or not bool(((t >= 0) & (t <= T)).all()):
         raise TLoRAError(
-            f"The timestep {t.tolist()} that pipe gives its model is not in 0 to {T}, so its noise level is unknown; use "
+            f"The timestep {t.tolist()} that pipe gives its model is not in 0 to {T}, so its noise level is unknown; "
+            f"use "
             "a scheduler for this model."
         )
     return t, float(T)
@@ -240,7 +250,8 @@ def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], na
         weight = linears[part.module].weight.detach()
         if weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in _PRECISE:
             raise TLoRAError(
-                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is quantised or "
+                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is "
+                f"quantised or "
                 f"offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without offloading."
             )
         pieces.append(weight[first : first + wanted.stop - wanted.start].float())
@@ -257,7 +268,8 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
         there = rows.get(path)
         if there is None:
             raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is not in pipe's; use a "
+                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is not in pipe's; use "
+                f"a "
                 "pipeline of the kind of model it was trained on."
             )
         whole = (there[-1].stop, linears[there[0].module].in_features)

@@ -1,9 +1,10 @@
 """Gradient checkpointing: a block's insides are computed again in the backward pass instead of being kept.
 
-PyTorch's own would give wrong gradients here without a word. Some of the host's blocks write to their inputs in place, and
-what is computed again would start from what was written. So a block that does gets copies. The backward pass of a block is
-an ordinary one, in which autograd notices any other tensor that was overwritten and raises an error.
+PyTorch's own would give wrong gradients here without a word. Some of the host's blocks write to their inputs in place,
+and what is computed again would start from what was written. So a block that does gets copies. The backward pass of a
+block is an ordinary one, in which autograd notices any other tensor that was overwritten and raises an error.
 """
+
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +20,8 @@ from .overlay import replaced_forward
 
 
 class Checkpointed:
-    """Stands in for the forward of a block. Its layers may have adapters on that come off before the backward pass: they are
-    put on again, with the ranks they had."""
+    """Stands in for the forward of a block. Its layers may have adapters on that come off before the backward pass:
+    they are put on again, with the ranks they had."""
 
     def __init__(self, block: nn.Module):
         self.run = block.forward
@@ -46,13 +47,19 @@ class _Call:
 
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
-        self.arguments = _replaced(arguments, iter(_tensors(arguments)))  # the host changes its dictionaries as it goes on
+        self.arguments = _replaced(
+            arguments, iter(_tensors(arguments))
+        )  # the host changes its dictionaries as it goes on
         self.count = len(_tensors(arguments))
         self.trained = [forward for _, forward in forwards if isinstance(forward, Trained)]
 
     def take_factors(self) -> list[Tensor | None]:
         """Those of all branches that the call has used, as inputs of the block like any other."""
-        self.used = [(forward, key, len(branches), type(branches[0])) for forward in self.trained for key, branches in forward.branches.items()]
+        self.used = [
+            (forward, key, len(branches), type(branches[0]))
+            for forward in self.trained
+            for key, branches in forward.branches.items()
+        ]
         return [tensor for forward, key, *_ in self.used for branch in forward.branches[key] for tensor in branch]
 
     def branches(self, factors: Sequence[Tensor | None]) -> dict[Trained, dict]:

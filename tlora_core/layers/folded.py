@@ -4,11 +4,13 @@ Applying up M_t down beside a layer takes two more products at every evaluation.
 
 - From one evaluation to the next r(t) moves by a component or a few. A copy of the weight that already holds the update
   needs only those added or taken away (`FoldedWeight`).
-- A layer that projects the text, as cross-attention's keys and values, gets the same input at every step. What the weight
-  alone makes of it, and `down`, need computing once (`FoldedOutput`). This saves more than the T-LoRA costs elsewhere.
+- A layer that projects the text, as cross-attention's keys and values, gets the same input at every step. What the
+  weight alone makes of it, and `down`, need computing once (`FoldedOutput`). This saves more than the T-LoRA costs
+  elsewhere.
 
 The layer itself is never written to: whatever happens, its weight is the one that the host loaded.
 """
+
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,8 +23,8 @@ from torch import Tensor, nn
 
 from .overlay import is_replaced, replaced_forward
 
-# In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum stays
-# under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
+# In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
+# stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
 STEPS_UNTIL_REBUILD = 32
 INPUTS_KEPT = 4  # conditional and unconditional text, and as many again for areas
 
@@ -64,8 +66,8 @@ class Folded:
 
     @property
     def is_current(self) -> bool:
-        """False once the host has given the layer another weight or moved it off, or while something else stands in for its
-        forward, which folding would drop."""
+        """False once the host has given the layer another weight or moved it off, or while something else stands in for
+        its forward, which folding would drop."""
         is_there = self.layer.weight is self.source and self.source.device == self.device
         return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
 
@@ -79,8 +81,8 @@ class FoldedWeight(Folded):
     In float32 the copy follows `wanted` by the columns that changed; in half precision it is made from the layer's own
     weight each time, so that it is rounded once, as the host rounds a plain LoRA's.
 
-    fetch: gives weight and bias in the dtype and on the device of a tensor, for the length of a block; None where the layer's own
-        are there already.
+    fetch: gives weight and bias in the dtype and on the device of a tensor, for the length of a block; None where the
+        layer's own are there already.
     """
 
     def __init__(self, layer: nn.Linear, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
@@ -103,7 +105,12 @@ class FoldedWeight(Folded):
                 (new or old).step(self.weight, old.columns if old else 0, new.columns if new else 0)
             self._steps += 1
         else:
-            with self.fetch(self.layer, x) if self.fetch else nullcontext((self.source, self.layer.bias)) as (weight, bias):
+            with (
+                self.fetch(self.layer, x) if self.fetch else nullcontext((self.source, self.layer.bias)) as (
+                    weight,
+                    bias,
+                )
+            ):
                 self._rebuild(weight)
                 self.bias = bias.clone() if self.fetch and bias is not None else bias
         self._folded = dict(self.wanted)
@@ -112,7 +119,9 @@ class FoldedWeight(Folded):
         """Also when terms come or go, but not when one was replaced by another adapter's."""
         if self.weight is None or self.weight.dtype != torch.float32 or self._steps >= STEPS_UNTIL_REBUILD:
             return False
-        return all(self._folded[key].is_same_but_for_columns(term) for key, term in self.wanted.items() if key in self._folded)
+        return all(
+            self._folded[key].is_same_but_for_columns(term) for key, term in self.wanted.items() if key in self._folded
+        )
 
     def _rebuild(self, source: Tensor) -> None:
         self._steps = 0
@@ -137,9 +146,9 @@ class Input:
 
 
 class Inputs:
-    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so what they hold is
-    compared once an evaluation, and again after each change in place. Tensors made in inference mode count no changes;
-    they are compared every time."""
+    """Recognises inputs that come back in a later evaluation. One evaluation's layers share their text, so what they
+    hold is compared once an evaluation, and again after each change in place. Tensors made in inference mode count no
+    changes; they are compared every time."""
 
     def __init__(self):
         self._kept: list[Input] = []
@@ -152,11 +161,15 @@ class Inputs:
         for tensor, version, known in self._seen:
             if tensor is x and version == x._version:
                 return known
-        same = (i for i in self._kept if i.value.shape == x.shape and i.value.dtype == x.dtype and i.value.device == x.device)
+        same = (
+            i
+            for i in self._kept
+            if i.value.shape == x.shape and i.value.dtype == x.dtype and i.value.device == x.device
+        )
         known = next((i for i in same if torch.equal(i.value, x)), None)
         if known is None:
             known = Input(x.clone())
-            self._kept = [known, *self._kept[:INPUTS_KEPT - 1]]
+            self._kept = [known, *self._kept[: INPUTS_KEPT - 1]]
         if not x.is_inference():
             self._seen.append((x, x._version, known))
         return known
@@ -200,14 +213,17 @@ class FoldedOutput(Folded):
 
     def _add(self, total: Tensor, term: Term, hidden: Tensor) -> None:
         part = total[..., term.rows]
-        part.copy_(torch.addmm(part.flatten(0, -2), hidden[..., :term.columns].flatten(0, -2),
-                               term.up[:, :term.columns].t()).view(part.shape))
+        part.copy_(
+            torch.addmm(
+                part.flatten(0, -2), hidden[..., : term.columns].flatten(0, -2), term.up[:, : term.columns].t()
+            ).view(part.shape)
+        )
 
 
 @contextmanager
 def folded(key: Hashable, terms: Iterable[tuple[Folded, Term]]):
-    """Within the block each layer has its terms, one a row for the owner `key`. The layers are as before afterwards, also
-    after an error; what was folded is kept for the next evaluation."""
+    """Within the block each layer has its terms, one a row for the owner `key`. The layers are as before afterwards,
+    also after an error; what was folded is kept for the next evaluation."""
     used = []
     try:
         with replaced_forward() as replace:

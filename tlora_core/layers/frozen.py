@@ -1,10 +1,12 @@
 """Backward passes of frozen layers and of the adapters on them, written out.
 
-Left to itself, autograd keeps more than it needs: of a layer that casts its weight (fp8 and quantised models, and models
-that the host streams from memory) the cast copy, of an adapter every factor it was made of. On some hosts that copy may even
-have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and fetches its weight
-anew for the backward pass, and an adapter saves its layer's input, which layers side by side share, and r numbers a token.
+Left to itself, autograd keeps more than it needs: of a layer that casts its weight (fp8 and quantised models, and
+models that the host streams from memory) the cast copy, of an adapter every factor it was made of. On some hosts that
+copy may even have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and
+fetches its weight anew for the backward pass, and an adapter saves its layer's input, which layers side by side share,
+and r numbers a token.
 """
+
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -36,16 +38,20 @@ class _Kept:
 
 
 class Frozen:
-    """Stands in for the forward of a layer that is not trained and is called with one tensor; a call with more, as of an embedding
-    in another dtype, is the layer's own.
+    """Stands in for the forward of a layer that is not trained and is called with one tensor; a call with more, as of
+    an embedding in another dtype, is the layer's own.
 
-    fetch: gives the layer's weight and bias in the dtype and on the device of a tensor, for the length of a block; None for a
-        layer whose weight may be kept from the forward pass to the backward pass, as autograd does.
+    fetch: gives the layer's weight and bias in the dtype and on the device of a tensor, for the length of a block; None
+        for a layer whose weight may be kept from the forward pass to the backward pass, as autograd does.
     keeps_output: the layer's input comes back at every step, as the text does: what the layer makes of it is kept.
     """
 
-    def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None,
-                 keeps_output: bool = False):
+    def __init__(
+        self,
+        layer: nn.Module,
+        fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None,
+        keeps_output: bool = False,
+    ):
         self.layer, self.fetch, self.keeps_output = layer, fetch, keeps_output
         self.run = layer.forward
         self._kept: list[_Kept] = []
@@ -64,25 +70,35 @@ class Frozen:
         known = next((kept for kept in self._kept if kept.is_of(x)), None)
         if known is None:
             known = _Kept(x, self.run(x))
-            self._kept = [known, *(kept for kept in self._kept[:_INPUTS_KEPT - 1] if kept.is_alive)]
+            self._kept = [known, *(kept for kept in self._kept[: _INPUTS_KEPT - 1] if kept.is_alive)]
         return known
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, from that of the layer's output."""
-        with self.fetch(self.layer, gradient) if self.fetch is not None else nullcontext((self.layer.weight, None)) as (weight, _):
+        with (
+            self.fetch(self.layer, gradient) if self.fetch is not None else nullcontext((self.layer.weight, None)) as (
+                weight,
+                _,
+            )
+        ):
             if weight.dim() == 2:  # also of the host's quantised layers, which are no torch.nn.Linear
                 scale = getattr(self.layer, "pre_quant_scale", None)  # some of which scale their input first
                 return gradient @ weight if scale is None else gradient @ weight * scale.to(gradient)
             back = _CONVOLUTIONS[weight.dim() - 2]
-            return back(shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups)
+            return back(
+                shape, weight, gradient, self.layer.stride, self.layer.padding, self.layer.dilation, self.layer.groups
+            )
 
 
 _CONVOLUTIONS = {1: torch.nn.grad.conv1d_input, 2: torch.nn.grad.conv2d_input, 3: torch.nn.grad.conv3d_input}
 
 
 def _is_simple_convolution(layer: nn.Module) -> bool:
-    return (isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.padding_mode == "zeros"
-            and not isinstance(layer.padding, str))
+    return (
+        isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    )
 
 
 class _FrozenLayer(torch.autograd.Function):
@@ -113,8 +129,8 @@ class _Rerun(torch.autograd.Function):
 
 
 class Part(NamedTuple):
-    """An adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B], best on the CPU,
-    for samples that differ."""
+    """An adapter on the rows of a layer from `row` on, with its rank in this evaluation: one int, or int64 [B], best on
+    the CPU, for samples that differ."""
 
     adapter: BankAdapter
     active: int | LongTensor
@@ -122,7 +138,8 @@ class Part(NamedTuple):
 
 
 class Evaluation:
-    """The branches of one evaluation of a model, prepared for a whole bank when the first of its layers asks. Each is handed out
+    """The branches of one evaluation of a model, prepared for a whole bank when the first of its layers asks. Each is
+    handed out
     once: what is still needed of it afterwards, autograd has, and gives up as it goes back."""
 
     def __init__(self):
@@ -158,8 +175,8 @@ class Evaluation:
 
 
 class Trained:
-    """The forward of a layer with adapters in training: forward(x) + up M_t down x for each part, as `masking.add_low_rank`
-    gives it. `forward` is the layer's own, or whatever stands in for it.
+    """The forward of a layer with adapters in training: forward(x) + up M_t down x for each part, as
+    `masking.add_low_rank` gives it. `forward` is the layer's own, or whatever stands in for it.
 
     branches: None, or what a checkpointed block uses again when it is run again: the branches by what the inputs are.
     """
@@ -193,20 +210,30 @@ class Trained:
 
     def own_rows(self, of_layer: Tensor) -> list[Tensor]:
         """The columns of [tokens, n] that belong to each part: a model may keep several projections in one layer."""
-        return [of_layer[:, part.row:part.row + part.adapter.bank.B.shape[1]] for part in self.parts]
+        return [of_layer[:, part.row : part.row + part.adapter.bank.B.shape[1]] for part in self.parts]
 
 
 class _AddBranches(torch.autograd.Function):
-    """The output of a layer with its branches. Keeps the layer's input, which layers side by side share, and c numbers a token
-    for each branch; the factors are views of what their bank has prepared."""
+    """The output of a layer with its branches. Keeps the layer's input, which layers side by side share, and c numbers
+    a token for each branch; the factors are views of what their bank has prepared."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor | None, layer: Trained, kept: _Kept | None, kind: type, is_recorded: bool,
-                *factors: Tensor | None) -> Tensor:
+    def forward(
+        ctx,
+        x: Tensor,
+        base: Tensor | None,
+        layer: Trained,
+        kept: _Kept | None,
+        kind: type,
+        is_recorded: bool,
+        *factors: Tensor | None,
+    ) -> Tensor:
         output = layer.base_output(x, base, kept)
         tokens, rows = x.flatten(0, -2), layer.own_rows(output.view(-1, output.shape[-1]))
-        for_backward = [branch.add(own, tokens, is_recorded, ctx.needs_input_grad[0])
-                        for branch, own in zip(branches_of(kind, factors), rows)]
+        for_backward = [
+            branch.add(own, tokens, is_recorded, ctx.needs_input_grad[0])
+            for branch, own in zip(branches_of(kind, factors), rows)
+        ]
         ctx.layer, ctx.kind = layer, kind
         ctx.save_for_backward(x, *chain.from_iterable(for_backward))
         return output
@@ -220,7 +247,7 @@ class _AddBranches(torch.autograd.Function):
             grad_x = layer.frozen.input_gradient(rows, tokens.shape) if layer.frozen else torch.zeros_like(tokens)
         grads = []
         for i, own in enumerate(layer.own_rows(rows)):
-            grad_P, grad_A = ctx.kind.backward(saved[4 * i:4 * i + 4], own, tokens, grad_x)
+            grad_P, grad_A = ctx.kind.backward(saved[4 * i : 4 * i + 4], own, tokens, grad_x)
             grads += [grad_P, None, grad_A, None, None]
         grad_x = None if grad_x is None else grad_x.view(x.shape)
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None, None, *grads

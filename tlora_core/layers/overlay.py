@@ -1,9 +1,10 @@
 """Adapters on a model's linear layers for the length of one evaluation.
 
-Training goes through `attached`, and sampling too wherever `folding` does not serve. Both replace `forward` on the target
-layers and put back what was there in `finally`: the host raises cancellations from inside any layer, and other adapters
-may be attached to the same layer around this one.
+Training goes through `attached`, and sampling too wherever `folding` does not serve. Both replace `forward` on the
+target layers and put back what was there in `finally`: the host raises cancellations from inside any layer, and other
+adapters may be attached to the same layer around this one.
 """
+
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -38,7 +39,8 @@ class Attachment(NamedTuple):
 
 
 def is_replaced(layer: nn.Module) -> bool:
-    """Whether something stands in for the layer's own forward. Others may have put that itself there when they were done."""
+    """Whether something stands in for the layer's own forward. Others may have put that itself there when they were
+    done."""
     forward = layer.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
 
@@ -64,8 +66,8 @@ def replaced_forward():
 
 @contextmanager
 def attached(attachments: Iterable[Attachment]):
-    """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x. The layers are as before
-    afterwards, also after an error. Attachments nest: an inner one adds to what the outer one gives."""
+    """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x. The layers are as
+    before afterwards, also after an error. Attachments nest: an inner one adds to what the outer one gives."""
     of_layers = defaultdict(list)
     for layer, *part in attachments:
         of_layers[layer].append(Part(*part))
@@ -73,7 +75,10 @@ def attached(attachments: Iterable[Attachment]):
     with replaced_forward() as replace:
         for layer, parts in of_layers.items():
             in_training = all(isinstance(part.adapter, BankAdapter) for part in parts)
-            replace(layer, Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts))
+            replace(
+                layer,
+                Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts),
+            )
         yield
 
 

@@ -141,11 +141,12 @@ class Adapters(Mapping[str, Adapter]):
 
 
 def difference_form(trained: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(up [out, 2 r], down [2 r, in]) of B S A - B0 S0 A0 (equation 6), for (B [out, r], S [r], A [r, in]) and its start.
+    """(up [out, 2 r], down [2 r, in]) of B S A - B0 S0 A0 (equation 6), for (B [out, r], S [r], A [r, in]) and its
+    start.
 
-    With P = B S, component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i]. The masked product is B S M A - B0 S0 M A0 without
-    subtracting two nearly equal products, which would cost a half precision format all its digits while the adapter is
-    close to its start.
+    With P = B S, component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i]. The masked product is B S M A - B0 S0 M A0
+    without subtracting two nearly equal products, which would cost a half precision format all its digits while the
+    adapter is close to its start.
     """
     (B, S, A), (B0, S0, A0) = trained, start
     # B S - B0 S0 in the same manner: a small difference of factors, not of products.

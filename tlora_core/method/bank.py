@@ -1,8 +1,10 @@
 """Trainable adapters of one shape in stacked parameters, and what each adds beside its layer in an evaluation.
 
-A model has hundreds of adapters of a dozen shapes. Stacked, one operation prepares the factors of all adapters of a shape,
-an optimizer sees a dozen large tensors, and autograd itself leads the gradients of the layers back into the stacks.
+A model has hundreds of adapters of a dozen shapes. Stacked, one operation prepares the factors of all adapters of a
+shape, an optimizer sees a dozen large tensors, and autograd itself leads the gradients of the layers back into the
+stacks.
 """
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,9 +19,9 @@ Kept = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # what a bran
 class Branch(NamedTuple):
     """What one adapter adds beside its layer in an evaluation: up M_t down x, in the dtype of x.
 
-    up [out, g * c], down [g * c, in]: the factors as they are applied, without gradients; c components, g columns for each.
-    P [out, c], A [c, in]: first columns and rows of the same, which autograd leads back to the parameters. The gradient
-        given for P is that of B S, the one given for A that of A, over both halves of up and down.
+    up [out, g * c], down [g * c, in]: the factors as they are applied, without gradients; c components, g columns for
+    each. P [out, c], A [c, in]: first columns and rows of the same, which autograd leads back to the parameters. The
+        gradient given for P is that of B S, the one given for A that of A, over both halves of up and down.
     on [B, 1, 1, c]: ones for the components that each sample of a batch has on; None where that is all of them.
     """
 
@@ -42,7 +44,8 @@ class Branch(NamedTuple):
 
     @staticmethod
     def backward(kept: Kept, grad: Tensor, x: Tensor, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradients of P and A for that of the output [tokens, out]; adds that of x to grad_x, unless it is None."""
+        """The gradients of P and A for that of the output [tokens, out]; adds that of x to grad_x, unless it is
+        None."""
         Ax, up, down, on = kept
         columns = Ax.shape[1]
         grad_hidden = _masked(grad @ up, on, columns)
@@ -73,7 +76,7 @@ class TextBranch(NamedTuple):
     def backward(kept: Kept, grad: Tensor, x: Tensor, grad_x: None) -> tuple[Tensor, Tensor]:
         """The gradients of P and Ax for that of the output [tokens, out]."""
         Ax, up, _, on = kept
-        return grad.t() @ Ax, _masked(grad @ up, on, Ax.shape[1])[:, :Ax.shape[1]]
+        return grad.t() @ Ax, _masked(grad @ up, on, Ax.shape[1])[:, : Ax.shape[1]]
 
 
 def _masked(hidden: Tensor, on: Tensor | None, columns: int) -> Tensor:
@@ -86,7 +89,7 @@ def _masked(hidden: Tensor, on: Tensor | None, columns: int) -> Tensor:
 def branches_of(kind: type, tensors: Sequence[Tensor | None]) -> list[Branch | TextBranch]:
     """Branches of one kind from all their tensors in a row."""
     size = len(kind._fields)
-    return [kind(*tensors[i:i + size]) for i in range(0, len(tensors), size)]
+    return [kind(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
 class Bank(nn.Module):
@@ -190,7 +193,9 @@ class OrthoBank(Bank):
             self.register_buffer(f"{name}0", start.detach(), persistent=False)
 
     def factors(self, index: int) -> tuple[Tensor, Tensor]:
-        return difference_form((self.B[index], self.S[index], self.A[index]), (self.B0[index], self.S0[index], self.A0[index]))
+        return difference_form(
+            (self.B[index], self.S[index], self.A[index]), (self.B0[index], self.S0[index], self.A0[index])
+        )
 
     def ups(self, columns, dtype):
         return _each(_Up.apply(self.B, self.S, self.B0, self.S0, columns, dtype))
@@ -205,8 +210,8 @@ def _each(stacks: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 class _Up(torch.autograd.Function):
-    """up = [P, P - P0] with P = B S, as P (A - A0) + (P - P0) A0 is the update: small differences of factors, where a half
-    precision format would lose all digits in B S A - B0 S0 A0."""
+    """up = [P, P - P0] with P = B S, as P (A - A0) + (P - P0) A0 is the update: small differences of factors, where a
+    half precision format would lose all digits in B S A - B0 S0 A0."""
 
     @staticmethod
     def forward(ctx, B, S, B0, S0, columns, dtype):
@@ -224,7 +229,8 @@ class _Up(torch.autograd.Function):
         B, S = ctx.saved_tensors
         grad_B, columns = _room_for(B, grad.shape[2], B.shape[2]), grad.shape[2]
         own = grad_B[..., :columns]
-        # The products whose sum is the gradient of S lie for a moment where that of B goes: this may be the step's peak in memory.
+        # The products whose sum is the gradient of S lie for a moment where that of B goes: this may be the step's peak
+        # in memory.
         torch.mul(grad, B[..., :columns], out=own)
         grad_S = grad_B.sum(1, keepdim=True)
         torch.mul(grad, S[..., :columns], out=own)
@@ -246,15 +252,15 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        A, = ctx.saved_tensors
+        (A,) = ctx.saved_tensors
         grad_A = _room_for(A, grad.shape[1], A.shape[1])
-        grad_A[:, :grad.shape[1]] = grad
+        grad_A[:, : grad.shape[1]] = grad
         return grad_A, None, None, None
 
 
 class _OnText(torch.autograd.Function):
-    """M A x and M down x of all adapters [n, B * tokens, ...] for a text x [B, tokens, in], in full precision: this difference
-    of products has its digits, and down is not made at all."""
+    """M A x and M down x of all adapters [n, B * tokens, ...] for a text x [B, tokens, in], in full precision: this
+    difference of products has its digits, and down is not made at all."""
 
     @staticmethod
     def forward(ctx, A, A0, x, on, columns):
@@ -277,12 +283,13 @@ class _OnText(torch.autograd.Function):
     def backward(ctx, grad, _):
         A, tokens = ctx.saved_tensors
         grad_A = _room_for(A, grad.shape[2], A.shape[1])
-        grad_A[:, :grad.shape[2]] = grad.mT.to(A.dtype) @ tokens
+        grad_A[:, : grad.shape[2]] = grad.mT.to(A.dtype) @ tokens
         return grad_A, None, None, None, None
 
 
 def _room_for(parameter: Tensor, columns: int, rank: int) -> Tensor:
-    """A tensor for the gradient of a parameter whose first `columns` components of `rank` were on: zero for the others."""
+    """A tensor for the gradient of a parameter whose first `columns` components of `rank` were on: zero for the
+    others."""
     return torch.empty_like(parameter) if columns == rank else torch.zeros_like(parameter)
 
 

@@ -1,9 +1,10 @@
 """The methods that the paper compares with, as adapters like the others, so that they train and apply by the same code.
 
-OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) turn a layer's input, W' = W R with R orthogonal: the update W (R - I) has
-the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the update is U diag(change) V^T.
-None has a mask. Their updates are as large as the layers themselves, and so are their files.
+OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) turn a layer's input, W' = W R with R orthogonal: the update W (R
+- I) has the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the update is
+U diag(change) V^T. None has a mask. Their updates are as large as the layers themselves, and so are their files.
 """
+
 from collections.abc import Mapping
 
 import torch
@@ -22,8 +23,9 @@ class _OwnModule(nn.Module, Adapter):
 
 
 class RotationAdapter(_OwnModule):
-    """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two such
-    matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not copied."""
+    """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two
+    such matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not
+    copied."""
 
     group = 1
 
@@ -83,6 +85,8 @@ def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -
     for name, weight in weights.items():
         if weight.shape[1] % blocks or blocks == weight.shape[1]:
             raise TLoRAError(
-                f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is {weight.shape[1]} '
-                "wide; set it to a number that divides this, such as 4 or 8.")
+                f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is '
+                f"{weight.shape[1]} "
+                "wide; set it to a number that divides this, such as 4 or 8."
+            )
     return {name: RotationAdapter(weight, blocks, method == "gsoft") for name, weight in weights.items()}

@@ -1,12 +1,13 @@
 """Rows of the full U of a tall Gaussian matrix's singular value decomposition, as LAPACK completes it.
 
-The published code takes the last rows, not columns, of a full U [m, m] of a Gaussian m x n matrix. For a square matrix that is the
-same in distribution. For m > n only the first n columns of U are singular vectors; LAPACK completes them with the last m - n
-columns of the Householder reflectors' product H_1 ... H_n that made the matrix triangular (or bidiagonal). That product is near the
-identity there, so the completion is not Haar-distributed: row m - i has about (1 - n / m)^2 of its energy in column m - i alone.
+The published code takes the last rows, not columns, of a full U [m, m] of a Gaussian m x n matrix. For a square matrix
+that is the same in distribution. For m > n only the first n columns of U are singular vectors; LAPACK completes them
+with the last m - n columns of the Householder reflectors' product H_1 ... H_n that made the matrix triangular (or
+bidiagonal). That product is near the identity there, so the completion is not Haar-distributed: row m - i has about (1
+- n / m)^2 of its energy in column m - i alone.
 
-The reflectors of a Gaussian matrix are those of independent Gaussian vectors of lengths m, m - 1, ..., and may be applied to the
-wanted rows alone. No decomposition is computed.
+The reflectors of a Gaussian matrix are those of independent Gaussian vectors of lengths m, m - 1, ..., and may be
+applied to the wanted rows alone. No decomposition is computed.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,16 @@ _BLOCK = 64  # reflectors applied together: the products are then matrices' and 
 
 
 def last_completed_rows(m: int, haar: Tensor, generators: Sequence[Generator], device: str | torch.device) -> Tensor:
-    """The last r rows [L, r, m] of the full U of Gaussian m x n matrices, m > n, in float32 on device, orthonormal to about 1e-6.
+    """The last r rows [L, r, m] of the full U of Gaussian m x n matrices, m > n, in float32 on device, orthonormal to
+    about 1e-6.
 
     haar: [L, r, n], independent Haar-distributed rows; it is used up. generators: one for each of the L matrices.
 
-    The first n columns and the last m - n each have U's distribution, the first but for the signs of singular vectors, which are
-    LAPACK's choice and random here. Of what the two have in common this keeps their Gram matrices, which add up to 1, and takes the
-    directions of the first for independent of the last: so they are but for how a triangular Gaussian's singular vectors prefer
-    some columns to others, too little for two-sample tests of 4,000 decompositions.
+    The first n columns and the last m - n each have U's distribution, the first but for the signs of singular vectors,
+    which are LAPACK's choice and random here. Of what the two have in common this keeps their Gram matrices, which add
+    up to 1, and takes the
+    directions of the first for independent of the last: so they are but for how a triangular Gaussian's singular
+    vectors prefer some columns to others, too little for two-sample tests of 4,000 decompositions.
     """
     count, rank, n = haar.shape
     rows = torch.zeros(count, rank, m, device=device)

@@ -17,7 +17,8 @@ def add_low_rank(
         to torch.compile, which compiles anew for every int.
     group: columns of up per component, see LowRank.
 
-    Returns [B, ..., n], leaving output as it is. Gradients flow to all four. Raises ValueError when active does not fit.
+    Returns [B, ..., n], leaving output as it is. Gradients flow to all four. Raises ValueError when active does not
+    fit.
     """
     if isinstance(active, Tensor):
         if active.dim() and active.shape != x.shape[:1]:

@@ -21,8 +21,9 @@ class RankSchedule:
     min_rank: r_min, the number at t = T, from 0 to rank. Equal to rank, the schedule is constant: plain
         LoRA and Ortho-LoRA.
     alpha: exponent, above 0. Above 1 the components leave sooner as the noise grows.
-    points: a free curve in place of the formula: (t / T, rank) of at least two points, t / T rising in [0, 1], with straight
-        lines between them, rounded down, and level beyond them. min_rank is then the smallest of their ranks, alpha 1.
+    points: a free curve in place of the formula: (t / T, rank) of at least two points, t / T rising in [0, 1], with
+        straight lines between them, rounded down, and level beyond them. min_rank is then the smallest of their ranks,
+        alpha 1.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -34,7 +35,8 @@ class RankSchedule:
 
     @classmethod
     def from_text(cls, rank: int, min_rank: int, alpha: float, curve: str) -> "RankSchedule":
-        """The formula's, or where `curve` is not empty that of its points: "0:64, 0.5:48, 1:32", t / T before the colon."""
+        """The formula's, or where `curve` is not empty that of its points: "0:64, 0.5:48, 1:32", t / T before the
+        colon."""
         if not curve.strip():
             return cls(rank, min_rank, alpha)
         try:
@@ -42,7 +44,9 @@ class RankSchedule:
             points = tuple((float(level), int(active)) for level, active in pairs)
             min_rank = min(active for _, active in points)  # of no points at all, as of commas alone, an error too
         except ValueError as error:
-            raise TLoRAError(f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".') from error
+            raise TLoRAError(
+                f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".'
+            ) from error
         return cls(rank, min_rank, 1.0, points)
 
     def __post_init__(self) -> None:
@@ -64,14 +68,18 @@ class RankSchedule:
         levels = [level for level, _ in self.points]
         if len(levels) < 2 or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= 1:
             raise TLoRAError(
-                f"curve has the noise levels {', '.join(f'{level:g}' for level in levels)}; give at least two, rising, from 0 "
-                "(clean) to 1 (pure noise).")
+                f"curve has the noise levels {', '.join(f'{level:g}' for level in levels)}; give at least two, "
+                f"rising, from 0 "
+                "(clean) to 1 (pure noise)."
+            )
         for _, active in self.points:
             _require_whole("A rank of the curve", active)
             if not 0 <= active <= self.rank:
                 raise TLoRAError(f"curve has the rank {active}; use ranks from 0 to the rank, which is {self.rank}.")
         if self.min_rank != min(active for _, active in self.points) or self.alpha != 1:
-            raise TLoRAError(f"min_rank is {self.min_rank} and alpha {self.alpha}, which do not go with the curve's points.")
+            raise TLoRAError(
+                f"min_rank is {self.min_rank} and alpha {self.alpha}, which do not go with the curve's points."
+            )
 
     @property
     def is_constant(self) -> bool:
@@ -122,10 +130,14 @@ class RankSchedule:
         ranks = [self.active_rank(t, num_timesteps) for t in timesteps.tolist()]
         return torch.tensor(ranks, dtype=torch.long, device=timesteps.device)
 
-    def active_of_layer(self, layer_rank: int, timesteps: Tensor, num_timesteps: float, device: torch.device) -> int | LongTensor:
-        """How many components of a layer of that rank are on at timesteps [B], as masking.add_low_rank takes it: one number where all
-        agree, else int64 [B] on `device`."""
-        ranks = self.for_rank(layer_rank).active_ranks(timesteps.cpu(), num_timesteps)  # from a GPU once, not for each number
+    def active_of_layer(
+        self, layer_rank: int, timesteps: Tensor, num_timesteps: float, device: torch.device
+    ) -> int | LongTensor:
+        """How many components of a layer of that rank are on at timesteps [B], as masking.add_low_rank takes it: one
+        number where all agree, else int64 [B] on `device`."""
+        ranks = self.for_rank(layer_rank).active_ranks(
+            timesteps.cpu(), num_timesteps
+        )  # from a GPU once, not for each number
         return int(ranks[0]) if bool((ranks == ranks[0]).all()) else ranks.to(device)
 
     def for_rank(self, layer_rank: int) -> "RankSchedule":
@@ -139,6 +151,7 @@ class RankSchedule:
                 f"A layer has rank {layer_rank}; the schedule serves ranks from 1 to {self.rank}. "
                 "Use the schedule the layer was trained with."
             )
+
         def scaled(active: int) -> int:
             return -(-active * layer_rank // self.rank)
 
@@ -146,8 +159,8 @@ class RankSchedule:
         return replace(self, rank=layer_rank, min_rank=scaled(self.min_rank), points=points)
 
     def up_to(self, rank: int) -> "RankSchedule":
-        """The schedule of the first `rank` components alone: it ends at them, and min_rank is not above. Raises TLoRAError for
-        a rank that is not from 1 to this one's."""
+        """The schedule of the first `rank` components alone: it ends at them, and min_rank is not above. Raises
+        TLoRAError for a rank that is not from 1 to this one's."""
         _require_whole("rank", rank)
         if not 1 <= rank <= self.rank:
             raise TLoRAError(f"rank is {rank}; set it to a whole number from 1 to the T-LoRA's, which is {self.rank}.")

@@ -1,4 +1,5 @@
-"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and that of its published code.
+"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and that of its published
+code.
 
 B0 diag(S0) A0 holds r consecutive terms of the singular value decomposition of a matrix: the principal,
 middle or last ones, of the layer's own weight W or of a random matrix R with entries N(0, std^2).
@@ -8,10 +9,11 @@ independent of its singular values, and those are distributed like the singular 
 matrix of independent chi variables (Golub-Kahan on a Gaussian; Dumitriu and Edelman 2002, "Matrix models
 for beta ensembles"). Both are drawn directly, so the start has the distribution that the paper's words give it.
 
-The published code differs from these words in layers that are not square, such as cross-attention's keys and values, which read a
-text wider than they are (140 of SDXL's 560 layers): where the paper's A0 holds right singular vectors, the code takes rows of a
-completed square matrix, whose completed part is not Haar-distributed (`completion`). "last_random_published" is that start; in square
-layers it is "last_random". The code's starts from weights differ likewise in such layers, and are not offered.
+The published code differs from these words in layers that are not square, such as cross-attention's keys and values,
+which read a text wider than they are (140 of SDXL's 560 layers): where the paper's A0 holds right singular vectors, the
+code takes rows of a completed square matrix, whose completed part is not Haar-distributed (`completion`).
+"last_random_published" is that start; in square layers it is "last_random". The code's starts from weights differ
+likewise in such layers, and are not offered.
 """
 
 import hashlib
@@ -29,8 +31,9 @@ from .gaussian_spectrum import chi_squares, singular_values
 
 
 class Start(NamedTuple):
-    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight". completed: whether
-    the longer of the two factors is taken from a completed square matrix, as in the published code."""
+    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight".
+    completed: whether the longer of the two factors is taken from a completed square matrix, as in the published
+        code."""
 
     part: str
     source: str
@@ -174,7 +177,8 @@ def _all_frames(
 
 
 def exact_device(device: str | torch.device) -> torch.device:
-    """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and DirectML's."""
+    """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and
+    DirectML's."""
     device = torch.device(device)
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 CLIP and DINO come from transformers folders on disk; nothing is downloaded, and no code in them runs.
 """
+
 import hashlib
 import json
 import re
@@ -27,9 +28,11 @@ _AT_ONCE = 16  # pictures in one pass
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """What scores were measured with, each field named as the input it comes from; only scores of equal protocols can be ranked.
-    clip_model, dino_model: folder names, None without DINO. prompts: as CLIP read them, so without the token; neutral_prompt: those
-    of them that counted for image similarity. mask: whether there was one. concept: digest of the pictures under their mask."""
+    """What scores were measured with, each field named as the input it comes from; only scores of equal protocols can
+    be ranked.
+    clip_model, dino_model: folder names, None without DINO. prompts: as CLIP read them, so without the token;
+    neutral_prompt: those of them that counted for image similarity. mask: whether there was one. concept: digest of the
+        pictures under their mask."""
 
     clip_model: str
     dino_model: str | None
@@ -41,9 +44,10 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one checkpoint. image_similarity: mean cosine of every concept picture with every neutral one, by CLIP; dino_similarity:
-    the same by DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt. diversity: 1 - mean cosine
-    of two pictures of one prompt, None where no prompt has two. pictures: how many in all; neutral: of these, for image similarity.
+    """Of one checkpoint. image_similarity: mean cosine of every concept picture with every neutral one, by CLIP;
+    dino_similarity: the same by DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt.
+    diversity: 1 - mean cosine of two pictures of one prompt, None where no prompt has two. pictures: how many in all;
+        neutral: of these, for image similarity.
     protocol: what all this was measured with."""
 
     label: str
@@ -59,31 +63,40 @@ class Scores:
 class ImageEncoder:
     """A picture encoder from the transformers folder `folder` on `device`; CLIP also reads texts.
 
-    Raises TLoRAError when the folder lacks a file or some of the weights, holds a damaged file or another kind of model.
+    Raises TLoRAError when the folder lacks a file or some of the weights, holds a damaged file or another kind of
+    model.
     """
 
     def __init__(self, folder: Path, types: Sequence[str], device: torch.device | str = "cpu"):
         self.folder, self.device = folder, device
         if model_type(folder) not in types:
-            raise TLoRAError(f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.')
+            raise TLoRAError(
+                f'"{folder.name}" holds a model of type {model_type(folder)}; choose one of type {" or ".join(types)}.'
+            )
         try:
             self.model, missing, self.side, self.mean, self.std = _load(folder)
         except Exception as error:  # what damaged files end in differs by release; some raise a bare Exception
             raise TLoRAError(
-                f'"{folder.name}" cannot be loaded ({one_line(error) or type(error).__name__}); its folder needs config.json, '
-                "model.safetensors (or pytorch_model.bin) and preprocessor_config.json, whole, as published for transformers: "
-                "download them again (git clone without git-lfs fetches no weights).") from error
+                f'"{folder.name}" cannot be loaded ({one_line(error) or type(error).__name__}); its folder needs '
+                f"config.json, "
+                "model.safetensors (or pytorch_model.bin) and preprocessor_config.json, whole, as published for "
+                "transformers: "
+                "download them again (git clone without git-lfs fetches no weights)."
+            ) from error
         if missing:  # these would stay at random numbers
             raise TLoRAError(
-                f'"{folder.name}" lacks {len(missing)} of the weights of its model, such as {missing[0]}; download the whole model as '
-                "published for transformers (a clip_vision file of ComfyUI holds CLIP's picture half alone).")
-        # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host admits.
+                f'"{folder.name}" lacks {len(missing)} of the weights of its model, such as {missing[0]}; download '
+                f"the whole model as "
+                "published for transformers (a clip_vision file of ComfyUI holds CLIP's picture half alone)."
+            )
+        # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host
+        # admits.
         self.model.eval().to(device, torch.float32)
 
     @torch.inference_mode()
     def images(self, pictures: Tensor) -> Tensor:
-        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1 on any device: the shorter side resized, the middle
-        cropped, both on the CPU, so that scores do not depend on where the host keeps its pictures."""
+        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1 on any device: the shorter side resized,
+        the middle cropped, both on the CPU, so that scores do not depend on where the host keeps its pictures."""
         found = []
         for batch in pictures.movedim(-1, 1).split(_AT_ONCE):
             pixels = ((self._framed(batch.cpu().float()) - self.mean) / self.std).to(self.device)
@@ -96,26 +109,39 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [N, d], on the CPU. Raises TLoRAError when the folder's tokenizer is missing, damaged or another model's."""
+        """Unit vectors [N, d], on the CPU. Raises TLoRAError when the folder's tokenizer is missing, damaged or another
+        model's."""
         tokens = self._tokens(prompts).to(self.device)
         vectors = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return normalize(_tensor(vectors).float().cpu(), dim=-1)
 
     def _tokens(self, prompts):
         from transformers import AutoTokenizer
+
         config = self.model.config.text_config
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            # A folder without the files gives an empty tokenizer in some releases; vocab_size may be padded, but not to the double.
+            # A folder without the files gives an empty tokenizer in some releases; vocab_size may be padded, but not to
+            # the double.
             if len(tokenizer) < config.vocab_size / 2:
                 raise ValueError(f"{len(tokenizer)} tokens found, {config.vocab_size} in the model")
-            tokens = tokenizer(list(prompts), padding=True, truncation=True, max_length=config.max_position_embeddings, return_tensors="pt")
+            tokens = tokenizer(
+                list(prompts),
+                padding=True,
+                truncation=True,
+                max_length=config.max_position_embeddings,
+                return_tensors="pt",
+            )
             if int(tokens["input_ids"].max()) >= config.vocab_size:
-                raise ValueError(f"token {int(tokens['input_ids'].max())} found, {config.vocab_size} tokens in the model")
+                raise ValueError(
+                    f"token {int(tokens['input_ids'].max())} found, {config.vocab_size} tokens in the model"
+                )
         except Exception as error:  # damaged files end in a bare Exception
             raise TLoRAError(
-                f'"{self.folder.name}" has no tokenizer that goes with it ({one_line(error) or type(error).__name__}); add the files that '
-                "are published with it: tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json.") from error
+                f'"{self.folder.name}" has no tokenizer that goes with it '
+                f"({one_line(error) or type(error).__name__}); add the files that "
+                "are published with it: tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json."
+            ) from error
         return tokens
 
     def _framed(self, pictures):
@@ -124,7 +150,7 @@ class ImageEncoder:
         size = (max(self.side, round(height * scale)), max(self.side, round(width * scale)))
         resized = interpolate(pictures, size, mode="bicubic", antialias=True).clamp(0, 1)
         top, left = (size[0] - self.side) // 2, (size[1] - self.side) // 2
-        return resized[..., top:top + self.side, left:left + self.side]
+        return resized[..., top : top + self.side, left : left + self.side]
 
 
 def model_type(folder: Path) -> str:
@@ -136,26 +162,43 @@ def model_type(folder: Path) -> str:
         return ""
 
 
-def evaluate(label: str, pictures: Sequence[Tensor], prompts: Sequence[str], concept: Tensor, clip: ImageEncoder,
-             dino: ImageEncoder | None = None, neutral_prompt: str = "", token: str = "", masks: Sequence[Tensor | None] = (),
-             concept_mask: Tensor | None = None) -> Scores:
-    """Scores of `pictures`: for each prompt a batch [N, H, W, 3] in 0..1; `concept` [M, H, W, 3] are the training pictures.
+def evaluate(
+    label: str,
+    pictures: Sequence[Tensor],
+    prompts: Sequence[str],
+    concept: Tensor,
+    clip: ImageEncoder,
+    dino: ImageEncoder | None = None,
+    neutral_prompt: str = "",
+    token: str = "",
+    masks: Sequence[Tensor | None] = (),
+    concept_mask: Tensor | None = None,
+) -> Scores:
+    """Scores of `pictures`: for each prompt a batch [N, H, W, 3] in 0..1; `concept` [M, H, W, 3] are the training
+    pictures.
 
-    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word that CLIP does not know
-    and that is left out of the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: where the subject is; what is
-    outside is grey for image similarity. Raises TLoRAError for input that does not fit together.
+    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word that CLIP does
+    not know and that is left out of the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: where the
+    subject is; what is outside is grey for image similarity. Raises TLoRAError for input that does not fit together.
     """
     check_images(concept, "concept")
     for batch in pictures:
         check_images(batch, "images")
     if len(pictures) != len(prompts):
-        raise TLoRAError(f"images are {len(pictures)} batches and prompts {len(prompts)} texts; connect a prompt for each batch of images.")
+        raise TLoRAError(
+            f"images are {len(pictures)} batches and prompts {len(prompts)} texts; connect a prompt for each batch of "
+            f"images."
+        )
     is_neutral = [not neutral_prompt.strip() or prompt.strip() == neutral_prompt.strip() for prompt in prompts]
     if not any(is_neutral):
-        raise TLoRAError(f'neutral_prompt is "{neutral_prompt}", which is none of the prompts; draw it too, or leave it empty.')
+        raise TLoRAError(
+            f'neutral_prompt is "{neutral_prompt}", which is none of the prompts; draw it too, or leave it empty.'
+        )
     masks = list(masks) or [None] * len(pictures)
     if len(masks) != len(pictures):
-        raise TLoRAError(f"mask is given for {len(masks)} batches of {len(pictures)}; connect one for each batch of images.")
+        raise TLoRAError(
+            f"mask is given for {len(masks)} batches of {len(pictures)}; connect one for each batch of images."
+        )
     real = masked(concept, concept_mask, "concept_mask")
     cut = [masked(batch, mask, "mask") for batch, mask, use in zip(pictures, masks, is_neutral) if use]
     seen = [clip.images(batch) for batch in pictures]
@@ -163,11 +206,23 @@ def evaluate(label: str, pictures: Sequence[Tensor], prompts: Sequence[str], con
     texts = clip.texts(read)
     obeyed = torch.cat([vectors @ text for vectors, text in zip(seen, texts)])
     protocol = EvaluationProtocol(
-        clip.folder.name, None if dino is None else dino.folder.name, frozenset(read),
-        frozenset(prompt for prompt, use in zip(read, is_neutral) if use), any(mask is not None for mask in masks), _digest(real))
+        clip.folder.name,
+        None if dino is None else dino.folder.name,
+        frozenset(read),
+        frozenset(prompt for prompt, use in zip(read, is_neutral) if use),
+        any(mask is not None for mask in masks),
+        _digest(real),
+    )
     return Scores(
-        label, _similarity(clip, real, cut), float(obeyed.mean()), diversity(seen, prompts),
-        None if dino is None else _similarity(dino, real, cut), len(obeyed), sum(len(batch) for batch in cut), protocol)
+        label,
+        _similarity(clip, real, cut),
+        float(obeyed.mean()),
+        diversity(seen, prompts),
+        None if dino is None else _similarity(dino, real, cut),
+        len(obeyed),
+        sum(len(batch) for batch in cut),
+        protocol,
+    )
 
 
 def without_token(prompt: str, token: str) -> str:
@@ -184,13 +239,15 @@ def masked(pictures: Tensor, mask: Tensor | None, name: str) -> Tensor:
     if tuple(mask.shape[-2:]) != tuple(pictures.shape[1:3]) or len(mask) not in (1, len(pictures)):
         raise TLoRAError(
             f"{name} is {len(mask)} x {mask.shape[-1]}x{mask.shape[-2]} pixels and its images are {len(pictures)} x "
-            f"{pictures.shape[2]}x{pictures.shape[1]}; give one of the same size for all or for each.")
+            f"{pictures.shape[2]}x{pictures.shape[1]}; give one of the same size for all or for each."
+        )
     weight = mask.to(pictures.device).clamp(0, 1).unsqueeze(-1)
     return pictures * weight + MASKED * (1 - weight)
 
 
 def diversity(vectors: Sequence[Tensor], prompts: Sequence[str]) -> float | None:
-    """1 - mean cosine of any two pictures of one prompt; unit vectors [N, d] for each batch. None where no prompt has two."""
+    """1 - mean cosine of any two pictures of one prompt; unit vectors [N, d] for each batch. None where no prompt has
+    two."""
     by_prompt: dict[str, list[Tensor]] = {}
     for batch, prompt in zip(vectors, prompts):
         by_prompt.setdefault(prompt, []).append(batch)
@@ -207,19 +264,24 @@ def check_comparable(scores: Sequence[Scores]) -> None:
     """Raises TLoRAError when two have the same label or were measured with different protocols."""
     label, times = Counter(score.label for score in scores).most_common(1)[0]
     if times > 1:
-        raise TLoRAError(f'label "{label}" is given to {times} of the compared scores; give each a label of its own, since the best is named by it.')
+        raise TLoRAError(
+            f'label "{label}" is given to {times} of the compared scores; give each a label of its own, since the '
+            f"best is named by it."
+        )
     first = scores[0]
     for score in scores[1:]:
         for field in fields(EvaluationProtocol):
             if getattr(score.protocol, field.name) != getattr(first.protocol, field.name):
                 raise TLoRAError(
-                    f'{field.name} differs between "{first.label}" and "{score.label}", so that their scores cannot be compared; give '
-                    "both the same, or disconnect before.")
+                    f'{field.name} differs between "{first.label}" and "{score.label}", so that their scores cannot '
+                    f"be compared; give "
+                    "both the same, or disconnect before."
+                )
 
 
 def best(scores: Sequence[Scores], tolerance: float) -> Scores:
-    """Of those whose image similarity is within `tolerance` of the highest, the one with the highest text similarity: the
-    paper's comparison, obedience at equal likeness. Raises as check_comparable does."""
+    """Of those whose image similarity is within `tolerance` of the highest, the one with the highest text similarity:
+    the paper's comparison, obedience at equal likeness. Raises as check_comparable does."""
     check_comparable(scores)
     likest = max(score.image_similarity for score in scores)
     return max((s for s in scores if s.image_similarity >= likest - tolerance), key=lambda s: s.text_similarity)
@@ -233,15 +295,18 @@ def table(scores: Sequence[Scores], tolerance: float) -> str:
         mark = "  <- best" if s is chosen else ""
         lines.append(
             f"{s.label:{width}}  {s.image_similarity:.3f}  {_number(s.dino_similarity):7}  {s.text_similarity:.3f}  "
-            f"{_number(s.diversity):9}  {s.pictures} ({s.neutral}){mark}")
+            f"{_number(s.diversity):9}  {s.pictures} ({s.neutral}){mark}"
+        )
     lines.append(f"best: highest TS within {tolerance:g} of the highest IS")
     return "\n".join(lines)
 
 
 def _load(folder):
-    """Model, names of weights that no file holds, side of its pictures, mean and standard deviation [3, 1, 1] from `folder`.
+    """Model, names of weights that no file holds, side of its pictures, mean and standard deviation [3, 1, 1] from
+    `folder`.
     Raises whatever the files end in."""
     from transformers import AutoModel
+
     # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
     model, found = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True, output_loading_info=True)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(_UNUSED))
@@ -249,7 +314,9 @@ def _load(folder):
     if not isinstance(side, int):
         raise ValueError(f"image_size in config.json is {side}, no whole number")
     preparation = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, std = (torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    mean, std = (
+        torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std")
+    )
     if not bool(mean.isfinite().all() and (std > 0).all()):
         raise ValueError("image_mean or image_std in preprocessor_config.json is no colour's mean or spread")
     return model, missing, side, mean, std

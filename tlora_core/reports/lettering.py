@@ -1,4 +1,6 @@
-"""Text in pictures, each letter in the first font that has it: Noto Sans, which comes with the pack's requirements, then the system's."""
+"""Text in pictures, each letter in the first font that has it: Noto Sans, which comes with the pack's requirements,
+then the system's."""
+
 import functools
 import importlib.util
 import logging
@@ -13,12 +15,40 @@ from PIL import ImageDraw, ImageFont
 
 # Where Noto Sans has no letter, by file name: fonts of many scripts, then of Chinese, Japanese and Korean.
 SYSTEM_FONTS = (
-    "DejaVuSans.ttf", "segoeui.ttf", "Arial.ttf", "NotoSansSymbols-Regular.ttf", "NotoSansSymbols2-Regular.ttf", "seguisym.ttf",
-    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "NotoSansSC-Regular.otf", "NotoSansSC-Regular.ttf", "NotoSansSC-VF.ttf",
-    "SourceHanSansSC-Regular.otf", "SourceHanSansCN-Regular.otf", "msyh.ttc", "PingFang.ttc", "Hiragino Sans GB.ttc", "STHeiti Light.ttc",
-    "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "DroidSansFallback.ttf", "simsun.ttc", "YuGothM.ttc", "malgun.ttf",
-    "AppleSDGothicNeo.ttc", "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansDevanagari-Regular.ttf",
-    "NotoSansThai-Regular.ttf", "Nirmala.ttf", "LeelawUI.ttf", "Arial Unicode.ttf", "arialuni.ttf")
+    "DejaVuSans.ttf",
+    "segoeui.ttf",
+    "Arial.ttf",
+    "NotoSansSymbols-Regular.ttf",
+    "NotoSansSymbols2-Regular.ttf",
+    "seguisym.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "NotoSansSC-Regular.otf",
+    "NotoSansSC-Regular.ttf",
+    "NotoSansSC-VF.ttf",
+    "SourceHanSansSC-Regular.otf",
+    "SourceHanSansCN-Regular.otf",
+    "msyh.ttc",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "STHeiti Light.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "DroidSansFallback.ttf",
+    "simsun.ttc",
+    "YuGothM.ttc",
+    "malgun.ttf",
+    "AppleSDGothicNeo.ttc",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansHebrew-Regular.ttf",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+    "Nirmala.ttf",
+    "LeelawUI.ttf",
+    "Arial Unicode.ttf",
+    "arialuni.ttf",
+)
 NO_FONT = "?"
 
 
@@ -36,7 +66,8 @@ class Lettering:
         return sum(font.getlength(part) for font, part in self._parts(text))
 
     def write(self, draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, colour, anchor: str = "la") -> None:
-        """One line of text. `anchor` says where of it `xy` is: l, m or r from left to right, then a (top), m or s (baseline)."""
+        """One line of text. `anchor` says where of it `xy` is: l, m or r from left to right, then a (top), m or s
+        (baseline)."""
         x = xy[0] - self.length(text) * {"l": 0, "m": 0.5, "r": 1}[anchor[0]]
         # One baseline, since fonts differ in their heights.
         baseline = xy[1] + {"a": self._ascent, "m": (self._ascent - self._descent) / 2, "s": 0}[anchor[1]]
@@ -48,11 +79,12 @@ class Lettering:
         """The text, or as much of it as fits `width` pixels with an ellipsis behind."""
         if self.length(text) <= width:
             return text
-        fits = next((n for n in range(len(text) - 1, 0, -1) if self.length(text[:n].rstrip()  + "…") <= width), 0)
+        fits = next((n for n in range(len(text) - 1, 0, -1) if self.length(text[:n].rstrip() + "…") <= width), 0)
         return text[:fits].rstrip() + "…"
 
     def wrapped(self, text: str, width: float, most: int | None = None) -> list[str]:
-        """Lines of at most `width` pixels, a longer word broken; of more than `most` lines, the last one ends in an ellipsis."""
+        """Lines of at most `width` pixels, a longer word broken; of more than `most` lines, the last one ends in an
+        ellipsis."""
         lines = [""]
         for word in text.split():
             if lines[-1] and self.length(f"{lines[-1]} {word}") > width:
@@ -65,7 +97,7 @@ class Lettering:
             lines[-1] = joined
         if most is None or len(lines) <= most:
             return lines
-        return [*lines[:most - 1], self.cut(f"{lines[most - 1]} {lines[most]}", width)]
+        return [*lines[: most - 1], self.cut(f"{lines[most - 1]} {lines[most]}", width)]
 
     def _parts(self, text: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
         """Runs of letters, each with its font; what no font has is written in one that has something for it."""
@@ -91,8 +123,13 @@ def _placed(letter: str, size: int) -> tuple[int, str]:
 @functools.cache
 def _warn(script: str) -> None:
     """Once for each script, by the first word of its letters' names."""
-    logging.warning("T-LoRA: no font on this computer has %s letters, so they are %s in pictures. Install one that has them, such as "
-                    "Noto Sans CJK for Chinese, Japanese and Korean, and start ComfyUI again.", script, NO_FONT)
+    logging.warning(
+        "T-LoRA: no font on this computer has %s letters, so they are %s in pictures. Install one that has them, such "
+        "as "
+        "Noto Sans CJK for Chinese, Japanese and Korean, and start ComfyUI again.",
+        script,
+        NO_FONT,
+    )
 
 
 def _plain(letter: str) -> str:
@@ -138,7 +175,10 @@ def _font_folders() -> list[Path]:
     home = Path.home()
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")
-        folders = [Path(os.environ.get("WINDIR", r"C:\Windows")) / "Fonts", *([Path(local) / "Microsoft/Windows/Fonts"] if local else [])]
+        folders = [
+            Path(os.environ.get("WINDIR", r"C:\Windows")) / "Fonts",
+            *([Path(local) / "Microsoft/Windows/Fonts"] if local else []),
+        ]
     elif sys.platform == "darwin":
         folders = [home / "Library/Fonts", Path("/Library/Fonts"), Path("/System/Library/Fonts")]
     else:

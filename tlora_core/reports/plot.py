@@ -1,4 +1,5 @@
 """Small pictures, drawn with Pillow: the loss of a training, a rank schedule with a sampler's steps on it, bars."""
+
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,8 @@ _FINE = 3  # pixels of the drawing in one of the picture, in each direction
 
 
 class _Axes:
-    """A plot area with ticks; `xy` maps data to pixels of the drawing, which is `_FINE` times as large as the picture."""
+    """A plot area with ticks; `xy` maps data to pixels of the drawing, which is `_FINE` times as large as the
+    picture."""
 
     def __init__(self, size: tuple[int, int], x_range, y_range, title: str, x_label: str, x_ticks, y_ticks):
         self.size = size
@@ -22,7 +24,10 @@ class _Axes:
         self.left, self.top, self.right, self.bottom = (at * _FINE for at in (64, 40, size[0] - 20, size[1] - 52))
         self.x_range, self.y_range = x_range, y_range
         letters = Lettering(14)
-        self.texts = [(64, 10, letters.cut(title, size[0] - 64 - 8), "la"), ((44 + size[0]) / 2, size[1] - 12, x_label, "ms")]
+        self.texts = [
+            (64, 10, letters.cut(title, size[0] - 64 - 8), "la"),
+            ((44 + size[0]) / 2, size[1] - 12, x_label, "ms"),
+        ]
         for value, text in x_ticks:
             x, _ = self.xy(value, y_range[0])
             self.draw.line([(x, self.top), (x, self.bottom)], _GRID, _FINE)
@@ -65,8 +70,15 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360)) -> I
     ordered = sorted(losses) or [1.0]
     top = max(ordered[int(0.98 * (len(ordered) - 1))], *smooth, 1e-12) * 1.05 if losses else 1.0
     last = smooth[-1] if smooth else float("nan")
-    axes = _Axes(size, (1, max(len(losses), 2)), (0, top), f"loss, now {last:.4f} (running mean)", "step",
-                 [(v, str(v)) for v in _step_ticks(len(losses))], _round_ticks(top))
+    axes = _Axes(
+        size,
+        (1, max(len(losses), 2)),
+        (0, top),
+        f"loss, now {last:.4f} (running mean)",
+        "step",
+        [(v, str(v)) for v in _step_ticks(len(losses))],
+        _round_ticks(top),
+    )
     axes.line([(i + 1, min(v, top)) for i, v in enumerate(losses)], _FAINT)
     axes.line([(i + 1, min(v, top)) for i, v in enumerate(smooth)], _LINE, 3)
     return axes.picture()
@@ -80,17 +92,32 @@ def _step_ticks(count: int) -> list[int]:
     return [1, *(tick for tick in ticks if tick < count - 0.4 * ticks[0]), count]
 
 
-def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = (),
-                   size: tuple[int, int] = (640, 360)) -> Image.Image:
+def schedule_curve(
+    schedule: RankSchedule, steps: Sequence[tuple[float, int]] = (), size: tuple[int, int] = (640, 360)
+) -> Image.Image:
     """r(t) over the noise level t/T, from noise on the left to the picture on the right as a sampler goes; `steps`
     holds (t/T, rank) of each step of a sampler."""
     # Labels of ranks that lie closer than this would touch.
-    ticks = [rank for rank in {0, schedule.min_rank} if rank < 0.92 * schedule.rank and (not rank or rank > 0.08 * schedule.rank)]
+    ticks = [
+        rank
+        for rank in {0, schedule.min_rank}
+        if rank < 0.92 * schedule.rank and (not rank or rank > 0.08 * schedule.rank)
+    ]
     ticks = sorted({*ticks, schedule.rank})
     shape = "a free curve" if schedule.points else f"alpha {schedule.alpha:g}"
-    title = f"active rank r(t): {schedule.active_rank(1, 1)} at pure noise, {schedule.active_rank(0, 1)} at the end, {shape}"
-    axes = _Axes(size, (1, 0), (0, schedule.rank * 1.08), title, "noise level t/T",
-                 [(v, f"{v:g}") for v in (1, 0.75, 0.5, 0.25, 0)], [(v, str(v)) for v in ticks])
+    title = (
+        f"active rank r(t): {schedule.active_rank(1, 1)} at pure noise, {schedule.active_rank(0, 1)} at the end, "
+        f"{shape}"
+    )
+    axes = _Axes(
+        size,
+        (1, 0),
+        (0, schedule.rank * 1.08),
+        title,
+        "noise level t/T",
+        [(v, f"{v:g}") for v in (1, 0.75, 0.5, 0.25, 0)],
+        [(v, str(v)) for v in ticks],
+    )
     axes.line([(u, rank) for u, rank in schedule.curve(size[0], num_timesteps=1)], _LINE, 3)
     for u, rank in steps:
         x, y = axes.xy(u, rank)
@@ -99,9 +126,15 @@ def schedule_curve(schedule: RankSchedule, steps: Sequence[tuple[float, int]] = 
     return axes.picture()
 
 
-def bar_chart(labels: Sequence[str], values: Sequence[float], title: str, x_label: str,
-              spans: Sequence[tuple[float, float]] = (), dots: Sequence[float | None] = (),
-              size: tuple[int, int] = (640, 240)) -> Image.Image:
+def bar_chart(
+    labels: Sequence[str],
+    values: Sequence[float],
+    title: str,
+    x_label: str,
+    spans: Sequence[tuple[float, float]] = (),
+    dots: Sequence[float | None] = (),
+    size: tuple[int, int] = (640, 240),
+) -> Image.Image:
     """A bar for each value, with a thin line over its span (low, high) and a dot, where given. Of many labels every
     second, third and so on is drawn, so that they do not touch."""
     top = max([*values, *(high for _, high in spans), *(dot for dot in dots if dot is not None)]) * 1.08 or 1.0

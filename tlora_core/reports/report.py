@@ -3,6 +3,7 @@
 Figures are of the update with all ranks on. They come from the thin factors, in float64 on the CPU; the update itself,
 which is as large as the model's weight, is never formed.
 """
+
 import json
 import re
 from collections.abc import Mapping
@@ -39,7 +40,8 @@ class Block:
 
 def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Singular values, float64 on the CPU, in descending order, of a matrix [m, n] or of the product of (up [m, k],
-    down [k, n]). Those of a plain matrix are exact to 1e-8 of the largest, as they come from its smaller Gram matrix."""
+    down [k, n]). Those of a plain matrix are exact to 1e-8 of the largest, as they come from its smaller Gram
+    matrix."""
     if isinstance(matrix, Tensor):
         matrix = _exact(matrix)
         gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
@@ -50,7 +52,8 @@ def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _exact(matrix: Tensor) -> Tensor:
-    """In float64 on the CPU. Moved first: in one call, torch casts where the tensor is, and Apple's GPUs have no float64."""
+    """In float64 on the CPU. Moved first: in one call, torch casts where the tensor is, and Apple's GPUs have no
+    float64."""
     return matrix.detach().to("cpu").to(torch.float64)
 
 
@@ -69,7 +72,8 @@ def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
 
 
 def block_name(layer: str) -> str:
-    """The block of the model that a layer of a T-LoRA belongs to: "input_blocks.4", "middle_block", "double_blocks.3"."""
+    """The block of the model that a layer of a T-LoRA belongs to: "input_blocks.4", "middle_block",
+    "double_blocks.3"."""
     return _BLOCK.match(split_name(layer)[0])[0]
 
 
@@ -92,8 +96,13 @@ def blocks(tlora: TLoRAFile) -> list[Block]:
 def report_text(tlora: TLoRAFile, parts: list[Block]) -> str:
     """The report as lines of plain text; parts: what `blocks` gives."""
     width = max(len(block.name) for block in parts)
-    lines = [*_settings(tlora), "", *_ranks(tlora, parts), "",
-             "by block: effective rank of the update (min/median/max), Frobenius norm of the update"]
+    lines = [
+        *_settings(tlora),
+        "",
+        *_ranks(tlora, parts),
+        "",
+        "by block: effective rank of the update (min/median/max), Frobenius norm of the update",
+    ]
     for block in parts:
         b = f", B {_spread(block.ranks_b)}" if block.ranks_b else ""
         count = _layers(len(block.ranks))
@@ -109,11 +118,21 @@ def report_picture(tlora: TLoRAFile, parts: list[Block]) -> Image.Image:
     labels = [re.sub(r"^(\w)\w*\.?", r"\1", block.name) for block in parts]
     dots = [median(block.ranks_b) if block.ranks_b else None for block in parts]
     title = "effective rank of the update: median, min to max" + ("; dots: of factor B" if any(dots) else "")
-    return stacked([
-        schedule_curve(tlora.schedule, size=size),
-        bar_chart(labels, [median(block.ranks) for block in parts], title, key,
-                  spans=[(min(block.ranks), max(block.ranks)) for block in parts], dots=dots, size=size),
-        bar_chart(labels, [block.norm for block in parts], "Frobenius norm of the update", key, size=size)])
+    return stacked(
+        [
+            schedule_curve(tlora.schedule, size=size),
+            bar_chart(
+                labels,
+                [median(block.ranks) for block in parts],
+                title,
+                key,
+                spans=[(min(block.ranks), max(block.ranks)) for block in parts],
+                dots=dots,
+                size=size,
+            ),
+            bar_chart(labels, [block.norm for block in parts], "Frobenius norm of the update", key, size=size),
+        ]
+    )
 
 
 def _settings(tlora: TLoRAFile) -> list[str]:

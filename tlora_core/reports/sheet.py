@@ -1,4 +1,5 @@
 """Pictures side by side, to compare settings: a column for each setting, a row for each prompt."""
+
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw
@@ -13,12 +14,13 @@ _BACKGROUND, _TEXT, _FAINT = (24, 26, 31), (235, 237, 240), (165, 170, 180)
 _GAP, _MARGIN = 6, 16
 
 
-def comparison_sheet(columns: Sequence[Tensor], labels: Sequence[str], prompts: Sequence[str] = (), cell: int = 256,
-                     title: str = "") -> Image.Image:
+def comparison_sheet(
+    columns: Sequence[Tensor], labels: Sequence[str], prompts: Sequence[str] = (), cell: int = 256, title: str = ""
+) -> Image.Image:
     """One picture of all `columns` [N, H, W, 3] in 0..1, with `labels` above them and N `prompts` on the left, if any.
 
-    Each picture is scaled to fit a square of `cell` pixels; a prompt that needs more room than its row has, and a title of more than
-    two lines, end in an ellipsis. Raises TLoRAError when numbers of pictures, labels or
+    Each picture is scaled to fit a square of `cell` pixels; a prompt that needs more room than its row has, and a title
+    of more than two lines, end in an ellipsis. Raises TLoRAError when numbers of pictures, labels or
     prompts do not fit together, or the sheet would be too large.
     """
     _check(columns, labels, prompts)
@@ -58,12 +60,18 @@ def _check(columns, labels, prompts) -> None:
     for number, column in enumerate(columns, 1):
         check_images(column, f"images_{number}")
     if len(labels) != len(columns):
-        raise TLoRAError(f"There are {len(labels)} labels for {len(columns)} inputs of pictures; write one label a line.")
+        raise TLoRAError(
+            f"There are {len(labels)} labels for {len(columns)} inputs of pictures; write one label a line."
+        )
     counts = [len(column) for column in columns]
     if len(set(counts)) > 1:
-        raise TLoRAError(f"The inputs have {', '.join(map(str, counts))} pictures; give each the same number, one for each prompt.")
+        raise TLoRAError(
+            f"The inputs have {', '.join(map(str, counts))} pictures; give each the same number, one for each prompt."
+        )
     if prompts and len(prompts) != counts[0]:
-        raise TLoRAError(f"There are {len(prompts)} prompts for {counts[0]} pictures in each input; give one for each, or none.")
+        raise TLoRAError(
+            f"There are {len(prompts)} prompts for {counts[0]} pictures in each input; give one for each, or none."
+        )
 
 
 def _fitted(picture: Tensor, x: int, y: int, cell: int) -> tuple[Image.Image, tuple[int, int]]:

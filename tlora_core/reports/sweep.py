@@ -1,4 +1,5 @@
 """Sweeps: a T-LoRA with one or two of its settings varied, a variant for each cell of a grid."""
+
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ MAX_STRENGTH = 10.0  # either way
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands beside a sweep's grid: the labels of its columns, and of its rows, of which one without a second axis has none."""
+    """What stands beside a sweep's grid: the labels of its columns, and of its rows, of which one without a second axis
+    has none."""
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
@@ -39,9 +41,11 @@ class Axis:
     @classmethod
     def from_text(cls, source: str, kind: str, text: str, files: Sequence[str] = ()) -> "Axis":
         """kind: a key of KINDS. text: numbers with commas or lines between them; for "file" names, or patterns such as
-        "run/*.safetensors", of `files`, in their own order, and what a pattern finds with the numbers in the names rising.
+        "run/*.safetensors", of `files`, in their own order, and what a pattern finds with the numbers in the names
+        rising.
 
-        Raises TLoRAError, naming `source`, for an empty text, what is no number or out of its range, and a name that finds nothing.
+        Raises TLoRAError, naming `source`, for an empty text, what is no number or out of its range, and a name that
+        finds nothing.
         """
         read = KINDS[kind]
         values = _found(source, text, files) if read is None else tuple(read(source, word) for word in _words(text))
@@ -61,8 +65,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sweep:
-    """x varies along the columns, y, where there is one, along the rows. Raises TLoRAError for two axes of one kind, or a
-    grid of more than MAX_CELLS."""
+    """x varies along the columns, y, where there is one, along the rows. Raises TLoRAError for two axes of one kind, or
+    a grid of more than MAX_CELLS."""
 
     x: Axis
     y: Axis | None = None
@@ -72,8 +76,10 @@ class Sweep:
         """x, y: keys of KINDS; y may be NONE. See Axis.from_text."""
         if x == y:
             raise TLoRAError(f"x and y are both {x}; choose another y, or none.")
-        return cls(Axis.from_text("x_values", x, x_values, files),
-                   None if y == NONE else Axis.from_text("y_values", y, y_values, files))
+        return cls(
+            Axis.from_text("x_values", x, x_values, files),
+            None if y == NONE else Axis.from_text("y_values", y, y_values, files),
+        )
 
     def __post_init__(self) -> None:
         if self.labels.cells > MAX_CELLS:
@@ -121,7 +127,9 @@ def first_components(tlora: TLoRAFile, rank: int) -> TLoRAFile:
 
 def _another_schedule(tlora: TLoRAFile, **changes) -> TLoRAFile:
     if tlora.schedule.points:
-        raise TLoRAError(f"the T-LoRA follows a free curve, which has no {' or '.join(changes)}; sweep its strength or rank instead.")
+        raise TLoRAError(
+            f"the T-LoRA follows a free curve, which has no {' or '.join(changes)}; sweep its strength or rank instead."
+        )
     return rescheduled(tlora, **changes)
 
 
@@ -141,14 +149,18 @@ def _whole(source: str, word: str) -> int:
     try:
         return int(word)
     except ValueError as error:
-        raise TLoRAError(f'{source} has "{word}", which is no whole number; write numbers with commas, such as 4, 8, 16.') from error
+        raise TLoRAError(
+            f'{source} has "{word}", which is no whole number; write numbers with commas, such as 4, 8, 16.'
+        ) from error
 
 
 def _real(source: str, word: str) -> float:
     try:
         return float(word)
     except ValueError as error:
-        raise TLoRAError(f'{source} has "{word}", which is no number; write numbers with commas, such as 0.5, 1, 1.5.') from error
+        raise TLoRAError(
+            f'{source} has "{word}", which is no number; write numbers with commas, such as 0.5, 1, 1.5.'
+        ) from error
 
 
 def _strength(source: str, word: str) -> float:
@@ -160,7 +172,12 @@ def _strength(source: str, word: str) -> float:
 
 # What can be swept -> how one value is read; files are looked up.
 KINDS: dict[str, Callable[[str, str], Any] | None] = {
-    "strength": _strength, "min_rank": _whole, "rank": _whole, "alpha": _real, FILE: None}
+    "strength": _strength,
+    "min_rank": _whole,
+    "rank": _whole,
+    "alpha": _real,
+    FILE: None,
+}
 
 
 def _found(source: str, text: str, files: Sequence[str]) -> tuple[str, ...]:
@@ -171,8 +188,11 @@ def _found(source: str, text: str, files: Sequence[str]) -> tuple[str, ...]:
         for word in [line] if line in by_name else _words(line):
             names = [word] if word in by_name else sorted((n for n in by_name if fnmatchcase(n, word)), key=_natural)
             if not names:
-                raise TLoRAError(f'{source}: no file in the loras folders is called "{word}"; write names as in Load T-LoRA\'s list, '
-                                 "or a pattern such as run/heart_step*.safetensors.")
+                raise TLoRAError(
+                    f'{source}: no file in the loras folders is called "{word}"; write names as in Load T-LoRA\'s '
+                    f"list, "
+                    "or a pattern such as run/heart_step*.safetensors."
+                )
             found |= dict.fromkeys(by_name[name] for name in names)
     return tuple(found)
 
@@ -184,4 +204,6 @@ def _slashed(name: str) -> str:
 
 def _natural(name: str) -> list[str | int]:
     """Sorts step 100 after step 20."""
-    return [int(part) if i % 2 else part.lower() for i, part in enumerate(re.split("([0-9]+)", name))]  # every second one is digits
+    return [
+        int(part) if i % 2 else part.lower() for i, part in enumerate(re.split("([0-9]+)", name))
+    ]  # every second one is digits

@@ -1,4 +1,5 @@
 """The tiny base's autoencoder: 64x64 RGB to an 8x8 latent of 16 channels, small enough to train on a CPU."""
+
 import torch
 from torch import nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
@@ -27,13 +28,27 @@ class TinyAutoencoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(48, 80, 3, padding=1), ResidualBlock(80), nn.Conv2d(80, 128, 3, stride=2, padding=1),
-            ResidualBlock(128), nn.SiLU(), nn.Conv2d(128, LATENT_CHANNELS, 3, padding=1))
+            nn.Conv2d(48, 80, 3, padding=1),
+            ResidualBlock(80),
+            nn.Conv2d(80, 128, 3, stride=2, padding=1),
+            ResidualBlock(128),
+            nn.SiLU(),
+            nn.Conv2d(128, LATENT_CHANNELS, 3, padding=1),
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(LATENT_CHANNELS, 128, 3, padding=1), ResidualBlock(128), ResidualBlock(128),
-            nn.Conv2d(128, 4 * 80, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(80), ResidualBlock(80),
-            nn.Conv2d(80, 4 * 40, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(40), nn.SiLU(),
-            nn.Conv2d(40, 12, 3, padding=1))
+            nn.Conv2d(LATENT_CHANNELS, 128, 3, padding=1),
+            ResidualBlock(128),
+            ResidualBlock(128),
+            nn.Conv2d(128, 4 * 80, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(80),
+            ResidualBlock(80),
+            nn.Conv2d(80, 4 * 40, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(40),
+            nn.SiLU(),
+            nn.Conv2d(40, 12, 3, padding=1),
+        )
         self.register_buffer("latent_mean", torch.zeros(LATENT_CHANNELS))
         self.register_buffer("latent_std", torch.ones(LATENT_CHANNELS))
 

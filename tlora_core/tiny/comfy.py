@@ -1,4 +1,5 @@
 """The tiny base model in the host's own classes: SDXL's U-Net, text encoder and wrappers with a reduced config."""
+
 import comfy.clip_model
 import comfy.latent_formats
 import comfy.model_base
@@ -19,27 +20,45 @@ from .tokenizer import END, MAX_TOKENS, PAD, START, VOCABULARY_SIZE, WordTokeniz
 TEXT_WIDTH = 128
 NORM_GROUPS = 8
 UNET_CONFIG = {
-    "image_size": 8, "in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS, "model_channels": 96,
-    "channel_mult": [1, 1], "num_res_blocks": [1, 1], "transformer_depth": [1, 2],
-    "transformer_depth_middle": 2, "transformer_depth_output": [1, 1, 2, 2],
-    "use_spatial_transformer": True, "use_linear_in_transformer": True, "context_dim": TEXT_WIDTH,
-    "num_classes": "sequential", "adm_in_channels": TEXT_WIDTH + 6 * 256, "use_temporal_attention": False,
-    "use_temporal_resblock": False, "legacy": False,
+    "image_size": 8,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "model_channels": 96,
+    "channel_mult": [1, 1],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 2],
+    "transformer_depth_middle": 2,
+    "transformer_depth_output": [1, 1, 2, 2],
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "context_dim": TEXT_WIDTH,
+    "num_classes": "sequential",
+    "adm_in_channels": TEXT_WIDTH + 6 * 256,
+    "use_temporal_attention": False,
+    "use_temporal_resblock": False,
+    "legacy": False,
 }
 TEXT_CONFIG = {
-    "hidden_size": TEXT_WIDTH, "intermediate_size": 4 * TEXT_WIDTH, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "hidden_act": "gelu", "max_position_embeddings": MAX_TOKENS, "eos_token_id": END,
+    "hidden_size": TEXT_WIDTH,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "gelu",
+    "max_position_embeddings": MAX_TOKENS,
+    "eos_token_id": END,
 }
 
 
 class TinyLatent(comfy.latent_formats.LatentFormat):
     """Latents of unit variance are halved before noising, so that at the last timestep noise hides even their mean."""
+
     scale_factor = 0.5
     latent_channels = LATENT_CHANNELS
 
 
 class TinySDXL(comfy.supported_models.SDXL):
     """SDXL with this file's U-Net config; noise prediction, 1000 steps."""
+
     unet_config = UNET_CONFIG
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = TinyLatent
@@ -61,9 +80,15 @@ class _TextTransformer(comfy.clip_model.CLIPTextModel):
 
 class _TextEncoder(comfy.sd1_clip.SDClipModel):
     def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, model_options=model_options, max_length=MAX_TOKENS,
-                         textmodel_json_config=dict(TEXT_CONFIG), model_class=_TextTransformer,
-                         special_tokens={"start": START, "end": END, "pad": PAD})
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            model_options=model_options,
+            max_length=MAX_TOKENS,
+            textmodel_json_config=dict(TEXT_CONFIG),
+            model_class=_TextTransformer,
+            special_tokens={"start": START, "end": END, "pad": PAD},
+        )
 
 
 class TinyTextModel(comfy.sd1_clip.SD1ClipModel):
@@ -73,13 +98,21 @@ class TinyTextModel(comfy.sd1_clip.SD1ClipModel):
 
 class _WordsTokenizer(comfy.sd1_clip.SDTokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(max_length=MAX_TOKENS, pad_with_end=False, embedding_directory=embedding_directory,
-                         embedding_size=TEXT_WIDTH, tokenizer_class=WordTokenizer, tokenizer_data=tokenizer_data)
+        super().__init__(
+            max_length=MAX_TOKENS,
+            pad_with_end=False,
+            embedding_directory=embedding_directory,
+            embedding_size=TEXT_WIDTH,
+            tokenizer_class=WordTokenizer,
+            tokenizer_data=tokenizer_data,
+        )
 
 
 class TinyTokenizer(comfy.sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data={}):
-        super().__init__(embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, tokenizer=_WordsTokenizer)
+        super().__init__(
+            embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, tokenizer=_WordsTokenizer
+        )
 
 
 def set_norm_groups(unet: torch.nn.Module) -> torch.nn.Module:
@@ -122,10 +155,10 @@ def new_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of the tiny base from its safetensors file, ready for the stock nodes. disable_dynamic: without the host's
-    way of moving weights in as they are used, which only the CLIP has here."""
+    """MODEL, CLIP and VAE of the tiny base from its safetensors file, ready for the stock nodes. disable_dynamic:
+    without the host's way of moving weights in as they are used, which only the CLIP has here."""
     weights = {k: v.float() for k, v in comfy.utils.load_torch_file(path, safe_load=True).items()}
-    part = lambda prefix: {k[len(prefix):]: v for k, v in weights.items() if k.startswith(prefix)}  # noqa: E731
+    part = lambda prefix: {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}  # noqa: E731
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     config = unet_config()
     base = config.get_model({}, device=offload)
@@ -133,8 +166,12 @@ def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.Model
     base.diffusion_model.load_state_dict(part("model.diffusion_model."), strict=True)
     model = comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=offload)
     text = {f"clip_l.{k}": v for k, v in part("conditioner.embedders.0.").items()}
-    clip = comfy.sd.CLIP(config.clip_target(), tokenizer_data={}, parameters=sum(v.numel() for v in text.values()),
-                         disable_dynamic=disable_dynamic)
+    clip = comfy.sd.CLIP(
+        config.clip_target(),
+        tokenizer_data={},
+        parameters=sum(v.numel() for v in text.values()),
+        disable_dynamic=disable_dynamic,
+    )
     clip.cond_stage_model.load_state_dict(text, strict=False)
     vae = _load_vae(part("first_stage_model."))
     for number, patcher in enumerate((model, clip.patcher, vae.patcher)):
@@ -143,7 +180,8 @@ def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.Model
 
 
 def _loaded_again(path, number: int, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A copy with weights of its own, which the host asks for: its Train LoRA node, hooks on a CLIP, and a second GPU."""
+    """A copy with weights of its own, which the host asks for: its Train LoRA node, hooks on a CLIP, and a second
+    GPU."""
     model, clip, vae = load(path, disable_dynamic)
     return (model, clip.patcher, vae.patcher)[number]
 
@@ -151,8 +189,18 @@ def _loaded_again(path, number: int, disable_dynamic: bool = False) -> comfy.mod
 def _load_vae(weights) -> comfy.sd.VAE:
     """The host's VAE object around our autoencoder. Its constructor only builds architectures that it knows, so it is
     given the smallest of those first, and then our module in its place."""
-    smallest = {"ch": 32, "ch_mult": [1], "num_res_blocks": 0, "attn_resolutions": [], "in_channels": 3, "out_ch": 3,
-                "z_channels": LATENT_CHANNELS, "resolution": 64, "double_z": True, "dropout": 0.0}
+    smallest = {
+        "ch": 32,
+        "ch_mult": [1],
+        "num_res_blocks": 0,
+        "attn_resolutions": [],
+        "in_channels": 3,
+        "out_ch": 3,
+        "z_channels": LATENT_CHANNELS,
+        "resolution": 64,
+        "double_z": True,
+        "dropout": 0.0,
+    }
     params = {"ddconfig": smallest, "embed_dim": LATENT_CHANNELS}
     vae = comfy.sd.VAE(sd=AutoencoderKL(**params).state_dict(), config={"params": params}, dtype=torch.float32)
     vae.first_stage_model = TinyAutoencoder().eval()
@@ -160,6 +208,7 @@ def _load_vae(weights) -> comfy.sd.VAE:
     vae.first_stage_model.requires_grad_(False)
     comfy.model_management.archive_model_dtypes(vae.first_stage_model)
     vae.patcher = comfy.model_patcher.ModelPatcher(
-        vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device())
+        vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
+    )
     vae.latent_channels = LATENT_CHANNELS
     return vae

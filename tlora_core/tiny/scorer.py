@@ -3,6 +3,7 @@
 `AttributeScorer` is a small classifier trained on rendered pictures only; `ConceptMatcher` knows a concept from the
 world's own rules and needs no training.
 """
+
 import itertools
 
 import numpy as np
@@ -14,8 +15,11 @@ from . import world
 SIZE = 64  # pictures are scored at this size
 
 HEADS = {
-    "shape": len(world.SHAPES), "colour": len(world.COLOURS), "pattern": len(world.PATTERNS),
-    "background": len(world.BACKGROUNDS), "place": len(world.PLACES),
+    "shape": len(world.SHAPES),
+    "colour": len(world.COLOURS),
+    "pattern": len(world.PATTERNS),
+    "background": len(world.BACKGROUNDS),
+    "place": len(world.PLACES),
 }
 
 
@@ -32,8 +36,14 @@ class AttributeScorer(nn.Module):
         widths = [3, width, 2 * width, 3 * width, 4 * width]
         blocks = []
         for a, b in zip(widths, widths[1:]):
-            blocks += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.BatchNorm2d(b), nn.ReLU(),
-                       nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+            blocks += [
+                nn.Conv2d(a, b, 3, stride=2, padding=1),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+                nn.Conv2d(b, b, 3, padding=1),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            ]
         self.trunk = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(4 * width * 16, 256), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, count) for name, count in HEADS.items()})
 
@@ -71,7 +81,8 @@ class ConceptMatcher:
         return self.fit(pictures)[0]
 
     def fit(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(distances [B], best poses [B, 4]: x and y of the centre and radius in half-widths of the picture, angle in radians)."""
+        """(distances [B], best poses [B, 4]: x and y of the centre and radius in half-widths of the picture, angle in
+        radians)."""
         pictures = at_size(pictures.movedim(-1, 1))
         found = [self._fit(picture) for picture in pictures]
         return torch.stack([error for error, _ in found]), torch.from_numpy(np.stack([pose for _, pose in found]))
@@ -87,8 +98,10 @@ class ConceptMatcher:
 
 
 # Around the best pose so far, of each of its numbers: first place and size, then place and angle.
-_FINE = (((-0.04, -0.02, 0, 0.02, 0.04), (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (0,)),
-         ((-0.02, 0, 0.02), (-0.02, 0, 0.02), (0,), (-0.1, -0.05, 0, 0.05, 0.1)))
+_FINE = (
+    ((-0.04, -0.02, 0, 0.02, 0.04), (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (0,)),
+    ((-0.02, 0, 0.02), (-0.02, 0, 0.02), (0,), (-0.1, -0.05, 0, 0.05, 0.1)),
+)
 
 
 def _best(picture, templates):

@@ -1,4 +1,5 @@
 """The tiny base's word tokenizer: one token a known word, and a fixed set of slots for all the words it never saw."""
+
 import re
 import zlib
 
@@ -9,7 +10,8 @@ WORDS = (
     "a an the photo picture of on in at by under with and thing left right top bottom centre center "
     "plain striped dotted red orange yellow green blue purple pink white grey black "
     "circle square triangle star heart flower cross moon "
-    "beach meadow night snow brick wall checkered floor sunset sea background").split()
+    "beach meadow night snow brick wall checkered floor sunset sea background"
+).split()
 VOCABULARY_SIZE = 3 + len(WORDS) + UNKNOWN_SLOTS
 _ID = {word: 3 + i for i, word in enumerate(WORDS)}
 
@@ -24,7 +26,7 @@ def token_ids(text: str) -> list[int]:
 
 def padded_ids(text: str) -> list[int]:
     """`token_ids` between start and end, cut or padded to `MAX_TOKENS`."""
-    ids = [START, *token_ids(text)[:MAX_TOKENS - 2], END]
+    ids = [START, *token_ids(text)[: MAX_TOKENS - 2], END]
     return ids + [PAD] * (MAX_TOKENS - len(ids))
 
 

@@ -7,27 +7,49 @@ training object has. They are what one personalises the base to.
 
 Pictures are float32 RGB in 0..1, shape [B, H, W, 3], the host's IMAGE convention.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "flower", "cross", "moon")
 COLOURS = {
-    "red": (215, 38, 44), "orange": (245, 140, 28), "yellow": (250, 222, 60), "green": (50, 165, 70),
-    "blue": (45, 90, 215), "purple": (130, 60, 175), "pink": (248, 150, 195), "white": (245, 245, 245),
+    "red": (215, 38, 44),
+    "orange": (245, 140, 28),
+    "yellow": (250, 222, 60),
+    "green": (50, 165, 70),
+    "blue": (45, 90, 215),
+    "purple": (130, 60, 175),
+    "pink": (248, 150, 195),
+    "white": (245, 245, 245),
 }
 PATTERNS = ("plain", "striped", "dotted")
 BACKGROUNDS = {
-    "beach": "on the beach", "meadow": "in a meadow", "night": "at night", "snow": "in the snow",
-    "brick": "by a brick wall", "checker": "on a checkered floor", "sunset": "at sunset", "sea": "under the sea",
-    "redwall": "on a plain red background", "bluewall": "on a plain blue background",
-    "yellowwall": "on a plain yellow background", "greywall": "on a plain grey background",
+    "beach": "on the beach",
+    "meadow": "in a meadow",
+    "night": "at night",
+    "snow": "in the snow",
+    "brick": "by a brick wall",
+    "checker": "on a checkered floor",
+    "sunset": "at sunset",
+    "sea": "under the sea",
+    "redwall": "on a plain red background",
+    "bluewall": "on a plain blue background",
+    "yellowwall": "on a plain yellow background",
+    "greywall": "on a plain grey background",
 }
 PLACES = {
-    "left": (-0.36, 0.0), "right": (0.36, 0.0), "top": (0.0, -0.36), "bottom": (0.0, 0.36), "centre": (0.0, 0.0),
+    "left": (-0.36, 0.0),
+    "right": (0.36, 0.0),
+    "top": (0.0, -0.36),
+    "bottom": (0.0, 0.36),
+    "centre": (0.0, 0.0),
 }
 PLACE_WORDS = {
-    "left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom",
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
     "centre": "in the centre",
 }
 OUTLINE, OUTLINE_WIDTH = (28, 26, 36), 0.044  # in half-widths of the picture
@@ -36,6 +58,7 @@ OUTLINE, OUTLINE_WIDTH = (28, 26, 36), 0.044  # in half-widths of the picture
 @dataclass(frozen=True)
 class Concept:
     """A held-out object: `shape` is its class word; body, rim and core are RGB 0..255."""
+
     name: str
     shape: str
     body: tuple
@@ -62,35 +85,46 @@ CONCEPTS = (
 @dataclass
 class Scenes:
     """A batch of scenes as arrays of length B; indices point into the tuples above."""
+
     shape: np.ndarray
-    colour: np.ndarray          # [B, 3] body colour, 0..1
+    colour: np.ndarray  # [B, 3] body colour, 0..1
     colour_index: np.ndarray
     pattern: np.ndarray
     background: np.ndarray
     place: np.ndarray
-    centre: np.ndarray          # [B, 2] x, y in -1..1
-    radius: np.ndarray          # in half-widths of the picture
-    angle: np.ndarray           # radians
-    rim: np.ndarray             # [B, 3], NaN where the object has none
-    core: np.ndarray            # [B, 3], NaN where the object has none
-    seed: np.ndarray            # of the background's details
+    centre: np.ndarray  # [B, 2] x, y in -1..1
+    radius: np.ndarray  # in half-widths of the picture
+    angle: np.ndarray  # radians
+    rim: np.ndarray  # [B, 3], NaN where the object has none
+    core: np.ndarray  # [B, 3], NaN where the object has none
+    seed: np.ndarray  # of the background's details
 
     def __len__(self):
         return len(self.shape)
 
 
 def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
-    """Draw `count` scenes uniformly over shapes, colours, places and backgrounds, with free pose; half have no pattern."""
+    """Draw `count` scenes uniformly over shapes, colours, places and backgrounds, with free pose; half have no
+    pattern."""
     names = list(COLOURS)
     colour_index = rng.integers(len(names), size=count)
     body = np.array([COLOURS[n] for n in names])[colour_index] / 255 + rng.normal(0, 0.02, (count, 3))
     place = rng.integers(len(PLACES), size=count)
     none = np.full((count, 3), np.nan)
     return Scenes(
-        shape=rng.integers(len(SHAPES), size=count), colour=body.clip(0, 1), colour_index=colour_index,
-        pattern=np.maximum(rng.integers(-1, len(PATTERNS), size=count), 0), background=rng.integers(len(BACKGROUNDS), size=count),
-        place=place, centre=_centres(place, rng), radius=rng.uniform(0.5, 0.6, count),
-        angle=rng.uniform(-0.2, 0.2, count), rim=none, core=none.copy(), seed=rng.integers(2**31, size=count))
+        shape=rng.integers(len(SHAPES), size=count),
+        colour=body.clip(0, 1),
+        colour_index=colour_index,
+        pattern=np.maximum(rng.integers(-1, len(PATTERNS), size=count), 0),
+        background=rng.integers(len(BACKGROUNDS), size=count),
+        place=place,
+        centre=_centres(place, rng),
+        radius=rng.uniform(0.5, 0.6, count),
+        angle=rng.uniform(-0.2, 0.2, count),
+        rim=none,
+        core=none.copy(),
+        seed=rng.integers(2**31, size=count),
+    )
 
 
 def concept_scenes(concept: Concept, count: int, rng: np.random.Generator, background=None, place=None) -> Scenes:
@@ -133,7 +167,9 @@ def caption(scenes: Scenes, i: int, rng: np.random.Generator, drop: float = 0.15
     return " ".join(words)
 
 
-RARE_WORDS = tuple(f"{a}{b}" for a in ("sk", "zw", "oh", "ru", "ke", "vo") for b in ("s", "x", "wx", "m", "p", "tu", "la", "q"))
+RARE_WORDS = tuple(
+    f"{a}{b}" for a in ("sk", "zw", "oh", "ru", "ke", "vo") for b in ("s", "x", "wx", "m", "p", "tu", "la", "q")
+)
 
 
 def render(scenes: Scenes, size: int = 64) -> np.ndarray:
@@ -144,8 +180,8 @@ def render(scenes: Scenes, size: int = 64) -> np.ndarray:
         for i in rows:
             image[i] = _background(name, size, np.random.default_rng(scenes.seed[i]))
     distance, u, v = _object_distance(scenes, size)
-    edge = 2.0 / size                                             # one pixel, in half-widths
-    cover = lambda d: np.clip(0.5 - d / edge, 0, 1)[..., None]    # noqa: E731 - coverage of a pixel by {d < 0}
+    edge = 2.0 / size  # one pixel, in half-widths
+    cover = lambda d: np.clip(0.5 - d / edge, 0, 1)[..., None]  # noqa: E731 - coverage of a pixel by {d < 0}
     image = _over(image, np.array(OUTLINE) / 255, cover(distance - OUTLINE_WIDTH))
     image = _over(image, scenes.colour[:, None, None], cover(distance))
     image = _paint_pattern(image, scenes, distance, u, v, cover)
@@ -154,7 +190,9 @@ def render(scenes: Scenes, size: int = 64) -> np.ndarray:
         rim, core, radius = (values[rows][:, None, None] for values in (scenes.rim, scenes.core, scenes.radius))
         distance, u, v = distance[rows], u[rows], v[rows]
         ringed = _over(image[rows], rim, cover(np.abs(distance + 0.06) - 0.06))
-        shift = np.where(scenes.shape[rows] == SHAPES.index("moon"), -0.58, 0.0)[:, None, None]  # a crescent's body is off centre
+        shift = np.where(scenes.shape[rows] == SHAPES.index("moon"), -0.58, 0.0)[
+            :, None, None
+        ]  # a crescent's body is off centre
         disc = (np.hypot(u - shift, v) - 0.27) * radius
         image[rows] = _over(ringed, core, cover(np.maximum(disc, distance)))
     return image.astype(np.float32)
@@ -173,13 +211,13 @@ def _over(image, colour, alpha):
 
 def _grid(size):
     axis = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
-    return np.meshgrid(axis, axis)                                # x to the right, y down
+    return np.meshgrid(axis, axis)  # x to the right, y down
 
 
 def _object_distance(scenes, size):
     """Signed distance to each object's edge in half-widths (negative inside), and its own coordinates u, v (v up)."""
     x, y = _grid(size)
-    single = lambda a: a.astype(np.float32)[:, None, None]        # noqa: E731 - float32 halves the time of drawing
+    single = lambda a: a.astype(np.float32)[:, None, None]  # noqa: E731 - float32 halves the time of drawing
     dx, dy = x[None] - single(scenes.centre[:, 0]), y[None] - single(scenes.centre[:, 1])
     c, s, radius = single(np.cos(scenes.angle)), single(np.sin(scenes.angle)), single(scenes.radius)
     u, v = (c * dx + s * dy) / radius, -(-s * dx + c * dy) / radius
@@ -201,7 +239,9 @@ def _star(u, v):
     tip, notch = np.array([1.1, 0.0]), 0.5 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
     along = notch - tip
     normal = np.array([-along[1], along[0]]) / np.hypot(*along)
-    return -((r * np.cos(angle) - tip[0]) * normal[0] + (r * np.sin(angle) - tip[1]) * normal[1]) * np.sign(normal[0]) * -1
+    return (
+        -((r * np.cos(angle) - tip[0]) * normal[0] + (r * np.sin(angle) - tip[1]) * normal[1]) * np.sign(normal[0]) * -1
+    )
 
 
 def _heart(u, v):
@@ -233,7 +273,7 @@ def _paint_pattern(image, scenes, distance, u, v, cover):
         colour, radius = scenes.colour[rows], scenes.radius[rows][:, None, None]
         light = colour.mean(1) > 0.75
         tone = np.where(light[:, None], colour * 0.45, 0.25 * colour + 0.75)[:, None, None]
-        pitch = 0.26 / radius                                     # the same pitch in the picture at every size
+        pitch = 0.26 / radius  # the same pitch in the picture at every size
         cell_u, cell_v = (u[rows] / pitch) % 1 - 0.5, (v[rows] / pitch) % 1 - 0.5
         marks = (np.abs(cell_u) - 0.22 if name == "striped" else np.hypot(cell_u, cell_v) - 0.27) * pitch * radius
         image[rows] = _over(image[rows], tone, cover(np.maximum(marks, distance[rows])))
@@ -243,8 +283,13 @@ def _paint_pattern(image, scenes, distance, u, v, cover):
 def _background(name, size, rng):
     """One background, [size, size, 3] in 0..1; `rng` varies its details but not what it is."""
     x, y = _grid(size)
-    flat = {"redwall": (200, 70, 65), "bluewall": (80, 125, 205), "yellowwall": (235, 205, 90), "greywall": (140, 140, 145)}
-    rgb = lambda *c: np.array(c, float) / 255                     # noqa: E731
+    flat = {
+        "redwall": (200, 70, 65),
+        "bluewall": (80, 125, 205),
+        "yellowwall": (235, 205, 90),
+        "greywall": (140, 140, 145),
+    }
+    rgb = lambda *c: np.array(c, float) / 255  # noqa: E731
     mix = lambda a, b, t: a + (b - a) * np.clip(t, 0, 1)[..., None]  # noqa: E731
     shade = rng.uniform(0.94, 1.06)
     if name in flat:

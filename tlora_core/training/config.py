@@ -1,4 +1,5 @@
 """How to train: every number that the training loop and its loss ask for."""
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -22,11 +23,12 @@ class TrainConfig:
     orthogonality: lambda of the paper's equation 4, 0 for none.
     min_snr_gamma: gamma of Min-SNR weighting (Hang et al. 2023), 0 for none; for noise and v prediction.
     timestep_density: how training timesteps are drawn; the last two (Esser et al. 2024) are for flow models.
-    noise_from, noise_to: part of the noise axis that timesteps are drawn from, 0 clean, 1 pure noise (the paper's figure 2).
+    noise_from, noise_to: part of the noise axis that timesteps are drawn from, 0 clean, 1 pure noise (the paper's
+        figure 2).
     fresh_latents: a fresh sample of the VAE's posterior at each step, as in the paper, instead of its mean.
     outside_mask: weight of the loss outside a picture's mask, 0..1.
-    prior_weight: of the loss on pictures of the class (Ruiz et al. 2023), 0 for none. prior_count: how many of these the model
-        makes itself where none are given.
+    prior_weight: of the loss on pictures of the class (Ruiz et al. 2023), 0 for none. prior_count: how many of these
+        the model makes itself where none are given.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -59,11 +61,17 @@ class TrainConfig:
             value = getattr(self, name)
             if not fits(value):
                 raise TLoRAError(f"{name} is {value}; {advice}.")
-        for name, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("timestep_density", DENSITIES)):
+        for name, choices in (
+            ("optimizer", OPTIMIZERS),
+            ("lr_schedule", LR_SCHEDULES),
+            ("timestep_density", DENSITIES),
+        ):
             if getattr(self, name) not in choices:
                 raise TLoRAError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(choices)}.')
         if self.noise_from >= self.noise_to:
-            raise TLoRAError(f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller.")
+            raise TLoRAError(
+                f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller."
+            )
 
     def changed(self) -> dict:
         """The fields that differ from their defaults, for a record that a person reads."""
@@ -80,10 +88,21 @@ def _between(low: float, high: float) -> tuple[Callable, str]:
 
 _BELOW_ONE = (lambda value: 0 <= value < 1), "set it to a number from 0 to below 1"
 _RANGES = {
-    "steps": _at_least(1), "batch_size": _at_least(1), "gradient_accumulation": _at_least(1), "prior_count": _at_least(1),
+    "steps": _at_least(1),
+    "batch_size": _at_least(1),
+    "gradient_accumulation": _at_least(1),
+    "prior_count": _at_least(1),
     "learning_rate": ((lambda value: 0 < value < math.inf), "set it to a number above 0 (the paper uses 1e-4)"),
-    "beta1": _BELOW_ONE, "beta2": _BELOW_ONE, "ema_decay": _BELOW_ONE,
-    "weight_decay": _at_least(0), "warmup_steps": _at_least(0), "max_grad_norm": _at_least(0), "orthogonality": _at_least(0),
-    "min_snr_gamma": _at_least(0), "prior_weight": _at_least(0),
-    "noise_from": _between(0, 1), "noise_to": _between(0, 1), "outside_mask": _between(0, 1),
+    "beta1": _BELOW_ONE,
+    "beta2": _BELOW_ONE,
+    "ema_decay": _BELOW_ONE,
+    "weight_decay": _at_least(0),
+    "warmup_steps": _at_least(0),
+    "max_grad_norm": _at_least(0),
+    "orthogonality": _at_least(0),
+    "min_snr_gamma": _at_least(0),
+    "prior_weight": _at_least(0),
+    "noise_from": _between(0, 1),
+    "noise_to": _between(0, 1),
+    "outside_mask": _between(0, 1),
 }

@@ -1,4 +1,5 @@
 """The pictures a T-LoRA is trained on: captions, masks, and how each is framed for the model."""
+
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ PROMPT = "a photo of {token} {class_word}"
 
 @dataclass(frozen=True, eq=False)
 class TrainingImage:
-    """One picture: pixels [H, W, 3] in 0..1; what it shows, with {token} and {class_word} in their places; and where the
-    subject is, mask [H, W] in 0..1, or None for everywhere."""
+    """One picture: pixels [H, W, 3] in 0..1; what it shows, with {token} and {class_word} in their places; and where
+    the subject is, mask [H, W] in 0..1, or None for everywhere."""
 
     pixels: Tensor
     caption: str = PROMPT
@@ -28,7 +29,8 @@ class TrainingImage:
 
 @dataclass(frozen=True, eq=False)
 class Framed:
-    """A picture as the model sees it: pixels [h, w, 3] and mask [h, w], both multiples of the VAE's cell, and what SDXL is told
+    """A picture as the model sees it: pixels [h, w, 3] and mask [h, w], both multiples of the VAE's cell, and what SDXL
+    is told
     of it, in pixels: the size (width, height) it had, where its crop began (x, y), and its size now."""
 
     pixels: Tensor
@@ -51,16 +53,21 @@ def training_images(images: Tensor, captions: str = "", mask: Tensor | None = No
     check_images(images)
     lines = _lines(captions)
     if len(lines) not in (1, len(images)):
-        raise TLoRAError(f"captions has {len(lines)} lines for {_pictures(len(images))}; write one line for all or one for each.")
+        raise TLoRAError(
+            f"captions has {len(lines)} lines for {_pictures(len(images))}; write one line for all or one for each."
+        )
     masks = [None] * len(images) if mask is None else _masks(images, mask)
     return [TrainingImage(pixels, lines[i % len(lines)], masks[i]) for i, pixels in enumerate(images)]
 
 
-def training_list(images: Sequence[Tensor], captions: Sequence[str] = ("",), masks: Sequence[Tensor] = ()) -> list[TrainingImage]:
+def training_list(
+    images: Sequence[Tensor], captions: Sequence[str] = ("",), masks: Sequence[Tensor] = ()
+) -> list[TrainingImage]:
     """A list of batches [N, H, W, 3], each of a size of its own, as one set of TrainingImages.
 
-    captions: a single text goes for all pictures as in `training_images`; of several, each is the caption of one picture, and those
-    of an item of `images` where there is one for each. masks: one for all pictures, one for each, or one for each item of `images`.
+    captions: a single text goes for all pictures as in `training_images`; of several, each is the caption of one
+    picture, and those of an item of `images` where there is one for each. masks: one for all pictures, one for each, or
+    one for each item of `images`.
     Raises TLoRAError when the numbers or sizes do not fit.
     """
     if not images:
@@ -104,7 +111,9 @@ def _dealt_masks(masks: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tens
         raise TLoRAError(f"mask has {len(single)} masks for {_pictures(total)}; connect one for all or one for each.")
     dealt = _dealt(single, images)
     if any(len({one.shape for one in part}) > 1 for part in dealt):
-        raise TLoRAError("mask has masks of several sizes for pictures of one size; connect those of the pictures themselves.")
+        raise TLoRAError(
+            "mask has masks of several sizes for pictures of one size; connect those of the pictures themselves."
+        )
     return [torch.stack(part) for part in dealt]
 
 
@@ -130,21 +139,28 @@ def _masks(images: Tensor, mask: Tensor) -> list[Tensor]:
             raise TLoRAError(f"mask {i + 1} is empty; paint over the subject, or leave mask unconnected.")
     if mask.ndim != 3 or len(mask) not in (1, len(images)) or mask.shape[1:] != images.shape[1:3]:
         raise TLoRAError(
-            f"mask has shape {list(mask.shape)} for pictures of shape {list(images.shape)}; connect a mask of the same height "
-            "and width, one for all pictures or one for each.")
+            f"mask has shape {list(mask.shape)} for pictures of shape {list(images.shape)}; connect a mask of the "
+            f"same height "
+            "and width, one for all pictures or one for each."
+        )
     return [mask[i % len(mask)].clamp(0, 1) for i in range(len(images))]
 
 
 def caption_of(caption: str, token: str, class_word: str) -> str:
     """The caption with token and class word in their places; {} stands for both, as in Prompts (T-LoRA)."""
-    return " ".join(caption.replace("{}", "{token} {class_word}").replace("{token}", token).replace("{class_word}", class_word).split())
+    return " ".join(
+        caption.replace("{}", "{token} {class_word}")
+        .replace("{token}", token)
+        .replace("{class_word}", class_word)
+        .split()
+    )
 
 
 def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Framed:
     """Cut and resize one picture. `unit`: side of the VAE's cell in pixels.
 
-    "centre square" is the paper's: the largest centred square, resized to resolution x resolution. "keep aspect ratio" resizes
-    to the shape nearest the picture's own with at most resolution^2 pixels, and cuts the little that is over.
+    "centre square" is the paper's: the largest centred square, resized to resolution x resolution. "keep aspect ratio"
+    resizes to the shape nearest the picture's own with at most resolution^2 pixels, and cuts the little that is over.
     """
     height, width = image.pixels.shape[:2]
     if framing == FRAMINGS[0]:
@@ -153,7 +169,10 @@ def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Fra
     else:
         target = bucket(width, height, resolution, unit)
         scale = max(target[0] / width, target[1] / height)
-        cut = (min(target[0] / scale, width), min(target[1] / scale, height))  # rounding may go a hair beyond the picture
+        cut = (
+            min(target[0] / scale, width),
+            min(target[1] / scale, height),
+        )  # rounding may go a hair beyond the picture
         box = ((width - cut[0]) / 2, (height - cut[1]) / 2, *cut)
         original, crop = (width, height), (round(box[0] * scale), round(box[1] * scale))
     mask = None if image.mask is None else resized(image.mask, box, target, Image.Resampling.BOX)
@@ -161,8 +180,8 @@ def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Fra
 
 
 def bucket(width: int, height: int, resolution: int, unit: int) -> tuple[int, int]:
-    """(width, height) nearest to a picture's aspect ratio, each a multiple of a sixteenth of the resolution (64 for 1024) and
-    of unit, of at most resolution^2 pixels and not much fewer."""
+    """(width, height) nearest to a picture's aspect ratio, each a multiple of a sixteenth of the resolution (64 for
+    1024) and of unit, of at most resolution^2 pixels and not much fewer."""
     step = max(unit, resolution // 16 // unit * unit)
     sides = range(step, 4 * resolution + 1, step)
     most = resolution**2
@@ -179,6 +198,8 @@ def loss_weights(mask: Tensor, cells: Sequence[int], outside: float) -> Tensor:
     weights = inside + outside * (1 - inside)
     if not float(weights.mean()) > 0:
         raise TLoRAError(
-            "mask covers nothing of what is left of its picture after framing; paint it nearer to the middle, or keep the "
-            "aspect ratio.")
+            "mask covers nothing of what is left of its picture after framing; paint it nearer to the middle, or keep "
+            "the "
+            "aspect ratio."
+        )
     return weights / weights.mean()

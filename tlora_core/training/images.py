@@ -1,4 +1,5 @@
 """Pictures in and out of training: checked, cut square and resized as the paper does; loss and schedule as pictures."""
+
 import io
 import math
 
@@ -20,7 +21,8 @@ def check_images(images: Tensor | None, name: str = "image") -> Tensor:
     if channels != 3:
         raise TLoRAError(
             f"{name} has {channels} channels instead of 3 (red, green, blue); flatten its alpha channel onto a "
-            "background first.")
+            "background first."
+        )
     if min(height, width) < MIN_SIDE:
         raise TLoRAError(f"{name} is {width}x{height} pixels; use one of at least {MIN_SIDE}x{MIN_SIDE}.")
     if not bool(torch.isfinite(images).all()):
@@ -28,20 +30,26 @@ def check_images(images: Tensor | None, name: str = "image") -> Tensor:
     return images
 
 
-def resized(picture: Tensor, box: tuple[float, float, float, float], target: tuple[int, int],
-            how: Image.Resampling = Image.Resampling.LANCZOS) -> Tensor:
-    """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, as large as `target` (width,
-    height); float32. Nothing outside the part shows in it. What has the size already stays as it is."""
+def resized(
+    picture: Tensor,
+    box: tuple[float, float, float, float],
+    target: tuple[int, int],
+    how: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Tensor:
+    """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, as large as `target`
+    (width, height); float32. Nothing outside the part shows in it. What has the size already stays as it is."""
     left, top, width, height = box
     picture = picture.float().cpu()
     if (width, height) == target and left == int(left) and top == int(top):
-        return picture[int(top):int(top) + int(height), int(left):int(left) + int(width)].clone()
-    # Cut first, as the reference does: PIL's box alone would blend in what lies beyond it. What is left of a pixel is its box's.
+        return picture[int(top) : int(top) + int(height), int(left) : int(left) + int(width)].clone()
+    # Cut first, as the reference does: PIL's box alone would blend in what lies beyond it. What is left of a pixel is
+    # its box's.
     x, y = math.floor(left), math.floor(top)
-    part = picture[y:math.ceil(top + height), x:math.ceil(left + width)]
+    part = picture[y : math.ceil(top + height), x : math.ceil(left + width)]
     rows, columns = part.shape[:2]
     drawn = to_picture(part).resize(
-        target, how, box=(left - x, top - y, min(left - x + width, columns), min(top - y + height, rows)))
+        target, how, box=(left - x, top - y, min(left - x + width, columns), min(top - y + height, rows))
+    )
     return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
 
 
@@ -58,7 +66,8 @@ def square(images: Tensor, resolution: int) -> Tensor:
 
 
 def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
-    """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images does."""
+    """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images
+    does."""
     if images is None:
         return None
     written = io.BytesIO()

@@ -1,4 +1,5 @@
 """Optimizers and learning rate schedules, each from the library that keeps it, imported when it is asked for."""
+
 import torch
 from torch import Tensor
 
@@ -6,8 +7,8 @@ from ..errors import TLoRAError
 from ..packages import required
 from .config import TrainConfig
 
-# What each keeps, in sizes of the parameters: AdamW two moments, Prodigy the start and a sum of gradients besides, schedule-free the
-# second moment and its own weights; Adafactor's row and column of a matrix are next to nothing.
+# What each keeps, in sizes of the parameters: AdamW two moments, Prodigy the start and a sum of gradients besides,
+# schedule-free the second moment and its own weights; Adafactor's row and column of a matrix are next to nothing.
 STATE_SIZES = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
 _RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # with one restart and power 1 they would be cosine and linear again
 
@@ -22,24 +23,31 @@ def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim
     if config.optimizer == "adamw8bit":
         if device == "cpu":
             raise TLoRAError("optimizer is adamw8bit, which works on GPUs only; choose adamw.")
-        return required("bitsandbytes", "optimizer adamw8bit").optim.AdamW8bit(parameters, rate, betas, weight_decay=decay)
+        return required("bitsandbytes", "optimizer adamw8bit").optim.AdamW8bit(
+            parameters, rate, betas, weight_decay=decay
+        )
     if config.optimizer == "prodigy":
         # Safeguards and bias correction as the published trainers of LoRA set them.
         return required("prodigyopt", "optimizer prodigy").Prodigy(
-            parameters, rate, betas, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True)
+            parameters, rate, betas, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True
+        )
     if config.optimizer == "adafactor":
-        # As large a step as AdamW's at the same rate: by default it is a share of the parameter, and factors that start at zero stay there.
+        # As large a step as AdamW's at the same rate: by default it is a share of the parameter, and factors that start
+        # at zero stay there.
         return torch.optim.Adafactor(parameters, rate, eps=(None, 1.0), weight_decay=decay)
     if config.optimizer == "schedule_free":
         optimizer = required("schedulefree", "optimizer schedule_free").AdamWScheduleFree(
-            parameters, rate, betas, weight_decay=decay, warmup_steps=config.warmup_steps)
+            parameters, rate, betas, weight_decay=decay, warmup_steps=config.warmup_steps
+        )
         optimizer.train()
         return optimizer
     # Fused: one kernel instead of ten for each of a thousand small tensors.
     return torch.optim.AdamW(parameters, rate, betas, weight_decay=decay, fused=device in ("cuda", "cpu"))
 
 
-def make_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> torch.optim.lr_scheduler.LRScheduler | None:
+def make_lr_schedule(
+    optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> torch.optim.lr_scheduler.LRScheduler | None:
     """The schedule that `config` names, or None for a constant rate. Schedule-free warms up by itself."""
     if config.optimizer == "schedule_free":
         if config.lr_schedule != "constant":
@@ -49,15 +57,24 @@ def make_lr_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig) -> t
         return None
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     if name == "polynomial" and config.learning_rate <= _POLYNOMIAL_END:
-        raise TLoRAError(f"learning_rate is {config.learning_rate:g}; set it above {_POLYNOMIAL_END:g}, to which lr_schedule polynomial falls.")
+        raise TLoRAError(
+            f"learning_rate is {config.learning_rate:g}; set it above {_POLYNOMIAL_END:g}, to which lr_schedule "
+            f"polynomial falls."
+        )
     get_scheduler = required("diffusers.optimization", f"lr_schedule {name}").get_scheduler
-    return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.steps, num_cycles=_RESTARTS,
-                         power=_POWER)
+    return get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps,
+        num_cycles=_RESTARTS,
+        power=_POWER,
+    )
 
 
 def flow_density(name: str, count: int, generator: torch.Generator) -> Tensor:
     """`count` places on the noise axis, float32 in 0..1, of density "logit_normal" or "mode" (Esser et al. 2024)."""
     helpers = required("diffusers.training_utils", f"timestep_density {name}")
     return helpers.compute_density_for_timestep_sampling(
-        name, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator)
-
+        name, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator
+    )

@@ -6,9 +6,10 @@
                  validation/*.png   the pictures made on the way
                  events.out.*       loss and pictures for TensorBoard
 
-The key is a hash of all that determines the result. By it a finished run is found again instead of being trained once more, and
-an unfinished one is taken up.
+The key is a hash of all that determines the result. By it a finished run is found again instead of being trained once
+more, and an unfinished one is taken up.
 """
+
 import json
 import logging
 import pickle
@@ -41,8 +42,9 @@ def as_file_name(text: str, otherwise: str) -> str:
 
 
 class RunFolder:
-    """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once there
-    is a result its SHA-256, `sha256_also`, those of its files with another thumbnail or none, and `files`, the names under which it was saved, by the name that was asked for."""
+    """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once
+    there is a result its SHA-256, `sha256_also`, those of its files with another thumbnail or none, and `files`, the
+    names under which it was saved, by the name that was asked for."""
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path, self.record = path, record
@@ -65,8 +67,21 @@ class RunFolder:
         path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         path.mkdir(parents=True)
         versions = {"pack": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        run = cls(path, {"key": key, "state": "running", "step": 0, "steps": steps, "message": "", "files": {}, "sha256": "",
-                         "started": time.time(), "settings": dict(settings), "versions": versions})
+        run = cls(
+            path,
+            {
+                "key": key,
+                "state": "running",
+                "step": 0,
+                "steps": steps,
+                "message": "",
+                "files": {},
+                "sha256": "",
+                "started": time.time(),
+                "settings": dict(settings),
+                "versions": versions,
+            },
+        )
         run.update()
         return run
 
@@ -91,14 +106,16 @@ class RunFolder:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise TLoRAError(
-                f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.') from error
+                f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.'
+            ) from error
 
     def forget_checkpoint(self) -> None:
         """Of a run that has nothing more to go on with."""
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def save_losses(self, losses: Sequence[float]) -> None:
-        """That of each step, from the first. Raises TLoRAError when the disk does not take it, as all that saves here does."""
+        """That of each step, from the first. Raises TLoRAError when the disk does not take it, as all that saves here
+        does."""
         text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
         write_whole(self.path / LOSS, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -118,8 +135,8 @@ class RunFolder:
 
 
 class Recorder:
-    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for. A disk that is full, or a service that
-    fails, ends that record with a warning, and not the training.
+    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for. A disk that is full,
+    or a service that fails, ends that record with a warning, and not the training.
 
     Raises TLoRAError when a package is missing.
     """
@@ -130,7 +147,8 @@ class Recorder:
         self.flushed = time.monotonic()
         self.events = self.wandb = None
         with self._or_without("events"):
-            # The package's own writer has a thread, whose end on a full disk would leave the training waiting for it for ever.
+            # The package's own writer has a thread, whose end on a full disk would leave the training waiting for it
+            # for ever.
             self.events = self.board.event_file_writer.EventsWriter(str(run.path / "events"))
             if first_step:  # what an earlier part of the run wrote beyond this step is void
                 log = self.board.proto.event_pb2.SessionLog(status=self.board.proto.event_pb2.SessionLog.START)
@@ -138,7 +156,8 @@ class Recorder:
         with self._or_without("wandb"):
             if service is not None:
                 self.wandb = service.init(
-                    project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True)
+                    project="t-lora", name=run.path.name, dir=str(run.path), config=run.record["settings"], reinit=True
+                )
 
     def loss(self, step: int, loss: float) -> None:
         with self._or_without("events"):
@@ -191,4 +210,3 @@ def _read_record(path: Path) -> dict[str, Any]:
         logging.warning("[T-LoRA] %s is not the record of a run.", path)
         return {}
     return record if isinstance(record, dict) else {}
-

@@ -1,8 +1,10 @@
 """The training loop: the paper's, with no knowledge of the model's home.
 
-All randomness of a step follows from the seed and the step's number alone. That is why a run that goes on from a checkpoint
-is the run that was never interrupted, bit by bit on a CPU, and why pauses in it (for validation, for a checkpoint) change nothing.
+All randomness of a step follows from the seed and the step's number alone. That is why a run that goes on from a
+checkpoint is the run that was never interrupted, bit by bit on a CPU, and why pauses in it (for validation, for a
+checkpoint) change nothing.
 """
+
 import hashlib
 import math
 import statistics
@@ -33,19 +35,26 @@ class Denoiser(Protocol):
     buckets: Sequence[Sequence[int]]  # the pictures' rows, those of one shape together
 
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        """The parts of the loss of one batch, scalars; each is made after the one before went backward, to share memory.
-        What is random comes from `generator`, on the CPU, so that it is the same on every device."""
+        """The parts of the loss of one batch, scalars; each is made after the one before went backward, to share
+        memory. What is random comes from `generator`, on the CPU, so that it is the same on every device."""
 
 
 class TrainingDiverged(TLoRAError):
-    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good; 0 where that is
-    the start, of which there is nothing to keep."""
+    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good; 0
+    where that is the start, of which there is nothing to keep."""
 
     def __init__(self, step: int, kept_step: int, what: str):
         # The first loss is the model's own.
-        advice = "lower learning_rate" if step else "nothing was learnt yet, so load model in bfloat16 or float32, or connect another"
-        kept = (f"The adapters are back at step {kept_step}, the last state known to be good." if kept_step else
-                "Nothing is saved, as no step is known to be good.")
+        advice = (
+            "lower learning_rate"
+            if step
+            else "nothing was learnt yet, so load model in bfloat16 or float32, or connect another"
+        )
+        kept = (
+            f"The adapters are back at step {kept_step}, the last state known to be good."
+            if kept_step
+            else "Nothing is saved, as no step is known to be good."
+        )
         super().__init__(f"Training stopped at step {step + 1} because the loss {what}; {advice}. {kept}")
         self.step, self.kept_step = step, kept_step
 
@@ -53,8 +62,8 @@ class TrainingDiverged(TLoRAError):
 class Trainer:
     """One training run: the adapters it trains in place and all it needs to go on.
 
-    step: updates done. losses: of each of them, mean squared error in the model's own prediction. is_whole: False once an update
-    has failed half-way and cannot be taken back.
+    step: updates done. losses: of each of them, mean squared error in the model's own prediction. is_whole: False once
+    an update has failed half-way and cannot be taken back.
     """
 
     def __init__(self, adapters: Adapters, config: TrainConfig):
@@ -71,14 +80,19 @@ class Trainer:
         self._good_average = [torch.empty_like(p) for p in self._good] if config.ema_decay else []
         self._keep_as_good()
 
-    def run(self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
+    def run(
+        self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None
+    ) -> bool:
         """Train up to step `until`; False when `on_step` ended it before.
 
-        `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True; what it raises
-        ends it too, and the state is that of a whole step, in which `run` can go on; but see _update. Raises TrainingDiverged.
+        `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True; what it
+        raises ends it too, and the state is that of a whole step, in which `run` can go on; but see _update. Raises
+        TrainingDiverged.
         """
         if not self.is_whole:
-            raise TLoRAError(f"Step {self.step + 1} failed half-way; go on from the last checkpoint, or train again from the start.")
+            raise TLoRAError(
+                f"Step {self.step + 1} failed half-way; go on from the last checkpoint, or train again from the start."
+            )
         if self.scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
         batches = Batches(denoiser.buckets, self.config.batch_size, self.config.seed)
@@ -117,8 +131,9 @@ class Trainer:
         return total
 
     def _update(self) -> None:
-        """Where it fails, as optimizers do that find no memory for their state in the first update, that one changes nothing. A later
-        one may end half-way, since there is no second copy of the optimizer's state: `is_whole` tells."""
+        """Where it fails, as optimizers do that find no memory for their state in the first update, that one changes
+        nothing. A later one may end half-way, since there is no second copy of the optimizer's state: `is_whole`
+        tells."""
         first = None if any(self.optimizer.state.values()) else {**self.optimizer.state_dict(), "state": {}}
         try:
             if self.config.max_grad_norm:
@@ -156,7 +171,7 @@ class Trainer:
         what = divergence(self.losses, loss)
         if what is not None:
             self._back_to_good()
-            del self.losses[self.step:]
+            del self.losses[self.step :]
             raise TrainingDiverged(step, self.step, what)
         self.losses.append(loss)
         return bool(on_step(step + 1, loss))
@@ -183,18 +198,26 @@ class Trainer:
         """About how many bytes `state_dict` takes on disk, and not less, once the optimizer has its state too."""
         own = sum(p.nbytes for p in self.parameters)
         buffers = self.adapters.buffers()
-        kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(b.nbytes for b in buffers)
+        kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(
+            b.nbytes for b in buffers
+        )
         # Adafactor's rows and columns, next to nothing of a large matrix.
-        kept += sum(p.element_size() * (p.shape[:-1].numel() + p.shape[:-2].numel() * p.shape[-1]) for p in self.parameters)
+        kept += sum(
+            p.element_size() * (p.shape[:-1].numel() + p.shape[:-2].numel() * p.shape[-1]) for p in self.parameters
+        )
         tensors = 6 * len(self.parameters) + len(buffers)
         return int(kept) + _OF_A_TENSOR * tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""
         return {
-            "format": STATE_FORMAT, "step": self.step, "losses": self.losses, "parameters": [p.detach() for p in self.parameters],
+            "format": STATE_FORMAT,
+            "step": self.step,
+            "losses": self.losses,
+            "parameters": [p.detach() for p in self.parameters],
             "buffers": self.adapters.buffers(),
-            "optimizer": self.optimizer.state_dict(), "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
             "lr_schedule": None if self.lr_schedule is None else self.lr_schedule.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
@@ -204,7 +227,9 @@ class Trainer:
         buffers = self.adapters.buffers()
         pairs = [*zip(self.parameters, state["parameters"]), *zip(buffers, state["buffers"])]
         if len(pairs) != len(self.parameters) + len(buffers) or any(a.shape != b.shape for a, b in pairs):
-            raise TLoRAError("The checkpoint is of a run with other layers or another rank; train again from the start.")
+            raise TLoRAError(
+                "The checkpoint is of a run with other layers or another rank; train again from the start."
+            )
         _write([a for a, _ in pairs], [b for _, b in pairs])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_schedule is not None:
@@ -232,13 +257,19 @@ class Trainer:
     def _back_to_good(self) -> None:
         self._write_good()
         for parameter, good in zip(self.parameters, self._good):
-            if "z" in (state := self.optimizer.state[parameter]):  # of schedule_free, whose result lies between it and the parameter
+            if "z" in (
+                state := self.optimizer.state[parameter]
+            ):  # of schedule_free, whose result lies between it and the parameter
                 _write([state["z"]], [good])
         self.step = self._good_step
 
 
-def train(adapters: Adapters, denoiser: Denoiser, config: TrainConfig,
-          on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> list[float]:
+def train(
+    adapters: Adapters,
+    denoiser: Denoiser,
+    config: TrainConfig,
+    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
+) -> list[float]:
     """A whole run at once; returns the loss of each step. See Trainer.run."""
     trainer = Trainer(adapters, config)
     trainer.run(denoiser, config.steps, on_step)
@@ -246,8 +277,8 @@ def train(adapters: Adapters, denoiser: Denoiser, config: TrainConfig,
 
 
 class Batches(Sequence):
-    """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own. Pictures
-    of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""
+    """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own.
+    Pictures of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""
 
     def __init__(self, buckets: Sequence[Sequence[int]], size: int, seed: int):
         self.buckets, self.size, self.seed = buckets, size, seed
@@ -300,7 +331,7 @@ def divergence(losses: Sequence[float], loss: float) -> str | None:
     if not math.isfinite(loss):
         return "was no longer a finite number" if losses else "was no finite number"
     if len(losses) >= _FIRST + _LAST:
-        usual, now = max(losses[:_FIRST]), statistics.median([*losses[1 - _LAST:], loss])
+        usual, now = max(losses[:_FIRST]), statistics.median([*losses[1 - _LAST :], loss])
         if now > RUNAWAY * usual:
             return f"ran away, to {now:.3g} from at most {usual:.3g} in the beginning"
     return None

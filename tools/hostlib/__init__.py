@@ -1,1 +1,2 @@
-"""What tools/host.py is made of: setting ComfyUI up, starting it, and running workflows on it. Standard library only."""
+"""What tools/host.py is made of: setting ComfyUI up, starting it, and running workflows on it. Standard library
+only."""

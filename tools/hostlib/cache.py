@@ -1,9 +1,10 @@
 """Folders that are expensive to build, kept outside the tree and built at most once.
 
 A folder's name holds a hash of all it was built from. It counts as finished only when its marker file, written last and
-atomically, is there; an unmarked folder is a set-up that was cut off, and is removed and built again. Virtual environments
-cannot be moved, so they are built in their final place rather than renamed into it.
+atomically, is there; an unmarked folder is a set-up that was cut off, and is removed and built again. Virtual
+environments cannot be moved, so they are built in their final place rather than renamed into it.
 """
+
 from __future__ import annotations
 
 import contextlib

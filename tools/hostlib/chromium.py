@@ -1,4 +1,5 @@
 """Finds the browser for the browser tests."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The command line of tools/host.py."""
+
 from __future__ import annotations
 
 import argparse
@@ -33,7 +34,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="host.py", description="ComfyUI with this pack: set up, run, serve, test.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="host.py", description="ComfyUI with this pack: set up, run, serve, test.", allow_abbrev=False
+    )
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command, text: str) -> argparse.ArgumentParser:
@@ -49,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_run_options(run)
     serve = add("serve", commands.serve, "start ComfyUI with the pack linked in")
     serve.add_argument("--port", type=int, default=0, help="the port on 127.0.0.1 (default: a free one)")
-    serve.add_argument("--newest-frontend", action="store_true", help="with the newest interface and not the host's own")
+    serve.add_argument(
+        "--newest-frontend", action="store_true", help="with the newest interface and not the host's own"
+    )
     add("test", commands.test, "run the tests; further arguments go to pytest")
     bench = add("bench", commands.bench, "run benchmarks/NAME.py with the host importable")
     bench.add_argument("name", metavar="NAME")

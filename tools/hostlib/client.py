@@ -1,4 +1,5 @@
 """Talks to a running ComfyUI: queues a prompt, follows it, and collects what it produced."""
+
 from __future__ import annotations
 
 import http.client
@@ -82,7 +83,9 @@ class Client:
     def _queue(self, prompt: dict, workflow: dict | None, client_id: str, result: RunResult) -> str:
         extra = {"extra_pnginfo": {"workflow": workflow}} if workflow else {}
         try:
-            answer = json.loads(self.request("/prompt", {"prompt": prompt, "client_id": client_id, "extra_data": extra}))
+            answer = json.loads(
+                self.request("/prompt", {"prompt": prompt, "client_id": client_id, "extra_data": extra})
+            )
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
             try:

@@ -1,4 +1,5 @@
 """The commands of tools/host.py."""
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +26,9 @@ TESTS = REPO / "tests"
 def chosen_host(args: argparse.Namespace) -> Host:
     if args.comfyui:
         if args.host_version:
-            raise HostError("--host-version chooses a host that this tool sets up; it cannot be combined with --comfyui.")
+            raise HostError(
+                "--host-version chooses a host that this tool sets up; it cannot be combined with --comfyui."
+            )
         return user_host(args.comfyui, args.python)
     if args.python:
         raise HostError("--python names the interpreter of the ComfyUI given with --comfyui; give both.")
@@ -109,7 +112,8 @@ def serve(args: argparse.Namespace) -> int:
 def test(args: argparse.Namespace) -> int:
     host = chosen_host(args)
     env = script_environment(host)
-    # Not the pack's own root: its nodes/ must never be importable as `nodes`. tests/conftest.py makes tlora_core importable.
+    # Not the pack's own root: its nodes/ must never be importable as `nodes`. tests/conftest.py makes tlora_core
+    # importable.
     env["PYTHONPATH"] = str(ensure_test_packages(host.python))
     browser = find_chromium()
     if browser:
@@ -122,7 +126,10 @@ def test(args: argparse.Namespace) -> int:
         arguments.append(str(TESTS))
     started = time.monotonic()
     status = run_foreground([str(host.python), "-m", "pytest", *arguments], env)
-    _say(f"Tests on ComfyUI {host.version} {'passed' if status == 0 else 'FAILED'} in {format_time(time.monotonic() - started)}.")
+    _say(
+        f"Tests on ComfyUI {host.version} {'passed' if status == 0 else 'FAILED'} in "
+        f"{format_time(time.monotonic() - started)}."
+    )
     return status
 
 

@@ -1,4 +1,5 @@
 """Turns a workflow as the interface saves it into the prompt that the server runs."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -149,7 +150,9 @@ class _Converter:
 
 def _read_link(link: list | dict) -> tuple[object, Link]:
     if isinstance(link, dict):
-        return link["id"], Link(link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"], link["type"])
+        return link["id"], Link(
+            link["origin_id"], link["origin_slot"], link["target_id"], link["target_slot"], link["type"]
+        )
     link_id, origin, origin_slot, target, target_slot, kind = link[:6]
     return link_id, Link(origin, origin_slot, target, target_slot, kind)
 

@@ -1,4 +1,5 @@
 """The command line's --set NODE.INPUT=VALUE: parsing it, and applying it to an API-format prompt."""
+
 from __future__ import annotations
 
 import copy
@@ -43,7 +44,9 @@ def _resolve(prompt: dict, target: str) -> tuple[str, str]:
     for dot in dots:
         found = _find_nodes(prompt, target[:dot])
         if len(found) > 1:
-            raise HostError(f"--set {target}: '{target[:dot]}' fits several nodes ({', '.join(found)}); use one of these ids.")
+            raise HostError(
+                f"--set {target}: '{target[:dot]}' fits several nodes ({', '.join(found)}); use one of these ids."
+            )
         if found:
             return found[0], target[dot + 1 :]
     raise HostError(f"--set {target}: the workflow has no such node; name one by its id, title or class.")

@@ -1,4 +1,5 @@
 """Reads tools/host_pins.json, the only place where versions are pinned."""
+
 from __future__ import annotations
 
 import json

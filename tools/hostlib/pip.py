@@ -1,4 +1,5 @@
 """Virtual environments and pip, with short progress lines and pip's own words when it fails."""
+
 from __future__ import annotations
 
 import os
@@ -20,10 +21,14 @@ def venv_python(folder: Path) -> Path:
 
 def create_venv(folder: Path) -> Path:
     """Make a virtual environment with pip and return its interpreter."""
-    made = subprocess.run([sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(folder)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     if made.returncode:
         words = (made.stdout + made.stderr).strip()
-        raise HostError(f"Python could not make a virtual environment (Debian and Ubuntu need the package python3-venv):\n{words}")
+        raise HostError(
+            f"Python could not make a virtual environment (Debian and Ubuntu need the package python3-venv):\n{words}"
+        )
     return venv_python(folder)
 
 

@@ -1,4 +1,5 @@
 """Child processes that never outlive this one."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +16,8 @@ FOREGROUND_GRACE_SECONDS = 30
 
 
 def exit_on_signals(leave: Callable[[int], None] = sys.exit) -> None:
-    """Turn termination signals into an exception raised by `leave`, so that `finally` blocks run and stop the children."""
+    """Turn termination signals into an exception raised by `leave`, so that `finally` blocks run and stop the
+    children."""
 
     def handle(number: int, _frame: object) -> None:
         leave(128 + number)

@@ -1,4 +1,5 @@
 """One line of progress: a node's title, a bar, and the time left."""
+
 from __future__ import annotations
 
 import sys

@@ -1,4 +1,5 @@
 """What a finished workflow produced, and the words for what went wrong."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ def refusal_in_words(answer: dict, prompt: dict) -> list[str]:
     """The sentences for a prompt that failed validation."""
     sentences = []
     for node_id, found in (answer.get("node_errors") or {}).items():
-        told = dict.fromkeys(_sentence(error) for error in found.get("errors", []))  # once, however many inputs it marks
+        told = dict.fromkeys(
+            _sentence(error) for error in found.get("errors", [])
+        )  # once, however many inputs it marks
         sentences += [f"{node_name(node_id, prompt)}: {sentence}" for sentence in told]
     if not sentences:
         error = answer.get("error") or {"message": "The server refused the workflow"}

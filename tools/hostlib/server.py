@@ -1,4 +1,5 @@
 """Starts the real ComfyUI with this pack linked in, and always stops it again."""
+
 from __future__ import annotations
 
 import contextlib
@@ -62,12 +63,18 @@ class Server:
     """A ComfyUI process on a free loopback port.
 
     With `workspace`, models, input, output and user data live there; without it ComfyUI's own folders are used, and
-    nothing is written into ComfyUI's program folder either way. With `log_to_terminal` its log is shown as it comes. `frontend`
-    is a folder with another interface than the host's own.
+    nothing is written into ComfyUI's program folder either way. With `log_to_terminal` its log is shown as it comes.
+    `frontend` is a folder with another interface than the host's own.
     """
 
-    def __init__(self, host: Host, workspace: Path | None = None, port: int = 0, log_to_terminal: bool = False,
-                 frontend: Path | None = None):
+    def __init__(
+        self,
+        host: Host,
+        workspace: Path | None = None,
+        port: int = 0,
+        log_to_terminal: bool = False,
+        frontend: Path | None = None,
+    ):
         self.host = host
         self.workspace = workspace
         self.port = port or free_port()
@@ -111,7 +118,15 @@ class Server:
         return self
 
     def _command(self) -> list[str]:
-        command = [str(self.host.python), "main.py", "--listen", LOOPBACK, "--port", str(self.port), "--disable-auto-launch"]
+        command = [
+            str(self.host.python),
+            "main.py",
+            "--listen",
+            LOOPBACK,
+            "--port",
+            str(self.port),
+            "--disable-auto-launch",
+        ]
         # A database of its own: the default one lies in ComfyUI's folder and admits a single process.
         command += ["--database-url", f"sqlite:///{(self._scratch / 'comfyui.db').as_posix()}"]
         if not has_accelerator(self.host.python):
@@ -126,7 +141,9 @@ class Server:
             link_pack(self._scratch / "custom_nodes")
             config = self._scratch / "extra_model_paths.yaml"
             # JSON is YAML, and quotes every path correctly.
-            config.write_text(json.dumps({"tlora": {"custom_nodes": str(self._scratch / "custom_nodes")}}), encoding="utf-8")
+            config.write_text(
+                json.dumps({"tlora": {"custom_nodes": str(self._scratch / "custom_nodes")}}), encoding="utf-8"
+            )
             command += ["--extra-model-paths-config", str(config)]
         return command
 
@@ -140,7 +157,9 @@ class Server:
         while not self.client.answers():
             self.check_alive()
             if time.monotonic() > deadline:
-                raise HostError(f"ComfyUI did not answer within {START_SECONDS} s; the end of its log:\n{self.log_tail()}")
+                raise HostError(
+                    f"ComfyUI did not answer within {START_SECONDS} s; the end of its log:\n{self.log_tail()}"
+                )
             time.sleep(0.2)
         # Another program may have taken the port in the meantime and answered in ComfyUI's place.
         self.check_alive()

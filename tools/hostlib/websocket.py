@@ -1,4 +1,5 @@
 """A WebSocket client (RFC 6455) just large enough to listen to ComfyUI's events."""
+
 from __future__ import annotations
 
 import base64

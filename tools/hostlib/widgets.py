@@ -3,6 +3,7 @@
 The interface saves widget values as a bare list in the order in which it made the widgets, with extra entries for the
 widgets it adds on its own ("control after generate" next to a seed, the upload button below a file list).
 """
+
 from __future__ import annotations
 
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COLOR", "BOUNDING_BOX", "CURVE", "RANGE", "IMAGECOMPARE"}
@@ -102,7 +103,9 @@ class _ListReader(_Reader):
 
     def skip_upload(self, inputs: dict) -> None:
         """The upload button comes after the last required widget and saves the name of the widget it fills."""
-        uploads = any(len(spec) > 1 and any(spec[1].get(option) for option in UPLOAD_OPTIONS) for spec in inputs.values())
+        uploads = any(
+            len(spec) > 1 and any(spec[1].get(option) for option in UPLOAD_OPTIONS) for spec in inputs.values()
+        )
         if uploads and self._left and (self._left[0] is None or self._left[0] in inputs):
             self._left.pop(0)
 

@@ -1,4 +1,5 @@
 """What all stages of the tiny base's training share."""
+
 import time
 from pathlib import Path
 
@@ -41,8 +42,8 @@ def to_tensor(pictures, device):
 
 
 def warm_stable_decay(step: int, total: int, peak: float, warmup: int = 300) -> float:
-    """A constant learning rate between a warm-up and a linear fall to zero over the last third, so that a run that is cut
-    or made longer before its fall is still the same run."""
+    """A constant learning rate between a warm-up and a linear fall to zero over the last third, so that a run that is
+    cut or made longer before its fall is still the same run."""
     return peak * min(1, (step + 1) / warmup) * min(1, (total - step) / (total / 3))
 
 

@@ -1,4 +1,5 @@
 """The base's training to predict noise, and of its flow-matching sibling to predict the velocity."""
+
 import os
 import subprocess
 import sys
@@ -22,9 +23,9 @@ PREFIXES = {"unet": "model.diffusion_model.", "text": "conditioner.embedders.0.t
 
 
 def on_object(error: Tensor, mask: Tensor) -> Tensor:
-    """Squared error of each picture [B], of [B, C, H, W]: heavier on the object and most on its edge, where all that tells one
-    shape from another lies; plus the same error averaged over 2x2 and 4x4 cells, weighted so that white noise would count half, as
-    what a noisy latent still shows lies in such averages."""
+    """Squared error of each picture [B], of [B, C, H, W]: heavier on the object and most on its edge, where all that
+    tells one shape from another lies; plus the same error averaged over 2x2 and 4x4 cells, weighted so that white noise
+    would count half, as what a noisy latent still shows lies in such averages."""
     blurred = avg_pool2d(mask, 3, stride=1, padding=1)
     heavy = 1 + 2 * mask + 6 * (4 * blurred * (1 - blurred))
     heavy = heavy / heavy.mean((1, 2, 3), keepdim=True)
@@ -36,7 +37,8 @@ def on_object(error: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """clean, noise [B, C, 8, 8]; place [B], 0 clean to 1 noise; mask [B, 1, 8, 8]; context and y, what the text says."""
+    """clean, noise [B, C, 8, 8]; place [B], 0 clean to 1 noise; mask [B, 1, 8, 8]; context and y, what the text
+    says."""
 
     clean: Tensor
     noise: Tensor
@@ -47,10 +49,11 @@ class Batch:
 
 
 class DiffusionTraining:
-    """Networks that learn, the average of their weights, and the data; goes on from the state in the work folder where there is one.
+    """Networks that learn, the average of their weights, and the data; goes on from the state in the work folder where
+    there is one.
 
-    A kind of training says which networks those are (`networks`), how they are wrong (`loss`), and its place in the random
-    streams (`stream`).
+    A kind of training says which networks those are (`networks`), how they are wrong (`loss`), and its place in the
+    random streams (`stream`).
     """
 
     name: str
@@ -60,7 +63,14 @@ class DiffusionTraining:
         from comfy.ldm.modules.attention import attention_basic
 
         from tlora_core.tiny import comfy as tiny_base
-        self.path, self.args, self.device, self.steps, self.rate = work / f"{self.name}.pt", args, args.device, steps, rate
+
+        self.path, self.args, self.device, self.steps, self.rate = (
+            work / f"{self.name}.pt",
+            args,
+            args.device,
+            steps,
+            rate,
+        )
         self.rank, self.processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         torch.manual_seed(args.seed)
         self.base, self.text = tiny_base.new_modules()
@@ -69,7 +79,9 @@ class DiffusionTraining:
         self.text = clone_before_norms(self.text.to(self.device))
         self.nets.to(memory_format=torch.channels_last)  # a sixth faster on a CPU
         self.options = {"optimized_attention_override": lambda func, *a, **k: attention_basic(*a, **k)}
-        self.optimizer = torch.optim.AdamW(self.nets.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.nets.parameters(), 1e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.average = {k: v.detach().clone() for k, v in self.nets.state_dict().items()}
         self.first = 0
         if self.path.exists():
@@ -104,7 +116,9 @@ class DiffusionTraining:
 
     def predict(self, noisy: Tensor, t: Tensor, batch: Batch) -> Tensor:
         noisy = noisy.to(memory_format=torch.channels_last)
-        return self.base.diffusion_model(noisy, t.float(), context=batch.context, y=batch.y, transformer_options=self.options)
+        return self.base.diffusion_model(
+            noisy, t.float(), context=batch.context, y=batch.y, transformer_options=self.options
+        )
 
     def step(self, step: int) -> float:
         loss = self.loss(self.draw(step))
@@ -121,8 +135,13 @@ class DiffusionTraining:
         return loss.item()
 
     def save(self, step: int) -> None:
-        save_state(self.path, model=self.nets.state_dict(), optimizer=self.optimizer.state_dict(), average=self.average,
-                   step=step + 1)
+        save_state(
+            self.path,
+            model=self.nets.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            average=self.average,
+            step=step + 1,
+        )
 
     def run(self) -> None:
         smooth, progress = None, Progress(self.name, self.steps, self.first)
@@ -136,9 +155,9 @@ class DiffusionTraining:
 class NoiseTraining(DiffusionTraining):
     """U-Net and text encoder, trained together on the noise.
 
-    The weight over timesteps is that of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what the object
-    is, is settled where sigma is 1 to 10, and plain MSE of the noise gives a picture's error there a hundredth of its weight
-    elsewhere.
+    The weight over timesteps is that of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what
+    the object is, is settled where sigma is 1 to 10, and plain MSE of the noise gives a picture's error there a
+    hundredth of its weight elsewhere.
     """
 
     name, stream = "base", 2
@@ -157,10 +176,11 @@ class NoiseTraining(DiffusionTraining):
 
 
 class FlowTraining(DiffusionTraining):
-    """The finished base's U-Net, trained on to predict the velocity, noise minus clean, anywhere on the straight line between them.
-    The text encoder stays as it is.
+    """The finished base's U-Net, trained on to predict the velocity, noise minus clean, anywhere on the straight line
+    between them. The text encoder stays as it is.
 
-    The weight over times is that of NoiseTraining, turned from the noise's error to the velocity's, but nowhere below a half.
+    The weight over times is that of NoiseTraining, turned from the noise's error to the velocity's, but nowhere below a
+    half.
     """
 
     name, stream = "flow", 6
@@ -168,7 +188,9 @@ class FlowTraining(DiffusionTraining):
     def networks(self, work):
         finished = load_file(self.args.output / "tiny_base.safetensors")
         for name, module in (("unet", self.base.diffusion_model), ("text", self.text)):
-            own = {k.removeprefix(PREFIXES[name]): v.float() for k, v in finished.items() if k.startswith(PREFIXES[name])}
+            own = {
+                k.removeprefix(PREFIXES[name]): v.float() for k, v in finished.items() if k.startswith(PREFIXES[name])
+            }
             module.load_state_dict(own)
         self.text.requires_grad_(False)
         return {"unet": self.base.diffusion_model}
@@ -187,13 +209,22 @@ def average_gradients(nets):
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
     flat /= torch.distributed.get_world_size()
-    torch._foreach_copy_(gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)])
+    torch._foreach_copy_(
+        gradients, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in gradients]), gradients)]
+    )
 
 
 def train(kind: type[DiffusionTraining], work: Path, args, steps: int, rate: float) -> None:
     """Each process on its own part of the batch: on a CPU that is far faster than as many threads."""
     if args.processes > 1 and "RANK" not in os.environ:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes)]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(args.processes),
+        ]
         subprocess.run([*launch, sys.argv[0], *args.given, "--stage", kind.name], check=True)
         return
     if "RANK" in os.environ:
@@ -212,4 +243,6 @@ def stage_flow(work: Path, args):
         return  # the process that started this one writes the file
     average = torch.load(work / "flow.pt", weights_only=True, map_location="cpu")["average"]
     args.flow_output.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name.removeprefix("unet."): value.half().contiguous() for name, value in average.items()}, args.flow_output)
+    save_file(
+        {name.removeprefix("unet."): value.half().contiguous() for name, value in average.items()}, args.flow_output
+    )

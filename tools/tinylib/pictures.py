@@ -1,4 +1,5 @@
 """The world's pictures, drawn once, and the autoencoder that makes latents of them."""
+
 import math
 import multiprocessing
 from pathlib import Path
@@ -72,10 +73,17 @@ def stage_autoencoder(work: Path, args):
     progress = Progress("autoencoder", total, first)
     for step in range(first, total):
         rng = np.random.default_rng((args.seed, 1, step))
-        pixels = to_tensor(np.concatenate([pictures[np.sort(rng.integers(len(pictures), size=batch // 2))],
-                                           odd[rng.integers(len(odd), size=batch // 2)]]), args.device)
+        pixels = to_tensor(
+            np.concatenate(
+                [
+                    pictures[np.sort(rng.integers(len(pictures), size=batch // 2))],
+                    odd[rng.integers(len(odd), size=batch // 2)],
+                ]
+            ),
+            args.device,
+        )
         mix = torch.from_numpy(rng.dirichlet(np.full(3, 0.5), (batch // 8, 3))).to(pixels)
-        pixels[-(batch // 8):] = torch.einsum("bij,bjhw->bihw", mix, pixels[-(batch // 8):])
+        pixels[-(batch // 8) :] = torch.einsum("bij,bjhw->bihw", mix, pixels[-(batch // 8) :])
         set_rate(optimizer, warm_stable_decay(step, total, 1e-3))
         latent = model.encode(pixels)
         noise = torch.from_numpy(rng.standard_normal(latent.shape)).to(latent)
@@ -101,7 +109,7 @@ def stage_latents(work: Path, args):
     progress = Progress("encode", len(pictures))
     raw = []
     for i in range(0, len(pictures), 200):
-        raw.append(model.encode(to_tensor(pictures[i:i + 200], args.device)).cpu())
+        raw.append(model.encode(to_tensor(pictures[i : i + 200], args.device)).cpu())
         progress.step(min(i + 200, len(pictures)) - 1)
     raw = torch.cat(raw)
     mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))

@@ -1,4 +1,5 @@
 """What reads captions and pictures: the text encoder's own first lessons, and the scorer."""
+
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from .pictures import load_autoencoder
 
 
 def stage_text(work: Path, args):
-    """Teach the text encoder what captions say before any picture is seen: its pooled output must tell each attribute."""
+    """Teach the text encoder what captions say before any picture is seen: its pooled output must tell each
+    attribute."""
     from tlora_core.tiny import comfy as tiny_base
+
     path, total, batch = work / "text.pt", args.text_steps, 128
     if path.exists():
         return

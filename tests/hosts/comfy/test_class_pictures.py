@@ -1,4 +1,6 @@
-"""Pictures of the class that the model draws itself for prior preservation: shown, cancelled, kept for the next training."""
+"""Pictures of the class that the model draws itself for prior preservation: shown, cancelled, kept for the next
+training."""
+
 import logging
 import os
 
@@ -25,7 +27,9 @@ def files(output):
     return sorted((output / "tlora_class_pictures").rglob("*.*"))
 
 
-def test_they_are_told_as_they_are_drawn_and_can_be_cancelled_without_losing_those_that_are_there(base, output, monkeypatch, drawn):
+def test_they_are_told_as_they_are_drawn_and_can_be_cancelled_without_losing_those_that_are_there(
+    base, output, monkeypatch, drawn
+):
     import comfy.model_management
     import comfy.utils
 
@@ -58,7 +62,9 @@ def test_another_training_has_them_at_once_and_goes_the_same(base, output, drawn
     run(base, asked(class_word="star"))
     run(base, asked(resolution=128))
     patched = base[0].clone()
-    patched.add_patches({next(k for k in patched.model.state_dict() if k.endswith("attn1.to_q.weight")): (torch.ones(1),)}, 0.5)
+    patched.add_patches(
+        {next(k for k in patched.model.state_dict() if k.endswith("attn1.to_q.weight")): (torch.ones(1),)}, 0.5
+    )
     run((patched, *base[1:]), asked())
     assert drawn == [0, 1] * 4 and len({path.parent for path in files(output)}) == 4
 
@@ -75,7 +81,9 @@ def test_damaged_ones_are_drawn_again(base, output, drawn):
     assert [path.read_bytes() for path in files(output)] == whole
 
 
-def test_a_full_disk_and_a_model_that_cannot_be_known_again_keep_none_and_end_no_training(base, output, monkeypatch, caplog, drawn):
+def test_a_full_disk_and_a_model_that_cannot_be_known_again_keep_none_and_end_no_training(
+    base, output, monkeypatch, caplog, drawn
+):
     replace = os.replace
 
     def full(source, target):
@@ -91,4 +99,6 @@ def test_a_full_disk_and_a_model_that_cannot_be_known_again_keep_none_and_end_no
     unknown.model_options["sampler_cfg_function"] = lambda args: args["cond"]
     run((unknown, *base[1:]), asked())
     assert not files(output)
-    assert run(base, asked(), rerun="restart").losses == first.losses and drawn == [0, 1] * 3 and len(files(output)) == 2
+    assert (
+        run(base, asked(), rerun="restart").losses == first.losses and drawn == [0, 1] * 3 and len(files(output)) == 2
+    )

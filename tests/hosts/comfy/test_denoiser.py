@@ -1,4 +1,5 @@
 """Training on the host's model."""
+
 import host_models as models
 import pytest
 import torch
@@ -82,11 +83,15 @@ def test_loss_is_the_error_of_the_predicted_noise(model):
             sampling, noise = model.model.model_sampling, noise_for(1)
             errors = []
             for t in (0, 300, 999):
-                sigma = sampling.sigmas[t:t + 1].clone()
+                sigma = sampling.sigmas[t : t + 1].clone()
                 x = model.model.process_latent_in(denoiser.samples[0].mean[None]) + sigma * noise
                 inputs = denoiser._condition(denoiser.samples[0], noise)
                 predicted = model.model.diffusion_model(
-                    x / (sigma**2 + 1) ** 0.5, torch.tensor([float(t)]), context=inputs["c_crossattn"].cond, y=inputs["y"].cond)
+                    x / (sigma**2 + 1) ** 0.5,
+                    torch.tensor([float(t)]),
+                    context=inputs["c_crossattn"].cond,
+                    y=inputs["y"].cond,
+                )
                 errors.append(models.relative_error(output_error(denoiser, [0], noise, sigma), predicted - noise))
             return errors
 
@@ -141,8 +146,12 @@ def test_each_sample_of_a_batch_is_masked_by_its_own_timestep(model):
             _, denoiser = denoiser_for(model, latents=3)
             sigmas, noise = model.model.model_sampling.sigmas[[999, 500, 0]].clone(), noise_for(3)
             together = output_error(denoiser, [0, 1, 2], noise, sigmas)
-            return [models.relative_error(together[i:i + 1], output_error(denoiser, [i], noise[i:i + 1], sigmas[i:i + 1]))
-                    for i in range(3)]
+            return [
+                models.relative_error(
+                    together[i : i + 1], output_error(denoiser, [i], noise[i : i + 1], sigmas[i : i + 1])
+                )
+                for i in range(3)
+            ]
 
     assert max(in_node(work)) < 1e-4
 

@@ -1,7 +1,9 @@
 """Training and sampling on a device whose numbers cannot be read: PyTorch's "meta", in a GPU's place.
 
-An operation on tensors of two devices fails on it as on a GPU, and so does whatever has to wait for a number. Kernels are not run.
+An operation on tensors of two devices fails on it as on a GPU, and so does whatever has to wait for a number. Kernels
+are not run.
 """
+
 import copy
 import sys
 
@@ -17,7 +19,8 @@ from memory import META  # noqa: E402
 
 @pytest.fixture
 def unreadable(comfy):
-    """Lets the host and the trainer work on META: nothing is loaded, kept to fall back on, or read at the end of a step."""
+    """Lets the host and the trainer work on META: nothing is loaded, kept to fall back on, or read at the end of a
+    step."""
     with memory.host_on_meta():
         yield
 
@@ -26,9 +29,11 @@ def small_model(kind, **options):
     import random_models
 
     options = {"dtype": torch.bfloat16, "device": META, **options}
-    return {"sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64, **options),
-            "flux": lambda: random_models.flux(256, (2, 3), 64, 32, **options),
-            "sd3": lambda: random_models.small("sd3", **options)}[kind]()
+    return {
+        "sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64, **options),
+        "flux": lambda: random_models.flux(256, (2, 3), 64, 32, **options),
+        "sd3": lambda: random_models.small("sd3", **options),
+    }[kind]()
 
 
 def train(model, batch, checkpointing, prior, method=None, **config):
@@ -66,9 +71,19 @@ def test_a_step_meets_on_one_device_and_waits_for_nothing(unreadable, kind, batc
     train(small_model(kind), batch, checkpointing, prior=False)
 
 
-@pytest.mark.parametrize("config", [
-    {"min_snr_gamma": 5.0}, {"orthogonality": 0.1}, {"max_grad_norm": 1.0}, {"ema_decay": 0.9}, {"gradient_accumulation": 2},
-    {"fresh_latents": False, "noise_from": 0.2}, {"lr_schedule": "cosine"}], ids=lambda config: next(iter(config)))
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"min_snr_gamma": 5.0},
+        {"orthogonality": 0.1},
+        {"max_grad_norm": 1.0},
+        {"ema_decay": 0.9},
+        {"gradient_accumulation": 2},
+        {"fresh_latents": False, "noise_from": 0.2},
+        {"lr_schedule": "cosine"},
+    ],
+    ids=lambda config: next(iter(config)),
+)
 def test_nor_does_it_with_other_settings(unreadable, config):
     train(small_model("sdxl"), 2, False, prior=True, method="tlora", **config)
 
@@ -99,7 +114,8 @@ def test_samples_of_mixed_ranks_send_them_once_for_all_layers(unreadable):
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "beside"])
 @pytest.mark.parametrize("kind", ["sdxl", "flux", "sd3"])
 def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, kind, fold):
-    """A sampling reads the noise level, here from the CPU, and at most once whether the text is that of the evaluation before."""
+    """A sampling reads the noise level, here from the CPU, and at most once whether the text is that of the evaluation
+    before."""
     import random_models
 
     from tlora_core.hosts.comfy import sampling
@@ -112,15 +128,23 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
     compared = []
     monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or True)
     base, (text, pooled) = model.model, random_models.conditioning(model, 7)[0]
-    inputs = {name: cond.cond.to(META) for name, cond in base.extra_conds(
-        cross_attn=text.expand(2, -1, -1), noise=torch.zeros(2, base.latent_format.latent_channels, 16, 16), device="cpu",
-        **{key: value.expand(2, -1) if isinstance(value, torch.Tensor) else value for key, value in pooled.items()}).items()}
+    inputs = {
+        name: cond.cond.to(META)
+        for name, cond in base.extra_conds(
+            cross_attn=text.expand(2, -1, -1),
+            noise=torch.zeros(2, base.latent_format.latent_channels, 16, 16),
+            device="cpu",
+            **{key: value.expand(2, -1) if isinstance(value, torch.Tensor) else value for key, value in pooled.items()},
+        ).items()
+    }
     base.model_sampling.to(META)
     base.current_patcher = patched
     x = torch.zeros(2, base.latent_format.latent_channels, 16, 16, device=META)
     with torch.inference_mode():
         for _ in range(3):
-            out = base.apply_model(x, torch.ones(2, device=META), transformer_options={"wrappers": patched.wrappers}, **inputs)
+            out = base.apply_model(
+                x, torch.ones(2, device=META), transformer_options={"wrappers": patched.wrappers}, **inputs
+            )
             assert out.device == META
     assert bool(sampling.Folds.of(base).layers) is fold and len(compared) == (2 if fold and kind == "sdxl" else 0)
 
@@ -129,7 +153,10 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_a_step_leaves_nothing_behind_but_gradients_and_the_optimizers_state(unreadable, kind, storage):
     """What a step holds on to is there at the next one too, beside all that this one needs."""
-    counted = {checkpointing: memory.step(small_model(kind, storage=storage), 7, 32, 8, checkpointing) for checkpointing in (False, True)}
+    counted = {
+        checkpointing: memory.step(small_model(kind, storage=storage), 7, 32, 8, checkpointing)
+        for checkpointing in (False, True)
+    }
     for each in counted.values():
         assert each["own"] <= each["after"] < each["own"] + 60_000
         assert each["weights"] < each["own"] < each["peak"]

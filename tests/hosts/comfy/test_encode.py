@@ -1,10 +1,21 @@
 """Training pictures through the host's own VAE, and what the denoiser makes of them."""
+
 import host_models as models
 import pytest
 import torch
 
-DDCONFIG = {"double_z": True, "z_channels": 4, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
-            "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}
+DDCONFIG = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 64,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 2],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +27,9 @@ def vae(comfy):
     with torch.inference_mode():
         made = comfy.sd.VAE(sd={}, config={"params": {"ddconfig": DDCONFIG, "embed_dim": 4}})
         for parameter in made.first_stage_model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+            parameter.normal_(
+                1.0 if parameter.ndim == 1 else 0.0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            )
     made.downscale_ratio = 2  # the host takes 8, as SD's own VAE has
     return made
 
@@ -68,8 +81,15 @@ def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
     picture = Framed(torch.zeros(64, 96, 3), None, original=(1200, 700), crop=(40, 8))
     ((text, told),) = Encoder(Clip(), vae, told={"guidance": 1.0}).conditioning(picture, "a photo of a sks dog")
     assert text.shape == (1, 1, 4) and told == {
-        "pooled_output": "a photo of a sks dog", "guidance": 1.0, "width": 1200, "height": 700, "crop_w": 40, "crop_h": 8,
-        "target_width": 96, "target_height": 64}
+        "pooled_output": "a photo of a sks dog",
+        "guidance": 1.0,
+        "width": 1200,
+        "height": 700,
+        "crop_w": 40,
+        "crop_h": 8,
+        "target_width": 96,
+        "target_height": 64,
+    }
     ((_, told),) = Encoder(Clip(), vae).conditioning(picture, "a photo of a sks dog")
     assert "guidance" not in told, "Chroma and others, which ask for one too, have another by default"
 
@@ -77,7 +97,9 @@ def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
 def sample(mean, **changes):
     from tlora_core.hosts.comfy.training.encode import Sample
 
-    return Sample(**{"mean": mean, "deviation": None, "weights": None, "conditioning": models.conditioning(), **changes})
+    return Sample(
+        **{"mean": mean, "deviation": None, "weights": None, "conditioning": models.conditioning(), **changes}
+    )
 
 
 def denoiser(model, samples, **config):
@@ -167,6 +189,10 @@ def test_pictures_meet_in_a_batch_only_where_their_texts_are_as_long(comfy):
         return [[torch.zeros(1, tokens, 8), {}]]
 
     square, wide = torch.zeros(4, 8, 8), torch.zeros(4, 8, 12)
-    made = [sample(square, conditioning=text(23)), sample(square, conditioning=text(27)), sample(wide, conditioning=text(23)),
-            sample(square, conditioning=text(23))]
+    made = [
+        sample(square, conditioning=text(23)),
+        sample(square, conditioning=text(27)),
+        sample(wide, conditioning=text(23)),
+        sample(square, conditioning=text(23)),
+    ]
     assert buckets(made) == [[0, 3], [1], [2]]

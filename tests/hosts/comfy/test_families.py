@@ -1,4 +1,5 @@
 """Which layers of the host's models a T-LoRA is trained on."""
+
 import gc
 import re
 import weakref
@@ -14,8 +15,11 @@ UNET = {f"attn{i}.to_{part}" for i in (1, 2) for part in ("q", "k", "v", "out.0"
 def make(comfy):
     import random_models
 
-    return {"sdxl": lambda: random_models.sdxl(64), "flux": lambda: random_models.flux(256, (1, 2), 64, 32),
-            "sd3": lambda: random_models.small("sd3")}
+    return {
+        "sdxl": lambda: random_models.sdxl(64),
+        "flux": lambda: random_models.flux(256, (1, 2), 64, 32),
+        "sd3": lambda: random_models.small("sd3"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +52,41 @@ def test_sd3_trains_the_text_streams_inputs_but_not_its_output(make):
     from tlora_core.hosts.comfy.model.families import target_layers
 
     counts = Counter(re.sub(r"\.\d+\.", ".", path).partition("@")[0] for path in target_layers(make["sd3"]()))
-    assert counts == {"joint_blocks.x_block.attn.qkv": 6, "joint_blocks.x_block.attn.proj": 2,
-                      "joint_blocks.context_block.attn.qkv": 6}
+    assert counts == {
+        "joint_blocks.x_block.attn.qkv": 6,
+        "joint_blocks.x_block.attn.proj": 2,
+        "joint_blocks.context_block.attn.qkv": 6,
+    }
 
 
-@pytest.mark.parametrize("name, more", [
-    ("flux", {"double_blocks.0.img_mlp.0", "double_blocks.0.img_mlp.2", "double_blocks.0.txt_mlp.0", "double_blocks.0.txt_mlp.2",
-              "single_blocks.0.linear1@768", "single_blocks.1.linear1@768", "single_blocks.0.linear2", "single_blocks.1.linear2"}),
-    ("sd3", {f"joint_blocks.{i}.{stream}.mlp.fc{n}" for i in range(2) for stream in ("x_block", "context_block") for n in (1, 2)}
-     - {"joint_blocks.1.context_block.mlp.fc1", "joint_blocks.1.context_block.mlp.fc2"}),
-])
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        (
+            "flux",
+            {
+                "double_blocks.0.img_mlp.0",
+                "double_blocks.0.img_mlp.2",
+                "double_blocks.0.txt_mlp.0",
+                "double_blocks.0.txt_mlp.2",
+                "single_blocks.0.linear1@768",
+                "single_blocks.1.linear1@768",
+                "single_blocks.0.linear2",
+                "single_blocks.1.linear2",
+            },
+        ),
+        (
+            "sd3",
+            {
+                f"joint_blocks.{i}.{stream}.mlp.fc{n}"
+                for i in range(2)
+                for stream in ("x_block", "context_block")
+                for n in (1, 2)
+            }
+            - {"joint_blocks.1.context_block.mlp.fc1", "joint_blocks.1.context_block.mlp.fc2"},
+        ),
+    ],
+)
 def test_feed_forward_layers_come_beside_the_attentions(make, name, more):
     from tlora_core.hosts.comfy.model.families import target_layers
 
@@ -73,7 +102,9 @@ def test_patterns_choose_any_linear_layer_by_its_path(make, sdxl):
     assert set(target_layers(sdxl, "time_embed.*, label_emb.0.0")) == {"time_embed.0", "time_embed.2", "label_emb.0.0"}
     assert len(target_layers(sdxl, "*.attn2.to_k\n*.attn2.to_v")) == 140
     flux = make["flux"]()
-    assert set(target_layers(flux, "double_blocks.*.img_attn.qkv")) == {f"double_blocks.0.img_attn.qkv@{r}" for r in (0, 256, 512)}
+    assert set(target_layers(flux, "double_blocks.*.img_attn.qkv")) == {
+        f"double_blocks.0.img_attn.qkv@{r}" for r in (0, 256, 512)
+    }
     assert set(target_layers(flux, "*linear1@512")) == {"single_blocks.0.linear1@512", "single_blocks.1.linear1@512"}
 
 
@@ -86,11 +117,14 @@ def test_a_pattern_that_nothing_matches_is_refused_with_examples(sdxl, which, wo
         target_layers(sdxl, which)
 
 
-@pytest.mark.parametrize("name, wanted", [
-    ("sdxl", ("tlora", 800, 1e-4, "adamw", 1024, 0.0, {"lora": 500, "vanilla_tlora": 500})),
-    ("flux", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
-    ("sd3", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
-])
+@pytest.mark.parametrize(
+    "name, wanted",
+    [
+        ("sdxl", ("tlora", 800, 1e-4, "adamw", 1024, 0.0, {"lora": 500, "vanilla_tlora": 500})),
+        ("flux", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
+        ("sd3", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
+    ],
+)
 def test_defaults_are_the_papers(make, name, wanted):
     from dataclasses import astuple
 
@@ -116,8 +150,15 @@ def test_tiny_base_has_defaults_of_its_own(base):
 
     usual = defaults_for(base[0])
     assert (usual.steps, usual.learning_rate, usual.resolution) == (350, 1.5e-3, 64)
-    asked = filled_in(base[0], {"steps": 0, "learning_rate": 0.0}, token="sks", class_word="heart", method="auto", resolution=0)
-    assert (asked.config.steps, asked.config.learning_rate, asked.resolution, asked.method) == (350, 1.5e-3, 64, "tlora")
+    asked = filled_in(
+        base[0], {"steps": 0, "learning_rate": 0.0}, token="sks", class_word="heart", method="auto", resolution=0
+    )
+    assert (asked.config.steps, asked.config.learning_rate, asked.resolution, asked.method) == (
+        350,
+        1.5e-3,
+        64,
+        "tlora",
+    )
 
 
 def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negative_prompt(make, sdxl, monkeypatch):
@@ -129,7 +170,10 @@ def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negat
     assert is_flux(flux)
     monkeypatch.setitem(flux.model.model_config.unet_config, "guidance_embed", False)  # schnell
     assert is_flux(flux)
-    assert [is_flux(model) for model in (sdxl, make["sd3"](), random_models.small("chroma"), random_models.small("qwen-image"))] == [False] * 4
+    assert [
+        is_flux(model)
+        for model in (sdxl, make["sd3"](), random_models.small("chroma"), random_models.small("qwen-image"))
+    ] == [False] * 4
 
 
 def test_looking_at_a_models_layers_does_not_keep_it_in_memory(make):

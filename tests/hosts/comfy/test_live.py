@@ -1,4 +1,5 @@
 """Live runs: what a page is told about a training, and what it may ask for."""
+
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +17,9 @@ def live(comfy, monkeypatch):
     return live
 
 
-
-
 @pytest.fixture
 def pages(live, monkeypatch):
     return opened_pages(monkeypatch)
-
-
-
-
 
 
 def test_no_gpu_is_woken_that_the_host_leaves_alone(live, monkeypatch):
@@ -44,7 +39,13 @@ def test_state_has_steps_time_left_and_the_curve_with_its_running_mean(live, mon
         now[0] += 0.5
         run.report(step, float(step % 2))
     state = run.state()
-    assert (state["state"], state["step"], state["steps"], state["node"], state["title"]) == ("running", 10, 40, "7", "olive heart")
+    assert (state["state"], state["step"], state["steps"], state["node"], state["title"]) == (
+        "running",
+        10,
+        40,
+        "7",
+        "olive heart",
+    )
     assert state["rate"] == pytest.approx(2.0) and state["left"] == pytest.approx(15.0)
     assert [point[:2] for point in state["points"]] == [(step, step % 2) for step in range(1, 11)]
     # A window of 40 // 20 = 2 steps: 1, then each time halfway to the new value.
@@ -147,9 +148,18 @@ def test_page_gets_runs_and_pictures_and_404_for_what_is_not_there(live):
     run.validation(1, Image.new("RGB", (4096, 1024)), ["a", "b", "c", "d"])
     run.validation(2, Image.new("RGBA", (64, 64), (1, 2, 3, 255)), [])
     listed, large, small, no_picture, no_number, no_run = ask(
-        ("GET", "/tlora/runs", {}), *[("GET", f"/tlora/runs/{path}", {}) for path in (
-            f"{run.id}/validation/0", f"{run.id}/validation/1", f"{run.id}/validation/2", f"{run.id}/validation/..%2f1",
-            "../../etc/validation/0")])
+        ("GET", "/tlora/runs", {}),
+        *[
+            ("GET", f"/tlora/runs/{path}", {})
+            for path in (
+                f"{run.id}/validation/0",
+                f"{run.id}/validation/1",
+                f"{run.id}/validation/2",
+                f"{run.id}/validation/..%2f1",
+                "../../etc/validation/0",
+            )
+        ],
+    )
     assert [state["id"] for state in json.loads(listed[1])] == [run.id]
     assert Image.open(io.BytesIO(large[1])).size == (3072, 768)
     assert Image.open(io.BytesIO(small[1])).getpixel((5, 5)) == (1, 2, 3)
@@ -167,10 +177,19 @@ def test_stop_and_checkpoint_reach_the_training_and_only_while_it_runs(live):
     assert [a[0] for a in ask(("POST", "/tlora/runs/other/stop", {}), ("GET", path + "/stop", {}))] == [404, 405]
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({}, 200), ({"Origin": "own"}, 200), ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200),
-    ({"Origin": "http://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403),
-    ({"Sec-Fetch-Site": "same-site"}, 403)], ids=str)
+@pytest.mark.parametrize(
+    "headers, status",
+    [
+        ({}, 200),
+        ({"Origin": "own"}, 200),
+        ({"Sec-Fetch-Site": "same-origin", "Origin": "https://proxy.example"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+    ],
+    ids=str,
+)
 def test_other_sites_may_not_steer_a_training(live, headers, status):
     run = live.LiveRun.begin("7", steps=10)
     [(got, _)] = ask(("POST", f"/tlora/runs/{run.id}/stop", headers))
@@ -209,10 +228,19 @@ def test_a_run_has_the_mark_that_the_page_wrote_into_its_node_also_in_a_subgraph
 
     node = {"id": 7, "type": "TLoRATrainFromImage", "properties": {"tlora_run": "a mark"}}
     inner = {"id": 3, "type": "sub", "properties": {}}
-    workflow = {"nodes": [{**node, "properties": {"tlora_run": "another"}}, inner], "definitions": {"subgraphs": [{"id": "sub", "nodes": [node]}]}}
+    workflow = {
+        "nodes": [{**node, "properties": {"tlora_run": "another"}}, inner],
+        "definitions": {"subgraphs": [{"id": "sub", "nodes": [node]}]},
+    }
     assert owner_of(workflow, "7") == "another" and owner_of(workflow, "3:7") == "a mark"
-    for strange in ({}, {"nodes": None}, {"nodes": [None]}, {"nodes": [{"id": 7}]}, {"definitions": 3, "nodes": []},
-                    {"nodes": [{"id": 7, "type": "x", "properties": {"tlora_run": {"no": "text"}}}]}):
+    for strange in (
+        {},
+        {"nodes": None},
+        {"nodes": [None]},
+        {"nodes": [{"id": 7}]},
+        {"definitions": 3, "nodes": []},
+        {"nodes": [{"id": 7, "type": "x", "properties": {"tlora_run": {"no": "text"}}}]},
+    ):
         assert owner_of(strange, "7") is None
 
 
@@ -227,6 +255,7 @@ def test_what_ends_a_node_before_its_run_begins_is_its_run(live):
         @live.shown_when_it_fails
         def execute(node):
             raise error
+
         with pytest.raises(type(error)):
             execute(node)
         [state] = live.LiveRun.states()

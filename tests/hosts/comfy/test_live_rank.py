@@ -1,4 +1,5 @@
 """The dot on the rank schedule: what the page is told while a sampler runs, and what it costs."""
+
 import host_models as models
 import pytest
 import sampling_runs as runs

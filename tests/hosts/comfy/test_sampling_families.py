@@ -1,4 +1,5 @@
 """A T-LoRA on each family of models, small and random, in the host's own classes."""
+
 import host_models as models
 import pytest
 import sampling_runs as runs
@@ -7,9 +8,17 @@ import torch
 RANK, MIN_RANK = 16, 4
 # Family: (what its timesteps are, whether the text's keys and values are computed once).
 FAMILIES = {
-    "sd15": ("discrete", True), "sd2": ("discrete", True), "sdxl-refiner": ("discrete", True), "ssd-1b": ("discrete", True),
-    "sd3": ("flow", False), "flux": ("flow", False), "chroma": ("flow", False), "lumina2": ("flow", False), "z-image": ("flow", False),
-    "qwen-image": ("flow", False), "wan": ("flow", False),
+    "sd15": ("discrete", True),
+    "sd2": ("discrete", True),
+    "sdxl-refiner": ("discrete", True),
+    "ssd-1b": ("discrete", True),
+    "sd3": ("flow", False),
+    "flux": ("flow", False),
+    "chroma": ("flow", False),
+    "lumina2": ("flow", False),
+    "z-image": ("flow", False),
+    "qwen-image": ("flow", False),
+    "wan": ("flow", False),
 }
 
 

@@ -1,4 +1,5 @@
 """A T-LoRA together with what else the host can do to a sampling. Each evaluation is checked against merged weights."""
+
 import host_models as models
 import pytest
 import sampling_runs as runs
@@ -56,8 +57,18 @@ class TestConditioning:
 
         latent = torch.zeros(1, 16, 8, 8)
         with torch.inference_mode():
-            comfy.sample.sample(runs.apply(evaluations.model, tlora), comfy.sample.prepare_noise(latent, 3), 3, 1.0, "euler",
-                                "normal", *runs.texts(), latent, disable_pbar=True, seed=3)
+            comfy.sample.sample(
+                runs.apply(evaluations.model, tlora),
+                comfy.sample.prepare_noise(latent, 3),
+                3,
+                1.0,
+                "euler",
+                "normal",
+                *runs.texts(),
+                latent,
+                disable_pbar=True,
+                seed=3,
+            )
         assert {len(call[0]) for call in evaluations.calls} == {1}
         evaluations.assert_merged((tlora, 1.0))
 
@@ -75,7 +86,11 @@ class TestConditioning:
         model = runs.apply(evaluations.model, tlora)
         model.model_options["context_handler"] = windows.IndexListContextHandler(
             windows.get_matching_context_schedule(windows.ContextSchedules.STATIC_STANDARD),
-            windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID), context_length=3, context_overlap=1, dim=0)
+            windows.get_matching_fuse_method(windows.ContextFuseMethods.PYRAMID),
+            context_length=3,
+            context_overlap=1,
+            dim=0,
+        )
         runs.sample(model, *runs.texts(), latent=torch.zeros(5, 16, 8, 8))
         assert len(evaluations.calls) > 3
         evaluations.assert_merged((tlora, 1.0))
@@ -89,8 +104,9 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_patch_that_writes_into_the_text(self, evaluations, tlora):
-        """What the text's layers get is then one tensor throughout, which the first finds as it was at the last step, and
-        the others don't."""
+        """What the text's layers get is then one tensor throughout, which the first finds as it was at the last step,
+        and the others don't."""
+
         def write(q, k, v, options):
             return q, k if options["block"] == ("input", 1) else k.mul_(1 + options["sigmas"][0] / 100), v
 
@@ -138,8 +154,12 @@ class TestPatches:
         second = models.random_tlora(unet, 6, 1, seed=4, alpha=2.0)
         one = runs.apply(evaluations.model, tlora, 0.5)
         both = runs.apply(one.clone().clone(), second, -0.8).clone()
-        for model, applied in ((both, [(tlora, 0.5), (second, -0.8)]), (one, [(tlora, 0.5)]),
-                               (evaluations.model, []), (both, [(tlora, 0.5), (second, -0.8)])):
+        for model, applied in (
+            (both, [(tlora, 0.5), (second, -0.8)]),
+            (one, [(tlora, 0.5)]),
+            (evaluations.model, []),
+            (both, [(tlora, 0.5), (second, -0.8)]),
+        ):
             evaluations.calls.clear()
             runs.sample(model, *runs.texts())
             evaluations.assert_merged(*applied)
@@ -154,7 +174,6 @@ class TestPatches:
         runs.sample(model, *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
 
-
     def test_layers_are_folded_again_after_a_lora_that_the_host_injects_beside_them(self, tlora, tmp_path, monkeypatch):
         """Taken out again, it leaves each layer's own forward as if it stood in for it."""
         import comfy.sd
@@ -164,13 +183,20 @@ class TestPatches:
 
         unet = models.random_unet()
         models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
-        bypassed = comfy.sd.load_bypass_lora_for_models(unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
+        bypassed = comfy.sd.load_bypass_lora_for_models(
+            unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0
+        )[0]
         wanted = runs.sample(runs.apply(unet, tlora), *runs.texts())
         runs.sample(bypassed, *runs.texts())
         ways = runs.Ways(monkeypatch)
-        assert torch.equal(runs.sample(runs.apply(unet, tlora), *runs.texts()), wanted) and ways.used == {"weight", "output"}
+        assert torch.equal(runs.sample(runs.apply(unet, tlora), *runs.texts()), wanted) and ways.used == {
+            "weight",
+            "output",
+        }
         with training_session(unet):
-            assert all("Frozen" in repr(unet.get_model_object(f"diffusion_model.{path}").forward) for path in tlora.layers)
+            assert all(
+                "Frozen" in repr(unet.get_model_object(f"diffusion_model.{path}").forward) for path in tlora.layers
+            )
 
 
 class TestHiddenTimestep:

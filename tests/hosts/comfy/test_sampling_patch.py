@@ -1,4 +1,5 @@
 """The timestep-aware patch on the host's own samplers."""
+
 import math
 
 import host_models as models
@@ -40,7 +41,11 @@ class Recorder:
         def recording_fold(forward):
             def recorded(fold, x):
                 output = forward(fold, x)
-                held = fold._folded if isinstance(fold, folding.FoldedWeight) else fold._outputs[fold.inputs.recognise(x)].folded
+                held = (
+                    fold._folded
+                    if isinstance(fold, folding.FoldedWeight)
+                    else fold._outputs[fold.inputs.recognise(x)].folded
+                )
                 self.evaluations[-1][1].update(term.columns // 2 for term in held.values())
                 return output
 
@@ -64,8 +69,19 @@ def sample(model, sampler="euler", scheduler="normal", steps=4, denoise=1.0, pos
     with torch.inference_mode():
         noise = comfy.sample.prepare_noise(latent, 3)
         return comfy.sample.sample(
-            model, noise, steps, 3.0, sampler, scheduler, positive or models.conditioning(1), models.conditioning(2), latent,
-            denoise=denoise, disable_pbar=True, seed=3)
+            model,
+            noise,
+            steps,
+            3.0,
+            sampler,
+            scheduler,
+            positive or models.conditioning(1),
+            models.conditioning(2),
+            latent,
+            denoise=denoise,
+            disable_pbar=True,
+            seed=3,
+        )
 
 
 def assert_ranks_follow(recorder, table, what):
@@ -135,7 +151,7 @@ def test_batch_with_mixed_timesteps_equals_its_rows_alone(model, tlora):
     sigmas = model.model.model_sampling.sigmas[[999, 400, 5]]
     together = models.evaluate(patched, sigmas)
     for i in range(len(sigmas)):
-        assert models.relative_error(together[i:i + 1], _row(patched, sigmas, i)) < 1e-5
+        assert models.relative_error(together[i : i + 1], _row(patched, sigmas, i)) < 1e-5
 
 
 def _row(model, sigmas, i):
@@ -145,8 +161,13 @@ def _row(model, sigmas, i):
     y = torch.randn(len(sigmas), 1664, generator=generator)
     context = torch.randn(len(sigmas), 24, 128, generator=generator)
     with torch.inference_mode():
-        return model.model.apply_model(x[i:i + 1], sigmas[i:i + 1], c_crossattn=context[i:i + 1], y=y[i:i + 1],
-                                       transformer_options={"wrappers": model.wrappers})
+        return model.model.apply_model(
+            x[i : i + 1],
+            sigmas[i : i + 1],
+            c_crossattn=context[i : i + 1],
+            y=y[i : i + 1],
+            transformer_options={"wrappers": model.wrappers},
+        )
 
 
 def test_stock_loader_gives_the_full_rank_update_of_the_same_file(model, tlora, tmp_path):
@@ -156,7 +177,9 @@ def test_stock_loader_gives_the_full_rank_update_of_the_same_file(model, tlora, 
     from tlora_core.hosts.comfy.sampling import apply_tlora
 
     tlora.save(tmp_path / "x.safetensors")
-    stock, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)
+    stock, _ = comfy.sd.load_lora_for_models(
+        model, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0
+    )
     sigma = [float(model.model.model_sampling.sigmas[0])]
     full = models.evaluate(stock, sigma)
     models.evaluate(model, sigma)  # takes the stock patches off the shared weights again
@@ -233,10 +256,17 @@ def test_noise_level_of_each_parameterisation_of_the_host(comfy):
         t, T = noise_level(sampling, torch.tensor([sigma]))
         return round(float(t[0]) / T, 3)
 
-    assert level(ms.ModelSamplingDiscrete, ms.EPS, 14.6146) == 0.999 == level(ms.ModelSamplingDiscrete, ms.V_PREDICTION, 99.0)
+    assert (
+        level(ms.ModelSamplingDiscrete, ms.EPS, 14.6146)
+        == 0.999
+        == level(ms.ModelSamplingDiscrete, ms.V_PREDICTION, 99.0)
+    )
     assert level(ms.ModelSamplingDiscrete, ms.EPS, 0.0) == 0.0
     assert level(ms.ModelSamplingDiscreteFlow, ms.CONST, 0.25) == 0.25 == level(ms.ModelSamplingFlux, ms.CONST, 0.25)
-    assert level(ms.ModelSamplingContinuousEDM, ms.EDM, 120.0) == 1.0 and level(ms.ModelSamplingContinuousEDM, ms.EDM, 0.002) == 0.0
+    assert (
+        level(ms.ModelSamplingContinuousEDM, ms.EDM, 120.0) == 1.0
+        and level(ms.ModelSamplingContinuousEDM, ms.EDM, 0.002) == 0.0
+    )
     assert level(ms.ModelSamplingCosmosRFlow, ms.COSMOS_RFLOW, 1.0) == 0.5
     with pytest.raises(TLoRAError, match="never|unknown"):
         noise_level(torch.nn.Identity(), torch.tensor([1.0]))

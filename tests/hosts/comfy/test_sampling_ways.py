@@ -1,4 +1,5 @@
 """The ways in which a T-LoRA is put on a model while sampling: they agree, and nothing stays behind."""
+
 import host_models as models
 import pytest
 import sampling_runs as runs
@@ -41,9 +42,13 @@ def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
     monkeypatch.setattr(DeviceCopies, "__call__", counted)
     held = []
     for cell in cells:
-        runs.sample(cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._copies) for each in copies]))
+        runs.sample(
+            cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._copies) for each in copies])
+        )
         assert not any(each._copies for each in copies)
-    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells), "once a sampling, not at each step"
+    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells), (
+        "once a sampling, not at each step"
+    )
 
 
 def test_copies_go_also_where_the_host_tells_the_model_nothing_but_the_end(unet, tlora):
@@ -92,13 +97,24 @@ def test_half_precision_is_no_worse_than_the_hosts_own_static_lora(comfy, dtype,
     with torch.no_grad():
         for a, b in zip(exact.model.diffusion_model.parameters(), half.model.diffusion_model.parameters()):
             a.copy_(b)
-    tlora = random_models.random_tlora(exact, runs.RANK, runs.RANK)  # all ranks at every t, which is what a static LoRA gives
+    tlora = random_models.random_tlora(
+        exact, runs.RANK, runs.RANK
+    )  # all ranks at every t, which is what a static LoRA gives
     tlora.save(tmp_path / "x.safetensors")
-    static = comfy.sd.load_lora_for_models(half, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
+    static = comfy.sd.load_lora_for_models(
+        half, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0
+    )[0]
     reference = runs.sample(runs.apply(exact, tlora), positive, negative)
-    errors = {name: models.relative_error(runs.sample(model, positive, negative), reference) for name, model in (
-        ("static", static), ("folded", runs.apply(half, tlora, fold=True)), ("product", runs.apply(half, tlora, fold=False)))}
-    # Sampling spreads one rounding over the picture by chance; a fifth is far above that chance and below a second rounding.
+    errors = {
+        name: models.relative_error(runs.sample(model, positive, negative), reference)
+        for name, model in (
+            ("static", static),
+            ("folded", runs.apply(half, tlora, fold=True)),
+            ("product", runs.apply(half, tlora, fold=False)),
+        )
+    }
+    # Sampling spreads one rounding over the picture by chance; a fifth is far above that chance and below a second
+    # rounding.
     assert errors["folded"] < 1.2 * errors["static"] and errors["product"] < 1.2 * errors["static"], errors
 
 
@@ -108,7 +124,9 @@ def test_with_the_hosts_own_lora_and_after_it(unet, tlora, tmp_path):
     import comfy.utils
 
     models.random_tlora(unet, 4, 4, seed=9).save(tmp_path / "x.safetensors")
-    static = comfy.sd.load_lora_for_models(unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0)[0]
+    static = comfy.sd.load_lora_for_models(
+        unet, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0
+    )[0]
     alone = runs.sample(runs.apply(unet, tlora), *runs.texts())
     both = runs.sample(runs.apply(static, tlora), *runs.texts())
     beside = runs.sample(runs.apply(static, tlora, fold=False), *runs.texts())
@@ -146,6 +164,7 @@ def test_with_the_hosts_hooks_and_keyframes(unet, tlora, tmp_path, monkeypatch):
 def test_a_schedule_whose_timestep_is_unknown_stops_the_sampling(unet, tlora):
     """Set after the T-LoRA, so that only the evaluation can notice."""
     from tlora_core import TLoRAError
+
     known = unet.model.model_sampling
 
     class Unknown(torch.nn.Module):
@@ -182,7 +201,8 @@ def test_on_another_copy_of_the_model(unet, tlora):
 
 
 def test_a_folded_tlora_inside_one_that_is_beside_the_layers_loses_neither(unet, tlora):
-    """Rows of different timesteps: the outer T-LoRA's ranks differ and go beside, the inner one's are constant and fold."""
+    """Rows of different timesteps: the outer T-LoRA's ranks differ and go beside, the inner one's are constant and
+    fold."""
     patched = runs.apply(runs.apply(unet, tlora), models.random_tlora(unet, 4, 4, seed=4))
     sigmas = unet.model.model_sampling.sigmas[[999, 300]]
     wanted = models.evaluate(patched, sigmas)

@@ -1,4 +1,5 @@
 """A T-LoRA on weights that the host casts, quantises, streams, compiles or copies to another device."""
+
 import host_models as models
 import pytest
 import sampling_runs as runs
@@ -26,7 +27,9 @@ class TestCompiled:
         yield torch._dynamo.testing.CompileCounter()
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")])
+    @pytest.mark.parametrize(
+        "part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")]
+    )
     def test_every_evaluation_has_its_rank_and_none_compiles_anew(self, flux, counter, part, first):
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
@@ -39,7 +42,11 @@ class TestCompiled:
 
         model, tlora, texts = flux
         recorded, graphs = runs.Evaluations(model), []
-        both = runs.apply(compiled(recorded.model), tlora) if first == "compile" else compiled(runs.apply(recorded.model, tlora))
+        both = (
+            runs.apply(compiled(recorded.model), tlora)
+            if first == "compile"
+            else compiled(runs.apply(recorded.model, tlora))
+        )
         runs.sample(both, *texts, steps=5, callback=lambda *args: graphs.append(counter.frame_count))
         assert 0 < graphs[1] == graphs[-1]  # some versions of the host compile again for the second step themselves
         recorded.assert_merged((tlora, 1.0))
@@ -54,7 +61,8 @@ class TestStoredSmaller:
 
         stored, worth = random_models.small(family, storage=storage), random_models.small(family)
         worth.model.diffusion_model.load_state_dict(
-            {k: v.float() for k, v in stored.model.diffusion_model.state_dict().items()})
+            {k: v.float() for k, v in stored.model.diffusion_model.state_dict().items()}
+        )
         self.assert_same(stored, worth, monkeypatch, way)
 
     def test_quantised_by_layer(self, family, monkeypatch):
@@ -110,7 +118,9 @@ class TestLittleMemory:
         assert models.relative_error(got, wanted) < 1e-5
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    def test_copies_are_made_where_there_is_room_for_all_of_the_model_beside_them(self, comfy, dtype, tmp_path, monkeypatch):
+    def test_copies_are_made_where_there_is_room_for_all_of_the_model_beside_them(
+        self, comfy, dtype, tmp_path, monkeypatch
+    ):
         import comfy.model_management
         import random_models
 
@@ -120,8 +130,11 @@ class TestLittleMemory:
         texts = [random_models.conditioning(model, 6, seed) for seed in (1, 2)]
         tlora = random_models.random_tlora(model, runs.RANK, runs.MIN_RANK)
         wanted = runs.sample(runs.apply(model, tlora), *texts)
-        copies = sum(weight.nbytes for name, weight in model.model.diffusion_model.named_parameters()
-                     if name.removesuffix(".weight") in random_models.attention_layers(model))
+        copies = sum(
+            weight.nbytes
+            for name, weight in model.model.diffusion_model.named_parameters()
+            if name.removesuffix(".weight") in random_models.attention_layers(model)
+        )
         to_come = []
 
         def unload(model):
@@ -146,7 +159,9 @@ class TestLittleMemory:
         """As when a node loads another model from within the sampling."""
         wanted = runs.sample(runs.apply(patched, tlora), *runs.texts(), steps=4)
         model = runs.apply(patched, tlora)
-        got = runs.sample(model, *runs.texts(), steps=4, callback=lambda i, *_: self.unload(model, 1000) if i == 1 else None)
+        got = runs.sample(
+            model, *runs.texts(), steps=4, callback=lambda i, *_: self.unload(model, 1000) if i == 1 else None
+        )
         assert models.relative_error(got, wanted) < 1e-5
 
 

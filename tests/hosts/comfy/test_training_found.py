@@ -1,4 +1,5 @@
 """Which training on the tiny base is the same as an earlier one, whose T-LoRA is then taken."""
+
 import json
 
 import pytest
@@ -29,7 +30,10 @@ def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_
     monkeypatch.setattr(LiveRun, "finish", lambda live, *told: (said.append(told), finish(live, *told))[1])
     name = run(base).file
     run(base)
-    assert said == [(state, TLoRAFile.note, name) for state in ("done", "found")] and record(output)["message"] == TLoRAFile.note
+    assert (
+        said == [(state, TLoRAFile.note, name) for state in ("done", "found")]
+        and record(output)["message"] == TLoRAFile.note
+    )
 
 
 def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(base, output, monkeypatch):
@@ -40,14 +44,24 @@ def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(b
     said, note = [], LiveRun.note
     monkeypatch.setattr(LiveRun, "note", lambda live, text: (said.append(text), note(live, text))[1])
     # It had no "format", and the parameters of each layer apart.
-    state = {"step": 3, "losses": [0.1] * 3, "parameters": [torch.zeros(4, 8)], "buffers": [], "optimizer": {}, "average": None,
-             "lr_schedule": None, "scaler": None}
+    state = {
+        "step": 3,
+        "losses": [0.1] * 3,
+        "parameters": [torch.zeros(4, 8)],
+        "buffers": [],
+        "optimizer": {},
+        "average": None,
+        "lr_schedule": None,
+        "scaler": None,
+    }
     torch.save(state, unfinished / "checkpoint.pt")
     kept = json.loads((unfinished / "run.json").read_text())
     (unfinished / "run.json").write_text(json.dumps({**kept, "state": "cancelled", "files": {}}))
     again = run(base)
     assert len(folders(output)) == 2 and again.losses == whole.losses and same(again.tlora, whole.tlora)
-    assert said == ["Its first 3 steps were trained by an older version, which this one cannot go on from: it is trained anew."]
+    assert said == [
+        "Its first 3 steps were trained by an older version, which this one cannot go on from: it is trained anew."
+    ]
 
 
 def test_a_finished_run_of_the_first_version_is_found(base, output, monkeypatch):
@@ -78,7 +92,10 @@ def test_what_the_result_depends_on_changes_the_key(base, output):
     other.add_patches({key: (torch.ones(1),)}, 0.6)
     sampled = model.clone()
     sampled.model_options["sampler_cfg_function"] = lambda args: args["cond"]
-    keys = [fingerprint(m) for m in (model, patched, other, apply_tlora(model, tlora), apply_tlora(model, tlora, 0.5), sampled)]
+    keys = [
+        fingerprint(m)
+        for m in (model, patched, other, apply_tlora(model, tlora), apply_tlora(model, tlora, 0.5), sampled)
+    ]
     assert len(set(keys)) == 6
     assert fingerprint(model.clone()) == keys[0] and fingerprint(apply_tlora(model, tlora)) == keys[3]
     assert fingerprint(sampled) != keys[5], "what cannot be told apart is never the same"
@@ -133,8 +150,13 @@ def test_every_pixel_of_pictures_and_masks_counts(comfy, size):
     other, repainted = white.clone(), masked.clone()
     other[size // 2, size // 2 + 1, 2] = 0.9
     repainted[3, size - 2] = 1
-    made = [TrainingImage(white), TrainingImage(other), TrainingImage(white, mask=masked), TrainingImage(white, mask=repainted),
-            TrainingImage(white, "a dog")]
+    made = [
+        TrainingImage(white),
+        TrainingImage(other),
+        TrainingImage(white, mask=masked),
+        TrainingImage(white, mask=repainted),
+        TrainingImage(white, "a dog"),
+    ]
     assert len({fingerprint([image]) for image in made}) == len(made) and fingerprint(made) == fingerprint(list(made))
 
 

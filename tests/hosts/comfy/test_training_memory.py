@@ -1,4 +1,5 @@
 """What a training step is said to keep, against what it keeps; and what is done when memory is short or runs out."""
+
 import pytest
 import torch
 from training_runs import OutOfMemory, images, request, run, same
@@ -26,8 +27,11 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
     from tlora_core.hosts.comfy.training.memory import _Kept, training_memory
     from tlora_core.hosts.comfy.training.session import checkpointed, training_session
 
-    model = {"sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64), "flux": lambda: random_models.flux(256, (2, 3), 64, 32),
-             "sd3": lambda: random_models.small("sd3")}[name]()
+    model = {
+        "sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64),
+        "flux": lambda: random_models.flux(256, (2, 3), 64, 32),
+        "sd3": lambda: random_models.small("sd3"),
+    }[name]()
     with training_session(model):
         denoiser = denoiser_for(model, 4 if name == "sdxl" else 16, 48)
         said = training_memory(denoiser, 2)
@@ -59,7 +63,9 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
             assert should_checkpoint(denoiser, 1) is wanted
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1.25 * need)
         assert not should_checkpoint(denoiser, 1)
-        assert should_checkpoint(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), "which keeps twice as much as AdamW"
+        assert should_checkpoint(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), (
+            "which keeps twice as much as AdamW"
+        )
         # Weights that the host moves in only as they are used take room too.
         model.partially_unload(torch.device("cpu"), 1e9)
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * need)
@@ -83,14 +89,19 @@ def out_of_memory_once(monkeypatch, base, step, error=None):
 
 
 @pytest.mark.parametrize("memory, step", [("auto", 1), ("auto", 4), ("fast", 4)])
-def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(base, output, monkeypatch, memory, step):
+def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_what_to_do(
+    base, output, monkeypatch, memory, step
+):
     from tlora_core import TLoRAError
 
     whole = run(base, file_name="run/whole", memory="low")
     out_of_memory_once(monkeypatch, base, step)
     if memory == "fast":
-        with pytest.raises(TLoRAError, match='step 4; set memory to "auto", or lower rank .now 4. and min_rank, or '
-                                             "start ComfyUI with --fp8_e4m3fn-unet, or lower resolution .now 64. or the number of layers.$"):
+        with pytest.raises(
+            TLoRAError,
+            match='step 4; set memory to "auto", or lower rank .now 4. and min_rank, or '
+            "start ComfyUI with --fp8_e4m3fn-unet, or lower resolution .now 64. or the number of layers.$",
+        ):
             run(base, rerun="restart", memory=memory)
     else:
         done = run(base, rerun="restart", memory=memory)
@@ -98,7 +109,9 @@ def test_when_memory_runs_out_auto_goes_on_with_checkpointing_and_others_say_wha
 
 
 @pytest.mark.parametrize("optimizer, operation", [("adamw", 9), ("prodigy", 9), ("adafactor", 9), ("schedule_free", 9)])
-def test_when_memory_runs_out_for_the_optimizers_state_the_step_is_made_again(base, output, monkeypatch, optimizer, operation):
+def test_when_memory_runs_out_for_the_optimizers_state_the_step_is_made_again(
+    base, output, monkeypatch, optimizer, operation
+):
     asked = request(3, rate=1.0 if optimizer == "prodigy" else 0.01, config={"optimizer": optimizer})
     whole = run(base, asked, file_name="run/whole", memory="low")
     shortage = OutOfMemory(monkeypatch, 1, operation)
@@ -121,7 +134,9 @@ def test_when_memory_runs_out_half_way_through_an_update_the_run_can_be_taken_up
 
 @pytest.mark.parametrize("memory", ["auto", "fast"])
 @pytest.mark.parametrize("known", [True, False])
-def test_every_error_that_the_host_takes_for_memory_is_one_in_the_first_step_too(base, output, monkeypatch, memory, known):
+def test_every_error_that_the_host_takes_for_memory_is_one_in_the_first_step_too(
+    base, output, monkeypatch, memory, known
+):
     """CUDA has two, of which hosts without is_oom know one."""
     import comfy.model_management
 
@@ -185,8 +200,11 @@ def test_a_quantised_model_is_trained(output, comfy, memory, loaded):
     if loaded:  # as by a sampling before
         with torch.inference_mode():
             comfy.model_management.load_models_gpu([quantised[0]])
-    losses = [run(base, request(3, start=start), memory=memory, rerun="restart").losses
-              for base in (quantised, worth) for start in ("last_random", "principal_weight")]
+    losses = [
+        run(base, request(3, start=start), memory=memory, rerun="restart").losses
+        for base in (quantised, worth)
+        for start in ("last_random", "principal_weight")
+    ]
     assert losses[0] == pytest.approx(losses[2], rel=1e-3) and losses[1] == pytest.approx(losses[3], rel=1e-3)
 
 
@@ -222,7 +240,9 @@ def test_each_prior_picture_has_the_same_chance_whatever_its_shape(comfy, monkey
     model = random_models.flux(256, (1, 1), 64, 32)
     texts = random_models.conditioning(model, 8)
     prior = [Sample(torch.zeros(16, 8, 8 if i else 12), None, None, texts) for i in range(4)]
-    adapters = make_adapters("lora", "last_random", {name: layer.shape for name, layer in target_layers(model).items()}, 2, 0)
+    adapters = make_adapters(
+        "lora", "last_random", {name: layer.shape for name, layer in target_layers(model).items()}, 2, 0
+    )
     with training_session(model):
         denoiser = HostDenoiser(model, adapters, RankSchedule(2, 2), prior[:1], TrainConfig(prior_weight=1.0), prior)
         seen = []

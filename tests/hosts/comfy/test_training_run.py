@@ -1,4 +1,5 @@
 """A training run on the tiny base as the Train node makes it: checkpoints, stop, cancel, resume, and their record."""
+
 import csv
 import io
 import json
@@ -22,7 +23,11 @@ def test_a_run_is_named_like_its_file_without_the_number_that_was_added(comfy):
     from tlora_core.hosts.comfy.training.run import _without_counter
 
     assert [_without_counter(name) for name in ("dog_v1.5_00001_", "sks_dog2_00012_", "dog_123456_", "v2_0")] == [
-        "dog_v1.5", "sks_dog2", "dog", "v2_0"]
+        "dog_v1.5",
+        "sks_dog2",
+        "dog",
+        "v2_0",
+    ]
 
 
 class Wish:
@@ -56,7 +61,9 @@ def shown():
     return last["state"], last["message"]
 
 
-def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot_be_shown_is_refused_before_any_work(base, output):
+def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot_be_shown_is_refused_before_any_work(
+    base, output
+):
     from tlora_core import TLoRAError, TLoRAFile
     from tlora_core.hosts.comfy.training.personalize import TrainRequest
 
@@ -79,7 +86,9 @@ def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypat
     with monkeypatch.context() as patch:
         Wish(patch, 3, lambda live: live.request("stop"))
         stopped = run(base, rerun="restart")
-    assert len(stopped.losses) == 3 and stopped.tlora.training["steps_done"] == 3 and record(output)["state"] == "stopped"
+    assert (
+        len(stopped.losses) == 3 and stopped.tlora.training["steps_done"] == 3 and record(output)["state"] == "stopped"
+    )
     assert run(base, file_name="run/heart").file == stopped.file, "a stopped run is taken as it is"
     assert shown() == ("found", "Stopped at step 3 of 6; set rerun to continue to go on.")
     went_on = run(base, rerun="continue")
@@ -200,7 +209,11 @@ def test_last_validation_pictures_put_no_finished_training_at_risk(base, output,
                 run(base, file_name=name, rerun="restart", validation_prompts=PROMPTS, validate_every=6)
             except comfy.model_management.InterruptProcessingException:
                 assert draw is cancelled
-        assert record(output)["state"] == "done" and record(output)["step"] == 6 and list((output / "loras").glob(f"{name}*"))
+        assert (
+            record(output)["state"] == "done"
+            and record(output)["step"] == 6
+            and list((output / "loras").glob(f"{name}*"))
+        )
         assert not list(output.rglob("checkpoint.pt"))
 
 
@@ -303,7 +316,9 @@ def no_file(monkeypatch, *folders):
 
 
 @pytest.mark.parametrize("rerun, more", [("auto", 0), ("continue", 3), ("restart", 0)])
-def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_says(base, output, monkeypatch, rerun, more):
+def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_says(
+    base, output, monkeypatch, rerun, more
+):
     from tlora_core.errors import TLoRAError
     from tlora_core.hosts.comfy.training.personalize import Personalization
 
@@ -312,7 +327,9 @@ def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_sa
         Wish(patch, 3, lambda live: live.request("stop"))
         does = "goes on from step 3" if more else "only writes the file"
         press = '"auto" and press' if rerun == "restart" else "press"
-        with pytest.raises(TLoRAError, match=f"the disk is full. The training is kept in .*{press} Run again, which {does}.$"):
+        with pytest.raises(
+            TLoRAError, match=f"the disk is full. The training is kept in .*{press} Run again, which {does}.$"
+        ):
             run(base, rerun=rerun)
     trained, train = [], Personalization.train
     monkeypatch.setattr(Personalization, "train", lambda *args: (trained.append(args), train(*args))[1])
@@ -325,7 +342,9 @@ def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_sa
 
 @pytest.mark.parametrize("taken", ["output", "temp", "none"])
 @pytest.mark.parametrize("end", ["done", "stop", "cancel", "divergence"])
-def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(base, output, monkeypatch, tmp_path, end, taken):
+def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(
+    base, output, monkeypatch, tmp_path, end, taken
+):
     import comfy.model_management
     import folder_paths
 
@@ -344,7 +363,9 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
         Wish(monkeypatch, 3, wishes[end])
     elif end == "divergence":
         no_number_after(monkeypatch, 27)
-    with pytest.raises(comfy.model_management.InterruptProcessingException if end == "cancel" else TLoRAError) as raised:
+    with pytest.raises(
+        comfy.model_management.InterruptProcessingException if end == "cancel" else TLoRAError
+    ) as raised:
         run(base, request(60 if end == "divergence" else 6), rerun="restart", save_on_cancel=True)
     state, message = shown()
     assert state == record(output)["state"] == ("cancelled" if end == "cancel" else "failed")
@@ -361,14 +382,20 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
 
 
 @pytest.mark.parametrize("method", ["tlora", "vanilla_tlora", "oft", "svdiff"])
-@pytest.mark.parametrize("config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str
+)
 def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, output, monkeypatch, method, config):
     from tlora_core.hosts.comfy.training import run as training_run
 
     asked, told = training_run._needs, []
     monkeypatch.setattr(training_run, "_needs", lambda *args: told.extend(asked(*args)) or told)
     forget = []
-    monkeypatch.setattr(training_run.RunFolder, "forget_checkpoint", lambda folder: forget.append((folder.path / "checkpoint.pt").stat().st_size))
+    monkeypatch.setattr(
+        training_run.RunFolder,
+        "forget_checkpoint",
+        lambda folder: forget.append((folder.path / "checkpoint.pt").stat().st_size),
+    )
     done = run(base, request(3, method=method, config=config), checkpoint_every=2)
     file, checkpoint = told
     size = (output / "loras" / done.file).stat().st_size
@@ -399,12 +426,21 @@ def test_place_that_will_not_take_the_training_is_told_before_its_first_step(bas
             patch.setattr(room.tempfile, "NamedTemporaryFile", refused)
             wanted = f'^The folder "{output}/{place}.* cannot be written to .Permission denied.; make it writable, or '
         else:
-            patch.setattr(room.shutil, "disk_usage", lambda path: (10**9, 10**9, 65536) if is_there(path) else usage(path))
+            patch.setattr(
+                room.shutil, "disk_usage", lambda path: (10**9, 10**9, 65536) if is_there(path) else usage(path)
+            )
             # Two disks.
-            patch.setattr(room, "os", SimpleNamespace(fsync=os.fsync, stat=lambda path: SimpleNamespace(st_dev=is_there(path))))
-            wanted = f'^The disk of "{output}/{place}.* has 64 KiB free and the training needs [0-9.]+ [KM]iB there for .*; free some space, or '
-        advice = {"loras": "choose another folder with file_name.$",
-                  "tlora_runs": "(set checkpoint_every to 0|start ComfyUI with another --output-directory).$"}[place]
+            patch.setattr(
+                room, "os", SimpleNamespace(fsync=os.fsync, stat=lambda path: SimpleNamespace(st_dev=is_there(path)))
+            )
+            wanted = (
+                f'^The disk of "{output}/{place}.* has 64 KiB free and the training needs [0-9.]+ [KM]iB there '
+                f"for .*; free some space, or "
+            )
+        advice = {
+            "loras": "choose another folder with file_name.$",
+            "tlora_runs": "(set checkpoint_every to 0|start ComfyUI with another --output-directory).$",
+        }[place]
         with pytest.raises(TLoRAError, match=wanted + advice):
             run(base, checkpoint_every=2)
     assert not list(output.rglob("run.json")) and not list(output.rglob("*.tmp"))
@@ -418,7 +454,9 @@ def test_checkpoint_file_without_clip_or_vae_is_told_before_any_step(base, outpu
     model, clip, vae = base
     # What the host's Load Checkpoint gives for a file without them: None, and a VAE without a network.
     parts = (model, None, vae) if missing == "clip" else (model, clip, SimpleNamespace())
-    with pytest.raises(TLoRAError, match=f"^{missing} is empty.*connect the {missing} of a Load {missing.upper()} node"):
+    with pytest.raises(
+        TLoRAError, match=f"^{missing} is empty.*connect the {missing} of a Load {missing.upper()} node"
+    ):
         run(parts)
     assert not (output / "tlora_runs").exists()
 
@@ -469,7 +507,9 @@ def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_pat
         with pytest.raises(TLoRAError, match="leaves the loras folder"):
             new_lora_path(climbing)
     (loras / "gone").symlink_to(disk / "unplugged")
-    with pytest.raises(TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which is not there; connect that disk'):
+    with pytest.raises(
+        TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which is not there; connect that disk'
+    ):
         new_lora_path("gone/dog")
     assert not (disk / "unplugged").exists() and not (disk.parent / "dog_00001_.safetensors").exists()
 
@@ -509,7 +549,9 @@ def test_validation_changes_nothing_and_is_kept(base, output):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plain = run(base, file_name="run/plain", rerun="restart")
-    watched = run(base, rerun="restart", validation_prompts=PROMPTS, validate_every=4, checkpoint_every=3, checkpoint_files=True)
+    watched = run(
+        base, rerun="restart", validation_prompts=PROMPTS, validate_every=4, checkpoint_every=3, checkpoint_files=True
+    )
     assert watched.losses == plain.losses and same(watched.tlora, plain.tlora)
     folder = folders(output)[-1]
     pictures = sorted((folder / "validation").iterdir())
@@ -522,6 +564,7 @@ def test_validation_changes_nothing_and_is_kept(base, output):
     with open(folder / "loss.csv") as file:
         assert [float(row["loss"]) for row in csv.DictReader(file)] == plain.losses
     from tlora_core import TLoRAFile
+
     (checkpoint,) = (output / "loras" / "run").glob("heart_step000003*")
     assert TLoRAFile.load(checkpoint).training["steps_done"] == 3
 
@@ -539,12 +582,20 @@ def grey_by_step(monkeypatch):
     """Validation pictures are as grey as their step, those of the second prompt black."""
     from tlora_core.hosts.comfy.training.personalize import Personalization
 
-    monkeypatch.setattr(Personalization, "draw", lambda self, prompts, seed=0: torch.stack(
-        [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]))
+    monkeypatch.setattr(
+        Personalization,
+        "draw",
+        lambda self, prompts, seed=0: torch.stack(
+            [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]
+        ),
+    )
 
 
 def is_of_step(path, step):
-    return colour_of_thumbnail(path) is not None and max(abs(level - 25.5 * step) for level in colour_of_thumbnail(path)) <= 2
+    return (
+        colour_of_thumbnail(path) is not None
+        and max(abs(level - 25.5 * step) for level in colour_of_thumbnail(path)) <= 2
+    )
 
 
 @pytest.mark.usefixtures("grey_by_step")
@@ -553,10 +604,18 @@ def test_files_hold_the_last_validation_picture_where_the_user_agrees(base, outp
     shown = run(base, **watch)
     files = {path.name: path for path in (output / "loras" / "run").iterdir()}
     assert is_of_step(output / "loras" / shown.file, 6)
-    assert is_of_step(files["heart_step000002_00001_.safetensors"], 2) and is_of_step(files["heart_step000004_00001_.safetensors"], 4)
+    assert is_of_step(files["heart_step000002_00001_.safetensors"], 2) and is_of_step(
+        files["heart_step000004_00001_.safetensors"], 4
+    )
     hidden = run(base, thumbnail=False, **watch)  # found, not trained again
-    assert len(folders(output)) == 1 and colour_of_thumbnail(output / "loras" / hidden.file) is None and same(hidden.tlora, shown.tlora)
-    assert run(base, thumbnail=False, **watch).file == hidden.file and run(base, file_name="run/other", **watch).file.startswith("run/other")
+    assert (
+        len(folders(output)) == 1
+        and colour_of_thumbnail(output / "loras" / hidden.file) is None
+        and same(hidden.tlora, shown.tlora)
+    )
+    assert run(base, thumbnail=False, **watch).file == hidden.file and run(
+        base, file_name="run/other", **watch
+    ).file.startswith("run/other")
     assert len(folders(output)) == 1 and is_of_step(output / "loras" / shown.file, 6)
 
 
@@ -578,7 +637,11 @@ def test_a_finished_file_without_room_for_its_last_picture_is_whole_and_found_ag
     with monkeypatch.context() as patch:
         patch.setattr(training_run, "write_whole", full)
         done = run(base, **watch)
-    assert is_of_step(output / "loras" / done.file, 4) and run(base, **watch).file == done.file and len(folders(output)) == 1
+    assert (
+        is_of_step(output / "loras" / done.file, 4)
+        and run(base, **watch).file == done.file
+        and len(folders(output)) == 1
+    )
 
 
 def test_checkpoint_now_makes_a_file_and_the_training_goes_on(base, output, monkeypatch):
@@ -598,11 +661,26 @@ def test_loss_that_runs_away_keeps_the_last_good_state(base, output, monkeypatch
     assert TLoRAFile.load(path).training["steps_done"] == 25
 
 
-@pytest.mark.parametrize("steps, rate, message", [
-    (None, 1e30, "Training stopped at step 2 because the loss was no longer a finite number; lower learning_rate. Nothing is saved"),
-    (0, 0.01, "Training stopped at step 1 because the loss was no finite number; nothing was learnt yet, so load model in bfloat16 or ")])
+@pytest.mark.parametrize(
+    "steps, rate, message",
+    [
+        (
+            None,
+            1e30,
+            "Training stopped at step 2 because the loss was no longer a finite number; lower learning_rate. Nothing "
+            "is saved",
+        ),
+        (
+            0,
+            0.01,
+            "Training stopped at step 1 because the loss was no finite number; nothing was learnt yet, so load model "
+            "in bfloat16 or ",
+        ),
+    ],
+)
 def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothing_and_says_so(
-        base, output, monkeypatch, steps, rate, message):
+    base, output, monkeypatch, steps, rate, message
+):
     from tlora_core import TLoRAError
     from tlora_core.hosts.comfy.page.training import LiveRun
 
@@ -610,8 +688,12 @@ def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothi
         no_number_after(monkeypatch, steps)
     with pytest.raises(TLoRAError, match=message) as raised:
         run(base, request(60, rate=rate))
-    assert str(raised.value).count("\n") == 0 and str(raised.value).endswith("Nothing is saved, as no step is known to be good.")
-    assert record(output)["state"] == LiveRun.states()[-1]["state"] == "failed" and record(output)["message"] == str(raised.value)
+    assert str(raised.value).count("\n") == 0 and str(raised.value).endswith(
+        "Nothing is saved, as no step is known to be good."
+    )
+    assert record(output)["state"] == LiveRun.states()[-1]["state"] == "failed" and record(output)["message"] == str(
+        raised.value
+    )
     assert not record(output)["files"] and not list((output / "loras").rglob("*.safetensors"))
 
 
@@ -623,7 +705,9 @@ def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another
     with torch.inference_mode():
         scale = torch.full((1,), 1.1)
     patched.set_model_attn2_output_patch(lambda output, options: output * scale)
-    with pytest.raises(TLoRAError, match="model has a patch on it that cannot be trained through .* connect the model from before"):
+    with pytest.raises(
+        TLoRAError, match="model has a patch on it that cannot be trained through .* connect the model from before"
+    ):
         run((patched, *base[1:]))
     assert run(base).file
 
@@ -636,10 +720,20 @@ def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, o
     encode, encode_text = vae.first_stage_model.encode, clip.cond_stage_model.encode_token_weights
     if broken == "vae":
         monkeypatch.setattr(vae.first_stage_model, "encode", lambda pixels: encode(pixels) * float("nan"))
-        message = "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect another VAE."
+        message = (
+            "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect "
+            "another VAE."
+        )
     else:
-        monkeypatch.setattr(clip.cond_stage_model, "encode_token_weights", lambda tokens: [x * float("inf") for x in encode_text(tokens)])
-        message = 'clip turns "a photo of sks heart" into values that are no numbers; start ComfyUI with --fp32-text-enc, or connect another CLIP.'
+        monkeypatch.setattr(
+            clip.cond_stage_model,
+            "encode_token_weights",
+            lambda tokens: [x * float("inf") for x in encode_text(tokens)],
+        )
+        message = (
+            'clip turns "a photo of sks heart" into values that are no numbers; start ComfyUI with '
+            "--fp32-text-enc, or connect another CLIP."
+        )
     with pytest.raises(TLoRAError) as raised:
         run(base)
     assert str(raised.value) == message and not list(output.rglob("run.json"))
@@ -654,19 +748,21 @@ import folder_paths
 import utils.extra_config  # as main.py does, before what old ComfyUIs put on the path hides it
 import torch
 torch.set_num_threads(1)
-from tlora_core.hosts.comfy import tiny_base, training_run
+from tlora_core.hosts.comfy.training import run as training_run
 from tlora_core.hosts.comfy.training.personalize import TrainRequest
 from tlora_core.training.config import TrainConfig
 from tlora_core.training.dataset import training_images
-from tlora_core.tiny import world
+from tlora_core.tiny import comfy as tiny_base, world
 from pathlib import Path
 pixels = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(5))
-asked = TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=TrainConfig(steps=12, learning_rate=0.01))
+config = TrainConfig(steps=12, learning_rate=0.01)
+asked = TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=config)
 with torch.inference_mode():
     base = tiny_base.load(str(Path(world.__file__).parent / "weights" / "tiny_base.safetensors"))
     report = training_run.LiveRun.report
     training_run.LiveRun.report = lambda live, step, loss: (report(live, step, loss), print("step", step, flush=True))
-    done = training_run.train_or_find(*base, training_images(pixels), asked, training_run.Keeping(checkpoint_every=2), "heart")
+    keeping = training_run.Keeping(checkpoint_every=2)
+    done = training_run.train_or_find(*base, training_images(pixels), asked, keeping, "heart")
 print("done", done.losses, flush=True)
 """
 
@@ -675,12 +771,17 @@ def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(host, t
     # The core alone: beside it lies `nodes/`, which would hide the host's module of that name.
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "tlora_core").symlink_to(REPO / "tlora_core")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(host.comfyui), str(tmp_path / "site")])}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(host.comfyui), str(tmp_path / "site")]),
+    }
 
     def start(folder):
         (folder / "models" / "loras").mkdir(parents=True, exist_ok=True)
-        return subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=folder, stdout=subprocess.PIPE,
-                                text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(folder)], env=environment, cwd=folder, stdout=subprocess.PIPE, text=True
+        )
 
     def lines(process):
         return [line.strip() for line in process.stdout]
@@ -702,13 +803,21 @@ def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(host, t
 def test_record_says_what_was_trained_with(base, output):
     run(base)
     told = record(output)
-    assert told["settings"]["config"]["learning_rate"] == 0.01 and told["settings"]["rank"] == 4 and told["versions"]["torch"]
+    assert (
+        told["settings"]["config"]["learning_rate"] == 0.01
+        and told["settings"]["rank"] == 4
+        and told["versions"]["torch"]
+    )
     assert told["step"] == told["steps"] == 6 and str(output) not in json.dumps(told)
 
 
-@pytest.mark.parametrize("kind, folder, name", [
-    (PureWindowsPath, r"C:\ComfyUI\models\loras", r"tlora\sks dog_00001_.safetensors"),
-    (PurePosixPath, "/ComfyUI/models/loras", "tlora/sks dog_00001_.safetensors")])
+@pytest.mark.parametrize(
+    "kind, folder, name",
+    [
+        (PureWindowsPath, r"C:\ComfyUI\models\loras", r"tlora\sks dog_00001_.safetensors"),
+        (PurePosixPath, "/ComfyUI/models/loras", "tlora/sks dog_00001_.safetensors"),
+    ],
+)
 def test_a_files_name_is_written_as_the_hosts_list_has_it(comfy, monkeypatch, kind, folder, name):
     import folder_paths
 
@@ -718,9 +827,15 @@ def test_a_files_name_is_written_as_the_hosts_list_has_it(comfy, monkeypatch, ki
     assert name_of(kind(folder, name)) == name
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"validate_every": -1}, "validate_every"), ({"checkpoint_every": -5}, "checkpoint_every"), ({"rerun": "x"}, "rerun"),
-    ({"validate_every": 5}, "validation_prompts is empty")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"validate_every": -1}, "validate_every"),
+        ({"checkpoint_every": -5}, "checkpoint_every"),
+        ({"rerun": "x"}, "rerun"),
+        ({"validate_every": 5}, "validation_prompts is empty"),
+    ],
+)
 def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
     from tlora_core import TLoRAError
     from tlora_core.hosts.comfy.training.run import Keeping
@@ -741,7 +856,10 @@ def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatc
         Keeping(wandb=True)
     with pytest.raises(TLoRAError, match="optimizer prodigy needs the Python package prodigyopt"):
         Trainer(make_adapters("lora", "last_random", {"x": (4, 4)}, 2, 0), TrainConfig(optimizer="prodigy"))
-    with pytest.raises(TLoRAError, match='lr_schedule cosine needs the Python package diffusers .* pip install "diffusers>=[0-9.]+,<[0-9.]+".$'):
+    with pytest.raises(
+        TLoRAError,
+        match='lr_schedule cosine needs the Python package diffusers .* pip install "diffusers>=[0-9.]+,<[0-9.]+".$',
+    ):
         Trainer(make_adapters("lora", "last_random", {"x": (4, 4)}, 2, 0), TrainConfig(lr_schedule="cosine"))
 
 

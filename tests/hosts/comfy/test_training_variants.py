@@ -1,4 +1,6 @@
-"""What a training run on the tiny base can be asked for beside one picture: prior, several pictures, curves, other methods."""
+"""What a training run on the tiny base can be asked for beside one picture: prior, several pictures, curves, other
+methods."""
+
 import pytest
 import torch
 from training_runs import images, request, run
@@ -69,6 +71,7 @@ def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, ra
         tlora = p.tlora()
         tlora.save(output / "loras" / "baseline.safetensors")
         from tlora_core import TLoRAFile
+
         stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
         again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
         bare = draw(*base, ["a photo of sks heart"], 64, 0)

@@ -1,4 +1,6 @@
-"""Nodes that save or combine a model's weights, with a T-LoRA on the model: a sentence, and no file or model without it."""
+"""Nodes that save or combine a model's weights, with a T-LoRA on the model: a sentence, and no file or model without
+it."""
+
 import pytest
 import torch
 from graphs import TinyGraph, error_of, files_below
@@ -7,14 +9,18 @@ WORDS = "This node saves or combines a model's weights, in which a T-LoRA is not
 CASES = {
     "checkpoint": ("CheckpointSave", "model", {"filename_prefix": "tests/wrong"}),
     "model file": ("ModelSave", "model", {"filename_prefix": "tests/wrong"}),
-    "extracted LoRA": ("LoraSave", "model_diff", {
-        "filename_prefix": "tests/wrong", "rank": 2, "lora_type": "standard", "bias_diff": False}),
+    "extracted LoRA": (
+        "LoraSave",
+        "model_diff",
+        {"filename_prefix": "tests/wrong", "rank": 2, "lora_type": "standard", "bias_diff": False},
+    ),
     "merge into it": ("ModelMergeSimple", "model1", {"ratio": 0.5}),
     "merge of it": ("ModelMergeSimple", "model2", {"ratio": 0.5}),
     "blocks of it": ("ModelMergeBlocks", "model2", {"input": 0.5, "middle": 0.5, "out": 0.5}),
     "difference": ("ModelMergeSubtract", "model2", {"multiplier": 1.0}),
     "sum": ("ModelMergeAdd", "model2", {}),
-    "scaled attention": ("UNetSelfAttentionMultiply", "model", {"q": 0.5, "k": 1.0, "v": 1.0, "out": 1.0})}
+    "scaled attention": ("UNetSelfAttentionMultiply", "model", {"q": 0.5, "k": 1.0, "v": 1.0, "out": 1.0}),
+}
 
 
 def test_nodes_of_the_host_that_save_or_combine_weights_stop_with_a_sentence(server, trained):
@@ -22,7 +28,9 @@ def test_nodes_of_the_host_that_save_or_combine_weights_stop_with_a_sentence(ser
     for case, (class_type, name, inputs) in CASES.items():
         graph = TinyGraph()
         adapted = graph.add("TLoRALoad", file=trained[0], strength=1.0, model=graph.model)[0]
-        adapted = graph.add("RescaleCFG", model=adapted, multiplier=0.7)[0]  # what other nodes make of it refuses as well
+        adapted = graph.add("RescaleCFG", model=adapted, multiplier=0.7)[
+            0
+        ]  # what other nodes make of it refuses as well
         others = {"model1": graph.model, "model2": graph.model} if name in ("model1", "model2") else {}
         if class_type == "CheckpointSave":
             others = {"clip": graph.clip, "vae": graph.vae}
@@ -58,7 +66,9 @@ def test_what_only_adds_or_only_looks_is_let_through(unet, adapted):
     key = next(key for key in unet.model.state_dict() if key.endswith("attn1.to_q.weight"))
     assert adapted.add_patches({key: (torch.ones(1),)}, 0.5) == [key] and key in adapted.clone().patches
     assert isinstance(adapted.clone(), ModelPatcher) and type(adapted).__name__ == type(unet).__name__
-    assert adapted.model_state_dict().keys() == unet.model_state_dict().keys() == adapted.get_key_patches().keys()  # as the host's hooks do
+    assert (
+        adapted.model_state_dict().keys() == unet.model_state_dict().keys() == adapted.get_key_patches().keys()
+    )  # as the host's hooks do
     assert type(unet) is ModelPatcher and unet.state_dict_for_saving() and unet.get_key_patches("diffusion_model.")
 
 
@@ -79,7 +89,11 @@ def test_patchers_with_a_class_of_their_own_refuse_too(unet, tlora):
     own.__class__ = Own
     twice = apply_tlora(apply_tlora(own, tlora).clone(), tlora).clone()
     assert isinstance(twice, Own) and type(own) is Own
-    for refused in (twice.state_dict_for_saving, lambda: twice.get_key_patches("diffusion_model."),
-                    lambda: twice.add_patches({}, 0.5, 0.5), lambda: twice.model_state_dict("diffusion_model.")):
+    for refused in (
+        twice.state_dict_for_saving,
+        lambda: twice.get_key_patches("diffusion_model."),
+        lambda: twice.add_patches({}, 0.5, 0.5),
+        lambda: twice.model_state_dict("diffusion_model."),
+    ):
         with pytest.raises(TLoRAError, match=WORDS):
             refused()

@@ -18,8 +18,8 @@ _PRECISE = ("F32", "F16", "BF16")
 
 
 def checkpoint_target(path: Path) -> Target:
-    """The diffusion model of SD1.5, SD2, SDXL or FLUX in a safetensors file: a checkpoint in its original layout, as ComfyUI
-    takes it, or the U-Net or transformer of a diffusers pipeline. Weights are read when asked for.
+    """The diffusion model of SD1.5, SD2, SDXL or FLUX in a safetensors file: a checkpoint in its original layout, as
+    ComfyUI takes it, or the U-Net or transformer of a diffusers pipeline. Weights are read when asked for.
 
     Raises TLoRAError, naming the file, when it cannot be read or holds no such model.
     """

@@ -1,4 +1,5 @@
-"""A model in diffusers' layout, seen in ComfyUI's: what are modules of their own there may be rows of one module here."""
+"""A model in diffusers' layout, seen in ComfyUI's: what are modules of their own there may be rows of one module
+here."""
 
 import re
 from collections.abc import Mapping
@@ -26,7 +27,8 @@ def rows_by_path(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows]]
     residual = sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.time_emb_proj", module)) for module in shapes)
     if residual not in (0, 2):
         raise TLoRAError(
-            f"the U-Net has {residual} residual blocks a level where SD1.5, SD2 and SDXL have 2; use a model of one of these."
+            f"the U-Net has {residual} residual blocks a level where SD1.5, SD2 and SDXL have 2; use a model of one "
+            f"of these."
         )
     numbered: dict[str, list[tuple[int, str]]] = {}
     for module in shapes:
@@ -36,7 +38,8 @@ def rows_by_path(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows]]
 
 
 def overlap(rows: list[Rows], start: int, stop: int) -> list[tuple[Rows, slice, int]]:
-    """The modules that hold rows start ... stop - 1 of a path: (module, which of these rows, its own first row of them)."""
+    """The modules that hold rows start ... stop - 1 of a path: (module, which of these rows, its own first row of
+    them)."""
     return [
         (part, slice(max(part.start, start) - start, min(part.stop, stop) - start), max(start - part.start, 0))
         for part in rows
@@ -44,7 +47,9 @@ def overlap(rows: list[Rows], start: int, stop: int) -> list[tuple[Rows, slice, 
     ]
 
 
-def target_of_layout(rows: Mapping[str, list[Rows]], shapes: Mapping[str, tuple[int, int]], weight, device="cpu") -> Target:
+def target_of_layout(
+    rows: Mapping[str, list[Rows]], shapes: Mapping[str, tuple[int, int]], weight, device="cpu"
+) -> Target:
     """A Target. rows: of rows_by_path for shapes; weight, device: Target's."""
     whole = {path: (parts[-1].stop, shapes[parts[0].module][1]) for path, parts in rows.items()}
     return Target(names_of(whole), whole, weight, *model_of_shapes(whole), device)

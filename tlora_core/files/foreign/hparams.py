@@ -10,7 +10,8 @@ _LINE = re.compile(r"^(\w+):(.*)$", re.MULTILINE)
 
 
 def find_hparams(checkpoint: Path) -> Path | None:
-    """The file that belongs to run/checkpoint-100/pytorch_lora_weights.safetensors, if it is there: run/logs/hparams.yml."""
+    """The file that belongs to run/checkpoint-100/pytorch_lora_weights.safetensors, if it is there:
+    run/logs/hparams.yml."""
     for folder in list(checkpoint.absolute().parents)[:2]:
         found = folder / "logs" / "hparams.yml"
         if found.is_file():
@@ -66,5 +67,7 @@ def flag(settings: dict[str, str], name: str, default: bool) -> bool:
     if value in ("", "null", "~", "None"):
         return default
     if value.lower() not in ("true", "false"):
-        raise TLoRAError(f"{name} in the hparams.yml beside it is {value[:50]!r}, not true or false; correct it or move it away.")
+        raise TLoRAError(
+            f"{name} in the hparams.yml beside it is {value[:50]!r}, not true or false; correct it or move it away."
+        )
     return value.lower() == "true"

@@ -1,12 +1,14 @@
-"""The schedule of a T-LoRA in the metadata of trainers built on kohya's scripts: `ss_network_module`, `ss_network_args`, `ss_*`.
+"""The schedule of a T-LoRA in the metadata of trainers built on kohya's scripts: `ss_network_module`,
+`ss_network_args`, `ss_*`.
 
-Each of them has its own names and its own r(t); here is what they do, as far as their code is public. With p from 0 at pure noise to 1:
-    power       floor((r - r_min) p^a) + r_min, p = 1 - t / T     forks of sd-scripts for Anima; min_rank and alpha_rank_scale
-    boundary    the same above a noise level, all ranks below it   a fork of musubi-tuner for Wan
-    linear      round((r - r_min) p) + r_min                       forks of sd-scripts with networks.tlora; cosine is their default
-    cosine      the same of (1 - cos(pi p)) / 2
+Each of them has its own names and its own r(t); here is what they do, as far as their code is public. With p from 0 at
+    pure noise to 1: power       floor((r - r_min) p^a) + r_min, p = 1 - t / T     forks of sd-scripts for Anima;
+    min_rank and alpha_rank_scale boundary    the same above a noise level, all ranks below it   a fork of musubi-tuner
+    for Wan linear      round((r - r_min) p) + r_min                       forks of sd-scripts with networks.tlora;
+    cosine is their default cosine      the same of (1 - cos(pi p)) / 2
 All but the first are free curves in our terms, and equal to theirs at every noise level.
 """
+
 import json
 import math
 import re
@@ -53,23 +55,37 @@ class _Told:
     @property
     def is_tlora(self) -> bool:
         masked = str(self.values.get("use_timestep_mask", "")).lower() in ("true", "1", "yes", "on")
-        return bool(_MODULE.search(self.module) or "tlora_min_rank" in self.values or masked or self.values.get("adapter") == "tlora")
+        return bool(
+            _MODULE.search(self.module)
+            or "tlora_min_rank" in self.values
+            or masked
+            or self.values.get("adapter") == "tlora"
+        )
 
 
 def told_schedule(metadata: Mapping[str, str], rank: int) -> tuple[RankSchedule | None, str]:
-    """(the schedule for `rank` that a file's metadata tells, a note for the user); (None, "") where it tells of no T-LoRA, and
-    (None, note) where what it tells cannot be read."""
+    """(the schedule for `rank` that a file's metadata tells, a note for the user); (None, "") where it tells of no
+    T-LoRA, and (None, note) where what it tells cannot be read."""
     told = _Told(metadata)
     if not told.is_tlora:
         return None, ""
     try:
         schedule, remark = _schedule(told, rank)
     except (ValueError, OverflowError, TLoRAError):
-        return None, (f"Its metadata tells of a T-LoRA, but not a schedule that can be read ({', '.join(told.used)}); set min_rank "
-                      "to the one it was trained with.")
-    where = ", ".join(told.used) or f"only its network_module, {told.module}; min_rank {_USUAL_MIN_RANK} is what its trainer takes then"
-    return schedule, (f"The schedule is what its trainer wrote into the file ({where}). Some of these trainers draw without the mask: "
-                      f"for that set min_rank to the rank, {rank}.{remark}")
+        return None, (
+            f"Its metadata tells of a T-LoRA, but not a schedule that can be read ({', '.join(told.used)}); set "
+            f"min_rank "
+            "to the one it was trained with."
+        )
+    where = (
+        ", ".join(told.used)
+        or f"only its network_module, {told.module}; min_rank {_USUAL_MIN_RANK} is what its trainer takes then"
+    )
+    return schedule, (
+        f"The schedule is what its trainer wrote into the file ({where}). Some of these trainers draw without the "
+        f"mask: "
+        f"for that set min_rank to the rank, {rank}.{remark}"
+    )
 
 
 def _schedule(told: _Told, rank: int) -> tuple[RankSchedule, str]:
@@ -86,8 +102,11 @@ def _schedule(told: _Told, rank: int) -> tuple[RankSchedule, str]:
         return _curve(rank, min_rank, lambda p: level + (1 - level) * (1 - p ** (1 / a))), ""
     if shape or (told.module in _ROUNDING and not exponent):
         level_of = (lambda p: 1 - p) if shape == "linear" else (lambda p: 1 - math.acos(1 - 2 * p) / math.pi)
-        remark = (" That trainer also makes the update r / r(t) times as large where only r(t) of its r ranks are on, which is not done "
-                  "here.")
+        remark = (
+            " That trainer also makes the update r / r(t) times as large where only r(t) of its r ranks are on, which "
+            "is not done "
+            "here."
+        )
         return _curve(rank, min_rank, level_of, rounded=True), remark
     maximum = told.number(_MAXIMUM, default=1)
     end, a = maximum if maximum <= 1 else maximum / 1000, float(exponent or 1)
@@ -99,8 +118,9 @@ def _schedule(told: _Told, rank: int) -> tuple[RankSchedule, str]:
 
 
 def _curve(rank: int, min_rank: int, level_of: Callable[[float], float], rounded: bool = False) -> RankSchedule:
-    """A free curve of min_rank + (rank - min_rank) p, rounded down or to the nearest, where level_of(p) is the noise level of p: its
-    points are where it comes to a whole number, so that the lines between them round down to the same ranks."""
+    """A free curve of min_rank + (rank - min_rank) p, rounded down or to the nearest, where level_of(p) is the noise
+    level of p: its points are where it comes to a whole number, so that the lines between them round down to the same
+        ranks."""
     half, spread = 0.5 if rounded else 0.0, rank - min_rank
     last = min_rank + 1 if rounded else min_rank
     points = {0.0: rank}

@@ -24,7 +24,8 @@ _UNMASKED = {masked: method for method, masked in _MASKED.items()}
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the user;
+    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the
+    user;
     schedule: a sentence that says where its schedule is from."""
 
     tlora: TLoRAFile
@@ -49,8 +50,8 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Settings:
-    """A file's schedule and prompt, where it or its surroundings tell them. schedule: in place of min_rank and alpha. unfit: why it can
-    have no schedule."""
+    """A file's schedule and prompt, where it or its surroundings tell them. schedule: in place of min_rank and alpha.
+    unfit: why it can have no schedule."""
 
     is_masked: bool
     min_rank: int | None = None
@@ -72,8 +73,9 @@ def load_any(
     """Reads a file of any known kind, trusting nothing in it and running nothing.
 
     target: the model it shall fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
-    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of a kind that only the reference
-        or LyCORIS writes gets the paper's min_rank of half its rank, and one that may be a plain LoRA no mask; a note says so.
+    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of a kind that only the
+        reference or LyCORIS writes gets the paper's min_rank of half its rank, and one that may be a plain LoRA no
+        mask; a note says so.
     progress: called with (done, total), done from 0 on, while a LyCORIS file's base terms are made again; it may raise.
 
     Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or fits no layer.
@@ -95,7 +97,13 @@ def _load(
 ) -> Loaded:
     if METADATA_KEY in read_metadata(path):
         tlora = TLoRAFile.load(path)
-        return Loaded(rescheduled(tlora, min_rank, alpha), "T-LoRA file", {}, (), _origin(tlora.schedule, "the file's own", min_rank, alpha))
+        return Loaded(
+            rescheduled(tlora, min_rank, alpha),
+            "T-LoRA file",
+            {},
+            (),
+            _origin(tlora.schedule, "the file's own", min_rank, alpha),
+        )
     contents = read_contents(path)
     matches = Matches(target)
     matches.reject(contents.others, "it is not a tensor")
@@ -109,15 +117,29 @@ def _load(
     method = "ortho_lora" if next(iter(matches.layers.values())).group == 2 else "lora"
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
     notes = settings.notes if min_rank is None else ()
-    source = "what hparams.yml beside the file says" if "with hparams.yml" in kind else "the file's own" if settings.schedule else \
-        "a default, as the file tells none"
-    return Loaded(rescheduled(tlora, min_rank, alpha), kind, matches.unmatched, notes, _origin(tlora.schedule, source, min_rank, alpha))
+    source = (
+        "what hparams.yml beside the file says"
+        if "with hparams.yml" in kind
+        else "the file's own"
+        if settings.schedule
+        else "a default, as the file tells none"
+    )
+    return Loaded(
+        rescheduled(tlora, min_rank, alpha),
+        kind,
+        matches.unmatched,
+        notes,
+        _origin(tlora.schedule, source, min_rank, alpha),
+    )
 
 
 def _origin(own: RankSchedule, source: str, min_rank: int | None, alpha: float | None) -> str:
     """Where the schedule in use is from. own: without what the inputs set in its place."""
-    chosen = [f"{name} {value:g} in place of {'the curve' if own.points else f'{before:g}'}"
-              for name, value, before in (("min_rank", min_rank, own.min_rank), ("alpha", alpha, own.alpha)) if value is not None]
+    chosen = [
+        f"{name} {value:g} in place of {'the curve' if own.points else f'{before:g}'}"
+        for name, value, before in (("min_rank", min_rank, own.min_rank), ("alpha", alpha, own.alpha))
+        if value is not None
+    ]
     return f"The schedule is {source}" + (f", but the node sets {' and '.join(chosen)}." if chosen else ".")
 
 
@@ -136,10 +158,19 @@ def _read(
         return _processors(path, rank, orthogonal, model_of(matches.layers)[0])
     kind, settings = _kind(modules, rank, orthogonal, stacked, len(matches.layers))
     if not stacked and _is_exported(contents.metadata):
-        note = "It was made of a T-LoRA of this pack for other programs, which apply all ranks; load that T-LoRA to have its schedule."
-        settings = _Settings(is_masked=False, notes=(note,), unfit=(
-            "It was made of a T-LoRA of this pack, whose ranks are pairs of columns here, so no schedule can be put on it; set min_rank to "
-            "-1 and alpha to 0, or load that T-LoRA."))
+        note = (
+            "It was made of a T-LoRA of this pack for other programs, which apply all ranks; load that T-LoRA to "
+            "have its schedule."
+        )
+        settings = _Settings(
+            is_masked=False,
+            notes=(note,),
+            unfit=(
+                "It was made of a T-LoRA of this pack, whose ranks are pairs of columns here, so no schedule can be "
+                "put on it; set min_rank to "
+                "-1 and alpha to 0, or load that T-LoRA."
+            ),
+        )
     told, note = told_schedule(contents.metadata, rank)
     if told is not None and not settings.unfit:
         settings = replace(settings, is_masked=not told.is_constant, schedule=told, notes=(note,))
@@ -149,28 +180,37 @@ def _read(
 
 
 def _is_exported(metadata: Mapping[str, str]) -> bool:
-    """Whether a file without our metadata's main part was written by us from an orthogonal method; see file.plain_metadata."""
+    """Whether a file without our metadata's main part was written by us from an orthogonal method; see
+    file.plain_metadata."""
     method = METHODS.get(text_of(metadata.get("modelspec.description")).partition(",")[0])
     return metadata.get("modelspec.tags") == "t-lora" and method is not None and method.is_orthogonal
 
 
-def _kind(modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: int, layers: int) -> tuple[str, _Settings]:
+def _kind(
+    modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: int, layers: int
+) -> tuple[str, _Settings]:
     """The kind of file that is not the reference's, and its settings as far as its tensors tell them."""
     if orthogonal:
         lycoris = not any("base_q" in parts for parts in modules.values())
-        return ("LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank)) if lycoris else \
-            ("T-LoRA of a kohya-like trainer", _assumed("its metadata does not tell it", rank))
+        return (
+            ("LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank))
+            if lycoris
+            else ("T-LoRA of a kohya-like trainer", _assumed("its metadata does not tell it", rank))
+        )
     if not stacked:
         note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
         return "plain LoRA", _Settings(is_masked=False, notes=(note,))
     if stacked == layers:
         note = (
-            "It holds both terms of an orthogonal T-LoRA or Ortho-LoRA, one after the other, which are put together again here. It has no "
-            f"schedule, so all ranks are on at every noise level; to put one on it set min_rank; {_half(rank)}, half the rank, is the paper's."
+            "It holds both terms of an orthogonal T-LoRA or Ortho-LoRA, one after the other, which are put together "
+            "again here. It has no "
+            f"schedule, so all ranks are on at every noise level; to put one on it set min_rank; {_half(rank)}, half "
+            f"the rank, is the paper's."
         )
         return "plain LoRA made of an orthogonal one", _Settings(is_masked=False, notes=(note,))
     unfit = (
-        f"{stacked} of its {layers} layers hold both terms of an orthogonal T-LoRA, one after the other, and the others do not, so no "
+        f"{stacked} of its {layers} layers hold both terms of an orthogonal T-LoRA, one after the other, and the "
+        f"others do not, so no "
         "schedule can be put on it; set min_rank to -1 and alpha to 0, or load the T-LoRA that it was made of."
     )
     note = "It has no schedule, so all ranks are on at every noise level."
@@ -178,11 +218,14 @@ def _kind(modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: in
 
 
 def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tuple[str, _Settings]:
-    """Files named after attention processors: the reference's, and for U-Nets also plain LoRAs of diffusers before 0.22."""
+    """Files named after attention processors: the reference's, and for U-Nets also plain LoRAs of diffusers before
+    0.22."""
     method = "orthogonal" if orthogonal else "plain"
     is_flux = base_model == "flux"
     may_be_plain = not orthogonal and not is_flux
-    kind = "plain LoRA of older diffusers, or reference checkpoint" if may_be_plain else f"reference checkpoint ({method})"
+    kind = (
+        "plain LoRA of older diffusers, or reference checkpoint" if may_be_plain else f"reference checkpoint ({method})"
+    )
     usual = 16 if is_flux else 1
 
     def assumed(reason: str) -> tuple[str, _Settings]:
@@ -215,7 +258,8 @@ def _word(text: str) -> str:
 def _assumed(reason: str, rank: int, trainers: str = "") -> _Settings:
     """trainers: a sentence on what the trainer of such files does by default."""
     note = (
-        f"The schedule was not found ({reason}), so it is assumed: min_rank {_half(rank)}, half the rank, the paper's choice.{trainers} "
+        f"The schedule was not found ({reason}), so it is assumed: min_rank {_half(rank)}, half the rank, the paper's "
+        f"choice.{trainers} "
         f"If it was trained with another, set min_rank; at the full rank, {rank}, the mask is off."
     )
     return _Settings(is_masked=True, notes=(note,))
@@ -223,8 +267,10 @@ def _assumed(reason: str, rank: int, trainers: str = "") -> _Settings:
 
 def _assumed_plain(reason: str, rank: int, trainers: str) -> _Settings:
     note = (
-        f"No schedule was found ({reason}), so all ranks are on at every noise level, as in a plain LoRA of older diffusers, which "
-        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half the rank, is the "
+        f"No schedule was found ({reason}), so all ranks are on at every noise level, as in a plain LoRA of older "
+        f"diffusers, which "
+        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half "
+        f"the rank, is the "
         f"paper's.{trainers}"
     )
     return _Settings(is_masked=False, notes=(note,))
@@ -269,17 +315,21 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
 def _require_finite(layers: Mapping[str, LowRank]) -> None:
     for name, layer in layers.items():
         if not (layer.up.isfinite().all() and layer.down.isfinite().all()):
-            raise TLoRAError(f"the update of its layer {name} is too large for float32; train it again with a lower rate.")
+            raise TLoRAError(
+                f"the update of its layer {name} is too large for float32; train it again with a lower rate."
+            )
 
 
 def rescheduled(tlora: TLoRAFile, min_rank: int | None = None, alpha: float | None = None) -> TLoRAFile:
-    """The same layers under another schedule: below the full rank, masked; at it, not. None keeps the T-LoRA's own; with either,
-    a free curve gives way to the formula."""
+    """The same layers under another schedule: below the full rank, masked; at it, not. None keeps the T-LoRA's own;
+    with either, a free curve gives way to the formula."""
     if min_rank is None and alpha is None:
         return tlora
     rank = tlora.schedule.rank
     schedule = RankSchedule(
-        rank, tlora.schedule.min_rank if min_rank is None else min_rank, tlora.schedule.alpha if alpha is None else alpha
+        rank,
+        tlora.schedule.min_rank if min_rank is None else min_rank,
+        tlora.schedule.alpha if alpha is None else alpha,
     )
     method = _MASKED.get(tlora.method, tlora.method)
     if schedule.is_constant:

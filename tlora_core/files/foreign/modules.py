@@ -62,7 +62,9 @@ def modules_of(keys: Iterable[str], matches: Matches) -> dict[str, Parts]:
         suffix, part = next(((s, p) for s, p in _PARTS if key.endswith(s)), ("", ""))
         if not part:
             other = _OTHER.search(key)
-            matches.reject([key], f"{other[1][:50]} is not a part of a plain LoRA" if other else "it is no part of a LoRA")
+            matches.reject(
+                [key], f"{other[1][:50]} is not a part of a plain LoRA" if other else "it is no part of a LoRA"
+            )
             if other:
                 changed[key[: other.start()]] = other[1][:50]
             continue

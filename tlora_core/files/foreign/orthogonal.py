@@ -32,9 +32,9 @@ def is_orthogonal(parts: Parts) -> bool:
 def read_orthogonal(
     contents: Contents, modules: Mapping[str, Parts], matches: Matches, progress: Progress | None = None
 ) -> None:
-    """Adds a LowRank with two columns a component. progress(done, total) is called before the first and after each layer
-    whose base term has to be made again, which takes a while. Raises TLoRAError for damaged layers, and where the base
-    term is not stored and cannot be made again."""
+    """Adds a LowRank with two columns a component. progress(done, total) is called before the first and after each
+    layer whose base term has to be made again, which takes a while. Raises TLoRAError for damaged layers, and where the
+    base term is not stored and cannot be made again."""
     without_base = [module for module, parts in modules.items() if is_orthogonal(parts) and not {*_BASE} & parts.keys()]
     tell = progress if progress and without_base else lambda done, total: None
     tell(0, len(without_base))
@@ -61,7 +61,9 @@ def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matche
     if any(part in parts for part in _BASE):
         base = _triple(tensors, module, parts, _BASE)
         if any(a.shape != b.shape for a, b in zip(trained, base)):
-            raise TLoRAError(f'the base term of its layer "{module}" has other shapes than the trained one; get it again.')
+            raise TLoRAError(
+                f'the base term of its layer "{module}" has other shapes than the trained one; get it again.'
+            )
         name = matches.find(module, parts.values(), (out_features, in_features))
     else:
         name = matches.find(module, parts.values(), (out_features, in_features))
@@ -104,8 +106,10 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
     best = max(candidates, key=lambda base: _likeness(trained, base))
     if _likeness(trained, best) < MIN_LIKENESS:
         raise TLoRAError(
-            f"its base term is not stored, and its layer {name} did not start from this model's weight but from a random "
-            "start, which cannot be made again, or from another model's; connect that model, or export it as a plain LoRA "
+            f"its base term is not stored, and its layer {name} did not start from this model's weight but from a "
+            f"random "
+            "start, which cannot be made again, or from another model's; connect that model, or export it as a plain "
+            "LoRA "
             "from the program that trained it."
         )
     return best
@@ -114,8 +118,9 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
 def singular_vectors(weight: Tensor) -> Triple:
     """(U [out, k], S [k], Vh [k, in]) of a weight [out, in], k the smaller side, S descending: float64, on its device.
 
-    From the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py). In
-    float64, squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer side.
+    From the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py).
+    In float64, squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer
+    side.
     """
     W = weight.double()
     is_wide = W.shape[0] <= W.shape[1]
@@ -133,8 +138,8 @@ def _firsts(count: int, rank: int) -> set[int]:
 
 
 def _candidate(U: Tensor, values: Tensor, Vh: Tensor, first: int, trained: Triple) -> Triple:
-    """The components from `first` on, filled up with zeros as LyCORIS does; a singular vector's sign is arbitrary, and with
-    that of the trained one the difference of the two stays small."""
+    """The components from `first` on, filled up with zeros as LyCORIS does; a singular vector's sign is arbitrary, and
+    with that of the trained one the difference of the two stays small."""
     B, S, A = trained
     kept = slice(first, first + len(S))
     B0, S0, A0 = (part.to("cpu", torch.float32) for part in (U[:, kept], values[kept], Vh[kept]))

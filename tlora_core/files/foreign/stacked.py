@@ -1,8 +1,11 @@
-"""Plain LoRAs that were made of an orthogonal T-LoRA by putting its two terms side by side: up = [P, -P0], down = [A; A0].
+"""Plain LoRAs that were made of an orthogonal T-LoRA by putting its two terms side by side: up = [P, -P0], down = [A;
+A0].
 
-That is how converters give B S A - B0 S0 A0 to programs that know nothing of T-LoRA. A mask on the first ranks of such a file would
-switch off the second term alone, which is large, so its components have to be put together again before it gets a schedule.
+That is how converters give B S A - B0 S0 A0 to programs that know nothing of T-LoRA. A mask on the first ranks of such
+a file would switch off the second term alone, which is large, so its components have to be put together again before it
+gets a schedule.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +19,8 @@ Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def put_together(layers: dict[str, LowRank]) -> int:
-    """Replaces layers of two stacked terms by their difference form, where all layers are such, and else leaves all as they are.
+    """Replaces layers of two stacked terms by their difference form, where all layers are such, and else leaves all as
+    they are.
     Returns how many of them are."""
     found = {name: together for name, layer in layers.items() if (together := _difference(layer)) is not None}
     if len(found) == len(layers):
@@ -25,8 +29,9 @@ def put_together(layers: dict[str, LowRank]) -> int:
 
 
 def _difference(layer: LowRank) -> LowRank | None:
-    """The layer with two columns a component, if it is of two terms: one half of its columns is nearly the other's opposite, as
-    training moves P and A a little from where both terms began. Of a plain LoRA the halves have nothing to do with each other."""
+    """The layer with two columns a component, if it is of two terms: one half of its columns is nearly the other's
+    opposite, as training moves P and A a little from where both terms began. Of a plain LoRA the halves have nothing to
+    do with each other."""
     for P, P0, A, A0 in _halves(layer):
         sides = F.cosine_similarity(P, P0, dim=0), F.cosine_similarity(A, A0, dim=1)
         used = P0.any(dim=0) & A0.any(dim=1)  # LyCORIS fills up with zeros

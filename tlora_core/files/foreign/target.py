@@ -15,7 +15,8 @@ from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encode
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
 
 
-# The reference gives FLUX's single blocks the adapters of double blocks too, and saves them, but uses those of to_q, to_k, to_v alone.
+# The reference gives FLUX's single blocks the adapters of double blocks too, and saves them, but uses those of to_q,
+# to_k, to_v alone.
 _UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.to_(?:out|[qkv]_proj)$")
 
 
@@ -52,7 +53,8 @@ class Matches:
         self.unmatched.update(dict.fromkeys(keys, reason))
 
     def find(self, module: str, keys: Iterable[str], shape: tuple[int, int]) -> str | None:
-        """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is none.
+        """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is
+        none.
 
         Raises TLoRAError when the model has the layer in another shape: the file was then made for another model.
         """
@@ -69,11 +71,16 @@ class Matches:
         if is_text_encoder(module):
             return None, "it belongs to a text encoder, which a T-LoRA leaves as it is"
         if _UNUSED.search(module):
-            return None, "the T-LoRA authors' code saves it with every single block and never uses it, so it was left out"
+            return (
+                None,
+                "the T-LoRA authors' code saves it with every single block and never uses it, so it was left out",
+            )
         plain = plain_name(module)
         if self.target is None:
             place = layer_of(plain) or _path_itself(module)
-            return (place and place.layer(in_features)), "its name is not one of SD1.5, SD2, SDXL or FLUX; connect the model"
+            return (
+                place and place.layer(in_features)
+            ), "its name is not one of SD1.5, SD2, SDXL or FLUX; connect the model"
         name = self.target.names.get(plain)
         if name is None:
             return None, "the model has no such layer"
@@ -125,6 +132,7 @@ def _path_itself(module: str) -> Place | None:
 def _check_shape(name: str, have: tuple[int, int], want: tuple[int, int]) -> None:
     if not fits(name, have, want):
         raise TLoRAError(
-            f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; "
+            f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's "
+            f"{want[0]}x{want[1]}; "
             "connect the kind of model it was trained on."
         )

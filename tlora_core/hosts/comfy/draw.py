@@ -1,4 +1,5 @@
 """Pictures drawn by the host's own sampler: for validation, and of the class for prior preservation."""
+
 from collections.abc import Sequence
 
 import comfy.sample
@@ -17,8 +18,8 @@ STEPS, GUIDANCE, FLUX_GUIDANCE = 20, 5.0, 3.5
 
 
 def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], resolution: int, seed: int) -> Tensor:
-    """One picture [len(prompts), resolution, resolution, 3] in 0..1 for each prompt, all from the same seed: Euler, 20 steps,
-    guidance 5, or 3.5 of FLUX's own kind."""
+    """One picture [len(prompts), resolution, resolution, 3] in 0..1 for each prompt, all from the same seed: Euler, 20
+    steps, guidance 5, or 3.5 of FLUX's own kind."""
     scale, told = (1.0, {"guidance": FLUX_GUIDANCE}) if is_flux(model) else (GUIDANCE, {})
     scheduler = "simple" if domain(model.get_model_object("model_sampling")) == "flow" else "normal"
     latent = _empty_latent(model, vae, resolution)
@@ -27,7 +28,8 @@ def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], reso
         positive, negative = (_conditioning(clip, text, told) for text in (prompt, ""))
         noise = comfy.sample.prepare_noise(latent, seed)
         drawn = comfy.sample.sample(
-            model, noise, STEPS, scale, "euler", scheduler, positive, negative, latent, disable_pbar=True, seed=seed)
+            model, noise, STEPS, scale, "euler", scheduler, positive, negative, latent, disable_pbar=True, seed=seed
+        )
         decoded = vae.decode(drawn)
         pictures.append(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu())
     return torch.cat(pictures)
@@ -55,5 +57,5 @@ def strip(pictures: Tensor, captions: Sequence[str] = ()) -> Image.Image:
     for column, picture in enumerate(drawn):
         sheet.paste(picture, (column * width, 0))
     for column, caption in enumerate(captions):
-        pen.text((column * width + 2, height + 1), caption[:width // 6], "black")
+        pen.text((column * width + 2, height + 1), caption[: width // 6], "black")
     return sheet

@@ -1,4 +1,5 @@
 """CLIP and DINO models in the host's clip_vision folders, in the layout of transformers: a folder each."""
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,13 @@ def encoder_names(types: Sequence[str]) -> list[str]:
 
 
 def load_encoder(name: str, types: Sequence[str]) -> ImageEncoder:
-    """On the host's device. Raises TLoRAError when `name` is none of the listed folders, which also keeps any path out."""
+    """On the host's device. Raises TLoRAError when `name` is none of the listed folders, which also keeps any path
+    out."""
     found = next((folder for folder in _folders() if folder.name == name and model_type(folder) in types), None)
     if found is None:
-        raise TLoRAError(f'"{name}" is not in the folder models/{FOLDER} any more; press R to refresh the list and choose another.')
+        raise TLoRAError(
+            f'"{name}" is not in the folder models/{FOLDER} any more; press R to refresh the list and choose another.'
+        )
     device = comfy.model_management.get_torch_device()
     size = sum(file.stat().st_size for file in (*found.glob("*.safetensors"), *found.glob("*.bin")))
     comfy.model_management.free_memory(size, device)

@@ -1,4 +1,5 @@
 """Where T-LoRA files live in the host: its loras folders, and nothing outside them."""
+
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +16,12 @@ from .model.targets import target_of
 from .progress import counting
 from .room import LORAS_ADVICE, REFUSED, RUNS_ADVICE, refusal
 
-READABLE = (EXTENSION, ".sft", ".pt", ".bin")  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
+READABLE = (
+    EXTENSION,
+    ".sft",
+    ".pt",
+    ".bin",
+)  # the reference writes FLUX checkpoints as lora.pt, older diffusers its LoRAs as .bin
 
 
 def lora_names() -> list[str]:
@@ -24,16 +30,21 @@ def lora_names() -> list[str]:
 
 
 def lora_path(name: str) -> Path:
-    """Where a file of the loras list lies. Raises TLoRAError when it is not there any more, and for a name that climbs out."""
+    """Where a file of the loras list lies. Raises TLoRAError when it is not there any more, and for a name that climbs
+    out."""
     path = folder_paths.get_full_path("loras", name)
     if path is None:
-        raise TLoRAError(f'file: "{name}" is not in the loras folders any more; press R to refresh the list and choose another.')
+        raise TLoRAError(
+            f'file: "{name}" is not in the loras folders any more; press R to refresh the list and choose another.'
+        )
     return Path(path)
 
 
-def load_lora(name: str, model: ModelPatcher | None, node_id: str | None, min_rank: int | None = None,
-              alpha: float | None = None) -> Loaded:
-    """Reads a file of the loras folders by its name, for `model` where given; see foreign.load_any. What did not fit is logged."""
+def load_lora(
+    name: str, model: ModelPatcher | None, node_id: str | None, min_rank: int | None = None, alpha: float | None = None
+) -> Loaded:
+    """Reads a file of the loras folders by its name, for `model` where given; see foreign.load_any. What did not fit is
+    logged."""
     path = lora_path(name)
     target = None if model is None else target_of(model)
     loaded = load_any(path, target, min_rank, alpha, counting("making the base terms again", node_id))
@@ -49,10 +60,11 @@ def file_stamp(name: str) -> str:
 
 
 def new_lora_path(prefix: str) -> Path:
-    """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number. Makes the sub-folder.
-    Links to folders are followed, as the host's list of files follows them.
+    """A path in the first loras folder that no file has yet: `prefix`, which may name a sub-folder, with a number.
+    Makes the sub-folder. Links to folders are followed, as the host's list of files follows them.
 
-    Raises TLoRAError, naming file_name, for a prefix that climbs out of the folder or that no file or folder can have here.
+    Raises TLoRAError, naming file_name, for a prefix that climbs out of the folder or that no file or folder can have
+    here.
     """
     parts = _parts(prefix)
     folder = Path(folder_paths.get_folder_paths("loras")[0])
@@ -70,44 +82,56 @@ def new_lora_path(prefix: str) -> Path:
 
 
 def new_path(folder: Path, name: str, ending: str) -> Path:
-    """A path in `folder`, which is made where it is not there, that no file has yet: `name` with a number, and `ending`. Raises OSError."""
+    """A path in `folder`, which is made where it is not there, that no file has yet: `name` with a number, and
+    `ending`. Raises OSError."""
     _, stem, counter, _, _ = folder_paths.get_save_image_path(name, str(folder))
     return folder / f"{stem}_{counter:05}_{ending}"
 
 
 def _parts(prefix: str) -> list[str]:
-    """The names that `prefix` is made of, "." and ".." worked out. Raises TLoRAError for a prefix that is no path below a folder."""
+    """The names that `prefix` is made of, "." and ".." worked out. Raises TLoRAError for a prefix that is no path below
+    a folder."""
     wanted = prefix.strip().replace("\\", "/")  # a workflow made on Windows names the same file here
     if not wanted or wanted.endswith(("/", "/.")) or wanted == ".":
         raise TLoRAError(f'file_name is "{prefix}"; give a name such as "tlora/sks_dog".')
-    # By the names alone: what lies behind a link is no reason to refuse it, and ".." after a link would lead out of the folder.
+    # By the names alone: what lies behind a link is no reason to refuse it, and ".." after a link would lead out of the
+    # folder.
     parts = os.path.normpath(wanted).replace("\\", "/").split("/")
     if Path(wanted).anchor or parts[0] in ("..", "."):  # "a/.." is the folder itself
-        raise TLoRAError(f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".')
+        raise TLoRAError(
+            f'file_name is "{prefix}", which leaves the loras folder; give a name such as "tlora/sks_dog".'
+        )
     return parts
 
 
 def _with_date(name: str, folder: Path) -> str:
-    """`name` with the host's %year% and the like filled in, by the host itself, one name at a time: of a whole path it refuses links."""
+    """`name` with the host's %year% and the like filled in, by the host itself, one name at a time: of a whole path it
+    refuses links."""
     return folder_paths.get_save_image_path(name, str(folder))[1]
 
 
 def _require_target(prefix: str, folder: Path) -> None:
     if folder.is_symlink() and not folder.exists():
         raise TLoRAError(
-            f'file_name is "{prefix}", but "{folder}" is a link to "{os.readlink(folder)}", which is not there; connect that disk, or '
-            "choose another folder.")
+            f'file_name is "{prefix}", but "{folder}" is a link to "{os.readlink(folder)}", which is not there; '
+            f"connect that disk, or "
+            "choose another folder."
+        )
 
 
 def _cannot_be_made(prefix: str, folder: Path, error: Exception) -> TLoRAError:
     reason = getattr(error, "strerror", None) or error
     if getattr(error, "errno", None) in REFUSED:
         return refusal(folder, error, LORAS_ADVICE)
-    return TLoRAError(f'file_name is "{prefix[:300]}", which cannot be made here ({reason}); give a short name such as "tlora/sks_dog".')
+    return TLoRAError(
+        f'file_name is "{prefix[:300]}", which cannot be made here ({reason}); give a short name such as '
+        f'"tlora/sks_dog".'
+    )
 
 
 def runs_folder() -> Path:
-    """Where the folders of training runs are: tlora_runs in the host's output folder. Raises TLoRAError where it cannot be made."""
+    """Where the folders of training runs are: tlora_runs in the host's output folder. Raises TLoRAError where it cannot
+    be made."""
     folder = Path(folder_paths.get_output_directory()) / "tlora_runs"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,18 +141,23 @@ def runs_folder() -> Path:
 
 
 def save_elsewhere(file_name: str, save: Callable[[Path], object]) -> str:
-    """Calls `save` with a path in the output folder, else in the temp folder, for a file that the loras folder does not take under
-    `file_name`; says where it is now and what to do with it."""
+    """Calls `save` with a path in the output folder, else in the temp folder, for a file that the loras folder does not
+    take under `file_name`; says where it is now and what to do with it."""
     name = as_file_name(PureWindowsPath(file_name).name, "tlora")  # both separators
-    for place, until in ((folder_paths.get_output_directory(), ""),
-                         (folder_paths.get_temp_directory(), " before ComfyUI is closed, which empties that folder")):
+    for place, until in (
+        (folder_paths.get_output_directory(), ""),
+        (folder_paths.get_temp_directory(), " before ComfyUI is closed, which empties that folder"),
+    ):
         try:
             path = new_path(Path(place), name, EXTENSION)
             save(path)
             return f'It is kept as "{path}"; move that file to "{folder_paths.get_folder_paths("loras")[0]}"{until}.'
         except (TLoRAError, OSError) as error:
             logging.warning("[T-LoRA] %s", error)
-    return "The output folder and the temp folder do not take it either, so it is not kept; free some space before the next run."
+    return (
+        "The output folder and the temp folder do not take it either, so it is not kept; free some space before "
+        "the next run."
+    )
 
 
 def class_pictures_folder() -> Path:
@@ -137,7 +166,8 @@ def class_pictures_folder() -> Path:
 
 
 def name_of(path: Path) -> str:
-    """The name by which the host's loaders list a file that `new_lora_path` made: with the system's own separators, as there."""
+    """The name by which the host's loaders list a file that `new_lora_path` made: with the system's own separators, as
+    there."""
     return str(path.relative_to(folder_paths.get_folder_paths("loras")[0]))
 
 

@@ -1,4 +1,5 @@
 """Progress of a long node: the host's bar, and a line of text with the time left."""
+
 import time
 from collections.abc import Callable
 
@@ -21,8 +22,8 @@ def say(text: str, node_id: str | None) -> None:
 
 
 def counting(what: str, node_id: str | None) -> Callable[[int, int], None]:
-    """A callback (done, total) that shows how far the node is, from its first call on, which tells done = 0. It raises the host's
-    interrupt when the user has pressed cancel."""
+    """A callback (done, total) that shows how far the node is, from its first call on, which tells done = 0. It raises
+    the host's interrupt when the user has pressed cancel."""
     bar, began, said = None, 0.0, 0.0
 
     def update(done: int, total: int) -> None:

@@ -1,4 +1,5 @@
 """Whether the disks will take what a training leaves, asked before its first step."""
+
 import errno
 import os
 import shutil
@@ -15,7 +16,8 @@ RUNS_ADVICE = "start ComfyUI with another --output-directory"
 
 @dataclass(frozen=True)
 class Need:
-    """What will be written to a folder that is there: `size` bytes of `what`. advice: what helps, but for free space."""
+    """What will be written to a folder that is there: `size` bytes of `what`. advice: what helps, but for free
+    space."""
 
     folder: Path
     size: int
@@ -25,11 +27,14 @@ class Need:
 
 def refusal(folder: Path, error: OSError, advice: str) -> TLoRAError:
     """The error for a folder that takes no files."""
-    return TLoRAError(f'The folder "{folder}" cannot be written to ({error.strerror or error}); make it writable, or {advice}.')
+    return TLoRAError(
+        f'The folder "{folder}" cannot be written to ({error.strerror or error}); make it writable, or {advice}.'
+    )
 
 
 def require_writable(folder: Path, advice: str) -> None:
-    """Makes a file in `folder`, which is there, and removes it: permissions, mounts and quotas say less. Raises TLoRAError."""
+    """Makes a file in `folder`, which is there, and removes it: permissions, mounts and quotas say less. Raises
+    TLoRAError."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".tlora-", suffix=".tmp") as file:
             file.write(b"\0")
@@ -40,7 +45,8 @@ def require_writable(folder: Path, advice: str) -> None:
 
 
 def require_room(needs: list[Need]) -> None:
-    """Raises TLoRAError, naming the folder, what is needed and what is free, where a disk lacks room for all that goes there."""
+    """Raises TLoRAError, naming the folder, what is needed and what is free, where a disk lacks room for all that goes
+    there."""
     disks: dict[int, list[Need]] = {}
     for need in needs:
         if need.size:
@@ -50,8 +56,11 @@ def require_room(needs: list[Need]) -> None:
         size = sum(part.size for part in parts)
         if total and size > free:  # some network disks tell nothing, and that as 0
             raise TLoRAError(
-                f'The disk of "{parts[0].folder}" has {_in_words(free)} free and the training needs {_in_words(size)} there for '
-                f"{' and '.join(part.what for part in parts)}; free some space, or {', or '.join(part.advice for part in parts)}.")
+                f'The disk of "{parts[0].folder}" has {_in_words(free)} free and the training needs {_in_words(size)} '
+                f"there for "
+                f"{' and '.join(part.what for part in parts)}; free some space, or "
+                f"{', or '.join(part.advice for part in parts)}."
+            )
 
 
 def _in_words(size: int) -> str:

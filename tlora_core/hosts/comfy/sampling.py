@@ -5,14 +5,15 @@ joined conditional and unconditional rows, split areas and context windows, what
 sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothing stays on the model in between, so a
 branch of the graph without the T-LoRA is untouched.
 
-An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the figures.
-Folded into a copy of the layer's weight (`folded.FoldedWeight`) it costs next to nothing in time, and the weight's size in
-memory. Keys and values of the text fold into their outputs (`folded.FoldedOutput`), which saves time and takes little
-memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but no memory beyond the
-adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or with another LoRA that the host adds as it
-fetches their weights, models that are compiled or patched by hooks, and batches whose rows differ in rank get the product; a
-compiled model gets its rank as a tensor, so that no step compiles it anew.
+An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the
+figures. Folded into a copy of the layer's weight (`folded.FoldedWeight`) it costs next to nothing in time, and the
+weight's size in memory. Keys and values of the text fold into their outputs (`folded.FoldedOutput`), which saves time
+and takes little memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but
+no memory beyond the adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or with another
+LoRA that the host adds as it fetches their weights, models that are compiled or patched by hooks, and batches whose
+rows differ in rank get the product; a compiled model gets its rank as a tensor, so that no step compiles it anew.
 """
+
 import uuid
 from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
@@ -95,12 +96,17 @@ class DeviceCopies:
     def __call__(self, device, dtype) -> Mapping[str, LowRank]:
         key = (device, dtype)
         if key not in self._copies:
-            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make is not.
+            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make is
+            # not.
             with torch.inference_mode(False):
                 self._copies[key] = {
-                    path: LowRank((layer.up * self.strength).to(device, dtype), layer.down.to(device, dtype, copy=True),
-                                  layer.group)
-                    for path, layer in self.layers.items()}
+                    path: LowRank(
+                        (layer.up * self.strength).to(device, dtype),
+                        layer.down.to(device, dtype, copy=True),
+                        layer.group,
+                    )
+                    for path, layer in self.layers.items()
+                }
         return self._copies[key]
 
     def forget(self) -> None:
@@ -128,17 +134,20 @@ class Folds:
 
     @classmethod
     def forget(cls, patcher: ModelPatcher) -> None:
-        """The host's ON_PRE_RUN and ON_CLEANUP callback: before every sampling and after it, also after an error or a cancel."""
+        """The host's ON_PRE_RUN and ON_CLEANUP callback: before every sampling and after it, also after an error or a
+        cancel."""
         cls._of_models.pop(patcher.model, None)
         forget_modules(patcher)
 
     def add(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
-        """Decide on layers not met before: all that can be folded, if the memory for their copies is there; where the host moves or
-        casts weights as they are used, beside all of these."""
+        """Decide on layers not met before: all that can be folded, if the memory for their copies is there; where the
+        host moves or casts weights as they are used, beside all of these."""
         room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
         plain, cast = [], []
         for path, layer in layers.items():
-            self.layers[path] = FoldedOutput(layer, self.inputs) if TEXT_LAYER.search(path) and _is_constant(layer) else None
+            self.layers[path] = (
+                FoldedOutput(layer, self.inputs) if TEXT_LAYER.search(path) and _is_constant(layer) else None
+            )
             if self.layers[path] is None and _is_foldable(layer, x.device, dtype):
                 (cast if is_cast(layer) else plain).append(path)
         for paths, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
@@ -157,24 +166,34 @@ _PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
-    """Whether the layer's own forward is just its weight times the input, and a copy of that not many times what is stored of it."""
+    """Whether the layer's own forward is just its weight times the input, and a copy of that not many times what is
+    stored of it."""
     weight = layer.weight
-    return (isinstance(layer, torch.nn.Linear) and _is_constant(layer) and type(weight.data) is torch.Tensor
-            and weight.dtype in _PRECISE and dtype in _PRECISE
-            and (is_cast(layer) or (weight.device == device and weight.dtype == dtype)))
+    return (
+        isinstance(layer, torch.nn.Linear)
+        and _is_constant(layer)
+        and type(weight.data) is torch.Tensor
+        and weight.dtype in _PRECISE
+        and dtype in _PRECISE
+        and (is_cast(layer) or (weight.device == device and weight.dtype == dtype))
+    )
 
 
 def _own_copy(text, device, dtype):
-    """The text as the model's layers get it, in a tensor that counts changes in place, which `folded.Inputs` goes by."""
-    if not isinstance(text, torch.Tensor) or (not text.is_inference() and text.dtype == dtype and text.device == device):
+    """The text as the model's layers get it, in a tensor that counts changes in place, which `folded.Inputs` goes
+    by."""
+    if not isinstance(text, torch.Tensor) or (
+        not text.is_inference() and text.dtype == dtype and text.device == device
+    ):
         return text
     with torch.inference_mode(False):
         return text.to(device, dtype, copy=True)
 
 
 class SamplingPatch(TimestepAwarePatch):
-    """`TimestepAwarePatch` of a stored T-LoRA. Its device copies are made once a sampling and do not outlast it: of a sweep's
-    models, each with its own, one samples at a time, and with --highvram or --gpu-only the host leaves idle ones on the GPU.
+    """`TimestepAwarePatch` of a stored T-LoRA. Its device copies are made once a sampling and do not outlast it: of a
+    sweep's models, each with its own, one samples at a time, and with --highvram or --gpu-only the host leaves idle
+    ones on the GPU.
 
     fold: None lets memory decide, True folds wherever a layer allows it, False never does.
     """
@@ -202,7 +221,9 @@ class SamplingPatch(TimestepAwarePatch):
         if not paths <= folds.layers.keys():
             new = {path: modules[path] for path in paths - folds.layers.keys()}
             folds.add(base, new, x, base.get_dtype_inference(), must=self.fold is True)
-        return {path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths}
+        return {
+            path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths
+        }
 
     def to(self, target):
         """Where the adapters are moved, copies are made anew."""
@@ -211,13 +232,14 @@ class SamplingPatch(TimestepAwarePatch):
         return self
 
     def forget_copies(self, patcher: ModelPatcher) -> None:
-        """The host's ON_CLEANUP callback. It calls `to` with the device of idle models too, but not for each model of a sampling."""
+        """The host's ON_CLEANUP callback. It calls `to` with the device of idle models too, but not for each model of a
+        sampling."""
         self.adapters.forget()
 
 
 def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
-    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch. Nodes that would
-    save or combine its weights stop with an error; see `weights`.
+    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch. Nodes
+    that would save or combine its weights stop with an error; see `weights`.
 
     Raises TLoRAError when the T-LoRA does not fit the model: a layer that is missing or has another shape, or a noise
     schedule whose timestep is unknown.

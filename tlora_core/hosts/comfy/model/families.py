@@ -1,4 +1,5 @@
 """Which layers of a model a T-LoRA is trained on, and how: by the names that model families give their layers."""
+
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,22 +16,27 @@ from ....tiny.comfy import TinySDXL
 from .layers import is_linear, modules_by_path
 
 # The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
-# stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out there).
+# stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out
+# there).
 _LEFT_OUT = re.compile(
     r"refiner|txt_in|text_transformer|context_processor|pooler|embedder|"
-    r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$")
+    r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
+)
 _IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
 _ATTENTION = re.compile(
     _IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:"
-    r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"  # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
+    # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
+    r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
-    r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$")  # AuraFlow, Kandinsky, MM-DiT, Lumina2
+    r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
+)  # AuraFlow, Kandinsky, MM-DiT, Lumina2
 # Query, key and value in one layer, one below the other: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. FLUX's blocks of
 # one stream keep the first layer of their feed-forward below these.
 _FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
 _FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
 _FEED_FORWARD = re.compile(
-    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$")
+    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
+)
 _FEED_FORWARD_ROWS = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear1$")
 
 ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
@@ -54,15 +60,16 @@ class TargetLayer:
         """The layer's own rows as loaded, float32 [rows, in], on the device they lie on."""
         weight = self.module.weight.detach()
         weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
-        return weight[self.row:self.row + self.rows].float()
+        return weight[self.row : self.row + self.rows].float()
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """How to train a kind of model: the paper's settings for SDXL and FLUX, and for other models those of the nearer one.
+    """How to train a kind of model: the paper's settings for SDXL and FLUX, and for other models those of the nearer
+    one.
 
-    steps_of: of the methods that learn, and copy, sooner than others because they start at zero. learning_rate: AdamW's; Prodigy finds
-    its own. max_gradient: where the gradient's norm is clipped, 0 for not at all.
+    steps_of: of the methods that learn, and copy, sooner than others because they start at zero. learning_rate:
+    AdamW's; Prodigy finds its own. max_gradient: where the gradient's norm is clipped, 0 for not at all.
     """
 
     method: str
@@ -75,17 +82,18 @@ class Defaults:
 
 
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, TargetLayer]:
-    """The layers a T-LoRA is trained on. A key is a module path, or "path@row" for the rows of a projection that shares its
-    layer with others.
+    """The layers a T-LoRA is trained on. A key is a module path, or "path@row" for the rows of a projection that shares
+    its layer with others.
 
-    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those and
-        the feed-forward layers beside them; or patterns of module paths, one a line or with commas between, such as
+    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
+        and the feed-forward layers beside them; or patterns of module paths, one a line or with commas between, such as
         "*.attn2.*, middle_block.*". A pattern sees a shared layer's name with and without the row.
 
     Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
     """
-    linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items()
-              if is_linear(module)}
+    linear = {
+        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
+    }
     return layers_among(linear, which, type(model.model).__name__)
 
 
@@ -97,7 +105,8 @@ def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -
     if not attention:
         raise TLoRAError(
             f"model is a {kind}, whose attention layers T-LoRA does not know by name; give patterns of "
-            f"layer names instead, or use another model. {_examples(linear)}")
+            f"layer names instead, or use another model. {_examples(linear)}"
+        )
     return attention if which == ATTENTION else {**attention, **feed_forward}
 
 
@@ -108,11 +117,13 @@ def defaults_for(model: ModelPatcher) -> Defaults:
 
 
 def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
-    """The same by the host's config of a model. is_unet: whether it is a U-Net of the kind of SDXL's; None where there is no network
-    to ask yet, and the config says it."""
+    """The same by the host's config of a model. is_unet: whether it is a U-Net of the kind of SDXL's; None where there
+    is no network to ask yet, and the config says it."""
     if isinstance(config, TinySDXL):
         return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
-    if is_unet or (is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config):
+    if is_unet or (
+        is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config
+    ):
         # Text as wide as 768 is SD1's, 1024 SD2's; what is wider was trained on pictures of 1024.
         resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
         return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
@@ -120,7 +131,8 @@ def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None =
 
 
 def is_flux(model: ModelPatcher) -> bool:
-    """Whether guidance is distilled into the model: it is told how much, if it asks, and sampled without a negative prompt."""
+    """Whether guidance is distilled into the model: it is told how much, if it asks, and sampled without a negative
+    prompt."""
     return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
 
 
@@ -164,25 +176,37 @@ def _slices(path: str, module: torch.nn.Linear, sizes: Iterable[int]) -> dict[st
     return found
 
 
-def _matching(which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[str, TargetLayer]) -> dict[str, TargetLayer]:
+def _matching(
+    which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[str, TargetLayer]
+) -> dict[str, TargetLayer]:
     """Layers in which several projections lie are met by their parts, the others whole."""
     shared = {name.partition("@")[0] for name in known if "@" in name}
     layers = {name: layer for name, layer in known.items() if "@" in name}
-    layers |= {path: TargetLayer(module, 0, module.out_features) for path, module in linear.items() if path not in shared}
+    layers |= {
+        path: TargetLayer(module, 0, module.out_features) for path, module in linear.items() if path not in shared
+    }
     found = {}
     patterns = [pattern.strip() for pattern in re.split(r"[,\n]", which) if pattern.strip()]
     if not patterns:
         raise TLoRAError(f'layers is empty; write "{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of layer names.')
     for pattern in patterns:
-        matched = {name: layer for name, layer in layers.items()
-                   if fnmatchcase(name, pattern) or fnmatchcase(name.partition("@")[0], pattern)}
+        matched = {
+            name: layer
+            for name, layer in layers.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(name.partition("@")[0], pattern)
+        }
         if not matched:
-            raise TLoRAError(f'layers has the pattern "{pattern}", which no linear layer of this model matches; use '
-                             f'"{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of names. {_examples(linear)}')
+            raise TLoRAError(
+                f'layers has the pattern "{pattern}", which no linear layer of this model matches; use '
+                f'"{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of names. {_examples(linear)}'
+            )
         found |= matched
     return found
 
 
 def _examples(linear: Mapping[str, torch.nn.Linear]) -> str:
     paths = list(linear)
-    return f"Its layers are named like {', '.join(paths[i] for i in sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1}))}."
+    return (
+        f"Its layers are named like "
+        f"{', '.join(paths[i] for i in sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1}))}."
+    )

@@ -2,6 +2,7 @@
 
 `model_sampling` below is always the one of the model really evaluated: nodes such as ModelSamplingDiscrete replace it.
 """
+
 import math
 
 import comfy.model_sampling as host
@@ -16,10 +17,10 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and that unit's end.
 
     Noise and v prediction on discrete timesteps: the host's own timestep, T = 1000. Flow models: the shifted time
-    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1. Stable Cascade, Cosmos and continuous v:
-    the model's own time, which goes from 0 to 1, T = 1.
-    A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is never
-    guessed.
+    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1. Stable Cascade, Cosmos and
+    continuous v: the model's own time, which goes from 0 to 1, T = 1.
+    A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is
+    never guessed.
     """
     t, T = _known_level(model_sampling, sigma)
     return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
@@ -29,8 +30,8 @@ def _known_level(m, sigma: Tensor) -> tuple[Tensor, float]:
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
         return m.timestep(sigma).clamp(0, 1), 1.0
     if isinstance(m, host.ModelSamplingDiscrete):
-        # By the base class, which gives the place in the table of sigmas: a subclass may report a log sigma instead. Distilled
-        # models have every twentieth timestep or so in their table, the last one among them.
+        # By the base class, which gives the place in the table of sigmas: a subclass may report a log sigma instead.
+        # Distilled models have every twentieth timestep or so in their table, the last one among them.
         place = host.ModelSamplingDiscrete.timestep(m, sigma)
         return (place + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
     if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
@@ -40,7 +41,8 @@ def _known_level(m, sigma: Tensor) -> tuple[Tensor, float]:
         return ((sigma.log() - low) / (high - low)).clamp(0, 1), 1.0
     raise TLoRAError(
         f"This model's noise schedule ({type(m).__mro__[1].__name__}) is not one T-LoRA knows, so the timestep of a "
-        "sigma is unknown; use a model with noise, v, EDM or flow prediction.")
+        "sigma is unknown; use a model with noise, v, EDM or flow prediction."
+    )
 
 
 def domain(model_sampling) -> str:
@@ -67,19 +69,30 @@ def output_scale(model_sampling, sigma: Tensor) -> Tensor:
         return sigma
     raise TLoRAError(
         f"Training on this model's prediction type ({type(m).__mro__[1].__name__}) is not supported; use a model "
-        "with noise, v, EDM or flow prediction.")
+        "with noise, v, EDM or flow prediction."
+    )
 
 
-def draw_sigmas(model_sampling, count: int, generator: torch.Generator, density: str = "uniform", low: float = 0.0,
-                high: float = 1.0) -> Tensor:
-    """`count` training sigmas, float32 on the CPU: t of the given density over the part low..high of the model's training
-    timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that the model has no use for."""
+def draw_sigmas(
+    model_sampling,
+    count: int,
+    generator: torch.Generator,
+    density: str = "uniform",
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Tensor:
+    """`count` training sigmas, float32 on the CPU: t of the given density over the part low..high of the model's
+    training timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that the model has no use for."""
     m = model_sampling
     if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
-        place = torch.rand(count, generator=generator) if density == "uniform" else flow_density(density, count, generator)
+        place = (
+            torch.rand(count, generator=generator) if density == "uniform" else flow_density(density, count, generator)
+        )
         return (low + (high - low) * place).clamp(min=1e-4)
     if density != "uniform":
-        raise TLoRAError(f"timestep_density is {density}, which is for flow models such as FLUX and SD3; set it to uniform.")
+        raise TLoRAError(
+            f"timestep_density is {density}, which is for flow models such as FLUX and SD3; set it to uniform."
+        )
     first, last = math.floor(low * len(m.sigmas)), math.ceil(high * len(m.sigmas))
     rows = torch.randint(first, max(last, first + 1), (count,), generator=generator)
     return m.sigmas.cpu().float()[rows]

@@ -1,4 +1,5 @@
-"""A loaded model as the readers of foreign files need it: the host's own table of names, shapes, and original weights."""
+"""A loaded model as the readers of foreign files need it: the host's own table of names, shapes, and original
+weights."""
 
 from collections.abc import Mapping
 
@@ -19,7 +20,9 @@ _PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 def target_of(model: ModelPatcher) -> Target:
     """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
-    linear = {path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)}
+    linear = {
+        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
+    }
     sampling = model.get_model_object("model_sampling")
     _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
     return Target(

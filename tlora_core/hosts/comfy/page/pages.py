@@ -1,4 +1,6 @@
-"""Sends events to the pages that can take them. A page that is still loading knows none of ours, and complains of each."""
+"""Sends events to the pages that can take them. A page that is still loading knows none of ours, and complains of
+each."""
+
 import threading
 from typing import Any
 
@@ -9,8 +11,8 @@ _listening: dict[str, Any] = {}  # by client id, the socket; one that is opened 
 
 
 def listen(client: str | None) -> None:
-    """From now on `tell` reaches this page, until its socket closes. `client` is the id that the host knows it by; without a
-    socket of that id nothing happens."""
+    """From now on `tell` reaches this page, until its socket closes. `client` is the id that the host knows it by;
+    without a socket of that id nothing happens."""
     sockets = getattr(getattr(PromptServer, "instance", None), "sockets", {})
     with _lock:
         for gone in [known for known, socket in _listening.items() if sockets.get(known) is not socket]:

@@ -1,4 +1,5 @@
 """The workflow that is being run, as the page sent it along with the prompt."""
+
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,8 +27,9 @@ def workflow_id() -> str | None:
 
 
 def owner_of(workflow: Mapping[str, Any], node_id: str | None) -> str | None:
-    """What the page has written into a node of `workflow` to know its runs by, as ids alone are the same in each copy of a
-    template. `node_id` is the host's, "3:7" in a sub-graph. None where it wrote nothing, or nothing that it would write."""
+    """What the page has written into a node of `workflow` to know its runs by, as ids alone are the same in each copy
+    of a template. `node_id` is the host's, "3:7" in a sub-graph. None where it wrote nothing, or nothing that it would
+    write."""
     try:
         inner, node = workflow, {}
         subgraphs = {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", [])}

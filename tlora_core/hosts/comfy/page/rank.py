@@ -1,4 +1,5 @@
 """Tells the page which ranks are on while a sampler runs."""
+
 import time
 import uuid
 from dataclasses import asdict
@@ -17,7 +18,8 @@ EVENT_EVERY = 0.1  # seconds; evaluations in between are not looked at
 
 
 def show_active_rank(model: ModelPatcher, schedule: RankSchedule, node_id: str | None) -> ModelPatcher:
-    """Adds to `model`, which must be the caller's own clone, and returns it. Without a page to tell, nothing is added."""
+    """Adds to `model`, which must be the caller's own clone, and returns it. Without a page to tell, nothing is
+    added."""
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
         teller = _Teller(schedule, node_id, workflow_id())
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"tlora-live-{uuid.uuid4()}", teller)
@@ -48,9 +50,17 @@ class _Teller:
         elif sigmas is not self._sigmas:
             # The last sigma is where the sampler ends: the model is not evaluated there.
             self._sigmas, self._steps = sigmas, self._ranks(sampling, sigmas[:-1])
-        tell(EVENT, {
-            "node": self.node_id, "workflow": self.workflow, "level": level, "rank": rank, "steps": self._steps,
-            "schedule": asdict(self.schedule)})
+        tell(
+            EVENT,
+            {
+                "node": self.node_id,
+                "workflow": self.workflow,
+                "level": level,
+                "rank": rank,
+                "steps": self._steps,
+                "schedule": asdict(self.schedule),
+            },
+        )
 
     def _ranks(self, sampling, sigmas) -> list[tuple[float, int]]:
         timesteps, T = noise_level(sampling, sigmas)

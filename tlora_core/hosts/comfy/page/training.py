@@ -1,9 +1,11 @@
 """Training runs as the page sees them: where a run stands, and what the user wants of it.
 
-The latest run of each node is kept here while the server lives, of RUNS_KEPT nodes at most, with its loss curve and validation
-pictures, so that a page that is opened later, or again, can be told all of it; see `routes.training` for how a page asks. Training runs in the host's
-prompt thread and the routes in its event loop, so a run locks itself. Without a server a run only keeps its record.
+The latest run of each node is kept here while the server lives, of RUNS_KEPT nodes at most, with its loss curve and
+validation pictures, so that a page that is opened later, or again, can be told all of it; see `routes.training` for how
+a page asks. Training runs in the host's prompt thread and the routes in its event loop, so a run locks itself. Without
+a server a run only keeps its record.
 """
+
 import functools
 import io
 import math
@@ -38,7 +40,8 @@ Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 @dataclass(frozen=True)
 class ValidationPicture:
-    """A picture of `step` as a page gets it: the bytes of a PNG or JPEG, and what its prompts were, from left to right."""
+    """A picture of `step` as a page gets it: the bytes of a PNG or JPEG, and what its prompts were, from left to
+    right."""
 
     step: int
     captions: tuple[str, ...]
@@ -106,8 +109,8 @@ class LiveRun:
         return [run.state() for run in runs]
 
     def report(self, step: int, loss: float) -> None:
-        """After each step, counted from 1: its loss; those up to `first_step` may be told too, for the curve. Cheap: pages
-        hear of it a few times a second."""
+        """After each step, counted from 1: its loss; those up to `first_step` may be told too, for the curve. Cheap:
+        pages hear of it a few times a second."""
         now = time.monotonic()
         with self._lock:
             self._step = max(step, self._first_step)
@@ -159,8 +162,11 @@ class LiveRun:
             self._wishes.discard("checkpoint")
         return asked
 
-    def finish(self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = "") -> None:
-        """The end, "found" being that of a run that was not trained again: `message` for the user, `file` as Load T-LoRA lists it."""
+    def finish(
+        self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = ""
+    ) -> None:
+        """The end, "found" being that of a run that was not trained again: `message` for the user, `file` as Load
+        T-LoRA lists it."""
         with self._lock:
             self._state, self._message, self._file = state, message, file
             self._wishes.discard("checkpoint")
@@ -197,7 +203,7 @@ class LiveRun:
         """One event to all pages, with the points since the last one."""
         with self._lock:
             self._sequence += 1
-            state = self._as_json(self._points[self._sent:])
+            state = self._as_json(self._points[self._sent :])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
             # Only queued there; inside the lock, so that events leave in order.
@@ -208,17 +214,33 @@ class LiveRun:
         rate = (last - first) / (ended - began) if last > first and ended > began else None
         kind, memory = _memory()
         return {
-            "id": self.id, "sequence": self._sequence, "node": self.node_id, "workflow": self.workflow_id,
-            "owner": self.owner, "title": self.title, "state": self._state,
-            "step": self._step, "steps": self.steps, "points": points, "rate": rate,
-            "left": (self.steps - self._step) / rate if rate else None, "memory": memory, "memory_kind": kind,
-            "pictures": [{"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()],
-            "wishes": sorted(self._wishes), "message": self._message, "file": self._file}
+            "id": self.id,
+            "sequence": self._sequence,
+            "node": self.node_id,
+            "workflow": self.workflow_id,
+            "owner": self.owner,
+            "title": self.title,
+            "state": self._state,
+            "step": self._step,
+            "steps": self.steps,
+            "points": points,
+            "rate": rate,
+            "left": (self.steps - self._step) / rate if rate else None,
+            "memory": memory,
+            "memory_kind": kind,
+            "pictures": [
+                {"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()
+            ],
+            "wishes": sorted(self._wishes),
+            "message": self._message,
+            "file": self._file,
+        }
 
 
 def shown_when_it_fails(execute: Callable) -> Callable:
-    """For a node's `execute`, below its @classmethod: what ends it before a run begins, or past the run's own notice, is that node's
-    run to the page too, which would else show an older one. The node has `hidden.unique_id`."""
+    """For a node's `execute`, below its @classmethod: what ends it before a run begins, or past the run's own notice,
+    is that node's run to the page too, which would else show an older one. The node has `hidden.unique_id`."""
+
     @functools.wraps(execute)
     def shown(node, *args, **inputs):
         before = LiveRun.of(node.hidden.unique_id)
@@ -255,4 +277,3 @@ def _memory() -> tuple[str, float]:
     if device.type == "cuda":
         return "device peak", torch.cuda.max_memory_allocated(device) / 2**20
     return "process", psutil.Process().memory_info().rss / 2**20
-

@@ -1,4 +1,6 @@
-"""The routes by which a page asks what a file in the loras folders is. A name is only ever looked up in the host's list."""
+"""The routes by which a page asks what a file in the loras folders is. A name is only ever looked up in the host's
+list."""
+
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -34,5 +36,7 @@ async def _read(request: web.Request, read: Callable[[Path], object]):
         return await asyncio.to_thread(lambda: read(lora_path(name)))
     except (TLoRAError, OSError) as error:
         # Of the name, the page knows already; of the folder, it need not know.
-        reason = str(error) if isinstance(error, TLoRAError) else "it cannot be read; check the disk and its permissions."
+        reason = (
+            str(error) if isinstance(error, TLoRAError) else "it cannot be read; check the disk and its permissions."
+        )
         raise web.HTTPUnprocessableEntity(text=reason) from error

@@ -1,4 +1,5 @@
 """What the Train node's inputs stand for, before the run: from the model's file, of which only the header is read."""
+
 import functools
 import json
 import struct
@@ -29,8 +30,8 @@ _MOST_HEADER = 1 << 27  # bytes; a header is a few hundred KB
 
 @dataclass(frozen=True)
 class KnownModel:
-    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device. weight_bytes: of all its weights,
-    those of float32 counted as the two bytes that a GPU gets of them."""
+    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device. weight_bytes: of
+    all its weights, those of float32 counted as the two bytes that a GPU gets of them."""
 
     defaults: Defaults
     linear: Mapping[str, nn.Linear]
@@ -40,7 +41,8 @@ class KnownModel:
 def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a training of these inputs is to be, as JSON values; None where the model cannot be known from its loader.
 
-    loader, file: the node that the model comes from, and what it loads. fields, config: as `personalize.filled_in` takes them.
+    loader, file: the node that the model comes from, and what it loads. fields, config: as `personalize.filled_in`
+        takes them.
     Raises TLoRAError for inputs that cannot be.
     """
     path = _path_of(loader, file)
@@ -51,15 +53,24 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
     schedule = request.schedule
     layers = layers_among(known.linear, request.layers, "model")
     shapes = [layer.shape for layer in layers.values()]
-    return {"steps": request.config.steps, "learning_rate": request.config.learning_rate, "optimizer": request.config.optimizer,
-            "resolution": request.resolution, "method": request.method, "rank": schedule.rank, "min_rank": schedule.min_rank,
-            "layers": len(layers), "least_bytes": known.weight_bytes + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
-            "device_bytes": comfy.model_management.get_total_memory(comfy.model_management.get_torch_device())}
+    return {
+        "steps": request.config.steps,
+        "learning_rate": request.config.learning_rate,
+        "optimizer": request.config.optimizer,
+        "resolution": request.resolution,
+        "method": request.method,
+        "rank": schedule.rank,
+        "min_rank": schedule.min_rank,
+        "layers": len(layers),
+        "least_bytes": known.weight_bytes
+        + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
+        "device_bytes": comfy.model_management.get_total_memory(comfy.model_management.get_torch_device()),
+    }
 
 
 def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, optimizer: str) -> int:
-    """What adapters of layers of these shapes hold in a step: float32 factors, their gradients, the optimizer's state and, for an
-    orthogonal start, that start. Of methods whose blocks are of another kind nothing is counted."""
+    """What adapters of layers of these shapes hold in a step: float32 factors, their gradients, the optimizer's state
+    and, for an orthogonal start, that start. Of methods whose blocks are of another kind nothing is counted."""
     if METHODS[method].of_weight:
         return 0
     orthogonal = METHODS[method].is_orthogonal
@@ -72,7 +83,9 @@ def _path_of(loader: str, file: str) -> Path | None:
     if loader == TINY:
         return Path(tiny.__file__).parent / "weights" / "tiny_base.safetensors"
     folder, _ = LOADERS.get(loader, ("", ""))
-    path = folder_paths.get_full_path(folder, file) if folder and file in folder_paths.get_filename_list(folder) else None
+    path = (
+        folder_paths.get_full_path(folder, file) if folder and file in folder_paths.get_filename_list(folder) else None
+    )
     return Path(path) if path and path.endswith((".safetensors", ".sft")) else None
 
 
@@ -87,7 +100,7 @@ def _known(path: Path, _changed: int, is_tiny: bool) -> KnownModel | None:
     for name, tensor in tensors.items():
         if name.startswith(prefix) and name.endswith(".weight") and tensor.ndim == 2:
             rows, columns = tensor.shape
-            linear[name[len(prefix):-len(".weight")]] = nn.Linear(columns, rows, bias=False, device="meta")
+            linear[name[len(prefix) : -len(".weight")]] = nn.Linear(columns, rows, bias=False, device="meta")
     weight_bytes = sum(min(size, 2 * tensors[name].numel()) for name, size in sizes.items() if name.startswith(prefix))
     return KnownModel(defaults_of(config), linear, weight_bytes)
 
@@ -99,14 +112,18 @@ def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
             (length,) = struct.unpack("<Q", file.read(8))
             entries = json.loads(file.read(min(length, _MOST_HEADER)))
         entries.pop("__metadata__", None)
-        sizes = {name: end - start for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in entries.items())}
+        sizes = {
+            name: end - start
+            for name, (start, end) in ((name, entry["data_offsets"]) for name, entry in entries.items())
+        }
         return {name: torch.empty(entry["shape"], device="meta") for name, entry in entries.items()}, sizes
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RuntimeError):
         return {}, {}
 
 
 def asked_plan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to a page that sends a node's inputs, and its loader: the plan, {} where it cannot be known, or {"wrong": sentence}."""
+    """The answer to a page that sends a node's inputs, and its loader: the plan, {} where it cannot be known, or
+    {"wrong": sentence}."""
     try:
         names = ("token", "class_word", "method", "rank", "min_rank", "alpha", "curve", "start", "resolution", "layers")
         fields = {name: values[name] for name in names}

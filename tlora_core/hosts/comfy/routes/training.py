@@ -1,4 +1,6 @@
-"""The routes by which a page asks for training runs and has its say in them. Nothing that a page sends is used as a path."""
+"""The routes by which a page asks for training runs and has its say in them. Nothing that a page sends is used as a
+path."""
+
 import asyncio
 
 from aiohttp import web

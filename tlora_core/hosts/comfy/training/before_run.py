@@ -1,4 +1,6 @@
-"""What can be known to be wrong with a node's inputs before the graph runs: the page then marks the inputs, and nothing runs."""
+"""What can be known to be wrong with a node's inputs before the graph runs: the page then marks the inputs, and nothing
+runs."""
+
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +14,8 @@ AUTO = "auto"
 
 
 def given(value: Any) -> Any:
-    """An input as the host hands it to validate_inputs, alone or in a list of one; None where it comes from another node."""
+    """An input as the host hands it to validate_inputs, alone or in a list of one; None where it comes from another
+    node."""
     return (value[0] if value else None) if isinstance(value, list | tuple) else value
 
 
@@ -26,15 +29,18 @@ def wrong_file_name(file_name: Any) -> str | None:
     except TLoRAError as error:
         return str(error)
     if not os.access(folder, os.W_OK):
-        return f'file_name is "{name}", but nothing may be written to "{folder.name}" in the loras folder; choose another folder.'
+        return (
+            f'file_name is "{name}", but nothing may be written to "{folder.name}" in the loras folder; choose '
+            f"another folder."
+        )
     return None
 
 
 def wrong_training(inputs: Mapping[str, Any]) -> str | None:
     """The sentence about the first of the Train node's inputs that cannot be, or None.
 
-    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; what is None is not known yet
-    and is left to the run.
+    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; what is
+    None is not known yet and is left to the run.
     """
     known = {name: given(value) for name, value in inputs.items()}
     try:

@@ -1,8 +1,9 @@
 """Pictures of the subject's class for prior preservation (Ruiz et al. 2023), which the model draws itself.
 
-They take minutes on a large model. So they are kept, and a training that is taken up, or another one of the same class on the same model,
-has them at once.
+They take minutes on a large model. So they are kept, and a training that is taken up, or another one of the same class
+on the same model, has them at once.
 """
+
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,14 @@ class ClassPictures:
     def __init__(self, folder: Path | None = None, node_id: str | None = None):
         self.folder, self.node_id = folder, node_id
 
-    def of(self, model: ModelPatcher, clip: CLIP, vae: VAE, class_word: str, resolution: int, seeds: Sequence[int]) -> list[TrainingImage]:
-        """One for each seed, [resolution, resolution, 3]. Lets the host's interrupt through; what has been drawn by then is kept."""
-        folder = self._folder_for(class_word, __version__, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution)
+    def of(
+        self, model: ModelPatcher, clip: CLIP, vae: VAE, class_word: str, resolution: int, seeds: Sequence[int]
+    ) -> list[TrainingImage]:
+        """One for each seed, [resolution, resolution, 3]. Lets the host's interrupt through; what has been drawn by
+        then is kept."""
+        folder = self._folder_for(
+            class_word, __version__, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
+        )
         paths = [folder and folder / f"{seed}.png" for seed in seeds]
         pictures = [path and _kept(path, resolution) for path in paths]
         for i, seed in enumerate(seeds):
@@ -52,8 +58,13 @@ class ClassPictures:
         return self.folder / f"{as_file_name(class_word[:40], 'class')}-{key[:16]}"
 
     def _tell(self, done: int, total: int) -> None:
-        say(f"drawing class picture {done + 1} of {total}" if done < total else f"{total} class pictures are ready", self.node_id)
-        ProgressBar(total, node_id=self.node_id).update_absolute(done)  # raises the host's interrupt when the user has pressed cancel
+        say(
+            f"drawing class picture {done + 1} of {total}" if done < total else f"{total} class pictures are ready",
+            self.node_id,
+        )
+        ProgressBar(total, node_id=self.node_id).update_absolute(
+            done
+        )  # raises the host's interrupt when the user has pressed cancel
 
 
 def _kept(path: Path, resolution: int) -> Tensor | None:

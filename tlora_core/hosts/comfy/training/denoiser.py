@@ -1,4 +1,5 @@
 """The host's model as `trainer.Trainer` sees it."""
+
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -33,15 +34,23 @@ def normal(value):
     return value
 
 
-_CACHES = ("easycache",)  # of the host, also for its LazyCache: they skip steps of a sampling, and would give one picture's result for another
+_CACHES = (
+    "easycache",
+)  # of the host, also for its LazyCache: they skip steps of a sampling, and would give one picture's result for another
 _IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # a sampler calls the others
 
 
 def training_options(model: ModelPatcher) -> dict:
-    """The model's transformer_options, with the wrappers that nodes have put on it, as far as training has to do with them."""
-    options = {key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES}
-    wrappers = {kind: {key: list(each) for key, each in keyed.items() if key not in _CACHES}
-                for kind, keyed in model.wrappers.items() if kind in _IN_TRAINING}
+    """The model's transformer_options, with the wrappers that nodes have put on it, as far as training has to do with
+    them."""
+    options = {
+        key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES
+    }
+    wrappers = {
+        kind: {key: list(each) for key, each in keyed.items() if key not in _CACHES}
+        for kind, keyed in model.wrappers.items()
+        if kind in _IN_TRAINING
+    }
     return {**options, "wrappers": wrappers}
 
 
@@ -61,8 +70,15 @@ class HostDenoiser:
     config: its timesteps, Min-SNR, fresh latents and prior weight are this class's part.
     """
 
-    def __init__(self, model: ModelPatcher, adapters: Adapters, schedule: RankSchedule,
-                 samples: Sequence[Sample], config: TrainConfig, prior: Sequence[Sample] = ()):
+    def __init__(
+        self,
+        model: ModelPatcher,
+        adapters: Adapters,
+        schedule: RankSchedule,
+        samples: Sequence[Sample],
+        config: TrainConfig,
+        prior: Sequence[Sample] = (),
+    ):
         self.model, self.base, self.device, self.config = model, model.model, model.load_device, config
         self.sampling = self.base.model_sampling
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
@@ -73,7 +89,8 @@ class HostDenoiser:
         self.levels = copy.deepcopy(self.sampling).cpu()
         self.patch = TrainingPatch(lambda device, dtype: adapters, schedule)
         self.options = {
-            **training_options(model), "uuids": [],
+            **training_options(model),
+            "uuids": [],
             # The host may have chosen an attention kernel without a backward.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
@@ -87,7 +104,9 @@ class HostDenoiser:
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
         yield self._loss([self.samples[row] for row in rows], generator)
         if self.prior:
-            row = int(torch.randint(len(self.prior), (1,), generator=generator))  # so that each picture has the same chance
+            row = int(
+                torch.randint(len(self.prior), (1,), generator=generator)
+            )  # so that each picture has the same chance
             bucket = next(bucket for bucket in self.prior_buckets if row in bucket)
             chosen = torch.randint(len(bucket), (len(rows),), generator=generator).tolist()
             yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
@@ -96,7 +115,9 @@ class HostDenoiser:
         config = self.config
         latents = moved(torch.stack([self._latent(sample, generator) for sample in samples]), self.device)
         noise = moved(torch.randn(latents.shape, generator=generator), self.device)
-        sigmas = draw_sigmas(self.levels, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to)
+        sigmas = draw_sigmas(
+            self.levels, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to
+        )
         error = self.output_error(samples, latents, noise, sigmas).float().square()
         error = error * self._weights(samples, error)
         per_sample = error.flatten(1).mean(1)
@@ -118,8 +139,8 @@ class HostDenoiser:
         return self.base.process_latent_in(latent[None])[0]
 
     def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """What the model predicts (noise, v or flow) minus what it should, [B, C, ...], for latents and noise of that shape in
-        the model's scale, and sigmas [B] on the CPU. Each sample has the ranks of its own timestep."""
+        """What the model predicts (noise, v or flow) minus what it should, [B, C, ...], for latents and noise of that
+        shape in the model's scale, and sigmas [B] on the CPU. Each sample has the ranks of its own timestep."""
         self.patch.level = noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
@@ -130,7 +151,8 @@ class HostDenoiser:
         return (latents - denoised) / output_scale(self.sampling, each)
 
     def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
-        """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every step and
+        """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every
+        step and
         in every sample it belongs to: what U-Nets make of it is then computed once (`frozen.Frozen`)."""
         if len(samples) > 1:
             return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
@@ -138,7 +160,9 @@ class HostDenoiser:
         if key not in self._alone:
             inputs = comfy.samplers.cond_cat([self._condition(samples[0], like)])
             if "c_crossattn" in inputs:
-                inputs["c_crossattn"] = self._text(inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference()))
+                inputs["c_crossattn"] = self._text(
+                    inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference())
+                )
             self._alone[key] = inputs
         return self._alone[key]
 
@@ -155,7 +179,16 @@ class HostDenoiser:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
             noise = torch.zeros_like(like)
             encoded = comfy.samplers.encode_model_conds(
-                self.base.extra_conds, converted, noise, self.device, "positive", latent_image=noise, denoise_mask=None, seed=0)
+                self.base.extra_conds,
+                converted,
+                noise,
+                self.device,
+                "positive",
+                latent_image=noise,
+                denoise_mask=None,
+                seed=0,
+            )
             self._conditions[key] = {
-                name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()}
+                name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()
+            }
         return self._conditions[key]

@@ -1,4 +1,5 @@
 """Training pictures and captions as the model takes them, made by the host's own VAE and CLIP."""
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from ....training.dataset import Framed, loss_weights
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training picture: the mean [C, ..., h, w] of the VAE's posterior and its standard deviation (None where the VAE is
-    deterministic), in the VAE's scale, on the CPU; the loss's weights [h, w] or None; its CONDITIONING."""
+    """One training picture: the mean [C, ..., h, w] of the VAE's posterior and its standard deviation (None where the
+    VAE is deterministic), in the VAE's scale, on the CPU; the loss's weights [h, w] or None; its CONDITIONING."""
 
     mean: Tensor
     deviation: Tensor | None
@@ -28,7 +29,8 @@ class Sample:
 
 
 class Encoder:
-    """outside: the loss's weight outside a mask; see TrainConfig. told: what the model is told besides, such as FLUX's guidance."""
+    """outside: the loss's weight outside a mask; see TrainConfig. told: what the model is told besides, such as FLUX's
+    guidance."""
 
     def __init__(self, clip: CLIP, vae: VAE, outside: float = 0.0, told: Mapping[str, float] | None = None):
         self.clip, self.vae, self.outside, self.told = clip, vae, outside, dict(told or {})
@@ -41,11 +43,15 @@ class Encoder:
             raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit}, as this VAE needs.")
 
     def sample(self, picture: Framed, caption: str) -> Sample:
-        """Raises TLoRAError when VAE or CLIP make values of it that are no numbers, or its mask leaves nothing to learn."""
+        """Raises TLoRAError when VAE or CLIP make values of it that are no numbers, or its mask leaves nothing to
+        learn."""
         mean, deviation = posterior(self.vae, picture.pixels[None])
         # Here, as all that a training sees of it is a loss that is no number.
         if not _is_finite(mean, deviation):
-            raise TLoRAError("vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect another VAE.")
+            raise TLoRAError(
+                "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect "
+                "another VAE."
+            )
         weights = None if picture.mask is None else loss_weights(picture.mask, mean.shape[-2:], self.outside)
         return Sample(mean, deviation, weights, self.conditioning(picture, caption))
 
@@ -54,18 +60,30 @@ class Encoder:
         if caption not in self._texts:
             self._texts[caption] = self._encoded(caption)
         (width, height), (left, top), (now_wide, now_high) = picture.original, picture.crop, picture.size
-        sizes = {**self.told, "width": width, "height": height, "crop_w": left, "crop_h": top,
-                 "target_width": now_wide, "target_height": now_high}
+        sizes = {
+            **self.told,
+            "width": width,
+            "height": height,
+            "crop_w": left,
+            "crop_h": top,
+            "target_width": now_wide,
+            "target_height": now_high,
+        }
         return [[tensor, {**options, **sizes}] for tensor, options in self._texts[caption]]
 
     def _encoded(self, caption: str) -> list:
         texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
         if len(texts) > 1:
-            raise TLoRAError(f"clip reads prompts in {len(texts)} ways, each for a part of a sampling, and a training needs one; switch "
-                             "schedule_clip off in Set CLIP Hooks, or connect the CLIP from before that node.")
+            raise TLoRAError(
+                f"clip reads prompts in {len(texts)} ways, each for a part of a sampling, and a training needs one; "
+                f"switch "
+                "schedule_clip off in Set CLIP Hooks, or connect the CLIP from before that node."
+            )
         if not all(_is_finite(tensor, options.get("pooled_output")) for tensor, options in texts):
             raise TLoRAError(
-                f'clip turns "{caption}" into values that are no numbers; start ComfyUI with --fp32-text-enc, or connect another CLIP.')
+                f'clip turns "{caption}" into values that are no numbers; start ComfyUI with --fp32-text-enc, or '
+                f"connect another CLIP."
+            )
         return texts
 
 
@@ -74,8 +92,8 @@ def _is_finite(*tensors: Tensor | None) -> bool:
 
 
 def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(mean, standard deviation) [C, ..., h, w] of what the VAE makes of pixels [1, h, w, 3]; None for a deterministic VAE, and
-    where the host had to encode in tiles for want of memory."""
+    """(mean, standard deviation) [C, ..., h, w] of what the VAE makes of pixels [1, h, w, 3]; None for a deterministic
+    VAE, and where the host had to encode in tiles for want of memory."""
     seen: list[Tensor] = []
     regularization = getattr(vae.first_stage_model, "regularization", None)
     hook: Callable[[], None] = lambda: None  # noqa: E731
@@ -92,7 +110,8 @@ def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
-    """Rows of the samples that fit into a batch: of one shape, with texts of one length, as not every model pads them."""
+    """Rows of the samples that fit into a batch: of one shape, with texts of one length, as not every model pads
+    them."""
     rows: dict[tuple, list[int]] = {}
     for row, sample in enumerate(samples):
         rows.setdefault((sample.shape, sample.conditioning[0][0].shape), []).append(row)

@@ -1,8 +1,10 @@
 """What a training run depends on, as one hash, so that a finished run is found again and never made twice.
 
-Pictures and their masks are hashed whole. Weights are told apart by their names, shapes, dtypes and a few values of each, which takes a
-moment where hashing gigabytes would take as long as training some steps. Something in a graph that cannot be told apart makes the hash one of a kind.
+Pictures and their masks are hashed whole. Weights are told apart by their names, shapes, dtypes and a few values of
+each, which takes a moment where hashing gigabytes would take as long as training some steps. Something in a graph that
+cannot be told apart makes the hash one of a kind.
 """
+
 import hashlib
 import uuid
 from collections.abc import Mapping
@@ -24,7 +26,8 @@ _PLAIN = (str, int, float, bool, type(None))
 
 @dataclass(frozen=True)
 class AsTrained:
-    """Stands for a model without what acts only while sampling, such as a node's guidance: no training depends on it."""
+    """Stands for a model without what acts only while sampling, such as a node's guidance: no training depends on
+    it."""
 
     model: ModelPatcher
 
@@ -79,7 +82,7 @@ def _add_tensor(digest, tensor: Tensor, whole: bool = False) -> None:
     digest.update(f"{list(tensor.shape)} {tensor.dtype};".encode())
     flat = tensor.detach().reshape(-1)
     if len(flat) > WHOLE and not whole:
-        flat = flat[::len(flat) // TAKEN | 1]  # odd, not to go down a single column
+        flat = flat[:: len(flat) // TAKEN | 1]  # odd, not to go down a single column
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -91,7 +94,9 @@ def _as_loaded(model, key, tensor):
 
 def _add_patches(digest, patches) -> None:
     for strength, patch, strength_model, offset, _ in patches:
-        if isinstance(patch, list):  # another model's weight, as merging nodes give it, with how the host reads it; and that one's patches
+        if isinstance(
+            patch, list
+        ):  # another model's weight, as merging nodes give it, with how the host reads it; and that one's patches
             (weight, _), *others = patch
             for part in stored(weight):
                 _add(digest, part)

@@ -1,4 +1,5 @@
 """How much memory a training step will take, measured on small latents beforehand."""
+
 import gc
 from typing import NamedTuple
 
@@ -27,8 +28,9 @@ class Need(NamedTuple):
 def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
     """What `batch` of the largest pictures need, inside a training session without checkpointing.
 
-    What is kept grows as the picture does, from two sizes small enough to be cheap: attention keeps no tokens by tokens matrix.
-    The adapters, their gradients and the optimizer's state are not part of it; they are there by the second step.
+    What is kept grows as the picture does, from two sizes small enough to be cheap: attention keeps no tokens by tokens
+    matrix. The adapters, their gradients and the optimizer's state are not part of it; they are there by the second
+    step.
     """
     sample = max(denoiser.samples, key=lambda s: s.mean.numel())
     height, width = sample.mean.shape[-2:]
@@ -48,9 +50,12 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
 
 
 def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
-    """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters' gradients and the
-    optimizer's state are there too."""
-    need = _MARGIN * training_memory(denoiser, batch).plain + (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
+    """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters'
+    gradients and the optimizer's state are there too."""
+    need = (
+        _MARGIN * training_memory(denoiser, batch).plain
+        + (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
+    )
     gc.collect()  # what was measured leaves cycles behind, and they hold factors
     return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
 
@@ -60,7 +65,9 @@ class _Kept:
 
     def __init__(self, network: nn.Module):
         self.network = network
-        self.counted = {t.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers()) for t in stored(p)}
+        self.counted = {
+            t.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers()) for t in stored(p)
+        }
         self.outside, self.inputs, self.inside = 0, 0, []
         self.depth = 0
 
@@ -102,4 +109,6 @@ class _Kept:
                     self.inside[-1] += storage.nbytes()
                 else:
                     self.outside += storage.nbytes()
-        return tensor.detach()  # with its history it would hold the graph that holds it, and with that the model, for good
+        return (
+            tensor.detach()
+        )  # with its history it would hold the graph that holds it, and with that the model, for good

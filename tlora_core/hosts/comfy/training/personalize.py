@@ -1,4 +1,5 @@
 """One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
+
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -41,7 +42,8 @@ class TrainRequest:
     """What the user asks for: all that, with the pictures and the model, determines the result.
 
     layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: every picture mirrored too.
-    curve: see RankSchedule.from_text; "" for the formula. Of white space in token and class_word a single space is left, as in captions.
+    curve: see RankSchedule.from_text; "" for the formula. Of white space in token and class_word a single space is
+        left, as in captions.
     Raises TLoRAError when a field is out of its range.
     """
 
@@ -85,13 +87,15 @@ class TrainRequest:
 
     def __str__(self) -> str:
         config = self.config
-        return (f"{self.method}, {self.schedule}; {config.steps} steps of {config.optimizer} at {config.learning_rate:g}, "
-                f"{self.resolution} pixels")
+        return (
+            f"{self.method}, {self.schedule}; {config.steps} steps of {config.optimizer} at {config.learning_rate:g}, "
+            f"{self.resolution} pixels"
+        )
 
 
 def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
-    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits the model;
-    where the optimizer is, so is the clipping of gradients."""
+    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits
+    the model; where the optimizer is, so is the clipping of gradients."""
     return completed(defaults_for(model), config, **fields)
 
 
@@ -102,7 +106,9 @@ def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
         # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
         config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
         config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient
-    config["learning_rate"] = config.get("learning_rate") or (1.0 if config["optimizer"] == "prodigy" else usual.learning_rate)
+    config["learning_rate"] = config.get("learning_rate") or (
+        1.0 if config["optimizer"] == "prodigy" else usual.learning_rate
+    )
     fields["method"] = usual.method if fields["method"] == "auto" else fields["method"]
     config["steps"] = config.get("steps") or usual.steps_of.get(fields["method"], usual.steps)
     fields["resolution"] = fields["resolution"] or usual.resolution
@@ -112,26 +118,42 @@ def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
 class Personalization:
     """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
 
-    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none, they come
-    from class_pictures. memory: one of MEMORY. Raises TLoRAError for input that cannot work, before the model is touched.
+    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none,
+    they come from class_pictures. memory: one of MEMORY. Raises TLoRAError for input that cannot work, before the model
+    is touched.
     """
 
-    def __init__(self, model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                 prior: Sequence[TrainingImage] = (), memory: str = "auto", class_pictures: ClassPictures | None = None):
+    def __init__(
+        self,
+        model: ModelPatcher,
+        clip: CLIP,
+        vae: VAE,
+        images: Sequence[TrainingImage],
+        request: TrainRequest,
+        prior: Sequence[TrainingImage] = (),
+        memory: str = "auto",
+        class_pictures: ClassPictures | None = None,
+    ):
         if memory not in MEMORY:
             raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
         self.memory = memory
-        self.checkpointing = None if memory == "auto" else memory == "low"  # None: to be decided when the model is loaded
+        self.checkpointing = (
+            None if memory == "auto" else memory == "low"
+        )  # None: to be decided when the model is loaded
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
         self._check_config()
-        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)  # as the reference trains it
+        encoder = Encoder(
+            clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None
+        )  # as the reference trains it
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
             seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
-            prior = (class_pictures or ClassPictures()).of(model, clip, vae, request.class_word, request.resolution, seeds)
+            prior = (class_pictures or ClassPictures()).of(
+                model, clip, vae, request.class_word, request.resolution, seeds
+            )
         self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
@@ -141,8 +163,8 @@ class Personalization:
             self.trainer = Trainer(self.adapters, request.config)
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
-        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with checkpointing;
-        otherwise, and where an update ended half-way, that is a TLoRAError."""
+        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with
+        checkpointing; otherwise, and where an update ended half-way, that is a TLoRAError."""
         while True:
             try:
                 return self._train(until, on_step)
@@ -151,13 +173,16 @@ class Personalization:
                     raise
                 if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
                     raise TLoRAError(self._out_of_memory()) from error
-            # Out here, where the error no longer holds what filled the memory. The step that failed has changed nothing.
+            # Out here, where the error no longer holds what filled the memory. The step that failed has changed
+            # nothing.
             self.checkpointing = True
             logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
 
     def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
         with training_session(self.model), ExitStack() as stack:
-            denoiser = HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+            denoiser = HostDenoiser(
+                self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior
+            )
             try:
                 if self.checkpointing is None:
                     self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
@@ -167,22 +192,31 @@ class Personalization:
             except RuntimeError as error:
                 if self.trainer.step or ran_out_of_memory(error):
                     raise
-                if "nference tensors cannot" in str(error):  # torch's words for what another node has made, when it is to be trained through
+                if "nference tensors cannot" in str(
+                    error
+                ):  # torch's words for what another node has made, when it is to be trained through
                     raise TLoRAError(
-                        f"model has a patch on it that cannot be trained through ({one_line(error)}); connect the model from before the "
-                        "node that puts it there, and let that node come after Train.") from error
+                        f"model has a patch on it that cannot be trained through ({one_line(error)}); connect the "
+                        f"model from before the "
+                        "node that puts it there, and let that node come after Train."
+                    ) from error
                 raise TLoRAError(
-                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); connect model, clip "
-                    "and vae of one checkpoint.") from error
+                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); "
+                    f"connect model, clip "
+                    "and vae of one checkpoint."
+                ) from error
 
     def _out_of_memory(self) -> str:
-        """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does little."""
+        """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does
+        little."""
         request, batch = self.request, self.request.config.batch_size
-        ways = [*([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
-                *([f"lower batch_size (now {batch})"] if batch > 1 else []),
-                *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
-                *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),
-                f"lower resolution (now {request.resolution}) or the number of layers"]
+        ways = [
+            *([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
+            *([f"lower batch_size (now {batch})"] if batch > 1 else []),
+            *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
+            *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),
+            f"lower resolution (now {request.resolution}) or the number of layers",
+        ]
         return f"Memory ran out in step {self.trainer.step + 1}; {', or '.join(ways)}."
 
     @property
@@ -210,12 +244,27 @@ class Personalization:
             layers = {path: adapter.detach().to("cpu") for path, adapter in adapters.items()}
             ranks = effective_rank_of_b(adapters)
         training = {
-            **asdict(request.config), "start": request.start, "resolution": request.resolution, "framing": request.framing,
-            "flip": request.flip, "layers": request.layers, "images": self.images, "steps_done": self.trainer.step, B_KEY: ranks}
+            **asdict(request.config),
+            "start": request.start,
+            "resolution": request.resolution,
+            "framing": request.framing,
+            "flip": request.flip,
+            "layers": request.layers,
+            "images": self.images,
+            "steps_done": self.trainer.step,
+            B_KEY: ranks,
+        }
         return TLoRAFile(
-            layers=layers, method=request.method, schedule=self.schedule, num_timesteps=self.num_timesteps,
-            noise_domain=domain(self.sampling), base_model=type(self.model.model.model_config).__name__.lower(),
-            token=request.token, class_word=request.class_word, training=training)
+            layers=layers,
+            method=request.method,
+            schedule=self.schedule,
+            num_timesteps=self.num_timesteps,
+            noise_domain=domain(self.sampling),
+            base_model=type(self.model.model.model_config).__name__.lower(),
+            token=request.token,
+            class_word=request.class_word,
+            training=training,
+        )
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
         """Pictures [N, H, W, 3] by the T-LoRA as it stands."""
@@ -237,7 +286,9 @@ class Personalization:
             caption = caption_of(image.caption, request.token, request.class_word)
             samples.append(encoder.sample(picture, caption))
             if request.flip:
-                mirrored = replace(picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1))
+                mirrored = replace(
+                    picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1)
+                )
                 samples.append(encoder.sample(mirrored, caption))
         return samples
 
@@ -246,13 +297,18 @@ class Personalization:
         shapes = {name: layer.shape for name, layer in layers.items()}
         method = METHODS[request.method]
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
-            return make_adapters(request.method, request.start, shapes, request.rank, request.config.seed, device=device)
+            return make_adapters(
+                request.method, request.start, shapes, request.rank, request.config.seed, device=device
+            )
         with training_session(self.model):
-            return make_adapters(request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device)
+            return make_adapters(
+                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device
+            )
 
 
 class _Weights(Mapping):
-    """The weight of each layer, made when it is asked for: all of them in float32 would take more memory than the model has left."""
+    """The weight of each layer, made when it is asked for: all of them in float32 would take more memory than the model
+    has left."""
 
     def __init__(self, layers: Mapping[str, TargetLayer]):
         self.layers = layers

@@ -1,4 +1,6 @@
-"""A training run as a person goes through it: watched, paused for pictures and checkpoints, stopped, taken up, found again."""
+"""A training run as a person goes through it: watched, paused for pictures and checkpoints, stopped, taken up, found
+again."""
+
 import hashlib
 import logging
 import re
@@ -32,7 +34,8 @@ from .fingerprint import AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
-RESULTS_OF = "0.1.0"  # the version since which equal requests give equal results; another one would find no run of an earlier version
+# the version since which equal requests give equal results; another one would find no run of an earlier version
+RESULTS_OF = "0.1.0"
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
@@ -43,8 +46,8 @@ class Keeping:
     validation_prompts: drawn every `validate_every` steps (0: never), with {token} and {class_word} in their places.
     checkpoint_every: steps between checkpoints to go on from (0: none). checkpoint_files: a T-LoRA file at each, too.
     save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
-    rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes on with an
-        unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
+    rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes
+        on with an unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
     wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
     thumbnail: the first of the last validation pictures goes into the files, small; never a training picture.
     """
@@ -66,7 +69,9 @@ class Keeping:
             if getattr(self, name) < 0:
                 raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
         if self.validate_every and not self.validation_prompts:
-            raise TLoRAError(f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line.")
+            raise TLoRAError(
+                f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line."
+            )
         if self.wandb:
             required("wandb", "The input wandb")
 
@@ -80,9 +85,17 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
 
 
-def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[TrainingImage], request: TrainRequest,
-                  keeping: Keeping, file_name: str, node_id: str | None = None,
-                  prior: Sequence[TrainingImage] = ()) -> Outcome:
+def train_or_find(
+    model: ModelPatcher,
+    clip: CLIP,
+    vae: VAE,
+    images: Sequence[TrainingImage],
+    request: TrainRequest,
+    keeping: Keeping,
+    file_name: str,
+    node_id: str | None = None,
+    prior: Sequence[TrainingImage] = (),
+) -> Outcome:
     """Train a T-LoRA and save it under `file_name`, unless an equal run has made it already.
 
     Raises TLoRAError, and lets the host's interrupt through; `model` is as it was in every case.
@@ -100,12 +113,16 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
             return outcome
     require_writable(path.parent, LORAS_ADVICE)
     require_writable(runs_folder(), RUNS_ADVICE)
-    personalization = Personalization(model, clip, vae, images, request, prior, keeping.memory,
-                                      ClassPictures(class_pictures_folder(), node_id))
+    personalization = Personalization(
+        model, clip, vae, images, request, prior, keeping.memory, ClassPictures(class_pictures_folder(), node_id)
+    )
     state = None if found is None else found.load_checkpoint()
     remark = ""
     if state is not None and state.get("format") != STATE_FORMAT:
-        remark = f"Its first {state['step']} steps were trained by an older version, which this one cannot go on from: it is trained anew."
+        remark = (
+            f"Its first {state['step']} steps were trained by an older version, which this one cannot go on "
+            f"from: it is trained anew."
+        )
         logging.warning("[T-LoRA] %s", remark)
         state = None
     if state is not None:
@@ -120,7 +137,8 @@ def train_or_find(model: ModelPatcher, clip: CLIP, vae: VAE, images: Sequence[Tr
 
 
 def _without_counter(name: str) -> str:
-    """A new file's name without the number that `new_lora_path` put behind it; a number or a dot of the user's own stays."""
+    """A new file's name without the number that `new_lora_path` put behind it; a number or a dot of the user's own
+    stays."""
     return re.sub(r"_\d{5,}_$", "", name)
 
 
@@ -128,22 +146,33 @@ def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
     """The host's loaders give None, or a VAE without a network, for what a checkpoint file does not hold."""
     for name, part, node in (("clip", clip, "Load CLIP"), ("vae", vae, "Load VAE")):
         if getattr(part, "patcher", None) is None:
-            raise TLoRAError(f"{name} is empty, as the checkpoint file holds none; connect the {name} of a {node} node.")
+            raise TLoRAError(
+                f"{name} is empty, as the checkpoint file holds none; connect the {name} of a {node} node."
+            )
 
 
 def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken_up: RunFolder | None) -> list[Need]:
-    """What the rest of a training writes: its file at `path`, and checkpoints. taken_up: the run whose checkpoint it goes on from."""
+    """What the rest of a training writes: its file at `path`, and checkpoints. taken_up: the run whose checkpoint it
+    goes on from."""
     trainer, every = personalization.trainer, keeping.checkpoint_every
     to_come = (personalization.request.config.steps - 1) // every - trainer.step // every if every else 0
     files = 1 + (to_come if keeping.checkpoint_files else 0)
     # One takes the place of the other when it is written whole, so that for a while there are two.
     checkpoints = min(to_come, 2 if taken_up is None else 1)
-    return [Need(path.parent, files * personalization.file_bytes(DTYPE), "the T-LoRA file" if files == 1 else "T-LoRA files", LORAS_ADVICE),
-            Need(runs_folder(), checkpoints * trainer.state_bytes, "checkpoints", "set checkpoint_every to 0")]
+    return [
+        Need(
+            path.parent,
+            files * personalization.file_bytes(DTYPE),
+            "the T-LoRA file" if files == 1 else "T-LoRA files",
+            LORAS_ADVICE,
+        ),
+        Need(runs_folder(), checkpoints * trainer.state_bytes, "checkpoints", "set checkpoint_every to 0"),
+    ]
 
 
 def stopped_runs() -> int:
-    """How many runs have been stopped before their last step since the host started: a number that changes when one is."""
+    """How many runs have been stopped before their last step since the host started: a number that changes when one
+    is."""
     return TrainingRun.stopped
 
 
@@ -192,8 +221,11 @@ def _hash(name: str) -> str:
 
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 class TrainingRun:
@@ -201,15 +233,24 @@ class TrainingRun:
 
     stopped = 0  # runs of this process
 
-    def __init__(self, personalization: Personalization, folder: RunFolder, keeping: Keeping, file_name: str,
-                 node_id: str | None, remark: str = ""):
+    def __init__(
+        self,
+        personalization: Personalization,
+        folder: RunFolder,
+        keeping: Keeping,
+        file_name: str,
+        node_id: str | None,
+        remark: str = "",
+    ):
         self.personalization, self.trainer = personalization, personalization.trainer
         self.request, self.folder, self.keeping, self.file_name = personalization.request, folder, keeping, file_name
         self.steps, first = self.request.config.steps, self.trainer.step
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
-        self.live = LiveRun.begin(node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers")
+        self.live = LiveRun.begin(
+            node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers"
+        )
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
@@ -219,13 +260,17 @@ class TrainingRun:
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
         self.checkpoint_step = first  # of the last state on disk; 0 where there is none
         if first:
-            remark = f"going on from step {first} of an earlier run" if not self.is_over else "writing the file of an earlier run"
+            remark = (
+                f"going on from step {first} of an earlier run"
+                if not self.is_over
+                else "writing the file of an earlier run"
+            )
         if remark:
             self.live.note(remark)
 
     def go(self) -> Outcome:
-        """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it on record, and
-        lets the host's interrupt through."""
+        """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it
+        on record, and lets the host's interrupt through."""
         try:
             while not self.is_over and self.trainer.step < self.steps and not self.live.stop_requested:
                 self.personalization.train(self._next_pause(), self._on_step)
@@ -259,17 +304,22 @@ class TrainingRun:
 
     def _pause(self) -> None:
         step, keeping = self.trainer.step, self.keeping
-        due = self.asked_checkpoint or (keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps)
+        due = self.asked_checkpoint or (
+            keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps
+        )
         if due:
             self._checkpoint(self._checkpoint_state)
         if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
             self._validate()
-        if self.asked_checkpoint or (due and keeping.checkpoint_files):  # after the pictures, one of which it is to hold
+        if self.asked_checkpoint or (
+            due and keeping.checkpoint_files
+        ):  # after the pictures, one of which it is to hold
             self._checkpoint(self._checkpoint_file)
         self.asked_checkpoint = False
 
     def _checkpoint(self, save: Callable[[], str]) -> None:
-        """A disk that is full ends no training: the user is told, and the final save may find room. `save` gives what to tell."""
+        """A disk that is full ends no training: the user is told, and the final save may find room. `save` gives what
+        to tell."""
         try:
             message = save()
         except TLoRAError as error:
@@ -317,12 +367,16 @@ class TrainingRun:
         path = new_lora_path(self.file_name)
         tlora, name = self._write(path), name_of(path)
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
-        self._note_down(lambda: self.folder.update(
-            files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step, unsaved=0))
+        self._note_down(
+            lambda: self.folder.update(
+                files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step, unsaved=0
+            )
+        )
         return name, tlora.note
 
     def _note_down(self, write: Callable[[], None]) -> None:
-        """What a file that is there can do without: where the disk has no more room, this run is not found again, and no more is lost."""
+        """What a file that is there can do without: where the disk has no more room, this run is not found again, and
+        no more is lost."""
         try:
             write()
         except TLoRAError as error:
@@ -342,7 +396,9 @@ class TrainingRun:
         try:
             if state == "done":
                 self.folder.forget_checkpoint()
-                if self.keeping.validate_every:  # only now, as whoever cancels the last pictures is to keep the training
+                if (
+                    self.keeping.validate_every
+                ):  # only now, as whoever cancels the last pictures is to keep the training
                     self._validate()
                     self._note_down(lambda: self._renew_picture(name))
         finally:
@@ -351,7 +407,8 @@ class TrainingRun:
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
     def _renew_picture(self, name: str) -> None:
-        """Puts the last validation picture into the finished file, which is whole and known by the record at every moment."""
+        """Puts the last validation picture into the finished file, which is whole and known by the record at every
+        moment."""
         path = lora_path(name)
 
         def write(temporary: Path) -> None:
@@ -362,10 +419,12 @@ class TrainingRun:
             write_whole(path, write)
 
     def _kept(self, ended: str) -> str:
-        """Keeps a T-LoRA that the loras folder has not taken, for the same graph to take up where a disk takes the run's state, else as a
-        file in another folder; says where. ended: the state in which the training has."""
+        """Keeps a T-LoRA that the loras folder has not taken, for the same graph to take up where a disk takes the
+        run's state, else as a file in another folder; says where. ended: the state in which the training has."""
         missing = ""
-        if ended != "failed":  # after a divergence the last state stays: the optimizer is not at the step that the adapters went back to
+        if (
+            ended != "failed"
+        ):  # after a divergence the last state stays: the optimizer is not at the step that the adapters went back to
             missing = self._checkpoint_of_the_end()
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
             if not missing:
@@ -379,8 +438,11 @@ class TrainingRun:
         if only_writes:
             self._note_down(lambda: self.folder.update(unsaved=step))
         press = 'set rerun to "auto" and press Run again' if rerun == "restart" else "press Run again"
-        return (f'The training is kept in "{self.folder.path.name}"; when there is room, or with another file_name, {press}, which '
-                f"{'only writes the file' if only_writes else f'goes on from step {step}'}.")
+        return (
+            f'The training is kept in "{self.folder.path.name}"; when there is room, or with another file_name, '
+            f"{press}, which "
+            f"{'only writes the file' if only_writes else f'goes on from step {step}'}."
+        )
 
     def _saved_all_the_same(self, message: str) -> str:
         """The last good state of a training that has failed, in a file where the disk takes it; says which."""
@@ -391,7 +453,8 @@ class TrainingRun:
             return str(error)
 
     def _checkpoint_of_the_end(self) -> str:
-        """Where the disk takes no checkpoint, it may still take the T-LoRA's file, which is a fraction of it; says so then."""
+        """Where the disk takes no checkpoint, it may still take the T-LoRA's file, which is a fraction of it; says so
+        then."""
         try:
             self._save_state()
             return ""

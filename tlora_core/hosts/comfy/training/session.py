@@ -1,4 +1,5 @@
 """The MODEL that the host has loaded, made fit for training without a second copy of its weights."""
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -31,7 +32,9 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
         for module in network.modules():
             _leave_inference_mode(module)
         try:
-            comfy.model_management.in_training = True  # lets the host take differentiable paths where it has faster ones
+            comfy.model_management.in_training = (
+                True  # lets the host take differentiable paths where it has faster ones
+            )
             with replaced_forward() as replace:
                 _freeze(network, replace)
                 _protect_norms(network, replace)
@@ -46,7 +49,8 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
 
 
 def _move_off(model: ModelPatcher) -> None:
-    """What wrappers on the model, such as a T-LoRA that was trained on top of, have put on the device; the host does it after a sampling."""
+    """What wrappers on the model, such as a T-LoRA that was trained on top of, have put on the device; the host does it
+    after a sampling."""
     for wrapper in (w for keyed in model.wrappers.values() for each in keyed.values() for w in each):
         if hasattr(wrapper, "to"):
             wrapper.to(torch.device("cpu"))
@@ -54,8 +58,8 @@ def _move_off(model: ModelPatcher) -> None:
 
 @contextmanager
 def checkpointed(model: ModelPatcher):
-    """Within a training session: each block is computed again in the backward pass instead of being kept, for a third more
-    time and a fraction of the memory."""
+    """Within a training session: each block is computed again in the backward pass instead of being kept, for a third
+    more time and a fraction of the memory."""
     with replaced_forward() as replace:
         _checkpoint(model.model.diffusion_model, replace)
         yield
@@ -113,14 +117,18 @@ def _leave_inference_mode(module: nn.Module) -> None:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_inference():
             fresh = module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
-            vars(fresh).update(vars(parameter))  # what the host notes there, such as the dtype that it moves the weight in as
+            vars(fresh).update(
+                vars(parameter)
+            )  # what the host notes there, such as the dtype that it moves the weight in as
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_inference():
             module._buffers[name] = _same_storage(buffer)
     # Of a LoRA that the host adds beside the layer (its bypass LoRA).
     lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
     if isinstance(weights := getattr(lora, "weights", None), tuple | list):
-        lora.weights = type(weights)(_same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights)
+        lora.weights = type(weights)(
+            _same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights
+        )
 
 
 def _same_storage(tensor: Tensor) -> Tensor:
