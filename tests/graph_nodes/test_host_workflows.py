@@ -274,7 +274,7 @@ def test_script_arguments_are_left_alone():
 
 def test_whole_test_folder_is_run_unless_files_are_named(monkeypatch):
     monkeypatch.chdir(TESTS.parent)
-    assert commands._names_tests(["-x", "tests/test_host_workflows.py::test_reroute_disappears"])
+    assert commands._names_tests(["-x", "tests/graph_nodes/test_host_workflows.py::test_reroute_disappears"])
     assert not commands._names_tests(["-k", "tests", "-x"])
 
 
