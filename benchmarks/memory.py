@@ -152,7 +152,7 @@ def move(model):
 def adapters_on_meta(model, method, rank):
     from tlora_core.hosts.comfy.model.families import target_layers
     from tlora_core.method.adapters import Adapters
-    from tlora_core.method.bank import LoRABank, OrthoBank
+    from tlora_core.method.bank import Bank
 
     of_shapes = {}
     for name, layer in target_layers(model).items():
@@ -160,7 +160,7 @@ def adapters_on_meta(model, method, rank):
     made = {}
     for (rows, columns), names in of_shapes.items():
         B, S, A = (torch.empty(len(names), *shape, device=META) for shape in ((rows, rank), (1, rank), (rank, columns)))
-        bank = OrthoBank(B, S, A) if method == "tlora" else LoRABank(B, A)
+        bank = Bank(B, S if method == "tlora" else None, A)
         made |= {name: bank[i] for i, name in enumerate(names)}
     return Adapters(made)
 
@@ -207,6 +207,7 @@ def step(model, tokens, size, rank, checkpointing):
         trainer.run(denoiser, 2)
         counter.peak, counter.kernels = counter.live, 0
         trainer.run(denoiser, 3)
+        del denoiser  # ends with the session, and with it what layers keep of the text
     state = [
         v
         for values in trainer.optimizer.state.values()

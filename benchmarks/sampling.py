@@ -142,14 +142,15 @@ class Runs:
 def ways(base):
     """How many layers have their update folded, and what is kept for that."""
     from tlora_core.hosts.comfy.sampling import Folds
-    from tlora_core.layers.folded import FoldedOutput, FoldedWeight
+    from tlora_core.layers.folded_output import FoldedOutput
+    from tlora_core.layers.folded_weight import FoldedWeight
 
-    folds = [fold for fold in Folds.of(base).layers.values() if fold is not None]
+    known = Folds.of(base)
+    folds = [fold for fold in known.layers.values() if fold is not None]
+    texts = [text.outputs for text in known.texts.texts]
     weights = [fold.weight for fold in folds if isinstance(fold, FoldedWeight)]
-    outputs = [output for fold in folds if isinstance(fold, FoldedOutput) for output in fold._outputs.values()]
-    tensors = [
-        x for output in outputs for x in (output.alone, output.total, *(hidden for _, hidden in output.hidden.values()))
-    ]
+    outputs = [kept[fold] for kept in texts for fold in folds if isinstance(fold, FoldedOutput) and fold in kept]
+    tensors = [x for output in outputs for x in (output.alone, output.total, *output.hidden.values())]
     return {
         "layers": {"weight": len(weights), "output": len(folds) - len(weights)},
         "kept_mb": {

@@ -3,9 +3,9 @@
 from .errors import TLoRAError
 from .files.tlora_file import TLoRAFile
 from .hosts.diffusers import apply, load
+from .layers.beside import add_low_rank
 from .method.adapters import METHODS, Adapter, Adapters, LowRank, Method
 from .method.factory import make_adapters
-from .method.masking import add_low_rank
 from .method.schedule import RankSchedule
 from .method.starts import DEFAULT_START, STARTS, orthogonal_start, orthogonal_starts
 from .version import __version__

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
 from tlora_core.files.export import export
-from tlora_core.files.layer_names import layer_key, split_name
+from tlora_core.files.layer_names import layer_key
 
 # Family -> layers of those trained by "attention+feed-forward" that the host has a name for, where that is not all of
 # them.
@@ -67,7 +67,7 @@ def changes(model, path) -> dict[str, torch.Tensor]:
 
 def assert_whole(changed, tlora, but=()):
     for name, layer in tlora.layers.items():
-        path, row = split_name(name)
+        path, row = name.path, name.row
         if name not in but:
             assert_close(changed[path][row : row + len(layer.up)].double(), update(layer, layer.rank))
 

@@ -68,14 +68,13 @@ class Ways:
     """The ways in which layers were put on: "weight", "output", "product"."""
 
     def __init__(self, monkeypatch):
-        from tlora_core.layers import folded as folding
-        from tlora_core.layers import overlay as attach
+        from tlora_core.layers import beside, folded_output, folded_weight
 
         self.used = set()
         for owner, name, label in (
-            (folding.FoldedWeight, "forward", "weight"),
-            (folding.FoldedOutput, "forward", "output"),
-            (attach, "add_low_rank", "product"),
+            (folded_weight.FoldedWeight, "forward", "weight"),
+            (folded_output.FoldedOutput, "forward", "output"),
+            (beside, "add_low_rank", "product"),
         ):
             monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), label))
 
@@ -135,12 +134,11 @@ class Evaluations:
 
 def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
     """The weights of the layers in `applied`, with the updates that the rank leaves on at t, which runs from 0 to 1."""
-    from tlora_core.files.layer_names import split_name
 
     sums = {}
     for tlora, strength in applied:
         for name, layer in tlora.layers.items():
-            path, row = split_name(name)
+            path, row = name.path, name.row
             columns = layer.group * tlora.schedule_of(name).active_rank(t, 1)
             update = strength * layer.up[:, :columns].double() @ layer.down[:columns].double()
             sums.setdefault(path, modules[path].weight.double())

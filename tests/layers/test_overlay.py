@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tlora_core import LowRank
-from tlora_core.layers.overlay import Attachment, attached
+from tlora_core.layers.overlay import Overlay, overlaid
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -28,7 +28,7 @@ def masked(adapter, active):
 def test_layer_adds_the_masked_update_inside_and_nothing_outside():
     linear, adapter = layer(), update(1, group=2)
     bare = linear(X)
-    with attached([Attachment(linear, adapter, 3)]):
+    with overlaid([Overlay(linear, adapter, 3)]):
         assert torch.allclose(linear(X), bare + masked(adapter, 3), atol=1e-5)
     assert torch.equal(linear(X), bare) and "forward" not in linear.__dict__
 
@@ -36,8 +36,8 @@ def test_layer_adds_the_masked_update_inside_and_nothing_outside():
 def test_nested_attachments_add_up_and_come_off_in_turn():
     linear, one, two = layer(), update(1), update(2)
     bare = linear(X)
-    with attached([Attachment(linear, one, 4)]):
-        with attached([Attachment(linear, two, 2)]):
+    with overlaid([Overlay(linear, one, 4)]):
+        with overlaid([Overlay(linear, two, 2)]):
             assert torch.allclose(linear(X), bare + masked(one, 4) + masked(two, 2), atol=1e-5)
         assert torch.allclose(linear(X), bare + masked(one, 4), atol=1e-5)
     assert "forward" not in linear.__dict__
@@ -46,7 +46,7 @@ def test_nested_attachments_add_up_and_come_off_in_turn():
 def test_forward_that_somebody_else_put_there_is_kept():
     linear = layer()
     linear.forward = theirs = lambda x: torch.zeros(3, 5, 6)
-    with attached([Attachment(linear, update(1), 2)]):
+    with overlaid([Overlay(linear, update(1), 2)]):
         assert torch.allclose(linear(X), masked(update(1), 2), atol=1e-5)
     assert linear.forward is theirs
 
@@ -55,17 +55,17 @@ def test_error_half_way_through_attaching_takes_off_what_was_on():
     linear = layer()
 
     def attachments():
-        yield Attachment(linear, update(1), 2)
+        yield Overlay(linear, update(1), 2)
         raise KeyError("no such layer")
 
-    with pytest.raises(KeyError), attached(attachments()):
+    with pytest.raises(KeyError), overlaid(attachments()):
         pass
     assert "forward" not in linear.__dict__
 
 
 def test_samples_have_ranks_of_their_own():
     linear, adapter = layer(), update(1)
-    with attached([Attachment(linear, adapter, torch.tensor([0, 2, 4]))]):
+    with overlaid([Overlay(linear, adapter, torch.tensor([0, 2, 4]))]):
         out = linear(X)
     for i, active in enumerate((0, 2, 4)):
         assert torch.allclose(out[i], (linear(X) + masked(adapter, active))[i], atol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tlora_core import TLoRAError, make_adapters
-from tlora_core.layers.overlay import Attachment, attached
+from tlora_core.layers.overlay import Overlay, overlaid
 
 OUT, IN, BLOCKS = 10, 12, 3
 METHODS = ("oft", "gsoft", "svdiff")
@@ -61,7 +61,7 @@ def test_gradient_in_training_is_that_of_the_formula(method):
     parameters = [x, *adapter.parameters()]
     up, down = adapter.factors()
     wanted = torch.autograd.grad(((layer(x) + x @ (up @ down).T) * weigh).sum(), parameters)
-    with attached([Attachment(layer, adapter, adapter.rank)]):
+    with overlaid([Overlay(layer, adapter, adapter.rank)]):
         output = layer(x)
         got = torch.autograd.grad((output * weigh).sum(), parameters)
     for one, other in zip(wanted, got):

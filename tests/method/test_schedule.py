@@ -40,16 +40,18 @@ def test_formula_is_not_rewritten_as_one_minus_t_over_T():
 def test_tensor_and_scalar_agree_exactly(schedule, times, num_timesteps):
     for dtype in (torch.float64, torch.float32):
         t = torch.tensor(times, dtype=dtype)
-        ranks = schedule.active_ranks(t, num_timesteps)
-        assert ranks.dtype == torch.long and ranks.shape == t.shape
-        assert ranks.tolist() == [schedule.active_rank(v, num_timesteps) for v in t.tolist()]
+        found = schedule.active_of_layers([schedule.rank], t, num_timesteps)[schedule.rank]
+        ranks = torch.as_tensor(found)
+        assert ranks.dtype == torch.long and ranks.expand(len(t)).tolist() == [
+            schedule.active_rank(v, num_timesteps) for v in t.tolist()
+        ]
 
 
 @given(schedules, st.lists(st.floats(0, 1), min_size=1, max_size=4), st.data())
 def test_a_layers_ranks_are_one_number_where_all_agree(schedule, times, data):
     layer_rank = data.draw(st.integers(1, schedule.rank))
     wanted = [schedule.for_rank(layer_rank).active_rank(t, 1) for t in torch.tensor(times).tolist()]
-    found = schedule.active_of_layer(layer_rank, torch.tensor(times), 1, torch.device("cpu"))
+    found = schedule.active_of_layers({layer_rank}, torch.tensor(times), 1)[layer_rank]
     assert found == wanted[0] and isinstance(found, int) if len(set(wanted)) == 1 else found.tolist() == wanted
 
 
@@ -72,7 +74,7 @@ def test_times_outside_are_clamped_and_nan_is_refused():
     with pytest.raises(TLoRAError, match="NaN"):
         schedule.active_rank(math.nan)
     with pytest.raises(TLoRAError, match="NaN"):
-        schedule.active_ranks(torch.tensor([1.0, math.nan]))
+        schedule.active_of_layers([8], torch.tensor([1.0, math.nan]), 1000)
 
 
 @pytest.mark.parametrize("num_timesteps", [0, -1, math.nan, math.inf])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 from ..method.adapters import LowRank
+from ..method.layer_name import LayerName
 from .atomic import stem_of, write_tensors
-from .layer_names import diffusers_name, family_of, part_number, split_name
+from .layer_names import diffusers_name, family_of, part_number
 from .reference_layout import reference_tensors, write_reference
 from .tlora_file import DTYPES, TLoRAFile, plain_metadata
 
@@ -91,10 +92,9 @@ LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
 }
 
 
-def _named(name: str, layer: LowRank) -> str:
-    path, row = split_name(name)
-    part = part_number(row, (layer.up.shape[0], layer.down.shape[1])) if "@" in name else None
-    named = None if part is None and "@" in name else diffusers_name(path, part)
+def _named(name: LayerName, layer: LowRank) -> str:
+    part = part_number(name.row, (layer.up.shape[0], layer.down.shape[1])) if name.is_part else None
+    named = None if part is None and name.is_part else diffusers_name(name.path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')
     return named
@@ -106,16 +106,16 @@ def _model_part(name: str) -> str:
 
 def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
     """Layers by module path: those of one fused module joined into one update of all of it."""
-    parts: dict[str, list[str]] = {}
+    parts: dict[str, list[LayerName]] = {}
     for name in tlora.layers:
-        parts.setdefault(split_name(name)[0], []).append(name)
+        parts.setdefault(name.path, []).append(name)
     return {
         path: tlora.layers[path] if names == [path] else _joined(tlora, path, names) for path, names in parts.items()
     }
 
 
-def _joined(tlora: TLoRAFile, path: str, names: list[str]) -> LowRank:
-    layers = [(split_name(name)[1], tlora.layers[name]) for name in names]
+def _joined(tlora: TLoRAFile, path: str, names: list[LayerName]) -> LowRank:
+    layers = [(name.row, tlora.layers[name]) for name in names]
     height = _height(tlora.base_model, path.rpartition(".")[2], layers)
     if height is None or any(row + layer.up.shape[0] > height for row, layer in layers):
         raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
@@ -141,7 +141,7 @@ def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> in
     return None
 
 
-def _split(tlora: TLoRAFile) -> dict[str, LowRank]:
+def _split(tlora: TLoRAFile) -> dict[LayerName, LowRank]:
     """Layers by name, with updates of a whole fused module cut into its parts."""
     split = {}
     for name, layer in tlora.layers.items():
@@ -153,6 +153,8 @@ def _split(tlora: TLoRAFile) -> dict[str, LowRank]:
         if layer.up.shape[0] != sum(widths) * width:
             raise TLoRAError(f'The layer "{name}" has other parts than FLUX.1\'s; choose the layout kohya or comfyui.')
         for count in widths:
-            split[f"{name}@{rows}"] = LowRank(layer.up[rows : rows + count * width], layer.down, layer.group)
+            split[LayerName.of_rows(name, rows)] = LowRank(
+                layer.up[rows : rows + count * width], layer.down, layer.group
+            )
             rows += count * width
     return split

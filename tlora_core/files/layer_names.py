@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..method.adapters import LowRank
+from ..method.layer_name import LayerName
 
 _PREFIXES = re.compile(
     r"^(unet\.base_model\.model\.|base_model\.model\.(unet\.|transformer\.)?|model\.diffusion_model\.|diffusion_model\.|unet\.|"
@@ -38,9 +39,11 @@ class Place(NamedTuple):
     path: str
     part: int | None = None
 
-    def layer(self, in_features: int) -> str:
+    def layer(self, in_features: int) -> LayerName:
         """The layer's name, "path" or "path@row". In FLUX, all parts before one are as wide as the input."""
-        return self.path if self.part is None else f"{self.path}@{self.part * in_features}"
+        if self.part is None:
+            return LayerName(self.path)
+        return LayerName.of_rows(self.path, self.part * in_features)
 
 
 # The linear layers in a transformer of a U-Net, which all programs name alike but for dots.
@@ -219,29 +222,23 @@ def layer_key(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
 
 
-def stored_keys(layers: Mapping[str, LowRank], base_model: str) -> dict[str, str]:
+def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[str, str]:
     """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name
     that other programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers
     reads no mixture."""
-    if not any("@" in name for name in layers):
+    if not any(name.is_part for name in layers):
         return {name: layer_key(name) for name in layers}
     return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}
 
 
-def _key_beside_parts(name: str, layer: LowRank, base_model: str) -> str | None:
-    path, row = split_name(name)
-    if name == path:
-        return onetrainer_key(base_model, path)
-    return part_key(base_model, path, row, (layer.up.shape[0], layer.down.shape[1]))
+def _key_beside_parts(name: LayerName, layer: LowRank, base_model: str) -> str | None:
+    if not name.is_part:
+        return onetrainer_key(base_model, name.path)
+    return part_key(base_model, name.path, name.row, (layer.up.shape[0], layer.down.shape[1]))
 
 
-def split_name(name: str) -> tuple[str, int]:
-    """A layer's module path and the first row of the module that its update belongs to."""
-    path, _, row = name.partition("@")
-    return path, int(row or 0)
-
-
-def fits(name: str, update: tuple[int, int], module: tuple[int, int]) -> bool:
+def fits(name: LayerName, update: tuple[int, int], module: tuple[int, int]) -> bool:
     """Whether an update of shape (out, in), by the name of its layer, goes onto a module of that shape."""
-    path, row = split_name(name)
-    return update[1] == module[1] and (update[0] == module[0] if name == path else row + update[0] <= module[0])
+    if not name.is_part:
+        return update == module
+    return update[1] == module[1] and name.row + update[0] <= module[0]

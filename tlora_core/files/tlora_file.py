@@ -22,10 +22,11 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 from ..method.adapters import METHODS, LowRank
+from ..method.layer_name import LayerName
 from ..method.schedule import RankSchedule
 from ..version import __version__
 from .atomic import HASH_TO_COME, write_tensors
-from .layer_names import layer_key, split_name, stored_keys
+from .layer_names import layer_key, stored_keys
 from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
 
 FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
@@ -60,7 +61,7 @@ class TLoRAFile:
     Raises TLoRAError when fields do not fit together.
     """
 
-    layers: Mapping[str, LowRank]
+    layers: Mapping[LayerName, LowRank]
     method: str
     schedule: RankSchedule
     num_timesteps: float
@@ -72,6 +73,7 @@ class TLoRAFile:
     pack_version: str = __version__
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", {LayerName(name): layer for name, layer in self.layers.items()})
         _check_fields(self)
         _check_layers(self)
 
@@ -88,7 +90,8 @@ class TLoRAFile:
     def note(self) -> str:
         """What to tell the user where other programs do not find all of the file's layers; else nothing."""
         found = sum(
-            "@" not in name or key != layer_key(name) for name, key in stored_keys(self.layers, self.base_model).items()
+            not name.is_part or key != layer_key(name)
+            for name, key in stored_keys(self.layers, self.base_model).items()
         )
         if found == len(self.layers):
             return ""
@@ -170,10 +173,11 @@ def _check_layers(file: TLoRAFile) -> None:
             raise TLoRAError(f'The layers "{twin}" and "{name}" share one name in the file; rename one of them.')
         if layer.group != group:
             raise TLoRAError(f'"{name}" has {layer.group} columns per component; "{file.method}" has {group}.')
-    for path, row in map(split_name, file.layers):
-        if path in file.layers and f"{path}@{row}" in file.layers:
+    for name in file.layers:
+        if name.is_part and name.path in file.layers:
             raise TLoRAError(
-                f'There is an update of all of the layer "{path}" and one of its rows from {row} on; keep one of them.'
+                f'There is an update of all of the layer "{name.path}" and one of its rows from {name.row} on; keep '
+                "one of them."
             )
     largest = max(layer.rank for layer in file.layers.values())
     if largest != file.schedule.rank:

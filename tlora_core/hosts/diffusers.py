@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from ..errors import TLoRAError
 from ..files.foreign import Target, load_any
 from ..files.foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
-from ..files.layer_names import fits, split_name
+from ..files.layer_names import fits
 from ..files.tlora_file import TLoRAFile
-from ..layers.overlay import Attachment, attached
+from ..layers.overlay import Overlay, overlaid
 from ..method.adapters import LowRank
+from ..method.layer_name import LayerName
 from ..method.schedule import RankSchedule
 from ..method.starts import exact_device
 
@@ -78,12 +79,7 @@ class Handle:
         self.remove()
 
 
-class _Update(NamedTuple):
-    """What one of the denoiser's linear layers gets, from its row `row` on."""
-
-    layer: nn.Linear
-    update: LowRank
-    row: int
+_Update = tuple[nn.Linear, LowRank, int]  # what one of the denoiser's layers gets, from which of its rows on
 
 
 class _Applied:
@@ -93,22 +89,19 @@ class _Applied:
         self.pipe, self.schedule, self.updates = pipe, schedule, updates
         self._copies_for, self._copies = None, updates
 
-    def attachments(self, kind: str, timestep: object, sample: Tensor) -> list[Attachment]:
+    def overlays(self, kind: str, timestep: object, sample: Tensor) -> list[Overlay]:
         """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or
         [B]."""
         t, T = _noise_level(self.pipe, kind, torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1))
         t = t.expand(len(sample)) if len(t) == 1 else t
-        active = {
-            rank: self.schedule.active_of_layer(rank, t, T, sample.device)
-            for rank in {update.rank for _, update, _ in self.updates}
-        }
+        active = self.schedule.active_of_layers({update.rank for _, update, _ in self.updates}, t, T)
         copies = self._on(sample.device, sample.dtype)
-        return [Attachment(layer, update, active[update.rank], row) for layer, update, row in copies]
+        return [Overlay(layer, update, active[update.rank], row) for layer, update, row in copies]
 
     def _on(self, device: torch.device, dtype: torch.dtype) -> list[_Update]:
         if self._copies_for != (device, dtype):
             self._copies_for = device, dtype
-            self._copies = [entry._replace(update=entry.update.to(device, dtype)) for entry in self.updates]
+            self._copies = [(layer, update.to(device, dtype), row) for layer, update, row in self.updates]
         return self._copies
 
 
@@ -149,8 +142,8 @@ class _Patched:
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.evaluation.close()  # torch skips `_after` when the keyboard interrupts
         sample, timestep = (args[i] if i < len(args) else kwargs[name] for i, name in _INPUTS[self.kind])
-        every = [one for applied in self.applied for one in applied.attachments(self.kind, timestep, sample)]
-        self.evaluation.enter_context(attached(every))
+        every = [one for applied in self.applied for one in applied.overlays(self.kind, timestep, sample)]
+        self.evaluation.enter_context(overlaid(every))
 
     def _after(self, *_) -> None:
         self.evaluation.close()
@@ -243,10 +236,9 @@ def _target_of(denoiser: nn.Module) -> Target:
     return target_of_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
 
 
-def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], name: str, count: int) -> Tensor:
-    path, row = split_name(name)
+def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], name: LayerName, count: int) -> Tensor:
     pieces = []
-    for part, wanted, first in overlap(rows[path], row, row + count):
+    for part, wanted, first in overlap(rows[name.path], name.row, name.row + count):
         weight = linears[part.module].weight.detach()
         if weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in _PRECISE:
             raise TLoRAError(
@@ -263,9 +255,8 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
     linears = _linears(denoiser)
     rows, updates = rows_by_path(_shapes(linears)), []
     for name, layer in tlora.layers.items():
-        path, row = split_name(name)
         have = layer.up.shape[0], layer.down.shape[1]
-        there = rows.get(path)
+        there = rows.get(name.path)
         if there is None:
             raise TLoRAError(
                 f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is not in pipe's; use "
@@ -278,7 +269,7 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
                 f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is {have[0]}x{have[1]} "
                 f"and pipe's {whole[0]}x{whole[1]}; use a pipeline of the kind of model it was trained on."
             )
-        for part, wanted, first in overlap(there, row, row + have[0]):
+        for part, wanted, first in overlap(there, name.row, name.row + have[0]):
             update = LowRank(layer.up[wanted] * strength, layer.down, layer.group)
-            updates.append(_Update(linears[part.module], update, first))
+            updates.append((linears[part.module], update, first))
     return updates

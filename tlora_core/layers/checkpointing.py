@@ -6,17 +6,16 @@ block is an ordinary one, in which autograd notices any other tensor that was ov
 """
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..method.bank import branches_of
-from .frozen import Trained
 from .overlay import replaced_forward
+from .trained import Trained, branches_of
 
 
 class Checkpointed:
@@ -28,7 +27,7 @@ class Checkpointed:
         self.layers = list(block.modules())[1:]
         self.overwritten: set[int] | None = None  # which of the tensors it is called with; known after the first call
 
-    def __call__(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return self.run(*args, **kwargs)
         forwards = [(layer, layer.__dict__["forward"]) for layer in self.layers if "forward" in layer.__dict__]
@@ -36,9 +35,8 @@ class Checkpointed:
         tensors = _tensors(call.arguments)
         if not call.trained and not any(t.requires_grad for t in tensors):
             return self.run(*args, **kwargs)
-        with torch.no_grad(), call.given({}):
-            output = call(tensors)
-            factors = call.take_factors()
+        with torch.no_grad():
+            output, factors = call.noted()
         return _replaced(output, _Checkpoint.apply(call, _tensors(output), *tensors, *factors))
 
 
@@ -47,38 +45,37 @@ class _Call:
 
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
-        self.arguments = _replaced(
-            arguments, iter(_tensors(arguments))
-        )  # the host changes its dictionaries as it goes on
+        # In containers of its own, since the host changes its dictionaries as it goes on.
+        self.arguments = _replaced(arguments, _tensors(arguments))
         self.count = len(_tensors(arguments))
-        self.trained = [forward for _, forward in forwards if isinstance(forward, Trained)]
+        owners = (getattr(forward, "__self__", None) for _, forward in forwards)
+        self.trained = [owner for owner in owners if isinstance(owner, Trained)]
 
-    def take_factors(self) -> list[Tensor | None]:
-        """Those of all branches that the call has used, as inputs of the block like any other."""
-        self.used = [
-            (forward, key, len(branches), type(branches[0]))
-            for forward in self.trained
-            for key, branches in forward.branches.items()
-        ]
-        return [tensor for forward, key, *_ in self.used for branch in forward.branches[key] for tensor in branch]
-
-    def branches(self, factors: Sequence[Tensor | None]) -> dict[Trained, dict]:
-        """The branches of each layer, from what `take_factors` gave."""
-        following, found = iter(factors), defaultdict(dict)
-        for forward, key, count, kind in self.used:
-            found[forward][key] = branches_of(kind, list(islice(following, count * len(kind._fields))))
-        return found
+    def noted(self) -> tuple[Any, list[Tensor | None]]:
+        """Makes the call without gradients. Gives its output, and the tensors of all branches that its layers have
+        used, as inputs of the block like any other."""
+        try:
+            for layer in self.trained:
+                layer.used = []
+            output = self(_tensors(self.arguments))
+            self.used = [(layer, is_text, len(each)) for layer in self.trained for is_text, each in layer.used]
+            branches = [each for layer in self.trained for _, each in layer.used]
+        finally:
+            for layer in self.trained:
+                layer.used = None
+        return output, [tensor for each in branches for branch in each for tensor in branch]
 
     @contextmanager
-    def given(self, branches: Mapping[Trained, dict]):
-        """Within the block the layers use these branches, and note which others they use."""
+    def given(self, factors: Sequence[Tensor | None]):
+        """Within the block the layers use the branches of these tensors, each call those that it used before."""
+        following = iter(branches_of(factors))
         try:
-            for forward in self.trained:
-                forward.branches = branches.get(forward, {})
+            for layer, is_text, count in self.used:
+                layer.given.append((is_text, list(islice(following, count))))
             yield
         finally:
-            for forward in self.trained:
-                forward.branches = None
+            for layer in self.trained:
+                layer.given.clear()
 
     def __call__(self, tensors: Sequence[Tensor]):
         overwritten = self.block.overwritten
@@ -108,7 +105,7 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor | None):
         wanted, count = ctx.needs_input_grad[2:], ctx.call.count
         inputs = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
-        with ctx.call.given(ctx.call.branches(inputs[count:])), torch.enable_grad():
+        with ctx.call.given(inputs[count:]), torch.enable_grad():
             outputs = _tensors(ctx.call(inputs[:count]))
         pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
         leaves = [t for t, needs in zip(inputs, wanted) if needs]

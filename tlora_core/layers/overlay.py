@@ -1,41 +1,55 @@
-"""Adapters on a model's linear layers for the length of one evaluation.
+"""Adapters on a model's linear layers for the length of one evaluation: what is put on, and putting it on and off.
 
-Training goes through `attached`, and sampling too wherever `folding` does not serve. Both replace `forward` on the
-target layers and put back what was there in `finally`: the host raises cancellations from inside any layer, and other
-adapters may be attached to the same layer around this one.
+There are four ways to put an adapter on a layer, each a class with a `forward` that stands in for the layer's own:
+`beside.Beside`, `folded_weight.FoldedWeight`, `folded_output.FoldedOutput`, and in training `trained.Trained`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import LongTensor, Tensor, nn
 
+from ..method.adapters import Adapter, LowRank
 from ..method.bank import BankAdapter
-from ..method.masking import add_low_rank
-from .frozen import Evaluation, Part, Trained
+from .beside import Beside
+from .text_memo import Text
+from .trained import Prepared, Trained
 
 _ABSENT = object()
 
 
-class Factors(Protocol):
-    """What is attached to a layer: a trainable adapter or a stored `LowRank`."""
+class Overlay(NamedTuple):
+    """One adapter on one layer, with its first `active` components on: one int, or int64 [B] for samples that differ.
 
-    group: int
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(up [out, group * r], down [group * r, in])."""
-
-
-class Attachment(NamedTuple):
-    """One adapter on one layer, with the rank it has in this evaluation: one int, or int64 [B] for mixed timesteps. Its
-    output starts at `row` of the layer's, which has more rows where a model keeps several projections in one layer."""
+    Its output starts at `row` of the layer's, which has more rows where a model keeps several projections in one layer.
+    Two are equal when they put the same adapter with the same rank on the same rows.
+    """
 
     layer: nn.Linear
-    adapter: Factors
+    adapter: Adapter | LowRank
     active: int | LongTensor
     row: int = 0
+
+
+class Folded:
+    """Common part of the ways that keep what they computed from one evaluation to the next. `wanted`: what is on."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
+        self.wanted: list[Overlay] = []
+        self.text: Text | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """False once the host has given the layer another weight or moved it off, or while something else stands in for
+        its forward, which folding would drop."""
+        is_there = self.layer.weight is self.source and self.source.device == self.device
+        return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def is_replaced(layer: nn.Module) -> bool:
@@ -65,29 +79,35 @@ def replaced_forward():
 
 
 @contextmanager
-def attached(attachments: Iterable[Attachment]):
-    """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x. The layers are as
-    before afterwards, also after an error. Attachments nest: an inner one adds to what the outer one gives."""
-    of_layers = defaultdict(list)
-    for layer, *part in attachments:
-        of_layers[layer].append(Part(*part))
-    evaluation = Evaluation()
-    with replaced_forward() as replace:
-        for layer, parts in of_layers.items():
-            in_training = all(isinstance(part.adapter, BankAdapter) for part in parts)
-            replace(
-                layer,
-                Trained(layer.forward, parts, evaluation) if in_training else _masked_forward(layer.forward, parts),
-            )
-        yield
+def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | None = None, text: Text | None = None):
+    """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x for its overlays.
 
-
-def _masked_forward(forward, parts):
-    def masked(x, *args, **kwargs):
-        output = forward(x, *args, **kwargs)
-        for adapter, active, row in parts:
-            up, down = adapter.factors()
-            output = add_low_rank(output, x, up.to(x.dtype), down.to(x.dtype), active, adapter.group, row)
-        return output
-
-    return masked
+    folded: the layers whose overlays are folded; the rest get them beside, or trained. text: the one that the model is
+    given in this evaluation. The layers are as before afterwards, also after an error: the host raises cancellations
+    from inside any layer. Blocks nest, each adding to what the outer one gives.
+    """
+    of_layers: dict[nn.Linear, list[Overlay]] = defaultdict(list)
+    for overlay in overlays:
+        of_layers[overlay.layer].append(overlay)
+    prepared, used = None, []
+    try:
+        with replaced_forward() as replace:
+            for layer, each in of_layers.items():
+                fold = folded.get(layer) if folded else None
+                if fold is not None:
+                    used.append((fold, len(fold.wanted)))
+                    fold.wanted += each
+                    fold.text = text
+                    if layer.__dict__.get("forward") != fold.forward:
+                        replace(layer, fold.forward)
+                elif all(isinstance(overlay.adapter, BankAdapter) for overlay in each):
+                    prepared = prepared or Prepared()
+                    replace(layer, Trained(layer.forward, each, prepared, text).forward)
+                else:
+                    replace(layer, Beside(layer.forward, each).forward)
+            yield
+    finally:
+        if prepared is not None:
+            prepared.clear()
+        for fold, count in used:
+            del fold.wanted[count:]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TLoRAError
+from .layer_name import LayerName
 
 
 @dataclass(frozen=True)
@@ -109,17 +110,17 @@ class Adapter:
         return LowRank(up, down, self.group).balanced()
 
 
-class Adapters(Mapping[str, Adapter]):
+class Adapters(Mapping[LayerName, Adapter]):
     """The trainable adapters of a model by the names of their layers, and the modules that hold their parameters."""
 
     def __init__(self, by_name: Mapping[str, Adapter]):
-        self._by_name = dict(by_name)
+        self._by_name = {LayerName(name): adapter for name, adapter in by_name.items()}
         self.modules = list({id(adapter.module): adapter.module for adapter in by_name.values()}.values())
 
     def __getitem__(self, name: str) -> Adapter:
         return self._by_name[name]
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[LayerName]:
         return iter(self._by_name)
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ This is the only copy of the formula; training, sampling and plots all ask it.
 
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -124,21 +125,17 @@ class RankSchedule:
             left, low = right, high
         return low
 
-    def active_ranks(self, timesteps: Tensor, num_timesteps: float = 1000) -> LongTensor:
-        """r(t) for each element of timesteps [B]; int64 [B] on the same device. See active_rank."""
-        # Through the scalar formula: a vectorised power may differ from it in the last bit, hence by a rank.
-        ranks = [self.active_rank(t, num_timesteps) for t in timesteps.tolist()]
-        return torch.tensor(ranks, dtype=torch.long, device=timesteps.device)
-
-    def active_of_layer(
-        self, layer_rank: int, timesteps: Tensor, num_timesteps: float, device: torch.device
-    ) -> int | LongTensor:
-        """How many components of a layer of that rank are on at timesteps [B], as masking.add_low_rank takes it: one
-        number where all agree, else int64 [B] on `device`."""
-        ranks = self.for_rank(layer_rank).active_ranks(
-            timesteps.cpu(), num_timesteps
-        )  # from a GPU once, not for each number
-        return int(ranks[0]) if bool((ranks == ranks[0]).all()) else ranks.to(device)
+    def active_of_layers(
+        self, layer_ranks: Iterable[int], timesteps: Tensor, num_timesteps: float
+    ) -> dict[int, int | LongTensor]:
+        """How many components of layers of each rank are on at timesteps [B], as `Overlay` takes it: one number where
+        all agree, else int64 [B] on their device."""
+        times, active = timesteps.tolist(), {}  # from a GPU once, not for each number
+        for rank in layer_ranks:
+            schedule = self if rank == self.rank else self.for_rank(rank)
+            ranks = [schedule.active_rank(t, num_timesteps) for t in times]
+            active[rank] = ranks[0] if len(set(ranks)) == 1 else torch.tensor(ranks, device=timesteps.device)
+        return active
 
     def for_rank(self, layer_rank: int) -> "RankSchedule":
         """The schedule of a layer whose own rank is layer_rank <= rank.

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..files.layer_names import split_name
 from ..files.tlora_file import TLoRAFile
 from ..method.adapters import METHODS, Adapter
 from .plot import bar_chart, schedule_curve, stacked
@@ -74,7 +73,7 @@ def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
 def block_name(layer: str) -> str:
     """The block of the model that a layer of a T-LoRA belongs to: "input_blocks.4", "middle_block",
     "double_blocks.3"."""
-    return _BLOCK.match(split_name(layer)[0])[0]
+    return _BLOCK.match(layer)[0]
 
 
 def blocks(tlora: TLoRAFile) -> list[Block]:

@@ -245,6 +245,6 @@ def test_copies_of_a_tlora_that_was_trained_on_top_of_leave_the_device(base):
     model = apply_tlora(base[0], random_models.random_tlora(base[0], 4))
     (patch,) = (w for keyed in model.wrappers.values() for each in keyed.values() for w in each)
     with training_session(model):
-        patch.adapters(torch.device("meta"), torch.float32)
-        assert patch.adapters._copies
-    assert not patch.adapters._copies
+        patch.placed(model.model, torch.empty(1, device="meta"))
+        assert patch._placed
+    assert not patch._placed

@@ -29,10 +29,11 @@ class Recorder:
     """The ranks that each layer applied, and the sigmas of the evaluation as a second, innermost wrapper sees them."""
 
     def __init__(self, model, monkeypatch):
-        from tlora_core.layers import folded as folding
-        from tlora_core.layers import overlay as attach
+        from tlora_core.layers import beside
+        from tlora_core.layers.folded_output import FoldedOutput
+        from tlora_core.layers.folded_weight import FoldedWeight
 
-        self.evaluations, product = [], attach.add_low_rank
+        self.evaluations, product = [], beside.add_low_rank
 
         def recording(output, x, up, down, active, group, row):
             self.evaluations[-1][1].add(tuple(active.tolist()) if isinstance(active, torch.Tensor) else active)
@@ -41,18 +42,14 @@ class Recorder:
         def recording_fold(forward):
             def recorded(fold, x):
                 output = forward(fold, x)
-                held = (
-                    fold._folded
-                    if isinstance(fold, folding.FoldedWeight)
-                    else fold._outputs[fold.inputs.recognise(x)].folded
-                )
-                self.evaluations[-1][1].update(term.columns // 2 for term in held.values())
+                held = fold._folded if isinstance(fold, FoldedWeight) else fold.text.outputs[fold].folded
+                self.evaluations[-1][1].update(overlay.active for overlay in held)
                 return output
 
             return recorded
 
-        monkeypatch.setattr(attach, "add_low_rank", recording)
-        for kind in (folding.FoldedWeight, folding.FoldedOutput):
+        monkeypatch.setattr(beside, "add_low_rank", recording)
+        for kind in (FoldedWeight, FoldedOutput):
             monkeypatch.setattr(kind, "forward", recording_fold(kind.forward))
         self.model = model.clone()
         self.model.add_wrapper_with_key("apply_model", "recorder", self._evaluation)

@@ -28,25 +28,25 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
 
 def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
     """On the CPU, as on a GPU with --highvram or --gpu-only, idle models stay on the device that computes."""
-    from tlora_core.hosts.comfy.sampling import DeviceCopies
+    from tlora_core.hosts.comfy.sampling import SamplingPatch
 
     assert unet.load_device == unet.offload_device
     cells = [runs.apply(unet, tlora, strength) for strength in (0.5, 1.0)]
-    copies = [wrapper.adapters for cell in cells for keyed in cell.wrappers.values() for (wrapper,) in keyed.values()]
-    made, give = [], DeviceCopies.__call__
+    patches = [wrapper for cell in cells for keyed in cell.wrappers.values() for (wrapper,) in keyed.values()]
+    made, copy = [], SamplingPatch._copy
 
-    def counted(self, *key):
-        made.extend([key] * (key not in self._copies))
-        return give(self, *key)
+    def counted(self, *args):
+        made.append(args)
+        return copy(self, *args)
 
-    monkeypatch.setattr(DeviceCopies, "__call__", counted)
+    monkeypatch.setattr(SamplingPatch, "_copy", counted)
     held = []
     for cell in cells:
         runs.sample(
-            cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._copies) for each in copies])
+            cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._placed) for each in patches])
         )
-        assert not any(each._copies for each in copies)
-    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells), (
+        assert not any(each._placed for each in patches)
+    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells) * len(tlora.layers), (
         "once a sampling, not at each step"
     )
 
@@ -57,9 +57,9 @@ def test_copies_go_also_where_the_host_tells_the_model_nothing_but_the_end(unet,
     ((wrapper,),) = (keyed for keyed in patched.wrappers["apply_model"].values())
     patched.pre_run()
     models.evaluate(patched, [3.0])
-    assert wrapper.adapters._copies
+    assert wrapper._placed
     patched.cleanup()
-    assert not wrapper.adapters._copies
+    assert not wrapper._placed
 
 
 @pytest.mark.parametrize("step", range(3))

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...errors import TLoRAError
-from ..layer_names import family_of, split_name
+from ...method.layer_name import LayerName
+from ..layer_names import family_of
 from ..untrusted import check_header, one_line
 from .diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
 from .target import Target
@@ -62,11 +63,10 @@ def _original_rows(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows
     }
 
 
-def _weight(path: Path, rows: Mapping[str, list[Rows]], name: str, count: int) -> torch.Tensor:
-    module, row = split_name(name)
+def _weight(path: Path, rows: Mapping[str, list[Rows]], name: LayerName, count: int) -> torch.Tensor:
     pieces = []
     with safe_open(path, framework="pt") as opened:
-        for part, wanted, first in overlap(rows[module], row, row + count):
+        for part, wanted, first in overlap(rows[name.path], name.row, name.row + count):
             stored = opened.get_slice(part.module + _WEIGHT)
             if stored.get_dtype() not in _PRECISE:
                 raise TLoRAError(

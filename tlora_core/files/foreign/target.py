@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...errors import TLoRAError
 from ...method.adapters import LowRank
-from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name, split_name
+from ...method.layer_name import LayerName
+from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
@@ -52,7 +53,7 @@ class Matches:
     def reject(self, keys: Iterable[str], reason: str) -> None:
         self.unmatched.update(dict.fromkeys(keys, reason))
 
-    def find(self, module: str, keys: Iterable[str], shape: tuple[int, int]) -> str | None:
+    def find(self, module: str, keys: Iterable[str], shape: tuple[int, int]) -> LayerName | None:
         """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is
         none.
 
@@ -64,10 +65,10 @@ class Matches:
         if name is None:
             self.reject(keys, reason)
         elif self.target is not None:
-            _check_shape(name, shape, self.target.shapes[split_name(name)[0]])
+            _check_shape(name, shape, self.target.shapes[name.path])
         return name
 
-    def _look_up(self, module: str, in_features: int) -> tuple[str | None, str]:
+    def _look_up(self, module: str, in_features: int) -> tuple[LayerName | None, str]:
         if is_text_encoder(module):
             return None, "it belongs to a text encoder, which a T-LoRA leaves as it is"
         if _UNUSED.search(module):
@@ -84,7 +85,7 @@ class Matches:
         name = self.target.names.get(plain)
         if name is None:
             return None, "the model has no such layer"
-        if split_name(name)[0] not in self.target.shapes:
+        if name.path not in self.target.shapes:
             return None, "it is not a linear layer of the model"
         return name, ""
 
@@ -93,12 +94,12 @@ class Matches:
         if self.target is None:
             return False
         name = self.target.names.get(plain_name(module))
-        return name is not None and split_name(name)[0] in self.target.shapes
+        return name is not None and name.path in self.target.shapes
 
 
-def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
     """Target.names of a model of SD1.5, SD2, SDXL or FLUX, from the shapes of its linear modules by ComfyUI's path."""
-    names = {plain_name(path): path for path in shapes}
+    names = {plain_name(path): LayerName(path) for path in shapes}
     for path, (_, in_features) in shapes.items():
         for part in (None, 0, 1, 2, 3):
             if named := diffusers_name(path, part):
@@ -129,7 +130,7 @@ def _path_itself(module: str) -> Place | None:
     return Place(module.removeprefix(prefix)) if module.startswith(prefix) else None
 
 
-def _check_shape(name: str, have: tuple[int, int], want: tuple[int, int]) -> None:
+def _check_shape(name: LayerName, have: tuple[int, int], want: tuple[int, int]) -> None:
     if not fits(name, have, want):
         raise TLoRAError(
             f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's "

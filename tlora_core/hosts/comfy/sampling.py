@@ -6,16 +6,18 @@ sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothin
 branch of the graph without the T-LoRA is untouched.
 
 An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the
-figures. Folded into a copy of the layer's weight (`folded.FoldedWeight`) it costs next to nothing in time, and the
-weight's size in memory. Keys and values of the text fold into their outputs (`folded.FoldedOutput`), which saves time
-and takes little memory. Else it goes beside the layer, as a low-rank product, which costs time at every evaluation but
-no memory beyond the adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or with another
-LoRA that the host adds as it fetches their weights, models that are compiled or patched by hooks, and batches whose
-rows differ in rank get the product; a compiled model gets its rank as a tensor, so that no step compiles it anew.
+figures. Folded into a copy of the layer's weight (`folded_weight.FoldedWeight`) it costs next to nothing in time, and
+the weight's size in memory. Keys and values of the text fold into their outputs (`folded_output.FoldedOutput`), which
+saves time and takes little memory. Else it goes beside the layer, as a low-rank product, which costs time at every
+evaluation but no memory beyond the adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or
+with another LoRA that the host adds as it fetches their weights, models that are compiled or patched by hooks, and
+batches whose rows differ in rank get the product; a compiled model gets its rank as a tensor, so that no step compiles
+it anew.
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -23,11 +25,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
-from ...files.layer_names import split_name
 from ...files.tlora_file import TLoRAFile
-from ...layers.folded import Folded, FoldedOutput, FoldedWeight, Inputs, Term, folded
-from ...layers.overlay import Attachment, Factors, attached, is_replaced
-from ...method.adapters import LowRank
+from ...layers.folded_output import FoldedOutput
+from ...layers.folded_weight import FoldedWeight
+from ...layers.overlay import Folded, Overlay, is_replaced, overlaid
+from ...layers.text_memo import Text, TextMemo
+from ...method.adapters import Adapter, LowRank
+from ...method.layer_name import LayerName
 from ...method.schedule import RankSchedule
 from .model.layers import (
     TEXT_LAYER,
@@ -43,74 +47,52 @@ from .model.noise import noise_level
 from .model.weights import without_weights
 
 
+class Placed(NamedTuple):
+    """A T-LoRA's adapters in the model that is evaluated: (layer, adapter, first row of the layer) of each. ranks:
+    which ranks they have. layers: by module path."""
+
+    adapters: list[tuple[torch.nn.Module, Adapter | LowRank, int]]
+    ranks: set[int]
+    layers: dict[str, torch.nn.Module]
+
+
+def place(base, adapters: Mapping[LayerName, Adapter | LowRank]) -> Placed:
+    """The adapters in their layers of the host's model."""
+    modules = diffusion_modules(base.diffusion_model)
+    layers = {name.path: modules[name.path] for name in adapters}
+    placed = [(layers[name.path], adapter, name.row) for name, adapter in adapters.items()]
+    return Placed(placed, {adapter.rank for adapter in adapters.values()}, layers)
+
+
 class TimestepAwarePatch:
-    """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling.
+    """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling. `schedule` is that of the file."""
 
-    `adapters(device, dtype)` gives the adapter of each module path; `schedule` that of the file."""
+    def __init__(self, schedule: RankSchedule):
+        self.schedule = schedule
 
-    def __init__(self, adapters: Callable[[torch.device, torch.dtype], Mapping[str, Factors]], schedule: RankSchedule):
-        self.adapters, self.schedule = adapters, schedule
+    def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
+        overlays, folded, text = self.evaluation(executor.class_obj, x, sigma, c_crossattn)
+        with overlaid(overlays, folded, text):
+            return executor(x, sigma, c_concat, c_crossattn if text is None else text.value, *args, **kwargs)
 
-    def __call__(self, executor, x, sigma, *args, **kwargs):
-        base = executor.class_obj
-        timesteps, T = self.noise_level(base, sigma)
-        modules = diffusion_modules(base.diffusion_model)
-        adapters = self.adapters(x.device, base.get_dtype_inference())
-        active = {rank: self.active(base, rank, timesteps, T) for rank in {a.rank for a in adapters.values()}}
-        foldable = self.foldable(base, modules, adapters, x) if all(isinstance(a, int) for a in active.values()) else {}
-        beside, within = [], []
-        for name, adapter in adapters.items():
-            path, row = split_name(name)
-            if path in foldable:
-                within.append((foldable[path], Term(*adapter.factors(), active[adapter.rank] * adapter.group, row)))
-            else:
-                beside.append(Attachment(modules[path], adapter, active[adapter.rank], row))
-        with folded(self, within), attached(beside):
-            return executor(x, sigma, *args, **kwargs)
+    def evaluation(
+        self, base, x, sigma, text
+    ) -> tuple[list[Overlay], Mapping[torch.nn.Module, Folded] | None, Text | None]:
+        """What is put on for one evaluation, the layers on which it is folded, and the text that comes back."""
+        raise NotImplementedError
 
-    def noise_level(self, base, sigma) -> tuple[torch.Tensor, float]:
-        """(t [B], T) of an evaluation at sigma [B]."""
-        return noise_level(base.model_sampling, sigma)
-
-    def foldable(self, base, modules, adapters, x) -> Mapping[str, Folded]:
-        """The layers, by module path, whose adapter may be folded in this evaluation."""
-        return {}
-
-    def active(self, base, rank, timesteps, T) -> int | torch.LongTensor:
-        """How many components of a layer of `rank` are on in this evaluation: see masking.add_low_rank."""
-        return self.schedule.active_of_layer(rank, timesteps, T, timesteps.device)
+    def overlays(self, placed: Placed, timesteps: torch.Tensor, T: float, as_tensors: bool = False) -> list[Overlay]:
+        """Each adapter with the ranks of timesteps [B]. as_tensors: for torch.compile, which compiles anew for every
+        int."""
+        active = self.schedule.active_of_layers(placed.ranks, timesteps, T)
+        if as_tensors:
+            active = {rank: torch.as_tensor(each, device=timesteps.device) for rank, each in active.items()}
+        return [Overlay(layer, adapter, active[adapter.rank], row) for layer, adapter, row in placed.adapters]
 
     def to(self, target):
         """The host moves everything that has `.to` to the sampling device, then casts it to the model's dtype, which
         may be fp8, and at the end moves it off. Adapters are cast where they are used, so there is nothing to do."""
         return self
-
-
-class DeviceCopies:
-    """A T-LoRA's tensors, scaled by strength, on whatever device and dtype an evaluation needs."""
-
-    def __init__(self, layers: Mapping[str, LowRank], strength: float):
-        self.layers, self.strength = layers, strength
-        self._copies: dict = {}
-
-    def __call__(self, device, dtype) -> Mapping[str, LowRank]:
-        key = (device, dtype)
-        if key not in self._copies:
-            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make is
-            # not.
-            with torch.inference_mode(False):
-                self._copies[key] = {
-                    path: LowRank(
-                        (layer.up * self.strength).to(device, dtype),
-                        layer.down.to(device, dtype, copy=True),
-                        layer.group,
-                    )
-                    for path, layer in self.layers.items()
-                }
-        return self._copies[key]
-
-    def forget(self) -> None:
-        self._copies.clear()
 
 
 class Folds:
@@ -121,8 +103,8 @@ class Folds:
     def __init__(self, base):
         self.weights_uuid = base.current_weight_patches_uuid
         self.is_compiled = is_compiled(base, base.current_patcher)
-        self.layers: dict[str, Folded | None] = {}  # None: not to be folded
-        self.inputs = Inputs()
+        self.layers: dict[torch.nn.Module, Folded | None] = {}  # None: not to be folded
+        self.texts = TextMemo()
 
     @classmethod
     def of(cls, base) -> "Folds":
@@ -139,21 +121,27 @@ class Folds:
         cls._of_models.pop(patcher.model, None)
         forget_modules(patcher)
 
-    def add(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
-        """Decide on layers not met before: all that can be folded, if the memory for their copies is there; where the
-        host moves or casts weights as they are used, beside all of these."""
+    def current(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, must: bool):
+        """Those of the layers, by path, that are folded in this evaluation, and how."""
+        new = {path: layer for path, layer in layers.items() if layer not in self.layers}
+        if new:
+            self._decide(base, new, x, base.get_dtype_inference(), must)
+        found = ((layer, self.layers[layer]) for layer in layers.values())
+        return {layer: fold for layer, fold in found if fold is not None and fold.is_current}
+
+    def _decide(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
+        """All that can be folded is, if the memory for their copies is there; where the host moves or casts weights as
+        they are used, beside all of these."""
         room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
         plain, cast = [], []
         for path, layer in layers.items():
-            self.layers[path] = (
-                FoldedOutput(layer, self.inputs) if TEXT_LAYER.search(path) and _is_constant(layer) else None
-            )
-            if self.layers[path] is None and _is_foldable(layer, x.device, dtype):
-                (cast if is_cast(layer) else plain).append(path)
-        for paths, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
-            room -= sum(layers[path].weight.numel() * dtype.itemsize for path in paths)
+            self.layers[layer] = FoldedOutput(layer) if TEXT_LAYER.search(path) and _is_constant(layer) else None
+            if self.layers[layer] is None and _is_foldable(layer, x.device, dtype):
+                (cast if is_cast(layer) else plain).append(layer)
+        for foldable, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
+            room -= sum(layer.weight.numel() * dtype.itemsize for layer in foldable)
             if must or others < room:
-                self.layers |= {path: FoldedWeight(layers[path], fetch) for path in paths}
+                self.layers |= {layer: FoldedWeight(layer, fetch) for layer in foldable}
 
 
 def _is_constant(layer: torch.nn.Module) -> bool:
@@ -179,62 +167,59 @@ def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
     )
 
 
-def _own_copy(text, device, dtype):
-    """The text as the model's layers get it, in a tensor that counts changes in place, which `folded.Inputs` goes
-    by."""
-    if not isinstance(text, torch.Tensor) or (
-        not text.is_inference() and text.dtype == dtype and text.device == device
-    ):
-        return text
-    with torch.inference_mode(False):
-        return text.to(device, dtype, copy=True)
-
-
 class SamplingPatch(TimestepAwarePatch):
-    """`TimestepAwarePatch` of a stored T-LoRA. Its device copies are made once a sampling and do not outlast it: of a
-    sweep's models, each with its own, one samples at a time, and with --highvram or --gpu-only the host leaves idle
-    ones on the GPU.
+    """`TimestepAwarePatch` of a stored T-LoRA, scaled by strength. Its device copies are made once a sampling and do
+    not
+    outlast it: of a sweep's models, each with its own, one samples at a time, and with --highvram or --gpu-only the
+    host leaves idle ones on the GPU.
 
     fold: None lets memory decide, True folds wherever a layer allows it, False never does.
     """
 
     def __init__(self, tlora: TLoRAFile, strength: float, fold: bool | None = None):
-        super().__init__(DeviceCopies(tlora.layers, strength), tlora.schedule)
-        self.fold = fold
+        super().__init__(tlora.schedule)
+        self.layers, self.strength, self.fold = tlora.layers, strength, fold
+        self._placed: dict[tuple, Placed] = {}
 
-    def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
-        text = _own_copy(c_crossattn, x.device, executor.class_obj.get_dtype_inference())
-        return super().__call__(executor, x, sigma, c_concat, text, *args, **kwargs)
-
-    def active(self, base, rank, timesteps, T):
-        active = super().active(base, rank, timesteps, T)
-        is_compiled = base.current_patcher is not None and Folds.of(base).is_compiled
-        return torch.tensor(active, device=timesteps.device) if is_compiled and isinstance(active, int) else active
-
-    def foldable(self, base, modules, adapters, x):
+    def evaluation(self, base, x, sigma, text):
+        placed = self.placed(base, x)
+        timesteps, T = noise_level(base.model_sampling, sigma)
         patcher = base.current_patcher  # set while sampling only
-        if self.fold is False or patcher is None or patcher.hook_patches:
-            return {}
+        if patcher is None:
+            return self.overlays(placed, timesteps, T), None, None
         folds = Folds.of(base)
-        folds.inputs.new_evaluation()
-        paths = {split_name(name)[0] for name in adapters}
-        if not paths <= folds.layers.keys():
-            new = {path: modules[path] for path in paths - folds.layers.keys()}
-            folds.add(base, new, x, base.get_dtype_inference(), must=self.fold is True)
-        return {
-            path: fold for path, fold in folds.layers.items() if fold is not None and fold.is_current and path in paths
-        }
+        overlays = self.overlays(placed, timesteps, T, as_tensors=folds.is_compiled)
+        if self.fold is False or patcher.hook_patches or any(isinstance(o.active, torch.Tensor) for o in overlays):
+            return overlays, None, None
+        folded = folds.current(base, placed.layers, x, must=self.fold is True)
+        reads_text = isinstance(text, torch.Tensor) and any(type(fold) is FoldedOutput for fold in folded.values())
+        known = folds.texts.find(text, x.device, base.get_dtype_inference()) if reads_text else None
+        return overlays, folded, known
+
+    def placed(self, base, x) -> Placed:
+        key = base, x.device, base.get_dtype_inference()
+        if key not in self._placed:
+            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
+            # is not.
+            with torch.inference_mode(False):
+                copies = {name: self._copy(layer, *key[1:]) for name, layer in self.layers.items()}
+            self._placed[key] = place(base, copies)
+        return self._placed[key]
+
+    def _copy(self, layer: LowRank, device, dtype) -> LowRank:
+        up = (layer.up * self.strength).to(device, dtype)
+        return LowRank(up, layer.down.to(device, dtype, copy=True), layer.group)
 
     def to(self, target):
         """Where the adapters are moved, copies are made anew."""
         if isinstance(target, torch.device):
-            self.adapters.forget()
+            self._placed.clear()
         return self
 
-    def forget_copies(self, patcher: ModelPatcher) -> None:
-        """The host's ON_CLEANUP callback. It calls `to` with the device of idle models too, but not for each model of a
-        sampling."""
-        self.adapters.forget()
+    def forget(self, patcher: ModelPatcher) -> None:
+        """The host's ON_PRE_RUN and ON_CLEANUP callback. It calls `to` with the device of idle models too, but not for
+        each model of a sampling."""
+        self._placed.clear()
 
 
 def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
@@ -254,7 +239,7 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
     key = f"tlora-{uuid.uuid4()}"
     patch = SamplingPatch(tlora, strength, fold)
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, patch)
-    patched.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, patch.forget_copies)
     for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
+        patched.add_callback_with_key(moment, key, patch.forget)
         patched.add_callback_with_key(moment, key, Folds.forget)
     return without_weights(patched)

@@ -12,6 +12,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....errors import TLoRAError
+from ....method.layer_name import LayerName
 from ....tiny.comfy import TinySDXL
 from .layers import is_linear, modules_by_path
 
@@ -81,7 +82,7 @@ class Defaults:
     steps_of: Mapping[str, int] = field(default_factory=dict)
 
 
-def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, TargetLayer]:
+def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
     """The layers a T-LoRA is trained on. A key is a module path, or "path@row" for the rows of a projection that shares
     its layer with others.
 
@@ -97,7 +98,7 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, Targ
     return layers_among(linear, which, type(model.model).__name__)
 
 
-def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[str, TargetLayer]:
+def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:
     """As target_layers, among a model's linear layers by module path; `kind` names the model in errors."""
     attention, feed_forward = _attention(linear), _feed_forward(linear)
     if which not in (ATTENTION, WITH_FEED_FORWARD):
@@ -136,7 +137,7 @@ def is_flux(model: ModelPatcher) -> bool:
     return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
 
 
-def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:
+def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:
     found = {}
     for path, module in linear.items():
         if _LEFT_OUT.search(path):
@@ -151,39 +152,41 @@ def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:
         elif _FUSED_KEY_VALUE.search(path):
             found.update(_slices(path, module, (rows // 2, rows // 2)))
         elif _ATTENTION.search(path):
-            found[path] = TargetLayer(module, 0, rows)
+            found[LayerName(path)] = TargetLayer(module, 0, rows)
     return found
 
 
-def _feed_forward(linear: Mapping[str, torch.nn.Linear]) -> dict[str, TargetLayer]:
+def _feed_forward(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:
     found = {}
     for path, module in linear.items():
         if _LEFT_OUT.search(path):
             continue
         if _FEED_FORWARD_ROWS.search(path):
             first = 3 * module.in_features
-            found[f"{path}@{first}"] = TargetLayer(module, first, module.out_features - first)
+            found[LayerName.of_rows(path, first)] = TargetLayer(module, first, module.out_features - first)
         elif _FEED_FORWARD.search(path):
-            found[path] = TargetLayer(module, 0, module.out_features)
+            found[LayerName(path)] = TargetLayer(module, 0, module.out_features)
     return found
 
 
-def _slices(path: str, module: torch.nn.Linear, sizes: Iterable[int]) -> dict[str, TargetLayer]:
+def _slices(path: str, module: torch.nn.Linear, sizes: Iterable[int]) -> dict[LayerName, TargetLayer]:
     found, row = {}, 0
     for rows in sizes:
-        found[f"{path}@{row}"] = TargetLayer(module, row, rows)
+        found[LayerName.of_rows(path, row)] = TargetLayer(module, row, rows)
         row += rows
     return found
 
 
 def _matching(
-    which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[str, TargetLayer]
-) -> dict[str, TargetLayer]:
+    which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[LayerName, TargetLayer]
+) -> dict[LayerName, TargetLayer]:
     """Layers in which several projections lie are met by their parts, the others whole."""
-    shared = {name.partition("@")[0] for name in known if "@" in name}
-    layers = {name: layer for name, layer in known.items() if "@" in name}
+    shared = {name.path for name in known if name.is_part}
+    layers = {name: layer for name, layer in known.items() if name.is_part}
     layers |= {
-        path: TargetLayer(module, 0, module.out_features) for path, module in linear.items() if path not in shared
+        LayerName(path): TargetLayer(module, 0, module.out_features)
+        for path, module in linear.items()
+        if path not in shared
     }
     found = {}
     patterns = [pattern.strip() for pattern in re.split(r"[,\n]", which) if pattern.strip()]
@@ -193,7 +196,7 @@ def _matching(
         matched = {
             name: layer
             for name, layer in layers.items()
-            if fnmatchcase(name, pattern) or fnmatchcase(name.partition("@")[0], pattern)
+            if fnmatchcase(name, pattern) or fnmatchcase(name.path, pattern)
         }
         if not matched:
             raise TLoRAError(

@@ -11,7 +11,7 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ....errors import TLoRAError
-from ....files.layer_names import fits, split_name
+from ....files.layer_names import fits
 from ....files.tlora_file import TLoRAFile
 
 _modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
@@ -104,14 +104,14 @@ def bytes_to_come(patcher: ModelPatcher) -> int:
 def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
     """Raises TLoRAError when one of the T-LoRA's layers is missing in the model or has another shape there."""
     modules = modules_by_path(model.model.diffusion_model)
-    missing = [name for name in tlora.layers if not is_linear(modules.get(split_name(name)[0]))]
+    missing = [name for name in tlora.layers if not is_linear(modules.get(name.path))]
     if missing:
         raise TLoRAError(
             f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
             f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on."
         )
     for name, layer in tlora.layers.items():
-        module = modules[split_name(name)[0]]
+        module = modules[name.path]
         have, want = (layer.up.shape[0], layer.down.shape[1]), (module.out_features, module.in_features)
         if not fits(name, have, want):
             raise TLoRAError(

@@ -22,27 +22,25 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is
     never guessed.
     """
-    t, T = _known_level(model_sampling, sigma)
-    return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
-
-
-def _known_level(m, sigma: Tensor) -> tuple[Tensor, float]:
+    m = model_sampling
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
-        return m.timestep(sigma).clamp(0, 1), 1.0
-    if isinstance(m, host.ModelSamplingDiscrete):
+        t, T = m.timestep(sigma).clamp(0, 1), 1.0
+    elif isinstance(m, host.ModelSamplingDiscrete):
         # By the base class, which gives the place in the table of sigmas: a subclass may report a log sigma instead.
         # Distilled models have every twentieth timestep or so in their table, the last one among them.
         place = host.ModelSamplingDiscrete.timestep(m, sigma)
-        return (place + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
-    if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
-        return sigma.clamp(0, 1), 1.0
-    if isinstance(m, host.ModelSamplingContinuousEDM):
+        t, T = (place + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
+    elif isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
+        t, T = sigma.clamp(0, 1), 1.0
+    elif isinstance(m, host.ModelSamplingContinuousEDM):
         low, high = m.sigma_min.log(), m.sigma_max.log()
-        return ((sigma.log() - low) / (high - low)).clamp(0, 1), 1.0
-    raise TLoRAError(
-        f"This model's noise schedule ({type(m).__mro__[1].__name__}) is not one T-LoRA knows, so the timestep of a "
-        "sigma is unknown; use a model with noise, v, EDM or flow prediction."
-    )
+        t, T = ((sigma.log() - low) / (high - low)).clamp(0, 1), 1.0
+    else:
+        raise TLoRAError(
+            f"This model's noise schedule ({type(m).__mro__[1].__name__}) is not one T-LoRA knows, so the timestep of "
+            "a sigma is unknown; use a model with noise, v, EDM or flow prediction."
+        )
+    return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
 
 
 def domain(model_sampling) -> str:

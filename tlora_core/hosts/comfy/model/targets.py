@@ -9,7 +9,8 @@ from comfy.model_patcher import ModelPatcher
 
 from ....errors import TLoRAError
 from ....files.foreign.target import Target
-from ....files.layer_names import plain_name, split_name
+from ....files.layer_names import plain_name
+from ....method.layer_name import LayerName
 from ....method.starts import exact_device
 from .layers import is_linear, modules_by_path
 from .noise import domain, noise_level
@@ -36,7 +37,7 @@ def target_of(model: ModelPatcher) -> Target:
     )
 
 
-def _names(model: ModelPatcher) -> dict[str, str]:
+def _names(model: ModelPatcher) -> dict[str, LayerName]:
     names = {}
     for name, place in comfy.lora.model_lora_keys_unet(model.model, {}).items():
         key, offset = (
@@ -46,13 +47,15 @@ def _names(model: ModelPatcher) -> dict[str, str]:
         if offset is None or offset[0] != 0 or not key.startswith(_PREFIX) or not key.endswith(_WEIGHT):
             continue
         path = key[len(_PREFIX) : -len(_WEIGHT)]
-        names[plain_name(name)] = path if offset[1] is None else f"{path}@{offset[1]}"
+        names[plain_name(name)] = LayerName(path) if offset[1] is None else LayerName.of_rows(path, offset[1])
     return names
 
 
-def _original_weight(model: ModelPatcher, linear: Mapping[str, torch.nn.Module], name: str, rows: int) -> torch.Tensor:
+def _original_weight(
+    model: ModelPatcher, linear: Mapping[str, torch.nn.Module], name: LayerName, rows: int
+) -> torch.Tensor:
     """The layer's weight as loaded, float32 [rows, in] on the CPU, without the patches that lie on it now."""
-    path, row = split_name(name)
+    path, row = name.path, name.row
     key = f"{_PREFIX}{path}{_WEIGHT}"
     patched = model.backup.get(key)
     weight = patched.weight if patched is not None else linear[path].weight

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from weakref import WeakValueDictionary
 
 import comfy.sampler_helpers
 import comfy.samplers
@@ -12,31 +13,34 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ....layers.text_memo import Text
+from ....layers.trained import moved
 from ....method.adapters import Adapters
-from ....method.masking import moved
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
 from ..model.noise import draw_sigmas, min_snr_weight, noise_level, output_scale
-from ..sampling import TimestepAwarePatch
+from ..sampling import TimestepAwarePatch, place
 from .encode import Sample, buckets
 
 
-def normal(value):
-    """`value` with inference tensors cloned, as conditioning from other nodes is made of them."""
+def normal(value, made: dict[int, Tensor]):
+    """`value` with inference tensors cloned, as conditioning from other nodes is made of them; each once: `made` holds
+    the clones by the identity of what they were made from."""
     if isinstance(value, Tensor):
-        return value.clone() if value.is_inference() else value
+        return made.setdefault(id(value), value.clone()) if value.is_inference() else value
     if isinstance(value, dict):
-        return {k: normal(v) for k, v in value.items()}
+        return {k: normal(v, made) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(normal(v) for v in value)
+        return type(value)(normal(v, made) for v in value)
     if isinstance(value, Sample):
-        return Sample(**{field.name: normal(getattr(value, field.name)) for field in fields(value)})
+        return Sample(**{field.name: normal(getattr(value, field.name), made) for field in fields(value)})
     return value
 
 
 _CACHES = (
     "easycache",
 )  # of the host, also for its LazyCache: they skip steps of a sampling, and would give one picture's result for another
+_BATCHES_KEPT = 16  # a text of 77 tokens takes 0.6 MB, the same one always the same
 _IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # a sampler calls the others
 
 
@@ -55,12 +59,19 @@ def training_options(model: ModelPatcher) -> dict:
 
 
 class TrainingPatch(TimestepAwarePatch):
-    """With the timesteps, [B] on the CPU, and T of the evaluation to come in `level`."""
+    """With the timesteps, [B] on the CPU, and T of the evaluation to come in `level`, and its text in `text`."""
 
     level: tuple[Tensor, float]
+    text: Text | None
 
-    def noise_level(self, base, sigma):
-        return self.level
+    def __init__(self, adapters: Adapters, schedule: RankSchedule):
+        super().__init__(schedule)
+        self.adapters, self._placed = adapters, None
+
+    def evaluation(self, base, x, sigma, text):
+        if self._placed is None:  # the model's layers stay what they are within a training session
+            self._placed = place(base, self.adapters)
+        return self.overlays(self._placed, *self.level), None, self.text
 
 
 class HostDenoiser:
@@ -83,11 +94,12 @@ class HostDenoiser:
         self.sampling = self.base.model_sampling
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
         self.adapter_bytes = sum(p.nbytes for p in adapters.parameters())
-        self.samples, self.prior = normal(list(samples)), normal(list(prior))
+        made: dict[int, Tensor] = {}
+        self.samples, self.prior = normal(list(samples), made), normal(list(prior), made)
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.
         self.levels = copy.deepcopy(self.sampling).cpu()
-        self.patch = TrainingPatch(lambda device, dtype: adapters, schedule)
+        self.patch = TrainingPatch(adapters, schedule)
         self.options = {
             **training_options(model),
             "uuids": [],
@@ -98,8 +110,8 @@ class HostDenoiser:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-training", self.patch, self.options)
         # By sample and size of the latent, which some models' inputs have too, such as those for inpainting.
         self._conditions: dict[tuple, dict] = {}
-        self._alone: dict[tuple, dict] = {}
-        self._texts: list[Tensor] = []
+        self._batches: dict[tuple, tuple[dict, Text | None]] = {}
+        self._texts: WeakValueDictionary[tuple, Text] = WeakValueDictionary()  # by their samples' captions
 
     def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
         yield self._loss([self.samples[row] for row in rows], generator)
@@ -119,7 +131,8 @@ class HostDenoiser:
             self.levels, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to
         )
         error = self.output_error(samples, latents, noise, sigmas).float().square()
-        error = error * self._weights(samples, error)
+        if any(sample.weights is not None for sample in samples):
+            error = error * self._weights(samples, error)
         per_sample = error.flatten(1).mean(1)
         if config.min_snr_gamma:
             per_sample = per_sample * moved(min_snr_weight(self.levels, sigmas, config.min_snr_gamma), self.device)
@@ -151,26 +164,23 @@ class HostDenoiser:
         return (latents - denoised) / output_scale(self.sampling, each)
 
     def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
-        """What the model is given beside latents and timesteps. A text alone in its batch is the same tensor at every
-        step and
-        in every sample it belongs to: what U-Nets make of it is then computed once (`frozen.Frozen`)."""
-        if len(samples) > 1:
-            return comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
-        key = id(samples[0]), like.shape
-        if key not in self._alone:
-            inputs = comfy.samplers.cond_cat([self._condition(samples[0], like)])
+        """What the model is given beside latents and timesteps. Samples of one caption give one text, so that what a
+        layer makes of it is computed once; see `layers.text_memo`."""
+        key = *map(id, samples), like.shape
+        if key not in self._batches:
+            inputs = comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+            text = None
             if "c_crossattn" in inputs:
-                inputs["c_crossattn"] = self._text(
-                    inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference())
-                )
-            self._alone[key] = inputs
-        return self._alone[key]
-
-    def _text(self, text: Tensor) -> Tensor:
-        known = next((t for t in self._texts if t.shape == text.shape and torch.equal(t, text)), None)
-        if known is None:
-            self._texts.append(text)
-        return text if known is None else known
+                captions = tuple(id(sample.conditioning[0][0]) for sample in samples)
+                text = self._texts.get(captions)
+                if text is None:
+                    text = Text(inputs["c_crossattn"].to(self.device, self.base.get_dtype_inference()))
+                    self._texts[captions] = text
+            if len(self._batches) == _BATCHES_KEPT:
+                del self._batches[next(iter(self._batches))]
+            self._batches[key] = inputs, text
+        inputs, self.patch.text = self._batches[key]
+        return inputs
 
     def _condition(self, sample: Sample, like: Tensor) -> dict:
         """The model's own inputs for a sample's CONDITIONING, as the host's sampler would make them; made once."""

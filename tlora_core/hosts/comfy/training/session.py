@@ -12,9 +12,9 @@ from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ....layers.checkpointing import Checkpointed
-from ....layers.frozen import Frozen
 from ....layers.overlay import is_replaced, replaced_forward
-from ..model.layers import TEXT_LAYER, fetched, forget_modules, is_cast
+from ....layers.trained import Frozen
+from ..model.layers import fetched, forget_modules, is_cast
 
 
 @contextmanager
@@ -82,12 +82,11 @@ Replace = Callable[[nn.Module, Callable], None]
 
 
 def _freeze(network: nn.Module, replace: Replace) -> None:
-    for path, module in network.named_modules():
+    for module in network.modules():
         if is_replaced(module) or getattr(module, "weight", None) is None or not hasattr(module, "comfy_cast_weights"):
             continue
         if isinstance(module, nn.Linear) or is_cast(module):
-            keeps_output = bool(TEXT_LAYER.search(path)) and isinstance(network, UNetModel)
-            replace(module, Frozen(module, fetched if is_cast(module) else None, keeps_output))
+            replace(module, Frozen(module, fetched if is_cast(module) else None).forward)
 
 
 def _protect_norms(network: nn.Module, replace: Replace) -> None:
@@ -110,7 +109,7 @@ def _on_a_copy(forward: Callable) -> Callable:
 
 def _checkpoint(network: nn.Module, replace: Replace) -> None:
     for block in blocks(network):
-        replace(block, Checkpointed(block))
+        replace(block, Checkpointed(block).forward)
 
 
 def _leave_inference_mode(module: nn.Module) -> None:

@@ -1,8 +1,24 @@
-"""The rank mask, and the masked low-rank product."""
+"""A masked low-rank product beside a layer: right for every layer and rank, at the price of two products."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
+
+
+class Beside:
+    """The forward of a layer with adapters beside it. `forward` is the layer's own, or whatever stands in for it."""
+
+    def __init__(self, forward: Callable[..., Tensor], overlays: Sequence):
+        self.run, self.overlays = forward, overlays
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        output = self.run(x, *args, **kwargs)
+        for _, adapter, active, row in self.overlays:
+            up, down = adapter.factors()
+            output = add_low_rank(output, x, up.to(x.dtype), down.to(x.dtype), active, adapter.group, row)
+        return output
 
 
 def add_low_rank(
@@ -34,15 +50,3 @@ def add_low_rank(
         return output + F.pad(F.linear(hidden, up), (row, output.shape[-1] - row - up.shape[0]))
     # One fused product and sum: the update is never written out by itself.
     return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), up.t()).view(output.shape)
-
-
-def components_on(active: LongTensor, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B, columns] of ones for the first `active` [B] components of each sample and zeros for the others."""
-    return moved((torch.arange(columns, device=active.device) < active[:, None]).to(dtype), device)
-
-
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
