@@ -33,13 +33,16 @@ class Target:
     device: where to compute with the weights; one that has float64.
     """
 
-    names: Mapping[str, str]
+    names: Mapping[str, LayerName]
     shapes: Mapping[str, tuple[int, int]]
-    weight: Callable[[str, int], Tensor]
+    weight: Callable[[LayerName, int], Tensor]
     base_model: str
     num_timesteps: float
     noise_domain: str
     device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", {plain: LayerName(name) for plain, name in self.names.items()})
 
 
 @dataclass

@@ -52,7 +52,7 @@ def _add(digest, value) -> None:
     elif isinstance(value, AsTrained):
         _add_model(digest, value.model, {}, training_options(value.model))
     elif isinstance(value, SamplingPatch):
-        _add(digest, ("tlora", value.adapters.strength, value.schedule, dict(value.adapters.layers)))
+        _add(digest, ("tlora", value.strength, value.schedule, dict(value.layers)))
     elif isinstance(value, torch.nn.Module):
         # The constants of a noise schedule are partly plain attributes.
         plain = {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN)}
