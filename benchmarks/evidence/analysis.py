@@ -18,7 +18,7 @@ from scipy import stats
 from tlora_core.method.adapters import METHODS
 
 from .prompts import COMBINED, KINDS, NEUTRAL
-from .run import read
+from .record_files import files_of, read
 from .study import Cell, Scale, cell_of, rate_name
 
 REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
@@ -52,7 +52,7 @@ class Point:
 
 
 def load_sweep(folder: Path) -> list[dict]:
-    return read(*sorted(folder.glob("sweep*.jsonl")))
+    return read(*files_of(folder, "sweep"))
 
 
 def left_out(folder: Path) -> set[tuple[str, str]]:
