@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from training_runs import OutOfMemory
+from training_runs import OutOfMemory, train
 
 from tlora_core import Adapters, TLoRAError, make_adapters
 from tlora_core.method.bank import ortho_bank
@@ -20,7 +20,6 @@ from tlora_core.training.trainer import (
     divergence,
     generator_for,
     orthogonality,
-    train,
 )
 
 CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]

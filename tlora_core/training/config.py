@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..errors import TLoRAError
 
@@ -72,10 +72,6 @@ class TrainConfig:
             raise TLoRAError(
                 f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller."
             )
-
-    def changed(self) -> dict:
-        """The fields that differ from their defaults, for a record that a person reads."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 def _at_least(low: float) -> tuple[Callable, str]:

@@ -264,18 +264,6 @@ class Trainer:
         self.step = self._good_step
 
 
-def train(
-    adapters: Adapters,
-    denoiser: Denoiser,
-    config: TrainConfig,
-    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
-) -> list[float]:
-    """A whole run at once; returns the loss of each step. See Trainer.run."""
-    trainer = Trainer(adapters, config)
-    trainer.run(denoiser, config.steps, on_step)
-    return trainer.losses
-
-
 class Batches(Sequence):
     """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own.
     Pictures of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""

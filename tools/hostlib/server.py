@@ -91,14 +91,6 @@ class Server:
         return self.client.url
 
     @property
-    def output_dir(self) -> Path:
-        return self.client.folders["output"]
-
-    @property
-    def input_dir(self) -> Path:
-        return self.client.folders["input"]
-
-    @property
     def pid(self) -> int:
         return self._process.pid
 
