@@ -4,10 +4,10 @@ from comfy_api.latest import io
 
 from ..tlora_core.files.atomic import numbered
 from ..tlora_core.files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.hosts.comfy.files import name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
-from .apply import DTYPES
-from .sockets import CATEGORY, TLORA, file_name_input
+from .sockets import CATEGORY, TLORA, dtype_input, file_name_input
 
 
 class BakeTLoRA(io.ComfyNode):
@@ -44,12 +44,7 @@ class BakeTLoRA(io.ComfyNode):
                     tooltip="steps: number of files. More follow the schedule more closely.",
                 ),
                 file_name_input(),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float16",
-                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
-                ),
+                dtype_input(),
             ],
             outputs=[
                 io.String.Output(display_name="files", tooltip="One file a line; with steps also when to switch it on.")

@@ -9,19 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from .errors import TLoRAError
 from .files.atomic import numbered, stem_of
 from .files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from .files.dtypes import DTYPES
 from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
 from .files.foreign.checkpoint import checkpoint_target
 from .files.tlora_file import TLoRAFile
 from .reports.report import blocks, report_text
 from .version import __version__
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

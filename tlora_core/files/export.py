@@ -14,9 +14,10 @@ from torch import Tensor
 from ..errors import TLoRAError
 from ..method.adapters import LowRank
 from .atomic import stem_of, write_tensors
+from .dtypes import require_dtype
 from .layer_names import diffusers_name, family_of, part_number, split_name
 from .reference_layout import reference_tensors, write_reference
-from .tlora_file import DTYPES, TLoRAFile, plain_metadata
+from .tlora_file import TLoRAFile, plain_metadata
 
 Tensors = dict[str, Tensor]
 
@@ -25,7 +26,7 @@ _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 
 
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of file.DTYPES' values; returns the path of the weights.
+    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of DTYPES' values; returns the path of the weights.
 
     "reference" makes a folder named like path without ".safetensors", as the reference's trainer does:
     checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file at
@@ -36,8 +37,7 @@ def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype =
     path = Path(path)
     if layout not in LAYOUTS:
         raise TLoRAError(f'layout is "{layout}"; choose one of {", ".join(LAYOUTS)}.')
-    if dtype not in DTYPES.values():
-        raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+    require_dtype(dtype)
     tensors = {
         key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in LAYOUTS[layout](tlora).items()
     }

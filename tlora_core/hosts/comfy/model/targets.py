@@ -8,6 +8,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....errors import TLoRAError
+from ....files.dtypes import is_plain
 from ....files.foreign.target import Target
 from ....files.layer_names import plain_name, split_name
 from ....method.starts import exact_device
@@ -15,7 +16,6 @@ from .layers import is_linear, modules_by_path
 from .noise import domain, noise_level
 
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
-_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def target_of(model: ModelPatcher) -> Target:
@@ -57,7 +57,7 @@ def _original_weight(model: ModelPatcher, linear: Mapping[str, torch.nn.Module],
     patched = model.backup.get(key)
     weight = patched.weight if patched is not None else linear[path].weight
     weight = weight.detach()
-    if type(weight.data) is not torch.Tensor or weight.dtype not in _PRECISE or weight.is_meta:
+    if weight.is_meta or not is_plain(weight):
         raise TLoRAError(
             f"its base term is not stored and cannot be made again, since the model's weight {path} is quantised "
             f"({weight.dtype}); load the model in float16, bfloat16 or float32."
