@@ -93,7 +93,7 @@ LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
 
 def _named(name: str, layer: LowRank) -> str:
     path, row = split_name(name)
-    part = part_number(row, (layer.up.shape[0], layer.down.shape[1])) if "@" in name else None
+    part = part_number(row, layer.shape) if "@" in name else None
     named = None if part is None and "@" in name else diffusers_name(path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')

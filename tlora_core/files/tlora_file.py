@@ -344,7 +344,7 @@ def _read_layer(opened: Any, keys: set[str], key: str, name: str, rank: object, 
 
 
 def _require_finite(name: str, layer: LowRank) -> None:
-    if not (torch.isfinite(layer.up).all() and torch.isfinite(layer.down).all()):
+    if not layer.is_finite:
         raise TLoRAError(
             f'The layer "{name}" has NaN or infinite values in {layer.up.dtype}; '
             "store it in float32, or train it again with a lower learning rate."

@@ -108,7 +108,7 @@ def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 
 def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:
     """(base_model, num_timesteps, noise_domain), as far as layers tell by their names and shapes."""
-    return model_of_shapes({name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in layers.items()})
+    return model_of_shapes({name: layer.shape for name, layer in layers.items()})
 
 
 def model_of_shapes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, float, str]:
