@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import TLoRAError
 from ...method.adapters import LowRank
-from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name, split_name
+from ..layer_fit import check_shape
+from ..layer_names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name, split_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
@@ -64,7 +64,7 @@ class Matches:
         if name is None:
             self.reject(keys, reason)
         elif self.target is not None:
-            _check_shape(name, shape, self.target.shapes[split_name(name)[0]])
+            check_shape(name, shape, self.target.shapes[split_name(name)[0]])
         return name
 
     def _look_up(self, module: str, in_features: int) -> tuple[str | None, str]:
@@ -127,12 +127,3 @@ def _path_itself(module: str) -> Place | None:
     """ComfyUI's own names carry the path as it is."""
     prefix = "diffusion_model."
     return Place(module.removeprefix(prefix)) if module.startswith(prefix) else None
-
-
-def _check_shape(name: str, have: tuple[int, int], want: tuple[int, int]) -> None:
-    if not fits(name, have, want):
-        raise TLoRAError(
-            f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's "
-            f"{want[0]}x{want[1]}; "
-            "connect the kind of model it was trained on."
-        )

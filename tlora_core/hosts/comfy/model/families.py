@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....errors import TLoRAError
 from ....tiny.comfy import TinySDXL
-from .layers import is_linear, modules_by_path
+from .layers import linear_modules
 
 # The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
 # stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out
@@ -91,10 +91,7 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[str, Targ
 
     Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
     """
-    linear = {
-        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
-    }
-    return layers_among(linear, which, type(model.model).__name__)
+    return layers_among(linear_modules(model), which, type(model.model).__name__)
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[str, TargetLayer]:

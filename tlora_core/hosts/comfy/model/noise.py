@@ -26,6 +26,11 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
 
 
+def num_timesteps(model_sampling) -> float:
+    """T of the model's parameterisation. Raises TLoRAError as `noise_level` does."""
+    return noise_level(model_sampling, model_sampling.sigma_max.reshape(1))[1]
+
+
 def _known_level(m, sigma: Tensor) -> tuple[Tensor, float]:
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
         return m.timestep(sigma).clamp(0, 1), 1.0

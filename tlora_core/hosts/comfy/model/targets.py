@@ -12,25 +12,22 @@ from ....files.dtypes import is_plain
 from ....files.foreign.target import Target
 from ....files.layer_names import plain_name, split_name
 from ....method.starts import exact_device
-from .layers import is_linear, modules_by_path
-from .noise import domain, noise_level
+from .layers import linear_modules
+from .noise import domain, num_timesteps
 
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
 
 
 def target_of(model: ModelPatcher) -> Target:
     """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
-    linear = {
-        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
-    }
+    linear = linear_modules(model)
     sampling = model.get_model_object("model_sampling")
-    _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
     return Target(
         names=_names(model),
         shapes={path: (module.out_features, module.in_features) for path, module in linear.items()},
         weight=lambda name, rows: _original_weight(model, linear, name, rows),
         base_model=type(model.model.model_config).__name__.lower(),
-        num_timesteps=num_timesteps,
+        num_timesteps=num_timesteps(sampling),
         noise_domain=domain(sampling),
         device=exact_device(model.load_device),
     )

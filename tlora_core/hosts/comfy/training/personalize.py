@@ -23,7 +23,7 @@ from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, fr
 from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
-from ..model.noise import domain, draw_sigmas, min_snr_weight, noise_level
+from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
 from ..sampling import apply_tlora
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
@@ -143,7 +143,7 @@ class Personalization:
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
-        _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
+        self.num_timesteps = num_timesteps(self.sampling)
         self._check_config()
         encoder = Encoder(
             clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None
