@@ -60,7 +60,7 @@ class BakeTLoRA(io.ComfyNode):
             tlora,
             at=noise_level if mode == "timestep" else None,
             interval=(interval_start, interval_end) if mode == "interval" else None,
-            parts=parts if mode == "steps" else None,
+            parts=parts,
         )
         # The number of the whole comes before the parts', so the next bake gets another.
         chosen = new_lora_path(file_name)

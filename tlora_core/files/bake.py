@@ -38,10 +38,12 @@ def bake(
     tlora: TLoRAFile,
     at: float | None = None,
     interval: tuple[float, float] | None = None,
-    parts: int | None = None,
+    parts: int = 0,
 ) -> list[PlainLoRA]:
-    """A T-LoRA as plain LoRAs, in one of three ways: at a noise level, its mean over an interval of them, or as so many
-    parts. Noise levels go from 1, pure noise, to 0. Raises TLoRAError as bake_at, bake_interval and split_steps do.
+    """A T-LoRA as plain LoRAs: as it is at a noise level, its mean over an interval of them, or, with neither, as so
+    many parts. Noise levels go from 1, pure noise, to 0.
+
+    Raises TLoRAError as bake_at, bake_interval and split_steps do.
     """
     T = tlora.num_timesteps
     if at is not None:

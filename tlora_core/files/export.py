@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from ..method.adapters import LowRank
 from .atomic import stem_of, write_tensors
 from .dtypes import require_dtype
@@ -35,8 +35,7 @@ def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype =
     hold, and when the disk does not take the file.
     """
     path = Path(path)
-    if layout not in LAYOUTS:
-        raise TLoRAError(f'layout is "{layout}"; choose one of {", ".join(LAYOUTS)}.')
+    require_choice("layout", layout, LAYOUTS)
     require_dtype(dtype)
     tensors = {
         key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in LAYOUTS[layout](tlora).items()

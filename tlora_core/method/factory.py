@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from .adapters import METHODS, Adapters
 from .bank import Bank, lora_bank, ortho_bank
 from .baselines import baseline_adapters
@@ -30,8 +30,7 @@ def make_adapters(
 
     Raises TLoRAError for an unknown method or start, and for a rank that a layer cannot hold.
     """
-    if method not in METHODS:
-        raise TLoRAError(f'The method is "{method}"; choose one of {", ".join(METHODS)}.')
+    require_choice("method", method, METHODS)
     if METHODS[method].of_weight:
         weights = {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}
         return Adapters(baseline_adapters(method, weights, rank))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from .completion import last_completed_rows
 from .gaussian_spectrum import chi_squares, singular_values
 from .random_streams import generator_for
@@ -221,8 +221,7 @@ def _by_key(keys: list) -> dict:
 
 
 def _parse(kind: str) -> Start:
-    if kind not in STARTS:
-        raise TLoRAError(f'The start is "{kind}"; choose one of {", ".join(STARTS)}.')
+    require_choice("start", kind, STARTS)
     return STARTS[kind]
 
 

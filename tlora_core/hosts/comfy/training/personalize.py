@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ....errors import TLoRAError
+from ....errors import TLoRAError, require_choice
 from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import check_line, one_line
 from ....method.adapters import METHODS, Adapters
@@ -68,10 +68,8 @@ class TrainRequest:
             object.__setattr__(self, name, word)
         if not self.token and not self.class_word:
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
-        if self.method not in METHODS:
-            raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
-        if self.framing not in FRAMINGS:
-            raise TLoRAError(f'framing is "{self.framing}"; choose one of {", ".join(FRAMINGS)}.')
+        require_choice("method", self.method, METHODS)
+        require_choice("framing", self.framing, FRAMINGS)
         _ = self.schedule  # which refuses ranks that cannot be
 
     @property
@@ -134,8 +132,7 @@ class Personalization:
         memory: str = "auto",
         class_pictures: ClassPictures | None = None,
     ):
-        if memory not in MEMORY:
-            raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
+        require_choice("memory", memory, MEMORY)
         self.memory = memory
         self.checkpointing = (
             None if memory == "auto" else memory == "low"
