@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
+from tlora_core.files.dtypes import DTYPES
 from tlora_core.files.export import export
 from tlora_core.files.foreign.orthogonal import as_low_rank, singular_vectors
 from tlora_core.method.starts import orthogonal_starts
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOVED = (0.001, 0.01, 1.0)
 TEXT = 2048  # features that attn2's keys and values read
 BLOCKS = {"input_blocks.4.1.transformer_blocks.0": 640, "middle_block.1.transformer_blocks.0": 1280}  # path -> width

@@ -8,11 +8,12 @@
     python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
     python3 tools/host.py bench personalization when-decided   # down to which noise level prompts are followed
     python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
+    python3 tools/host.py bench personalization pack      # new records into the compressed files, before a commit
 
 A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study
 `methods` of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part
 2/8 takes every eighth cell, for eight processes side by side.
-Results: benchmarks/results/*.jsonl.
+Results: benchmarks/results/*.jsonl, compressed ones *.jsonl.xz; a run reads both and appends to *.jsonl.
 """
 
 import argparse
@@ -65,13 +66,14 @@ def _study(args):
     import torch
 
     tiny_gate.parse_host_arguments(args.device)
+    from evidence.record_files import files_of
     from evidence.run import Bench, run
 
     scale = "quick" if args.quick else args.scale or ("sweep" if args.what == ["rates"] else "full")
     part, of = (int(number) for number in args.part.split("/"))
     cells = _cells(args, scale)[part - 1 :: of]
     file = args.results / (f"{scale}.jsonl" if of == 1 else f"{scale}-{part}of{of}.jsonl")
-    others = [path for path in args.results.glob(f"{scale}*.jsonl") if path != file]
+    others = [path for path in files_of(args.results, scale) if path != file]
     with torch.inference_mode():
         run(Bench(tiny_gate.WEIGHTS), cells, file, lambda line: print(line, file=sys.stderr, flush=True), others)
 
@@ -102,6 +104,12 @@ def _choose_rates(results):
     from evidence.study import RATES
 
     _write(RATES, analysis.choose_rates(analysis.load_sweep(results)))
+
+
+def _pack(results):
+    from evidence import record_files
+
+    record_files.pack(results)
 
 
 def _check_scorers(results):
@@ -141,6 +149,7 @@ ONCE = {
     "check-scorers": _check_scorers,
     "when-decided": _when_decided,
     "report": _report,
+    "pack": _pack,
 }
 
 if __name__ == "__main__":

@@ -2,19 +2,17 @@
 
 import logging
 
-import torch
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
+from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.hosts.comfy.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.page.rank import show_active_rank
 from ..tlora_core.hosts.comfy.progress import say
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
 from ..tlora_core.training.images import thumbnail as make_thumbnail
-from .sockets import CATEGORY, SEARCH, TLORA, file_name_input, strength_input
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+from .sockets import CATEGORY, SEARCH, TLORA, dtype_input, file_name_input, strength_input
 
 
 class LoadTLoRA(io.ComfyNode):
@@ -125,12 +123,7 @@ class SaveTLoRA(io.ComfyNode):
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 file_name_input(),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float16",
-                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
-                ),
+                dtype_input(),
                 io.Image.Input(
                     "thumbnail",
                     optional=True,

@@ -2,12 +2,11 @@
 
 from comfy_api.latest import io
 
-from ..tlora_core.files.atomic import numbered
-from ..tlora_core.files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from ..tlora_core.files.bake import bake, save_all
+from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.hosts.comfy.files import name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
-from .apply import DTYPES
-from .sockets import CATEGORY, TLORA, file_name_input
+from .sockets import CATEGORY, TLORA, dtype_input, file_name_input
 
 
 class BakeTLoRA(io.ComfyNode):
@@ -44,12 +43,7 @@ class BakeTLoRA(io.ComfyNode):
                     tooltip="steps: number of files. More follow the schedule more closely.",
                 ),
                 file_name_input(),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float16",
-                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
-                ),
+                dtype_input(),
             ],
             outputs=[
                 io.String.Output(display_name="files", tooltip="One file a line; with steps also when to switch it on.")
@@ -62,20 +56,18 @@ class BakeTLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, tlora, mode, interval_start, interval_end, noise_level, parts, file_name, dtype):
-        T = tlora.num_timesteps
-        if mode == "steps":
-            split = split_steps(tlora, parts)
-            baked, notes = [part for part, _ in split], [f": {when_on(tlora, t)}" for _, t in split]
-        elif mode == "timestep":
-            baked, notes = [bake_at(tlora, noise_level * T)], [""]
-        else:
-            baked, notes = [bake_interval(tlora, interval_start * T, interval_end * T)], [""]
-        path = new_lora_path(file_name)
+        baked = bake(
+            tlora,
+            at=noise_level if mode == "timestep" else None,
+            interval=(interval_start, interval_end) if mode == "interval" else None,
+            parts=parts,
+        )
         # The number of the whole comes before the parts', so the next bake gets another.
-        paths = [path] if mode != "steps" else [numbered(path, i + 1) for i in range(len(baked))]
-        save_all(list(zip(baked, paths)), DTYPES[dtype])
+        chosen = new_lora_path(file_name)
+        paths = [one.path(chosen) for one in baked]
+        save_all([(one.tlora, path) for one, path in zip(baked, paths)], DTYPES[dtype])
         names = [name_of(path) for path in paths]
-        text = "\n".join(name + note for name, note in zip(names, notes))
+        text = "\n".join(name + one.note for name, one in zip(names, baked))
         return io.NodeOutput(text, ui=told_of(names, text))
 
 

@@ -3,11 +3,11 @@
 from comfy_api.latest import io
 
 from ..tlora_core.files.bake import bake_interval
+from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.files.export import LAYOUTS, export
 from ..tlora_core.hosts.comfy.files import name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
-from .apply import DTYPES
-from .sockets import CATEGORY, TLORA, file_name_input
+from .sockets import CATEGORY, TLORA, dtype_input, file_name_input
 
 FULL, MEAN = "full", "mean"
 
@@ -41,12 +41,7 @@ class ExportTLoRA(io.ComfyNode):
                     tooltip="full: all ranks. mean: each by the share of the noise levels at which it is on.",
                 ),
                 file_name_input(),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float16",
-                    tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
-                ),
+                dtype_input(),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="The name below the loras folder.")],
         )

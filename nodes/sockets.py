@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
+from ..tlora_core.files.dtypes import DTYPES
 
 CATEGORY = "T-LoRA"
 # What people type who look for Train, Load or Apply; web/search.js has these ranked.
@@ -92,6 +93,15 @@ def file_name_input():
         default="tlora/my_subject",
         tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is "
         "overwritten.",
+    )
+
+
+def dtype_input():
+    return io.Combo.Input(
+        "dtype",
+        options=list(DTYPES),
+        default="float16",
+        tooltip="Precision of the numbers: float16 and bfloat16 halve the file; float16 is the more exact.",
     )
 
 

@@ -9,19 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from .errors import TLoRAError
-from .files.atomic import numbered, stem_of
-from .files.bake import bake_at, bake_interval, save_all, split_steps, when_on
+from .files.atomic import stem_of
+from .files.bake import bake, save_all
+from .files.dtypes import DTYPES
 from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
 from .files.foreign.checkpoint import checkpoint_target
-from .files.tlora_file import TLoRAFile
 from .reports.report import blocks, report_text
 from .version import __version__
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,20 +55,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
-    bake = commands.add_parser(
+    baking = commands.add_parser(
         "bake",
         help="make plain LoRAs of a T-LoRA",
         description="Makes plain LoRAs of a T-LoRA. Noise levels go from 1, pure noise, to 0, the finished picture.",
     )
-    how = bake.add_mutually_exclusive_group(required=True)
+    how = baking.add_mutually_exclusive_group(required=True)
     how.add_argument("--at", type=float, metavar="LEVEL", help="as it is at one noise level")
     how.add_argument("--interval", type=float, nargs=2, metavar="LEVEL", help="its mean between two noise levels")
     how.add_argument("--parts", type=int, metavar="N", help="N files to switch on in turn")
-    bake.set_defaults(run=_bake)
+    baking.set_defaults(run=_bake)
 
-    for command in (info, convert, bake):
+    for command in (info, convert, baking):
         _add_input(command)
-    for command in (convert, bake):
+    for command in (convert, baking):
         _add_output(command)
     return parser
 
@@ -140,23 +136,13 @@ def _convert(options: argparse.Namespace) -> None:
 def _bake(options: argparse.Namespace) -> None:
     loaded = _load(options)
     print(loaded.report, file=sys.stderr)
-    baked, path = _baked(loaded.tlora, options), options.output
-    paths = [path] if options.parts is None else [numbered(path, i + 1) for i in range(len(baked))]
-    for one in paths:
-        _require_free(one, options.force)
-    save_all([(tlora, one) for (tlora, _), one in zip(baked, paths)], DTYPES[options.dtype])
-    for (_, note), one in zip(baked, paths):
-        print(f"{one}{note}")
-
-
-def _baked(tlora: TLoRAFile, options: argparse.Namespace) -> list[tuple[TLoRAFile, str]]:
-    """Plain LoRAs, each with a note on when to switch it on."""
-    T = tlora.num_timesteps
-    if options.at is not None:
-        return [(bake_at(tlora, options.at * T), "")]
-    if options.interval is not None:
-        return [(bake_interval(tlora, *(level * T for level in options.interval)), "")]
-    return [(part, f": {when_on(tlora, t)}") for part, t in split_steps(tlora, options.parts)]
+    baked = bake(loaded.tlora, options.at, options.interval, options.parts)
+    paths = [one.path(options.output) for one in baked]
+    for path in paths:
+        _require_free(path, options.force)
+    save_all([(one.tlora, path) for one, path in zip(baked, paths)], DTYPES[options.dtype])
+    for one, path in zip(baked, paths):
+        print(f"{path}{one.note}")
 
 
 def _require_free(path: Path, force: bool) -> None:

@@ -3,14 +3,10 @@
 python3 tools/host.py python tools/make_locales.py
 """
 
-import importlib.util
 import json
-import sys
-import tempfile
 from pathlib import Path
 
-from hostlib.build import Host
-from hostlib.server import PACK_NAME, Server
+from hostlib.server import PACK_NAME, own_server
 
 LOCALES = Path(__file__).resolve().parents[1] / "locales"
 
@@ -44,11 +40,7 @@ def plain(**texts: str) -> dict:
 
 
 def main() -> None:
-    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
-    ):
+    with own_server() as server:
         ours = {
             name: info for name, info in server.object_info().items() if info["python_module"].endswith("." + PACK_NAME)
         }

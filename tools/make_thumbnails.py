@@ -7,13 +7,10 @@ Templates for SDXL and FLUX run with the tiny base in the place of their checkpo
 your pictures. All of them take half an hour on two CPU cores; the numbers are those that the names of some begin with.
 """
 
-import importlib.util
 import sys
-import tempfile
 from pathlib import Path
 
-from hostlib.build import Host
-from hostlib.server import Server
+from hostlib.server import own_server
 from PIL import Image
 from templates import SCENES, TEMPLATES, TINY
 
@@ -132,11 +129,7 @@ def pictures(result, kind: str) -> list[Image.Image]:
 
 
 def main(numbers: list[str]) -> None:
-    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
-    ):
+    with own_server() as server:
         files = {}  # of the first training of each object: its checkpoints, and itself
         for title in TEMPLATES:
             number = title[:2]

@@ -6,15 +6,11 @@ Run it when a node's inputs change: the interface saves widgets' values as a bar
 this asks the host for. Thumbnails are made by tools/make_thumbnails.py.
 """
 
-import importlib.util
 import json
-import sys
-import tempfile
 import uuid
 from pathlib import Path
 
-from hostlib.build import Host
-from hostlib.server import Server
+from hostlib.server import own_server
 from hostlib.widgets import DYNAMIC_COMBO, GROUPS, SEED_NAMES, WIDGET_TYPES
 from templates import TEMPLATES
 
@@ -164,9 +160,7 @@ def _default(kind, options):
 
 
 def main() -> None:
-    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    host = Host(comfyui, Path(sys.executable), "", ours=True)
-    with tempfile.TemporaryDirectory() as folder, Server(host, Path(folder)) as server:
+    with own_server() as server:
         info = server.object_info()
     for title, fill in TEMPLATES.items():
         template = Template(fill.__name__, info)

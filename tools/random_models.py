@@ -11,7 +11,7 @@ import comfy.supported_models as supported
 import torch
 
 from tlora_core import LowRank, RankSchedule, TLoRAFile
-from tlora_core.hosts.comfy.model.noise import domain, noise_level
+from tlora_core.hosts.comfy.model.noise import domain, num_timesteps
 
 SDXL = {
     "image_size": 32,
@@ -326,7 +326,7 @@ def random_tlora(
             layers[path] = update(rows, columns)
     schedule = RankSchedule(rank, rank // 2 if min_rank is None else min_rank)
     sampling = model.model.model_sampling
-    _, T = noise_level(sampling, sampling.sigma_max.reshape(1))
+    T = num_timesteps(sampling)
     return TLoRAFile(layers, "tlora", schedule, T, domain(sampling), type(model.model.model_config).__name__.lower())
 
 

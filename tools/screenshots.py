@@ -6,15 +6,13 @@ tiny base.
 Needs Chromium; some minutes, most of them the trainings of the comparison.
 """
 
-import importlib.util
 import json
 import sys
-import tempfile
 from pathlib import Path
 
-from hostlib.build import Host, ensure_test_packages
+from hostlib.build import ensure_test_packages
 from hostlib.chromium import find_chromium
-from hostlib.server import Server
+from hostlib.server import own_server
 
 REPO = Path(__file__).resolve().parents[1]
 SCREENSHOTS, HELP = REPO / "docs" / "screenshots", REPO / "web" / "docs" / "pictures"
@@ -144,12 +142,7 @@ SHOTS = {"panel": panel, "schedule": schedule, "comparison": comparison}
 def main(names: list[str]) -> None:
     for folder in (SCREENSHOTS, HELP):
         folder.mkdir(parents=True, exist_ok=True)
-    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Server(Host(comfyui, Path(sys.executable), "", ours=True), Path(folder)) as server,
-        opened_browser(find_chromium()) as browser,
-    ):
+    with own_server() as server, opened_browser(find_chromium()) as browser:
         for name in names or SHOTS:
             page = new_page(browser, pixels=2)
             page.set_viewport_size(SCREEN)

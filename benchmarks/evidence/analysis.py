@@ -17,8 +17,8 @@ from scipy import stats
 
 from tlora_core.method.adapters import METHODS
 
-from .prompts import COMBINED, KINDS, NEUTRAL
-from .run import read
+from .prompts import KINDS, NEUTRAL
+from .record_files import files_of, read
 from .study import Cell, Scale, cell_of, rate_name
 
 REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
@@ -52,7 +52,7 @@ class Point:
 
 
 def load_sweep(folder: Path) -> list[dict]:
-    return read(*sorted(folder.glob("sweep*.jsonl")))
+    return read(*files_of(folder, "sweep"))
 
 
 def left_out(folder: Path) -> set[tuple[str, str]]:
@@ -311,8 +311,3 @@ def choose_rates(records: Sequence[dict]) -> dict[str, float]:
     if not chosen:
         raise SystemExit("There is no sweep of any method; run the study `rates` first.")
     return chosen
-
-
-def combined_only(point: Point) -> float:
-    """TS of the prompts that ask for several things at once: the paper's complex ones."""
-    return point.by_kind.get(COMBINED, float("nan"))

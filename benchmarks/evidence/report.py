@@ -32,7 +32,8 @@ from .analysis import (
     sound,
 )
 from .prompts import prompts, settings
-from .run import concept_named, read, sheet_path, whole
+from .record_files import files_of, read
+from .run import concept_named, sheet_path, whole
 from .study import BLOCKS, FRESH, RANK, RATES, SCALES, Cell, meaningful, rate_name
 from .tables import TABLES, ranks
 
@@ -66,7 +67,7 @@ def largest(results: Path) -> tuple[str, list[Point]]:
 
 def measured(results: Path, scale: str) -> list[Point]:
     """Of the trainings of a scale that were not broken off."""
-    records = read(*sorted(results.glob(f"{scale}*.jsonl")))
+    records = read(*files_of(results, scale))
     return points(whole(records), left_out(results)) if records else []
 
 

@@ -26,6 +26,7 @@ from tlora_core.training.trainer import TrainingDiverged
 from .colour import ColourReader
 from .metrics import measure, seen
 from .prompts import KINDS, TOKEN, TRAINING, Prompt, control_prompts, prompts, settings
+from .record_files import mend, read
 from .study import Cell, cell_of
 
 SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
@@ -197,20 +198,6 @@ def personalization(bench: Bench, cell: Cell):
     )
 
 
-def read(*files: Path) -> list[dict]:
-    """The records of result files. A last line that was cut off when a run was killed is left out."""
-    records = []
-    for file in files:
-        lines = file.read_text().splitlines() if file.exists() else []
-        for i, line in enumerate(lines):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if i != len(lines) - 1:
-                    raise
-    return records
-
-
 def steps_done(records: list[dict]) -> dict[str, set[int]]:
     """By cell key. A training that diverged is done at all its steps."""
     done: dict[str, set[int]] = {}
@@ -234,7 +221,7 @@ def run(
     """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder
     `sheets` beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    _mend(file)
+    mend(file)
     done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
     missing = [cell for cell in cells if not set(cell.steps) <= done.get(cell.key, set())]
     total = sum(max(cell.steps) for cell in missing)
@@ -275,12 +262,6 @@ def _sheet(cell, drawn, folder):
     first = training_pictures(cell)[:1]
     rows = [torch.cat([first, pictures]) for _, pictures in drawn]
     to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows])).save(sheet_path(folder, cell))
-
-
-def _mend(file):
-    """Ends a line that a killed run left unfinished, by dropping it."""
-    if file.exists() and (text := file.read_text()) and not text.endswith("\n"):
-        file.write_text(text[: text.rfind("\n") + 1])
 
 
 def _noise_seed(prompt):

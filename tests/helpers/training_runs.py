@@ -52,6 +52,15 @@ def same(one, two):
     )
 
 
+def train(adapters, denoiser, config, on_step=lambda step, loss: None):
+    """All steps of a training loop alone, without the node's run around it. Returns the loss of each."""
+    from tlora_core.training.trainer import Trainer
+
+    trainer = Trainer(adapters, config)
+    trainer.run(denoiser, config.steps, on_step)
+    return trainer.losses
+
+
 class OutOfMemory(TorchDispatchMode):
     """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other
     module than torch is needed."""

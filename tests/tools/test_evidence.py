@@ -12,7 +12,7 @@ import torch
 from places import REPO
 
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, colour, decided, metrics, prompts, report, run, study, validation  # noqa: E402
+from evidence import analysis, colour, decided, metrics, prompts, record_files, report, run, study, validation  # noqa: E402
 
 from tlora_core.tiny import world  # noqa: E402
 
@@ -152,13 +152,13 @@ def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypa
     file, said = tmp_path / "miniature.jsonl", []
     with torch.inference_mode():
         run.run(bench, cells, file, said.append)
-        whole = run.read(file)
+        whole = record_files.read(file)
         assert [r["step"] for r in whole] == [0, 1, 2] and len(list((tmp_path / "sheets").glob("*.png"))) == 2
         assert "min left" in said[-1]
         # Killed in the middle of the last line.
         file.write_text(file.read_text()[:-40])
         run.run(bench, cells, file, said.append)
-        again = run.read(file)
+        again = record_files.read(file)
         run.run(bench, cells, file, said.append)
     assert said[-1].startswith("2 of 2 cells are done; 0 to go")
     keep = lambda r: (r["step"], r["rows"], r.get("loss"))  # noqa: E731
@@ -192,7 +192,7 @@ def test_one_command_runs_a_study_and_says_how_far_it_is(host, tmp_path):
     ):
         done = command(study_)
         assert done.returncode == 0 and said in done.stderr, done.stderr
-    assert len(run.read(tmp_path / "miniature.jsonl")) == 9 + 8
+    assert len(record_files.read(tmp_path / "miniature.jsonl")) == 9 + 8
     for wrong in (("table9",), ("earlier", "table1"), ("later", "table1"), ("all", "table1")):
         refused = command(*wrong)
         assert refused.returncode == 2 and f"there is no study {wrong[0]}; choose of" in refused.stderr

@@ -9,7 +9,7 @@ import pytest
 from places import REPO
 
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, plots, report, run, study, tables  # noqa: E402
+from evidence import analysis, claims, plots, record_files, report, run, study, tables  # noqa: E402
 
 
 def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
@@ -395,10 +395,25 @@ def test_rate_is_chosen_that_reproduces_without_damage_and_obeys_best(monkeypatc
 def test_records_of_a_killed_run_are_read_and_its_half_line_dropped(tmp_path):
     file = tmp_path / "full.jsonl"
     file.write_text(json.dumps(base()) + "\n" + json.dumps(record())[:50])
-    assert len(run.read(file)) == 1
+    assert len(record_files.read(file)) == 1
     file.write_text("{broken\n" + json.dumps(base()) + "\n")
     with pytest.raises(json.JSONDecodeError):
-        run.read(file)
+        record_files.read(file)
+
+
+def test_records_read_the_same_before_and_after_they_are_packed(tmp_path):
+    for steps, half_line in ((range(3), '{"step": 3'), (range(3, 5), "")):
+        for name in ("full", "full-1of2"):
+            with (tmp_path / f"{name}.jsonl").open("a") as file:
+                file.write("".join(json.dumps({"step": step, "in": name}) + "\n" for step in steps) + half_line)
+        before = record_files.read(*record_files.files_of(tmp_path, "full"))
+        record_files.pack(tmp_path)
+        assert record_files.read(*record_files.files_of(tmp_path, "full")) == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["full-1of2.jsonl.xz", "full.jsonl.xz"]
+    assert before == [{"step": step, "in": name} for name in ("full-1of2", "full") for step in range(5)]
+    (tmp_path / "full.jsonl").write_text(json.dumps({"step": 5}) + "\n")
+    assert record_files.files_of(tmp_path, "sweep") == [] and len(record_files.files_of(tmp_path)) == 2
+    assert record_files.read(tmp_path / "full.jsonl")[-2:] == [before[-1], {"step": 5}]
 
 
 def test_report_says_what_was_run_and_what_was_not(tmp_path):

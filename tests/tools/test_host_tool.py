@@ -325,7 +325,7 @@ def test_progress_line_shows_title_and_time_left(monkeypatch):
 def test_workflow_runs_on_the_real_server(server):
     result = server.run(MINI, {"EmptyImage.width": 48})
     (image,) = result.images
-    assert image.path.is_file() and image.path.parent == server.output_dir
+    assert image.path.is_file() and image.path.parent == server.client.folders["output"]
     assert server.client.fetch(image) == image.path.read_bytes()
     assert image.path.read_bytes()[16:24] == (48).to_bytes(4, "big") + (16).to_bytes(4, "big")
 
@@ -356,11 +356,11 @@ def test_refused_workflow_is_explained(server):
 
 def test_workflow_with_one_bad_branch_is_refused_as_a_whole(server):
     bad = {"3": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}}}
-    before = set(server.output_dir.iterdir())
+    before = set(server.client.folders["output"].iterdir())
     result = server.run({**MINI, **bad}, check=False)
     assert "node 3: Required input is missing (filename_prefix)" in result.errors[0]
     server.run(MINI)
-    assert len(set(server.output_dir.iterdir()) - before) <= 2
+    assert len(set(server.client.folders["output"].iterdir()) - before) <= 2
 
 
 def test_failing_node_speaks_for_itself_and_the_exit_is_not_zero(server, tmp_path, monkeypatch, capsys):

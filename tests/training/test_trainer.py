@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from training_runs import OutOfMemory
+from training_runs import OutOfMemory, train
 
 from tlora_core import Adapters, TLoRAError, make_adapters
 from tlora_core.method.bank import ortho_bank
+from tlora_core.method.random_streams import generator_for
 from tlora_core.training.config import LR_SCHEDULES, OPTIMIZERS, TrainConfig
 from tlora_core.training.optimizers import STATE_SIZES
 from tlora_core.training.trainer import (
@@ -18,9 +19,7 @@ from tlora_core.training.trainer import (
     Trainer,
     TrainingDiverged,
     divergence,
-    generator_for,
     orthogonality,
-    train,
 )
 
 CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]

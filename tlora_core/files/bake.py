@@ -9,15 +9,49 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import TLoRAError
 from ..method.adapters import LowRank
 from ..method.schedule import RankSchedule
+from .atomic import numbered
 from .export import fused
 from .tlora_file import TLoRAFile
+
+
+class PlainLoRA(NamedTuple):
+    """A plain LoRA made of a T-LoRA. part: its number from 1, None where it is the only one. note: what to write behind
+    its name, so that it is switched on at the right noise level."""
+
+    tlora: TLoRAFile
+    part: int | None = None
+    note: str = ""
+
+    def path(self, chosen: Path) -> Path:
+        """Where it is saved: at the chosen path, a part with its number."""
+        return chosen if self.part is None else numbered(chosen, self.part)
+
+
+def bake(
+    tlora: TLoRAFile,
+    at: float | None = None,
+    interval: tuple[float, float] | None = None,
+    parts: int = 0,
+) -> list[PlainLoRA]:
+    """A T-LoRA as plain LoRAs: as it is at a noise level, its mean over an interval of them, or, with neither, as so
+    many parts. Noise levels go from 1, pure noise, to 0.
+
+    Raises TLoRAError as bake_at, bake_interval and split_steps do.
+    """
+    T = tlora.num_timesteps
+    if at is not None:
+        return [PlainLoRA(bake_at(tlora, at * T))]
+    if interval is not None:
+        return [PlainLoRA(bake_interval(tlora, *(level * T for level in interval)))]
+    split = split_steps(tlora, parts)
+    return [PlainLoRA(part, number, f": {when_on(tlora, t)}") for number, (part, t) in enumerate(split, 1)]
 
 
 def bake_at(tlora: TLoRAFile, timestep: float) -> TLoRAFile:
@@ -28,11 +62,7 @@ def bake_at(tlora: TLoRAFile, timestep: float) -> TLoRAFile:
     T = tlora.num_timesteps
     _require_timestep("timestep", timestep, T)
 
-    def weights(schedule: RankSchedule) -> list[float]:
-        active = schedule.active_rank(timestep, T)
-        return [1.0] * active + [0.0] * (schedule.rank - active)
-
-    return _baked(tlora, weights, {"mode": "timestep", "timestep": timestep})
+    return _baked(tlora, lambda schedule: _on_at(schedule, timestep, T), {"mode": "timestep", "timestep": timestep})
 
 
 def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
@@ -48,8 +78,7 @@ def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
 
     def weights(schedule: RankSchedule) -> list[float]:
         if low == high:
-            active = schedule.active_rank(low, T)
-            return [1.0] * active + [0.0] * (schedule.rank - active)
+            return _on_at(schedule, low, T)
         # Rounded, since the time of a component that is on only at one end of the interval is exact only to the last
         # bits.
         return [
@@ -197,6 +226,12 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
             "use it with Apply T-LoRA."
         ) from error
     return replace(baked, layers=whole, schedule=_constant(whole))
+
+
+def _on_at(schedule: RankSchedule, t: float, T: float) -> list[float]:
+    """1 for each component that is on at t, 0 for the others."""
+    active = schedule.active_rank(t, T)
+    return [1.0] * active + [0.0] * (schedule.rank - active)
 
 
 def _constant(layers: Mapping[str, LowRank]) -> RankSchedule:

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from ..method.adapters import LowRank
 from ..method.layer_name import LayerName
 from .atomic import stem_of, write_tensors
+from .dtypes import require_dtype
 from .layer_names import diffusers_name, family_of, part_number
 from .reference_layout import reference_tensors, write_reference
-from .tlora_file import DTYPES, TLoRAFile, plain_metadata
+from .tlora_file import TLoRAFile, plain_metadata
 
 Tensors = dict[str, Tensor]
 
@@ -26,7 +27,7 @@ _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 
 
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of file.DTYPES' values; returns the path of the weights.
+    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of DTYPES' values; returns the path of the weights.
 
     "reference" makes a folder named like path without ".safetensors", as the reference's trainer does:
     checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file at
@@ -35,10 +36,8 @@ def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype =
     hold, and when the disk does not take the file.
     """
     path = Path(path)
-    if layout not in LAYOUTS:
-        raise TLoRAError(f'layout is "{layout}"; choose one of {", ".join(LAYOUTS)}.')
-    if dtype not in DTYPES.values():
-        raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+    require_choice("layout", layout, LAYOUTS)
+    require_dtype(dtype)
     tensors = {
         key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in LAYOUTS[layout](tlora).items()
     }
@@ -93,7 +92,7 @@ LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
 
 
 def _named(name: LayerName, layer: LowRank) -> str:
-    part = part_number(name.row, (layer.up.shape[0], layer.down.shape[1])) if name.is_part else None
+    part = part_number(name.row, layer.shape) if name.is_part else None
     named = None if part is None and name.is_part else diffusers_name(name.path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')

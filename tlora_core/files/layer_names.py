@@ -234,11 +234,4 @@ def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[st
 def _key_beside_parts(name: LayerName, layer: LowRank, base_model: str) -> str | None:
     if not name.is_part:
         return onetrainer_key(base_model, name.path)
-    return part_key(base_model, name.path, name.row, (layer.up.shape[0], layer.down.shape[1]))
-
-
-def fits(name: LayerName, update: tuple[int, int], module: tuple[int, int]) -> bool:
-    """Whether an update of shape (out, in), by the name of its layer, goes onto a module of that shape."""
-    if not name.is_part:
-        return update == module
-    return update[1] == module[1] and name.row + update[0] <= module[0]
+    return part_key(base_model, name.path, name.row, layer.shape)

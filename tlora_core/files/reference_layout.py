@@ -137,7 +137,7 @@ def _empty(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> dict[str, LowRank
     model is known."""
     rank, some = tlora.schedule.rank, next(iter(layers.values()))
     shapes = dict(_flux_shapes(layers) if _is_flux(tlora) else _sdxl_shapes())
-    if any(shapes.get(key) != (layer.up.shape[0], layer.down.shape[1]) for key, layer in layers.items()):
+    if any(shapes.get(key) != layer.shape for key, layer in layers.items()):
         return {}  # a model of its own size: which layers it has beside these, the file does not tell
     columns = rank * some.group
     return {

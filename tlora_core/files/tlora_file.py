@@ -26,12 +26,12 @@ from ..method.layer_name import LayerName
 from ..method.schedule import RankSchedule
 from ..version import __version__
 from .atomic import HASH_TO_COME, write_tensors
+from .dtypes import HEADER_DTYPES, require_dtype
 from .layer_names import layer_key, stored_keys
 from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
 
 FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
 METADATA_KEY = "tlora"
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
@@ -109,8 +109,7 @@ class TLoRAFile:
         Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
         """
         path = Path(path)
-        if dtype not in DTYPES.values():
-            raise TLoRAError(f"dtype is {dtype}; store in float32, bfloat16 or float16.")
+        require_dtype(dtype)
         tensors: dict[str, Tensor] = {}
         for name, key in stored_keys(self.layers, self.base_model).items():
             stored = self.layers[name].to("cpu", dtype)
@@ -332,7 +331,7 @@ def _read_layer(opened: Any, keys: set[str], key: str, name: str, rank: object, 
     for part in (_UP, _DOWN, _ALPHA):
         if key + part not in keys:
             raise TLoRAError(f"the tensor {key + part!r} is missing; get the file again.")
-        if opened.get_slice(key + part).get_dtype() not in DTYPES:
+        if opened.get_slice(key + part).get_dtype() not in HEADER_DTYPES:
             raise TLoRAError(f"the tensor {key + part!r} is not in float32, bfloat16 or float16; save it in one.")
         # A copy: the memory-mapped original would keep the file from being replaced on Windows.
         tensors.append(opened.get_tensor(key + part).clone())
@@ -349,7 +348,7 @@ def _read_layer(opened: Any, keys: set[str], key: str, name: str, rank: object, 
 
 
 def _require_finite(name: str, layer: LowRank) -> None:
-    if not (torch.isfinite(layer.up).all() and torch.isfinite(layer.down).all()):
+    if not layer.is_finite:
         raise TLoRAError(
             f'The layer "{name}" has NaN or infinite values in {layer.up.dtype}; '
             "store it in float32, or train it again with a lower learning rate."

@@ -18,17 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TLoRAError
+from ..files.dtypes import is_plain
 from ..files.foreign import Target, load_any
 from ..files.foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
-from ..files.layer_names import fits
+from ..files.layer_fit import check_fit
 from ..files.tlora_file import TLoRAFile
 from ..layers.overlay import Overlay, overlaid
 from ..method.adapters import LowRank
 from ..method.layer_name import LayerName
 from ..method.schedule import RankSchedule
 from ..method.starts import exact_device
-
-_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load(
@@ -240,10 +239,9 @@ def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], na
     pieces = []
     for part, wanted, first in overlap(rows[name.path], name.row, name.row + count):
         weight = linears[part.module].weight.detach()
-        if weight.is_meta or type(weight.data) is not Tensor or weight.dtype not in _PRECISE:
+        if weight.is_meta or not is_plain(weight):
             raise TLoRAError(
-                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is "
-                f"quantised or "
+                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is quantised or "
                 f"offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without offloading."
             )
         pieces.append(weight[first : first + wanted.stop - wanted.start].float())
@@ -254,22 +252,9 @@ def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Up
     """The T-LoRA's layers on the denoiser's. Raises TLoRAError when they do not fit."""
     linears = _linears(denoiser)
     rows, updates = rows_by_path(_shapes(linears)), []
+    check_fit(tlora, {path: (parts[-1].stop, linears[parts[0].module].in_features) for path, parts in rows.items()})
     for name, layer in tlora.layers.items():
-        have = layer.up.shape[0], layer.down.shape[1]
-        there = rows.get(name.path)
-        if there is None:
-            raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is not in pipe's; use "
-                f"a "
-                "pipeline of the kind of model it was trained on."
-            )
-        whole = (there[-1].stop, linears[there[0].module].in_features)
-        if not fits(name, have, whole):
-            raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is {have[0]}x{have[1]} "
-                f"and pipe's {whole[0]}x{whole[1]}; use a pipeline of the kind of model it was trained on."
-            )
-        for part, wanted, first in overlap(there, name.row, name.row + have[0]):
+        for part, wanted, first in overlap(rows[name.path], name.row, name.row + layer.shape[0]):
             update = LowRank(layer.up[wanted] * strength, layer.down, layer.group)
             updates.append((linears[part.module], update, first))
     return updates

@@ -65,6 +65,16 @@ class LowRank:
     def nbytes(self) -> int:
         return self.up.nbytes + self.down.nbytes
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features) of the layer."""
+        return self.up.shape[0], self.down.shape[1]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both factors are free of NaN and infinite values."""
+        return bool(self.up.isfinite().all() and self.down.isfinite().all())
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up, down), as a trainable adapter gives them."""
         return self.up, self.down

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from .adapters import METHODS, Adapters
 from .bank import Bank, lora_bank, ortho_bank
 from .baselines import baseline_adapters
-from .starts import STARTS, layer_generator, orthogonal_start, orthogonal_starts
+from .random_streams import generator_for
+from .starts import STARTS, orthogonal_start, orthogonal_starts, require_rank
 
 Layers = Mapping[str, tuple[int, int] | Tensor]
 
@@ -29,14 +30,13 @@ def make_adapters(
 
     Raises TLoRAError for an unknown method or start, and for a rank that a layer cannot hold.
     """
-    if method not in METHODS:
-        raise TLoRAError(f'The method is "{method}"; choose one of {", ".join(METHODS)}.')
+    require_choice("method", method, METHODS)
     if METHODS[method].of_weight:
         weights = {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}
         return Adapters(baseline_adapters(method, weights, rank))
     shapes = {name: _shape(layer) for name, layer in layers.items()}
     for name, shape in shapes.items():
-        _require_rank(name, shape, rank)
+        require_rank(rank, shape, name)
     if not METHODS[method].is_orthogonal:
         return _in_banks(
             shapes, [_lora_start(shape, rank, seed, name, device) for name, shape in shapes.items()], lora_bank
@@ -72,7 +72,7 @@ def _lora_start(
 ) -> tuple[Tensor, Tensor]:
     """(B [out, r], zero; A [r, in], of N(0, (1/r)^2)), as the reference code draws it."""
     out_features, in_features = shape
-    A = torch.randn(rank, in_features, generator=layer_generator(seed, name)) / rank
+    A = torch.randn(rank, in_features, generator=generator_for(seed, name)) / rank
     return torch.zeros(out_features, rank, device=device), A.to(device)
 
 
@@ -87,11 +87,3 @@ def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
 def _shape(layer: tuple[int, int] | Tensor) -> tuple[int, int]:
     out_features, in_features = layer.shape if isinstance(layer, Tensor) else layer
     return out_features, in_features
-
-
-def _require_rank(name: str, shape: tuple[int, int], rank: int) -> None:
-    if not 1 <= rank <= min(shape):
-        raise TLoRAError(
-            f'rank is {rank}, but the layer "{name}" is {shape[0]} x {shape[1]}; '
-            f"set the rank to a number from 1 to {min(shape)}."
-        )

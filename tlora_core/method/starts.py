@@ -16,7 +16,6 @@ code takes rows of a completed square matrix, whose completed part is not Haar-d
 likewise in such layers, and are not offered.
 """
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 from .completion import last_completed_rows
 from .gaussian_spectrum import chi_squares, singular_values
+from .random_streams import generator_for
 
 
 class Start(NamedTuple):
@@ -77,7 +77,7 @@ def orthogonal_start(
     if start.source == "random":
         generator = torch.default_generator if generator is None else generator
         return _random_starts(start, [(out_features, in_features)], rank, [generator], std, "cpu")[0]
-    _require_rank(out_features, in_features, rank)
+    require_rank(rank, (out_features, in_features))
     if weight is None or tuple(weight.shape) != (out_features, in_features):
         found = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
         raise TLoRAError(f'The start "{kind}" needs a weight of {out_features} x {in_features} and got {found}.')
@@ -111,7 +111,7 @@ def orthogonal_starts(
     if start.source != "random":
         raise TLoRAError(f'The start "{kind}" decomposes weights one at a time; use orthogonal_start.')
     labels = range(len(shapes)) if names is None else names
-    generators = [layer_generator(seed, label) for label in labels]
+    generators = [generator_for(seed, label) for label in labels]
     return _random_starts(start, shapes, rank, generators, std, device)
 
 
@@ -123,8 +123,8 @@ def _random_starts(
     std: float | None,
     device: str | torch.device,
 ) -> list[Factors]:
-    for out_features, in_features in shapes:
-        _require_rank(out_features, in_features, rank)
+    for shape in shapes:
+        require_rank(rank, shape)
     std = 1 / rank if std is None else std
     # The streams are read in a fixed order, chi variables first, so the two halves can then run side by side.
     chi = [chi_squares(max(shape), min(shape), g) for shape, g in zip(shapes, generators)]
@@ -213,12 +213,6 @@ def _kept(part: str, k: int, rank: int) -> slice:
     return slice(first, first + rank)
 
 
-def layer_generator(seed: int, label: object) -> Generator:
-    """The random stream of one layer, told apart from the others by its name or number."""
-    digest = hashlib.blake2b(f"{seed}/{label}".encode(), digest_size=8).digest()
-    return Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-
-
 def _by_key(keys: list) -> dict:
     groups = defaultdict(list)
     for i, key in enumerate(keys):
@@ -227,14 +221,14 @@ def _by_key(keys: list) -> dict:
 
 
 def _parse(kind: str) -> Start:
-    if kind not in STARTS:
-        raise TLoRAError(f'The start is "{kind}"; choose one of {", ".join(STARTS)}.')
+    require_choice("start", kind, STARTS)
     return STARTS[kind]
 
 
-def _require_rank(out_features: int, in_features: int, rank: int) -> None:
-    if not 1 <= rank <= min(out_features, in_features):
+def require_rank(rank: int, shape: tuple[int, int], name: str | None = None) -> None:
+    """Raises TLoRAError for a rank that a layer of shape (out_features, in_features) cannot hold; name: the layer's."""
+    if not 1 <= rank <= min(shape):
+        layer = "a layer" if name is None else f'the layer "{name}"'
         raise TLoRAError(
-            f"rank is {rank}; a layer of {out_features} x {in_features} holds "
-            f"ranks from 1 to {min(out_features, in_features)}."
+            f"rank is {rank}, but {layer} is {shape[0]} x {shape[1]}; set it to a number from 1 to {min(shape)}."
         )

@@ -146,20 +146,19 @@ def _words(text: str) -> list[str]:
 
 
 def _whole(source: str, word: str) -> int:
-    try:
-        return int(word)
-    except ValueError as error:
-        raise TLoRAError(
-            f'{source} has "{word}", which is no whole number; write numbers with commas, such as 4, 8, 16.'
-        ) from error
+    return _number(int, source, word, "whole number", "4, 8, 16")
 
 
 def _real(source: str, word: str) -> float:
+    return _number(float, source, word, "number", "0.5, 1, 1.5")
+
+
+def _number(kind: Callable[[str], Any], source: str, word: str, called: str, examples: str) -> Any:
     try:
-        return float(word)
+        return kind(word)
     except ValueError as error:
         raise TLoRAError(
-            f'{source} has "{word}", which is no number; write numbers with commas, such as 0.5, 1, 1.5.'
+            f'{source} has "{word}", which is no {called}; write numbers with commas, such as {examples}.'
         ) from error
 
 

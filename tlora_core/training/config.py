@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ..errors import TLoRAError
+from ..errors import TLoRAError, require_choice
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -61,21 +61,13 @@ class TrainConfig:
             value = getattr(self, name)
             if not fits(value):
                 raise TLoRAError(f"{name} is {value}; {advice}.")
-        for name, choices in (
-            ("optimizer", OPTIMIZERS),
-            ("lr_schedule", LR_SCHEDULES),
-            ("timestep_density", DENSITIES),
-        ):
-            if getattr(self, name) not in choices:
-                raise TLoRAError(f'{name} is "{getattr(self, name)}"; choose one of {", ".join(choices)}.')
+        require_choice("optimizer", self.optimizer, OPTIMIZERS)
+        require_choice("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        require_choice("timestep_density", self.timestep_density, DENSITIES)
         if self.noise_from >= self.noise_to:
             raise TLoRAError(
                 f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller."
             )
-
-    def changed(self) -> dict:
-        """The fields that differ from their defaults, for a record that a person reads."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
 
 
 def _at_least(low: float) -> tuple[Callable, str]:

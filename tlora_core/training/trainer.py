@@ -5,7 +5,6 @@ checkpoint is the run that was never interrupted, bit by bit on a CPU, and why p
 checkpoint) change nothing.
 """
 
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 from ..method.adapters import Adapters
+from ..method.random_streams import generator_for
 from .config import TrainConfig
 from .optimizers import STATE_SIZES, make_lr_schedule, make_optimizer
 
@@ -264,18 +264,6 @@ class Trainer:
         self.step = self._good_step
 
 
-def train(
-    adapters: Adapters,
-    denoiser: Denoiser,
-    config: TrainConfig,
-    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
-) -> list[float]:
-    """A whole run at once; returns the loss of each step. See Trainer.run."""
-    trainer = Trainer(adapters, config)
-    trainer.run(denoiser, config.steps, on_step)
-    return trainer.losses
-
-
 class Batches(Sequence):
     """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own.
     Pictures of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""
@@ -318,12 +306,6 @@ class Reading:
         if hasattr(self, "arrived"):
             self.arrived.synchronize()
         return self.copy.item()
-
-
-def generator_for(seed: int, purpose: int | str) -> torch.Generator:
-    """Random numbers of one step, or of another purpose, of the run with that seed; on the CPU."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
 
 
 def divergence(losses: Sequence[float], loss: float) -> str | None:

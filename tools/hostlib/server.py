@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from .build import Host, has_accelerator
@@ -89,14 +92,6 @@ class Server:
     @property
     def url(self) -> str:
         return self.client.url
-
-    @property
-    def output_dir(self) -> Path:
-        return self.client.folders["output"]
-
-    @property
-    def input_dir(self) -> Path:
-        return self.client.folders["input"]
 
     @property
     def pid(self) -> int:
@@ -231,3 +226,12 @@ def load_workflow(workflow: dict | str | Path) -> dict:
     if not isinstance(loaded, dict):
         raise HostError(f"{workflow} is not a ComfyUI workflow.")
     return loaded
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[Server]:
+    """For scripts run by `tools/host.py python`: a server of their ComfyUI, in a workspace that goes away with it."""
+    comfyui = Path(importlib.util.find_spec("folder_paths").origin).parent
+    host = Host(comfyui, Path(sys.executable), "", ours=True)
+    with tempfile.TemporaryDirectory() as folder, Server(host, Path(folder)) as server:
+        yield server

@@ -3,6 +3,7 @@
 import host_models as models
 import pytest
 import torch
+from training_runs import train
 
 
 @pytest.fixture
@@ -48,7 +49,6 @@ def in_node(work):
 def test_weights_end_bit_identical_and_are_never_copied(model):
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
-    from tlora_core.training.trainer import train
 
     with torch.inference_mode():  # weights as a loader node leaves them
         for module in model.model.diffusion_model.modules():
@@ -161,7 +161,6 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
 
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
-    from tlora_core.training.trainer import train
 
     before, seen = models.evaluate(model, [1.0]), []
 
@@ -185,7 +184,6 @@ def test_cancel_stops_within_a_step_and_leaves_no_trace(model):
 def test_error_in_the_middle_of_a_step_leaves_no_trace(model):
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
-    from tlora_core.training.trainer import train
 
     before = models.evaluate(model, [1.0])
     layer = list(m for m in model.model.diffusion_model.modules() if isinstance(m, torch.nn.Linear))[40]
@@ -215,7 +213,6 @@ def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
 def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
-    from tlora_core.training.trainer import train
 
     layer = next(m for path, m in model.model.diffusion_model.named_modules() if path.endswith("attn2.to_k"))
     calls = []

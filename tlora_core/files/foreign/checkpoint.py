@@ -9,13 +9,13 @@ from safetensors import SafetensorError, safe_open
 
 from ...errors import TLoRAError
 from ...method.layer_name import LayerName
+from ..dtypes import HEADER_DTYPES
 from ..layer_names import family_of
 from ..untrusted import check_header, one_line
 from .diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
 from .target import Target
 
 _PREFIX, _WEIGHT = "model.diffusion_model.", ".weight"
-_PRECISE = ("F32", "F16", "BF16")
 
 
 def checkpoint_target(path: Path) -> Target:
@@ -68,7 +68,7 @@ def _weight(path: Path, rows: Mapping[str, list[Rows]], name: LayerName, count: 
     with safe_open(path, framework="pt") as opened:
         for part, wanted, first in overlap(rows[name.path], name.row, name.row + count):
             stored = opened.get_slice(part.module + _WEIGHT)
-            if stored.get_dtype() not in _PRECISE:
+            if stored.get_dtype() not in HEADER_DTYPES:
                 raise TLoRAError(
                     f'the model\'s weight "{part.module}{_WEIGHT}" is stored as {stored.get_dtype()}; '
                     "use one in float16 or better."

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ...errors import TLoRAError
-from ...method.adapters import METHODS, LowRank
+from ...method.adapters import METHODS
 from ...method.schedule import RankSchedule
 from ..tlora_file import METADATA_KEY, TLoRAFile
 from ..untrusted import PHRASE_KEY, Contents, one_line, printable, read_contents, read_metadata, text_of
@@ -293,7 +293,11 @@ def _require_match(matches: Matches) -> None:
 
 def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
     layers = {name: layer.balanced() for name, layer in matches.layers.items()}
-    _require_finite(layers)
+    for name, layer in layers.items():
+        if not layer.is_finite:
+            raise TLoRAError(
+                f"the update of its layer {name} is too large for float32; train it again with a lower rate."
+            )
     rank = max(layer.rank for layer in layers.values())
     masked = METHODS[method].is_masked
     min_rank = rank if not masked else _half(rank) if settings.min_rank is None else settings.min_rank
@@ -310,14 +314,6 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
         settings.token,
         settings.class_word,
     )
-
-
-def _require_finite(layers: Mapping[str, LowRank]) -> None:
-    for name, layer in layers.items():
-        if not (layer.up.isfinite().all() and layer.down.isfinite().all()):
-            raise TLoRAError(
-                f"the update of its layer {name} is too large for float32; train it again with a lower rate."
-            )
 
 
 def rescheduled(tlora: TLoRAFile, min_rank: int | None = None, alpha: float | None = None) -> TLoRAFile:

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import TLoRAError
 from ...method.adapters import LowRank
 from ...method.layer_name import LayerName
-from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name
+from ..layer_fit import check_shape
+from ..layer_names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name
 
 # Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
@@ -68,7 +68,7 @@ class Matches:
         if name is None:
             self.reject(keys, reason)
         elif self.target is not None:
-            _check_shape(name, shape, self.target.shapes[name.path])
+            check_shape(name, shape, self.target.shapes[name.path])
         return name
 
     def _look_up(self, module: str, in_features: int) -> tuple[LayerName | None, str]:
@@ -112,7 +112,7 @@ def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
 
 def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:
     """(base_model, num_timesteps, noise_domain), as far as layers tell by their names and shapes."""
-    return model_of_shapes({name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in layers.items()})
+    return model_of_shapes({name: layer.shape for name, layer in layers.items()})
 
 
 def model_of_shapes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, float, str]:
@@ -131,12 +131,3 @@ def _path_itself(module: str) -> Place | None:
     """ComfyUI's own names carry the path as it is."""
     prefix = "diffusion_model."
     return Place(module.removeprefix(prefix)) if module.startswith(prefix) else None
-
-
-def _check_shape(name: LayerName, have: tuple[int, int], want: tuple[int, int]) -> None:
-    if not fits(name, have, want):
-        raise TLoRAError(
-            f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's "
-            f"{want[0]}x{want[1]}; "
-            "connect the kind of model it was trained on."
-        )

@@ -25,6 +25,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 
+from ...files.dtypes import DTYPES, is_plain
 from ...files.tlora_file import TLoRAFile
 from ...layers.folded_output import FoldedOutput
 from ...layers.folded_weight import FoldedWeight
@@ -43,7 +44,7 @@ from .model.layers import (
     is_cast,
     is_compiled,
 )
-from .model.noise import noise_level
+from .model.noise import noise_level, num_timesteps
 from .model.weights import without_weights
 
 
@@ -150,9 +151,6 @@ def _is_constant(layer: torch.nn.Module) -> bool:
     return not is_replaced(layer) and not any(functions)
 
 
-_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
-
-
 def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
     """Whether the layer's own forward is just its weight times the input, and a copy of that not many times what is
     stored of it."""
@@ -160,9 +158,8 @@ def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
     return (
         isinstance(layer, torch.nn.Linear)
         and _is_constant(layer)
-        and type(weight.data) is torch.Tensor
-        and weight.dtype in _PRECISE
-        and dtype in _PRECISE
+        and is_plain(weight)
+        and dtype in DTYPES.values()
         and (is_cast(layer) or (weight.device == device and weight.dtype == dtype))
     )
 
@@ -234,7 +231,7 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
         return patched
     check_layers(model, tlora)
     sampling = model.get_model_object("model_sampling")
-    noise_level(sampling, sampling.sigma_max.reshape(1))
+    num_timesteps(sampling)
     # A key of its own for each application: the host appends wrappers of one key, and clones share keys.
     key = f"tlora-{uuid.uuid4()}"
     patch = SamplingPatch(tlora, strength, fold)

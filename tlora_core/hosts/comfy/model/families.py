@@ -14,7 +14,7 @@ from torch import Tensor
 from ....errors import TLoRAError
 from ....method.layer_name import LayerName
 from ....tiny.comfy import TinySDXL
-from .layers import is_linear, modules_by_path
+from .layers import linear_modules
 
 # The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
 # stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out
@@ -92,10 +92,7 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName
 
     Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
     """
-    linear = {
-        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
-    }
-    return layers_among(linear, which, type(model.model).__name__)
+    return layers_among(linear_modules(model), which, type(model.model).__name__)
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:

@@ -10,8 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ....errors import TLoRAError
-from ....files.layer_names import fits
+from ....files.layer_fit import check_fit
 from ....files.tlora_file import TLoRAFile
 
 _modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
@@ -101,20 +100,11 @@ def bytes_to_come(patcher: ModelPatcher) -> int:
     return max(0, patcher.model_size() - patcher.loaded_size())
 
 
+def linear_modules(model: ModelPatcher) -> dict[str, nn.Module]:
+    """The linear modules of the diffusion model by path, the host's quantised ones among them."""
+    return {path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)}
+
+
 def check_layers(model: ModelPatcher, tlora: TLoRAFile) -> None:
     """Raises TLoRAError when one of the T-LoRA's layers is missing in the model or has another shape there."""
-    modules = modules_by_path(model.model.diffusion_model)
-    missing = [name for name in tlora.layers if not is_linear(modules.get(name.path))]
-    if missing:
-        raise TLoRAError(
-            f"This T-LoRA was made for another model ({tlora.base_model}): {len(missing)} of its {len(tlora.layers)} "
-            f"layers are not in this one, the first being {missing[0]}; connect the kind of model it was trained on."
-        )
-    for name, layer in tlora.layers.items():
-        module = modules[name.path]
-        have, want = (layer.up.shape[0], layer.down.shape[1]), (module.out_features, module.in_features)
-        if not fits(name, have, want):
-            raise TLoRAError(
-                f"This T-LoRA was made for another model ({tlora.base_model}): its layer {name} is "
-                f"{have[0]}x{have[1]} and the model's {want[0]}x{want[1]}; connect the kind of model it was trained on."
-            )
+    check_fit(tlora, {path: (m.out_features, m.in_features) for path, m in linear_modules(model).items()})

@@ -43,6 +43,11 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     return torch.where(sigma.isnan(), sigma, t), T  # the discrete ones would take it for their first timestep
 
 
+def num_timesteps(model_sampling) -> float:
+    """T of the model's parameterisation. Raises TLoRAError as `noise_level` does."""
+    return noise_level(model_sampling, model_sampling.sigma_max.reshape(1))[1]
+
+
 def domain(model_sampling) -> str:
     """The name under which a file records what t means: "discrete", "flow" or "continuous"."""
     if isinstance(model_sampling, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):

@@ -8,30 +8,27 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....errors import TLoRAError
+from ....files.dtypes import is_plain
 from ....files.foreign.target import Target
 from ....files.layer_names import plain_name
 from ....method.layer_name import LayerName
 from ....method.starts import exact_device
-from .layers import is_linear, modules_by_path
-from .noise import domain, noise_level
+from .layers import linear_modules
+from .noise import domain, num_timesteps
 
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
-_PRECISE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def target_of(model: ModelPatcher) -> Target:
     """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
-    linear = {
-        path: module for path, module in modules_by_path(model.model.diffusion_model).items() if is_linear(module)
-    }
+    linear = linear_modules(model)
     sampling = model.get_model_object("model_sampling")
-    _, num_timesteps = noise_level(sampling, sampling.sigma_max.reshape(1))
     return Target(
         names=_names(model),
         shapes={path: (module.out_features, module.in_features) for path, module in linear.items()},
         weight=lambda name, rows: _original_weight(model, linear, name, rows),
         base_model=type(model.model.model_config).__name__.lower(),
-        num_timesteps=num_timesteps,
+        num_timesteps=num_timesteps(sampling),
         noise_domain=domain(sampling),
         device=exact_device(model.load_device),
     )
@@ -60,7 +57,7 @@ def _original_weight(
     patched = model.backup.get(key)
     weight = patched.weight if patched is not None else linear[path].weight
     weight = weight.detach()
-    if type(weight.data) is not torch.Tensor or weight.dtype not in _PRECISE or weight.is_meta:
+    if weight.is_meta or not is_plain(weight):
         raise TLoRAError(
             f"its base term is not stored and cannot be made again, since the model's weight {path} is quantised "
             f"({weight.dtype}); load the model in float16, bfloat16 or float32."

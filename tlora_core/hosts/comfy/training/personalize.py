@@ -11,7 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
-from ....errors import TLoRAError
+from ....errors import TLoRAError, require_choice
 from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import check_line, one_line
 from ....method.adapters import METHODS, Adapters
@@ -23,7 +23,7 @@ from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, fr
 from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
-from ..model.noise import domain, draw_sigmas, min_snr_weight, noise_level
+from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
 from ..sampling import apply_tlora
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
@@ -68,10 +68,8 @@ class TrainRequest:
             object.__setattr__(self, name, word)
         if not self.token and not self.class_word:
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
-        if self.method not in METHODS:
-            raise TLoRAError(f'method is "{self.method}"; choose one of {", ".join(METHODS)}.')
-        if self.framing not in FRAMINGS:
-            raise TLoRAError(f'framing is "{self.framing}"; choose one of {", ".join(FRAMINGS)}.')
+        require_choice("method", self.method, METHODS)
+        require_choice("framing", self.framing, FRAMINGS)
         _ = self.schedule  # which refuses ranks that cannot be
 
     @property
@@ -134,8 +132,7 @@ class Personalization:
         memory: str = "auto",
         class_pictures: ClassPictures | None = None,
     ):
-        if memory not in MEMORY:
-            raise TLoRAError(f'memory is "{memory}"; choose one of {", ".join(MEMORY)}.')
+        require_choice("memory", memory, MEMORY)
         self.memory = memory
         self.checkpointing = (
             None if memory == "auto" else memory == "low"
@@ -143,7 +140,7 @@ class Personalization:
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
-        _, self.num_timesteps = noise_level(self.sampling, self.sampling.sigma_max.reshape(1))
+        self.num_timesteps = num_timesteps(self.sampling)
         self._check_config()
         encoder = Encoder(
             clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None

@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy.utils import ProgressBar
 
-from ....errors import TLoRAError
+from ....errors import TLoRAError, require_choice
 from ....files.atomic import stem_of, write_whole
 from ....files.card import read_card
 from ....files.tlora_file import TLoRAFile
@@ -63,8 +63,7 @@ class Keeping:
     thumbnail: bool = True
 
     def __post_init__(self) -> None:
-        if self.rerun not in RERUNS:
-            raise TLoRAError(f'rerun is "{self.rerun}"; choose one of {", ".join(RERUNS)}.')
+        require_choice("rerun", self.rerun, RERUNS)
         for name in ("validate_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
