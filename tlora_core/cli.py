@@ -16,7 +16,7 @@ from .files.atomic import numbered, stem_of
 from .files.bake import bake_at, bake_interval, save_all, split_steps, when_on
 from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
-from .files.foreign.checkpoint import checkpoint_target
+from .files.foreign.model_file import model_file_target
 from .files.tlora_file import TLoRAFile
 from .reports.report import blocks, report_text
 from .version import __version__
@@ -98,7 +98,7 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace) -> Loaded:
-    target = None if options.model is None else checkpoint_target(options.model)
+    target = None if options.model is None else model_file_target(options.model)
     return load_any(options.file, target, options.min_rank, options.alpha, _show_progress)
 
 
@@ -106,7 +106,7 @@ def _show_progress(done: int, total: int) -> None:
     if done == total or (done and sys.stderr.isatty()):
         # Whatever comes next is longer than this line, and covers it.
         print(
-            f"base terms made again: {done} of {total}",
+            f"base terms recomputed: {done} of {total}",
             end="\n" if done == total else "\r",
             file=sys.stderr,
             flush=True,

@@ -1,4 +1,4 @@
-"""What a foreign file is read for: the model it shall fit, or, without one, what its own names tell."""
+"""The target of a foreign file: the model it must fit, or the model family that its names imply."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,25 +11,25 @@ from ...errors import TLoRAError
 from ...method.adapters import LowRank
 from ..layer_names import Place, diffusers_name, family_of, fits, is_text_encoder, layer_of, plain_name, split_name
 
-# Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
+# Width of the text embedding in cross-attention -> the family of U-Nets, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
 
 
-# The reference gives FLUX's single blocks the adapters of double blocks too, and saves them, but uses those of to_q,
-# to_k, to_v alone.
+# The reference adds the adapters of double blocks to FLUX's single blocks too and saves them, but only uses those of
+# to_q, to_k and to_v.
 _UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.to_(?:out|[qkv]_proj)$")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model as the readers of foreign files need it.
+    """A model, described for the readers of foreign files.
 
-    names: plain name (`layer_names.plain_name`) of every layer a file may speak of -> layer name, "path" or "path@row".
+    names: plain name (`layer_names.plain_name`) of every layer a file may name -> layer name, "path" or "path@row".
     shapes: path of a linear module -> (out_features, in_features).
-    weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError where the
-        weight cannot be had in full precision.
+    weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError when the
+        weight is not available in full precision.
     base_model, num_timesteps, noise_domain: as in TLoRAFile.
-    device: where to compute with the weights; one that has float64.
+    device: the device for computations with the weights; it must support float64.
     """
 
     names: Mapping[str, str]
@@ -43,7 +43,7 @@ class Target:
 
 @dataclass
 class Matches:
-    """Which of a file's layers were found, and why the rest was not."""
+    """A file's layers found in the target, and the unmatched keys with the reason."""
 
     target: Target | None
     layers: dict[str, LowRank] = field(default_factory=dict)
@@ -53,14 +53,13 @@ class Matches:
         self.unmatched.update(dict.fromkeys(keys, reason))
 
     def find(self, module: str, keys: Iterable[str], shape: tuple[int, int]) -> str | None:
-        """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is
-        none.
+        """The layer of a foreign module with an update of `shape` = (out, in); without one None, and a reason is noted.
 
-        Raises TLoRAError when the model has the layer in another shape: the file was then made for another model.
+        Raises TLoRAError when the model's layer has another shape: the file was made for another model.
         """
         name, reason = self._look_up(module, shape[1])
         if name in self.layers:
-            name, reason = None, f"its layer {name} has an update already"
+            name, reason = None, f"its layer {name} already has an update"
         if name is None:
             self.reject(keys, reason)
         elif self.target is not None:
@@ -69,18 +68,17 @@ class Matches:
 
     def _look_up(self, module: str, in_features: int) -> tuple[str | None, str]:
         if is_text_encoder(module):
-            return None, "it belongs to a text encoder, which a T-LoRA leaves as it is"
+            return None, "it belongs to a text encoder, which a T-LoRA does not change"
         if _UNUSED.search(module):
             return (
                 None,
-                "the T-LoRA authors' code saves it with every single block and never uses it, so it was left out",
+                "the T-LoRA authors' code saves it for every single block but never uses it, so it was left out",
             )
         plain = plain_name(module)
         if self.target is None:
             place = layer_of(plain) or _path_itself(module)
-            return (
-                place and place.layer(in_features)
-            ), "its name is not one of SD1.5, SD2, SDXL or FLUX; connect the model"
+            name = place and place.layer(in_features)
+            return name, "its name does not belong to SD1.5, SD2, SDXL or FLUX; connect the model"
         name = self.target.names.get(plain)
         if name is None:
             return None, "the model has no such layer"
@@ -89,7 +87,7 @@ class Matches:
         return name, ""
 
     def is_linear(self, module: str) -> bool:
-        """Whether the model is known to have a linear layer there."""
+        """Whether the target is known and has a linear layer for this module."""
         if self.target is None:
             return False
         name = self.target.names.get(plain_name(module))
@@ -97,7 +95,7 @@ class Matches:
 
 
 def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
-    """Target.names of a model of SD1.5, SD2, SDXL or FLUX, from the shapes of its linear modules by ComfyUI's path."""
+    """Target.names of SD1.5, SD2, SDXL or FLUX. shapes: of the linear modules, by ComfyUI's path."""
     names = {plain_name(path): path for path in shapes}
     for path, (_, in_features) in shapes.items():
         for part in (None, 0, 1, 2, 3):
@@ -107,7 +105,7 @@ def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 
 
 def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:
-    """(base_model, num_timesteps, noise_domain), as far as layers tell by their names and shapes."""
+    """(base_model, num_timesteps, noise_domain), inferred from the names and shapes of layers."""
     return model_of_shapes({name: (layer.up.shape[0], layer.down.shape[1]) for name, layer in layers.items()})
 
 
@@ -124,7 +122,7 @@ def model_of_shapes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, float, 
 
 
 def _path_itself(module: str) -> Place | None:
-    """ComfyUI's own names carry the path as it is."""
+    """The place of a module in ComfyUI's own naming, which holds the path unchanged."""
     prefix = "diffusion_model."
     return Place(module.removeprefix(prefix)) if module.startswith(prefix) else None
 
@@ -133,6 +131,5 @@ def _check_shape(name: str, have: tuple[int, int], want: tuple[int, int]) -> Non
     if not fits(name, have, want):
         raise TLoRAError(
             f"it was made for another model: its layer {name} is {have[0]}x{have[1]} and the model's "
-            f"{want[0]}x{want[1]}; "
-            "connect the kind of model it was trained on."
+            f"{want[0]}x{want[1]}; connect the kind of model it was trained on."
         )
