@@ -1,8 +1,7 @@
-"""Trainable adapters of one shape in stacked parameters, and what each adds beside its layer in an evaluation.
+"""Trainable adapters of one shape in stacked parameters, and the branch of each adapter beside its layer.
 
-A model has hundreds of adapters of a dozen shapes. Stacked, one operation prepares the factors of all adapters of a
-shape, an optimizer sees a dozen large tensors, and autograd itself leads the gradients of the layers back into the
-stacks.
+A model has hundreds of adapters of a dozen shapes. With stacks, one operation prepares the factors of all adapters of a
+shape, an optimizer sees a dozen large tensors, and autograd propagates the gradients of the layers to the stacks.
 """
 
 from collections.abc import Sequence
@@ -13,16 +12,16 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, difference_form
 
-Kept = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # what a branch needs to go back: Ax, up, down, on
+Saved = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # saved for a branch's backward: Ax, up, down, on
 
 
 class Branch(NamedTuple):
-    """What one adapter adds beside its layer in an evaluation: up M_t down x, in the dtype of x.
+    """One adapter's branch beside its layer in an evaluation of the model: up M_t down x, in the dtype of x.
 
-    up [out, g * c], down [g * c, in]: the factors as they are applied, without gradients; c components, g columns for
-    each. P [out, c], A [c, in]: first columns and rows of the same, which autograd leads back to the parameters. The
-        gradient given for P is that of B S, the one given for A that of A, over both halves of up and down.
-    on [B, 1, 1, c]: ones for the components that each sample of a batch has on; None where that is all of them.
+    up [out, g * c], down [g * c, in]: the applied factors, without gradients; c components with g columns each.
+    P [out, c], A [c, in]: the first columns of up and rows of down, which autograd connects to the parameters. The
+        gradient for P is that of B S and the gradient for A that of A, over both halves of up and down.
+    on [B, 1, 1, c]: ones for the active components of each sample; None if all are active.
     """
 
     P: Tensor
@@ -31,8 +30,8 @@ class Branch(NamedTuple):
     down: Tensor
     on: Tensor | None
 
-    def add(self, output: Tensor, x: Tensor, is_recorded: bool, wants_grad_x: bool) -> Kept:
-        """Adds this to output [tokens, out] for x [tokens, in]."""
+    def add(self, output: Tensor, x: Tensor, is_recorded: bool, wants_grad_x: bool) -> Saved:
+        """Adds the branch to output [tokens, out] in place, for x [tokens, in]."""
         columns = self.A.shape[0]
         hidden = _masked(x @ self.down.t(), self.on, columns)
         output.addmm_(hidden, self.up.t())
@@ -43,10 +42,10 @@ class Branch(NamedTuple):
         return Ax, self.up, self.down if wants_grad_x else None, self.on
 
     @staticmethod
-    def backward(kept: Kept, grad: Tensor, x: Tensor, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The gradients of P and A for that of the output [tokens, out]; adds that of x to grad_x, unless it is
-        None."""
-        Ax, up, down, on = kept
+    def backward(saved: Saved, grad: Tensor, x: Tensor, grad_x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The gradients of P and A from grad, the output's [tokens, out]; adds the gradient of x to grad_x unless it
+        is None."""
+        Ax, up, down, on = saved
         columns = Ax.shape[1]
         grad_hidden = _masked(grad @ up, on, columns)
         if grad_x is not None:
@@ -56,9 +55,9 @@ class Branch(NamedTuple):
 
 
 class TextBranch(NamedTuple):
-    """A `Branch` on the text, which all layers of a bank are given alike: their products with it are made together.
+    """A `Branch` on the text. All layers of a bank have the same text as input, so their products are made together.
 
-    Ax [tokens, c]: M A x, which autograd leads back to A. hidden [tokens, g * c]: M down x, without gradients.
+    Ax [tokens, c]: M A x, which autograd connects to A. hidden [tokens, g * c]: M down x, without gradients.
     """
 
     P: Tensor
@@ -67,33 +66,33 @@ class TextBranch(NamedTuple):
     hidden: Tensor
     on: Tensor | None
 
-    def add(self, output: Tensor, x: Tensor, is_recorded: bool, wants_grad_x: bool) -> Kept:
-        """As Branch.add. A text wants no gradient."""
+    def add(self, output: Tensor, x: Tensor, is_recorded: bool, wants_grad_x: bool) -> Saved:
+        """Like Branch.add. The text needs no gradient."""
         output.addmm_(self.hidden, self.up.t())
         return self.Ax, self.up, None, self.on
 
     @staticmethod
-    def backward(kept: Kept, grad: Tensor, x: Tensor, grad_x: None) -> tuple[Tensor, Tensor]:
-        """The gradients of P and Ax for that of the output [tokens, out]."""
-        Ax, up, _, on = kept
+    def backward(saved: Saved, grad: Tensor, x: Tensor, grad_x: None) -> tuple[Tensor, Tensor]:
+        """The gradients of P and Ax from grad, the output's [tokens, out]."""
+        Ax, up, _, on = saved
         return grad.t() @ Ax, _masked(grad @ up, on, Ax.shape[1])[:, : Ax.shape[1]]
 
 
 def _masked(hidden: Tensor, on: Tensor | None, columns: int) -> Tensor:
-    """Zeroes what each sample's own rank leaves out of hidden [..., B * tokens, g * columns], in place."""
+    """Zeroes the inactive components of each sample in hidden [..., B * tokens, g * columns], in place."""
     if on is not None:
         hidden.view(*hidden.shape[:-2], len(on), -1, hidden.shape[-1] // columns, columns).mul_(on)
     return hidden
 
 
 def branches_of(kind: type, tensors: Sequence[Tensor | None]) -> list[Branch | TextBranch]:
-    """Branches of one kind from all their tensors in a row."""
+    """Branches of one kind from the flat sequence of their tensors."""
     size = len(kind._fields)
     return [kind(*tensors[i : i + size]) for i in range(0, len(tensors), size)]
 
 
 class Bank(nn.Module):
-    """The adapters of n layers of one shape. `bank[i]` is the i-th of them."""
+    """The adapters of n layers of one shape. `bank[i]` is the adapter of layer i."""
 
     group: int
     A: nn.Parameter  # [n, r, in]
@@ -106,24 +105,24 @@ class Bank(nn.Module):
         return BankAdapter(self, index)
 
     def ups(self, columns: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """P and up of each adapter's branch, with the first `columns` components on."""
+        """P and up of each adapter's branch, with the first `columns` components active."""
         raise NotImplementedError
 
     def downs(self, columns: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-        """A and down of the same."""
+        """A and down of each adapter's branch, with the first `columns` components active."""
         raise NotImplementedError
 
     def on_text(self, columns: int, x: Tensor, on: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Ax and hidden of each adapter's branch on the text x [B, tokens, in]."""
+        """Ax and hidden of each adapter's branch for the text x [B, tokens, in]."""
         return _each(_OnText.apply(self.A, getattr(self, "A0", None), x, on, columns))
 
     def factors(self, index: int) -> tuple[Tensor, Tensor]:
-        """(up, down) of one adapter by the contract of `adapters`, differentiable in the parameters."""
+        """(up, down) of one adapter, as specified in `adapters`; differentiable in the parameters."""
         raise NotImplementedError
 
 
 class BankAdapter(Adapter):
-    """One layer's adapter in a bank. Its A [r, in], S [r] and B [out, r] are parts of the stacks."""
+    """One layer's adapter in a bank. Its A [r, in], S [r] and B [out, r] are slices of the stacks."""
 
     def __init__(self, bank: Bank, index: int):
         self.bank, self.index = bank, index
@@ -157,7 +156,7 @@ class BankAdapter(Adapter):
 
 
 class LoRABank(Bank):
-    """B A of LoRA and Vanilla T-LoRA, from B [n, out, r] and A [n, r, in] as they start."""
+    """B A of LoRA and Vanilla T-LoRA, initialised with B [n, out, r] and A [n, r, in]."""
 
     group = 1
 
@@ -178,10 +177,10 @@ class LoRABank(Bank):
 
 
 class OrthoBank(Bank):
-    """B S A - B0 S0 A0 of Ortho-LoRA and T-LoRA (equation 6): A, S, B start at A0, S0, B0, the updates at zero.
+    """B S A - B0 S0 A0 of Ortho-LoRA and T-LoRA (equation 6): A, S, B start at A0, S0, B0, and the update at zero.
 
-    B0 [n, out, r], S0 [n, 1, r], A0 [n, r, in]: buffers outside the state dict, as a seed or a weight makes them again.
-    S has a dimension for B's rows, so that it scales B's columns as it is.
+    B0 [n, out, r], S0 [n, 1, r], A0 [n, r, in]: buffers outside the state dict, as they follow from a seed or a weight.
+    S has a dimension for B's rows, so that it broadcasts over B's columns.
     """
 
     group = 2
@@ -205,13 +204,13 @@ class OrthoBank(Bank):
 
 
 def _each(stacks: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Those of each adapter."""
+    """The pair of tensors of each adapter."""
     return list(zip(*(stack.unbind() for stack in stacks)))
 
 
 class _Up(torch.autograd.Function):
-    """up = [P, P - P0] with P = B S, as P (A - A0) + (P - P0) A0 is the update: small differences of factors, where a
-    half precision format would lose all digits in B S A - B0 S0 A0."""
+    """up = [P, P - P0] with P = B S. The update is P (A - A0) + (P - P0) A0: it uses small differences of factors,
+    where B S A - B0 S0 A0 would lose all digits in half precision."""
 
     @staticmethod
     def forward(ctx, B, S, B0, S0, columns, dtype):
@@ -221,16 +220,15 @@ class _Up(torch.autograd.Function):
         torch.mul(B, S, out=up[..., :columns])
         up[..., columns:] = torch.sub(B, B0).mul_(S).addcmul_(B0, S - S0)
         ctx.mark_non_differentiable(up)
-        ctx.set_materialize_grads(False)  # or there would be zeros for all of up
+        ctx.set_materialize_grads(False)  # no zeros for the unused gradient of up
         return up[..., :columns], up
 
     @staticmethod
     def backward(ctx, grad, _):
         B, S = ctx.saved_tensors
-        grad_B, columns = _room_for(B, grad.shape[2], B.shape[2]), grad.shape[2]
+        grad_B, columns = _empty_grad(B, grad.shape[2], B.shape[2]), grad.shape[2]
         own = grad_B[..., :columns]
-        # The products whose sum is the gradient of S lie for a moment where that of B goes: this may be the step's peak
-        # in memory.
+        # This may be the step's memory peak, so the terms of S's gradient use the memory of B's gradient first.
         torch.mul(grad, B[..., :columns], out=own)
         grad_S = grad_B.sum(1, keepdim=True)
         torch.mul(grad, S[..., :columns], out=own)
@@ -253,14 +251,14 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         (A,) = ctx.saved_tensors
-        grad_A = _room_for(A, grad.shape[1], A.shape[1])
+        grad_A = _empty_grad(A, grad.shape[1], A.shape[1])
         grad_A[:, : grad.shape[1]] = grad
         return grad_A, None, None, None
 
 
 class _OnText(torch.autograd.Function):
-    """M A x and M down x of all adapters [n, B * tokens, ...] for a text x [B, tokens, in], in full precision: this
-    difference of products has its digits, and down is not made at all."""
+    """M A x and M down x of all adapters [n, B * tokens, ...] for a text x [B, tokens, in]. In full precision, the
+    difference of products keeps its digits and down need not be formed."""
 
     @staticmethod
     def forward(ctx, A, A0, x, on, columns):
@@ -282,24 +280,24 @@ class _OnText(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         A, tokens = ctx.saved_tensors
-        grad_A = _room_for(A, grad.shape[2], A.shape[1])
+        grad_A = _empty_grad(A, grad.shape[2], A.shape[1])
         grad_A[:, : grad.shape[2]] = grad.mT.to(A.dtype) @ tokens
         return grad_A, None, None, None, None
 
 
-def _room_for(parameter: Tensor, columns: int, rank: int) -> Tensor:
-    """A tensor for the gradient of a parameter whose first `columns` components of `rank` were on: zero for the
-    others."""
+def _empty_grad(parameter: Tensor, columns: int, rank: int) -> Tensor:
+    """Memory for a parameter's gradient, with zeros if only the first `columns` of its `rank` components were
+    active."""
     return torch.empty_like(parameter) if columns == rank else torch.zeros_like(parameter)
 
 
 def lora_bank(starts: Sequence[tuple[Tensor, Tensor]]) -> LoRABank:
-    """Of (B [out, r], A [r, in]) of layers of one shape."""
+    """A bank from the starts (B [out, r], A [r, in]) of layers of one shape."""
     B, A = (torch.stack(each) for each in zip(*starts))
     return LoRABank(B, A)
 
 
 def ortho_bank(starts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> OrthoBank:
-    """Of (B0 [out, r], S0 [r], A0 [r, in]) of layers of one shape."""
+    """A bank from the starts (B0 [out, r], S0 [r], A0 [r, in]) of layers of one shape."""
     B0, S0, A0 = (torch.stack(each) for each in zip(*starts))
     return OrthoBank(B0, S0[:, None], A0)
