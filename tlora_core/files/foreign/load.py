@@ -171,9 +171,9 @@ def _read(
                 "a schedule; set min_rank to -1 and alpha to 0, or load that T-LoRA."
             ),
         )
-    told, note = stated_schedule(contents.metadata, rank)
-    if told is not None and not settings.unfit:
-        settings = replace(settings, is_masked=not told.is_constant, schedule=told, notes=(note,))
+    stated, note = stated_schedule(contents.metadata, rank)
+    if stated is not None and not settings.unfit:
+        settings = replace(settings, is_masked=not stated.is_constant, schedule=stated, notes=(note,))
     elif note:
         settings = replace(settings, notes=(*settings.notes, note))
     return kind, settings

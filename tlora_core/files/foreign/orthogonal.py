@@ -36,8 +36,8 @@ def read_orthogonal(
     before the first and after each of these layers. Raises TLoRAError for damaged layers, and for a base term that is
     not stored and cannot be recomputed."""
     without_base = [module for module, parts in modules.items() if is_orthogonal(parts) and not {*_BASE} & parts.keys()]
-    tell = progress if progress and without_base else lambda done, total: None
-    tell(0, len(without_base))
+    report = progress if progress and without_base else lambda done, total: None
+    report(0, len(without_base))
     for module, parts in modules.items():
         if not is_orthogonal(parts):
             matches.reject(parts.values(), "it is not orthogonal, unlike the adapters in the rest of its file")
@@ -47,7 +47,7 @@ def read_orthogonal(
             continue
         _read_layer(contents.tensors, module, parts, matches)
         if module in without_base:
-            tell(without_base.index(module) + 1, len(without_base))
+            report(without_base.index(module) + 1, len(without_base))
 
 
 def as_low_rank(trained: Triple, base: Triple) -> LowRank:
@@ -91,10 +91,10 @@ def _scaled(triple: Triple, scale: float) -> Triple:
 
 
 def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
-    """The decomposition of the model's weight from which the layer was trained, with the file's own signs.
+    """The decomposition of the model's weight from which the layer was trained, with the file's signs.
 
-    Raises TLoRAError without a model, and when none of the six starts' three parts of this weight is like the trained
-    factors: a random start cannot be made again.
+    Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor the
+    last components of this weight: a random start cannot be recomputed.
     """
     if matches.target is None:
         raise TLoRAError(
