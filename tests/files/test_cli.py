@@ -71,7 +71,7 @@ def test_a_file_that_is_there_stays_unless_forced(checkpoint, tmp_path, command,
     out.write_bytes(b"old")
     arguments = [command[0], str(checkpoint), str(out), *command[1:]]
     assert main(arguments) == 1
-    assert "is there already" in capsys.readouterr().err and out.read_bytes() == b"old"
+    assert "already exists" in capsys.readouterr().err and out.read_bytes() == b"old"
     assert main([*arguments, "--force"]) == 0 and out.read_bytes() != b"old"
 
 
