@@ -93,8 +93,8 @@ def _scaled(triple: Triple, scale: float) -> Triple:
 def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
     """The decomposition of the model's weight from which the layer was trained, with the file's signs.
 
-    Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor the
-    last components of this weight: a random start cannot be recomputed.
+    Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor
+    the last components of this weight: a random start cannot be recomputed.
     """
     if matches.target is None:
         raise TLoRAError(
