@@ -14,9 +14,8 @@ from ....errors import TLoRAError
 from ....files.layer_names import fits, split_name
 from ....files.tlora_file import TLoRAFile
 
-_modules: WeakKeyDictionary = (
-    WeakKeyDictionary()
-)  # model -> its modules, by weak references, as the model is one of them
+# Model -> its modules, by weak references, as the model is one of them.
+_modules: WeakKeyDictionary = WeakKeyDictionary()
 # Cross-attention's keys and values in U-Nets: their input is the text, the same at every step.
 TEXT_LAYER = re.compile(r"attn2\.to_[kv]$")
 _COMPILED = "_orig_mod"  # attribute of torch.compile's wrapper for the wrapped module
