@@ -1,7 +1,7 @@
 """The command line: `python -m tlora_core info|convert|bake FILE`, for use without ComfyUI.
 
-Exit status: 0 when it went well, 1 when a file or a value was refused (one sentence on standard error), 2 for a command
-that could not be understood.
+Exit status: 0 on success, 1 if a file or a value was refused (one sentence on standard error), 2 for an invalid command
+line.
 """
 
 import argparse
@@ -29,36 +29,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output closed it early
         sys.stderr.close()
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tlora_core", description="Looks into and converts LoRA and T-LoRA files."
+        prog="python -m tlora_core", description="Inspects and converts LoRA and T-LoRA files."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="tell what a file holds")
+    info = commands.add_parser("info", help="describe the contents of a file")
     info.set_defaults(run=_info)
 
     convert = commands.add_parser(
         "convert",
         help="write a file in another layout",
-        description="Writes a file in another layout. All but tlora and reference are plain LoRAs, all ranks always "
-        "on.",
+        description="Writes a file in another layout. All layouts but tlora and reference are plain LoRAs, with all "
+        "ranks always on.",
     )
     convert.add_argument(
-        "--to", choices=["tlora", *LAYOUTS], default="tlora", help="layout to write; tlora is ours (default)"
+        "--to", choices=["tlora", *LAYOUTS], default="tlora", help="layout to write; tlora is this pack's (default)"
     )
     convert.set_defaults(run=_convert)
 
     baking = commands.add_parser(
         "bake",
-        help="make plain LoRAs of a T-LoRA",
-        description="Makes plain LoRAs of a T-LoRA. Noise levels go from 1, pure noise, to 0, the finished picture.",
+        help="convert a T-LoRA to plain LoRAs",
+        description="Converts a T-LoRA to plain LoRAs. Noise levels go from 1, pure noise, to 0, the finished picture.",
     )
     how = baking.add_mutually_exclusive_group(required=True)
     how.add_argument("--at", type=float, metavar="LEVEL", help="as it is at one noise level")
@@ -78,8 +78,8 @@ def _add_input(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--model",
         type=Path,
-        metavar="CHECKPOINT",
-        help="safetensors checkpoint of the model it was trained on; LyCORIS files need it",
+        metavar="MODEL",
+        help="safetensors file of the model it was trained on; LyCORIS files need it",
     )
     command.add_argument("--min-rank", type=int, metavar="N", help="the schedule's minimum rank, instead of the file's")
     command.add_argument("--alpha", type=float, metavar="X", help="the schedule's exponent, instead of the file's")
@@ -87,22 +87,20 @@ def _add_input(command: argparse.ArgumentParser) -> None:
 
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("output", type=Path, help="file to write")
-    command.add_argument(
-        "--dtype", choices=DTYPES, default="float16", help="precision of the numbers (default: float16)"
-    )
-    command.add_argument("--force", action="store_true", help="replace a file that is there")
+    command.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the tensors (default: float16)")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _load(options: argparse.Namespace) -> Loaded:
-    target = None if options.model is None else checkpoint_target(options.model)
+    target = None if options.model is None else model_file_target(options.model)
     return load_any(options.file, target, options.min_rank, options.alpha, _show_progress)
 
 
 def _show_progress(done: int, total: int) -> None:
     if done == total or (done and sys.stderr.isatty()):
-        # Whatever comes next is longer than this line, and covers it.
+        # The next line is longer than this one and overwrites it.
         print(
-            f"base terms made again: {done} of {total}",
+            f"base terms recomputed: {done} of {total}",
             end="\n" if done == total else "\r",
             file=sys.stderr,
             flush=True,
@@ -147,4 +145,4 @@ def _bake(options: argparse.Namespace) -> None:
 
 def _require_free(path: Path, force: bool) -> None:
     if path.exists() and not force:
-        raise TLoRAError(f'"{path}" is there already; choose another name, or replace a file with --force.')
+        raise TLoRAError(f'"{path}" already exists; choose another name, or replace a file with --force.')

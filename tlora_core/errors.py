@@ -1,13 +1,13 @@
-"""The one exception that the pack raises on purpose."""
+"""The only exception that the pack raises intentionally."""
 
 from collections.abc import Collection
 
 
 class TLoRAError(ValueError):
-    """A problem the user can solve, told in one sentence.
+    """A problem that the user can solve, described in one sentence.
 
-    The message names the input or the file, says what was wrong with it and what to do, so that an
-    interface can show it as it is.
+    The message names the input or file, and says what is wrong and what to do, so that an interface can show it
+    unchanged.
     """
 
 

@@ -266,7 +266,7 @@ def test_parts_of_a_module_of_unknown_size_are_refused():
         (1, "flow", "always on"),
         (0.625, "discrete", "start_percent 0.375 (noise level 0.625)"),
         (0, "discrete", "start_percent 0.999 (noise level 0.000)"),
-        (0.625, "flow", "on from noise level 0.625 down; the start_percent of it depends on the shift"),
+        (0.625, "flow", "on from noise level 0.625 down; its start_percent depends on the shift"),
     ],
 )
 def test_when_a_part_comes_on_is_said_in_the_hosts_terms(level, domain, words):

@@ -45,7 +45,7 @@ def test_convert_to_the_references_folder(checkpoint, tmp_path, capsys):
 def test_info(checkpoint, capsys):
     assert main(["info", str(checkpoint)]) == 0
     printed = capsys.readouterr().out
-    assert "reference checkpoint" in printed and "min_rank 2" in printed and "effective rank" in printed
+    assert "reference file" in printed and "min_rank 2" in printed and "effective rank" in printed
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_file_that_is_there_stays_unless_forced(checkpoint, tmp_path, command,
     out.write_bytes(b"old")
     arguments = [command[0], str(checkpoint), str(out), *command[1:]]
     assert main(arguments) == 1
-    assert "is there already" in capsys.readouterr().err and out.read_bytes() == b"old"
+    assert "already exists" in capsys.readouterr().err and out.read_bytes() == b"old"
     assert main([*arguments, "--force"]) == 0 and out.read_bytes() != b"old"
 
 
@@ -161,7 +161,7 @@ def test_base_terms_from_a_checkpoint_of_either_layout(tmp_path, capsys, layout,
     assert main([*arguments, "--model", str(tmp_path / "lycoris.safetensors")]) == 1
     assert "holds no U-Net or FLUX transformer" in capsys.readouterr().err
     assert main([*arguments, "--model", str(tmp_path / "model.safetensors")]) == 0
-    assert "base terms made again: 1 of 1\n" in capsys.readouterr().err
+    assert "base terms recomputed: 1 of 1\n" in capsys.readouterr().err
     layer = TLoRAFile.load(out).layers[path + (f"@{row}" if row else "")]
     want = (U[:, :3] - 0.01) * (S[:3] * 1.1) @ (Vh[:3] + 0.01) - U[:, :3] * S[:3] @ Vh[:3]
     torch.testing.assert_close(layer.up @ layer.down, want, rtol=1e-3, atol=1e-4)

@@ -249,9 +249,9 @@ def test_an_alpha_of_any_size_is_a_number_to_the_references_inference(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"method": "tlora"}, 'method is "tlora".*plain pairs alone'),
+        ({"method": "tlora"}, 'method is "tlora".*only supports vanilla_tlora and lora'),
         ({"schedule": RankSchedule(2, 1, 0.5)}, "alpha is 0.5"),
-        ({"base_model": "flux2"}, '"flux2".*SDXL and FLUX.1 alone'),
+        ({"base_model": "flux2"}, '"flux2".*only supports SDXL and FLUX.1'),
         ({"schedule": RankSchedule(4, 1)}, "attn.processor.to_out.* rank 2 and the schedule 4"),
     ],
 )
@@ -269,7 +269,7 @@ def test_what_the_references_code_has_no_place_for_is_refused_in_a_sentence(tmp_
 @pytest.mark.parametrize("base_model", ["sd15", "sd20"])
 def test_older_unets_are_refused_by_the_references_layout(tmp_path, base_model):
     tlora = replace(load_of("plain", tmp_path), base_model=base_model)
-    with pytest.raises(TLoRAError, match=f'"{base_model}".*SDXL and FLUX.1 alone'):
+    with pytest.raises(TLoRAError, match=f'"{base_model}".*only supports SDXL and FLUX.1'):
         export(tlora, tmp_path / "out", "reference")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tlora_core import RankSchedule
 from tlora_core.files.foreign import load_any
-from tlora_core.files.foreign.kohya import told_schedule
+from tlora_core.files.foreign.kohya import stated_schedule
 
 LEVELS = torch.linspace(0, 1, 4001, dtype=torch.float64).tolist()
 
@@ -103,9 +103,9 @@ def metadata_of(module, args, keys):
 @pytest.mark.parametrize("rank", [8, 16, 61])
 def test_schedule_that_the_metadata_tells_is_the_trainers_at_every_noise_level(trainer, rank):
     *told, ranks = TRAINERS[trainer]
-    schedule, note = told_schedule(metadata_of(*told), rank)
-    assert "what its trainer wrote into the file" in note and f"set min_rank to the rank, {rank}" in note
-    assert ("which is not done here" in note) == ("rounded" in ranks.__code__.co_names)
+    schedule, note = stated_schedule(metadata_of(*told), rank)
+    assert "from its trainer's metadata" in note and f"set min_rank to the rank, {rank}" in note
+    assert ("this is not done here" in note) == ("rounded" in ranks.__code__.co_names)
     wrong = [t for t in LEVELS if schedule.active_rank(t, 1) != ranks(t, rank)]
     # Where a rank ends, the last digit of a float decides.
     assert all(abs(schedule.active_rank(t, 1) - ranks(t, rank)) == 1 for t in wrong)
@@ -168,7 +168,7 @@ def test_nonsense_is_said_and_takes_nothing_for_granted(tmp_path, args):
     loaded = load_any(tmp_path / "a.safetensors")
     assert (
         loaded.tlora.method == "lora"
-        and "not a schedule that can be read (" in loaded.report
+        and "the schedule cannot be read (" in loaded.report
         and "\n\n" not in loaded.report
     )
 

@@ -1,4 +1,4 @@
-"""LyCORIS' T-LoRAs: their base term is made again from the model's weights, or the file is refused."""
+"""LyCORIS' T-LoRAs: their base term is recomputed from the model's weights, or the file is refused."""
 
 import re
 import warnings
@@ -72,7 +72,7 @@ def test_lycoris_without_the_model_is_refused(tmp_path):
 
 def test_lycoris_from_a_random_start_or_another_model_is_refused(tmp_path):
     weights, _ = lycoris_file(tmp_path / "a.safetensors", start="random")
-    with pytest.raises(TLoRAError, match="random start, which cannot be made again"):
+    with pytest.raises(TLoRAError, match="random start, which cannot be recomputed"):
         load_any(tmp_path / "a.safetensors", target_with(weights))
 
 

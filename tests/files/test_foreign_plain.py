@@ -106,7 +106,7 @@ def test_what_does_not_match_is_reported_with_its_reason(tmp_path):
     loaded = load_any(tmp_path / "a.safetensors")
     assert len(loaded.tlora.layers) == 16 and len(loaded.unmatched) == 10
     reasons = " ".join(loaded.unmatched.values())
-    for words in ("text encoder", "convolution", "dora_scale changes", "not one of SD1.5", "no part of a LoRA"):
+    for words in ("text encoder", "convolution", "dora_scale changes", "not belong to SD1.5", "not part of a LoRA"):
         assert words in reasons and words in loaded.report
     assert "16 layers matched" in loaded.report
 
@@ -168,7 +168,7 @@ def test_both_terms_of_a_tlora_in_a_plain_lora_are_recognised_and_masked_togethe
     layers = stacked(tmp_path / "a.safetensors", **options)
     loaded = load_any(tmp_path / "a.safetensors")
     assert (loaded.tlora.method, loaded.tlora.schedule) == ("ortho_lora", RankSchedule(RANK, RANK))
-    assert "made of an orthogonal one" in loaded.report and "set min_rank; 2, half the rank" in loaded.report
+    assert "made of an orthogonal one" in loaded.report and "the paper's is 2, half the rank" in loaded.report
     scheduled = load_any(tmp_path / "a.safetensors", min_rank=1).tlora
     assert (scheduled.method, scheduled.schedule) == ("tlora", RankSchedule(RANK, 1))
     for name, (trained, base) in layers.items():
@@ -185,7 +185,7 @@ def test_no_schedule_is_put_on_a_file_of_which_only_some_layers_hold_both_terms(
     for asked in ({"min_rank": 2}, {"alpha": 2.0}):
         with pytest.raises(
             TLoRAError,
-            match='"a.safetensors": 13 of its 16 layers hold both terms .* no schedule can be put on it; set min_rank',
+            match='"a.safetensors": 13 of its 16 layers hold both terms .* it cannot have a schedule; set min_rank',
         ):
             load_any(tmp_path / "a.safetensors", **asked)
 
@@ -199,7 +199,7 @@ def test_no_schedule_is_put_on_an_export_of_ours_whose_ranks_are_pairs(tmp_path,
     loaded = load_any(tmp_path / "b.safetensors")
     assert "load that T-LoRA to have its schedule" in loaded.report and "set min_rank" not in loaded.report
     with pytest.raises(
-        TLoRAError, match='"b.safetensors": It was made of a T-LoRA of this pack, .*no schedule can be put on it'
+        TLoRAError, match='"b.safetensors": It was exported from a T-LoRA of this pack, .*it cannot have a schedule'
     ):
         load_any(tmp_path / "b.safetensors", min_rank=2)
 
@@ -215,10 +215,10 @@ def test_report_says_which_schedule_is_used_and_why(tmp_path):
             "The schedule is the file's own, but the node sets min_rank 3 in place of 2 and alpha 2 in place of 1.",
             {"min_rank": 3, "alpha": 2.0},
         ),
-        (path, "The schedule is a default, as the file tells none.", {}),
+        (path, "The schedule is a default, as the file states none.", {}),
         (
             path,
-            "The schedule is a default, as the file tells none, but the node sets min_rank 1 in place of 4.",
+            "The schedule is a default, as the file states none, but the node sets min_rank 1 in place of 4.",
             {"min_rank": 1},
         ),
     ):

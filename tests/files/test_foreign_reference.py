@@ -100,7 +100,7 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
     (note,) = loaded.notes
     assert (
         "all ranks are on" in note
-        and "set min_rank; 2, half the rank" in note
+        and "the paper's is 2, half the rank" in note
         and "own default is 1." in note
         and note in loaded.report
     )

@@ -99,13 +99,13 @@ FILES = {
     "header that is a list": (lambda folder: with_header([1], b""), "cannot be read"),
     "header that is not UTF-8": (lambda folder: with_header(b'{"\xff\xfe": 1}', b""), "cannot be read"),
     "no tensors": (lambda folder: save({}), "holds no tensors"),
-    "a key twice": (twice_the_same_key, "a key stands in it twice"),
+    "a key twice": (twice_the_same_key, "it repeats a key"),
     "tensors that overlap": (lambda folder: with_header({"a": TENSOR, "b": TENSOR}, bytes(4)), "cannot be read"),
     "a shape of 2^62": (lambda folder: with_header({"a": TENSOR | {"shape": [2**62]}}, bytes(4)), "cannot be read"),
     "an unknown dtype": (lambda folder: with_header({"a": TENSOR | {"dtype": "X9"}}, bytes(4)), "cannot be read"),
     "other tensors": (
         saved(model__weight=torch.ones(3)),
-        "none of its 1 keys fits; 'model.weight', for one: it is no part of a LoRA",
+        "none of its 1 keys fits; for example 'model.weight': it is not part of a LoRA",
     ),
     "a text encoder's LoRA": (
         saved(lora_te1_a__lora_up__weight=UP, lora_te1_a__lora_down__weight=DOWN),
@@ -124,8 +124,8 @@ FILES = {
         'the "up" part of its layer .* is missing',
     ),
     "halves of two ranks": (pair(UP, torch.ones(3, 6)), "halves .* do not fit: up is .4, 2., down .3, 6."),
-    "rank 0": (pair(torch.ones(4, 0), torch.ones(0, 6)), "has the shape .4, 0., which is no matrix"),
-    "a vector": (pair(torch.ones(4), DOWN), "which is no matrix"),
+    "rank 0": (pair(torch.ones(4, 0), torch.ones(0, 6)), "has the shape .4, 0., which is not a matrix"),
+    "a vector": (pair(torch.ones(4), DOWN), "which is not a matrix"),
     "NaN": (pair(UP * float("nan"), DOWN), "has NaN or infinite values"),
     "infinite": (pair(UP, DOWN / 0), "has NaN or infinite values"),
     "infinite alpha": (pair(UP, DOWN, torch.tensor(float("inf"))), "has NaN or infinite values"),
@@ -151,7 +151,7 @@ FILES = {
         reference_parts(
             q_layer=(2, 6), p_layer=(6, 2), lambda_layer=(1, 2), base_q=(3, 6), base_p=(6, 3), base_lambda=(1, 3)
         ),
-        "has other shapes than the trained",
+        "does not have the shape of the trained",
     ),
     "parts of two ranks": (reference_parts(q_layer=(2, 6), p_layer=(6, 3), lambda_layer=(1, 2)), "do not fit: p is"),
     "a pickle that runs code": (lambda folder: pickle.dumps(Payload(folder / "ran")), "cannot be read"),
@@ -164,7 +164,7 @@ FILES = {
         "cannot be read",
     ),
     "a compressed torch file": (compressed_torch_file, "compressed archive"),
-    "a torch file whose tensors overlap": (overlapping_torch_file, "parts overlap"),
+    "a torch file whose tensors overlap": (overlapping_torch_file, "overlapping parts"),
     "a zip of something": (lambda folder: b"PK\x03\x04" + bytes(60), "holds more than tensors, or is damaged"),
     "a torch file with a list": (torch_file(lambda folder: [torch.ones(1)]), "without a table of tensors"),
     "a torch file with numbers": (

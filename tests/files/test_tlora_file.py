@@ -245,11 +245,11 @@ def test_only_three_dtypes_are_stored(tmp_path):
 
 UP, DOWN, ALPHA = FIRST + ".lora_up.weight", FIRST + ".lora_down.weight", FIRST + ".alpha"
 DAMAGE = {
-    "newer format": (dict(format=3), "format version 3 .* update the node pack"),
+    "newer format": (dict(format=3), "format version 3, .* update the node pack"),
     "points that are none": (dict(points=[[0, 4], "x"]), 'no valid "points"'),
     "points beyond any number": (dict(points=[[10**400, 4], [1, 2]]), "curve"),
     "points out of order": (dict(points=[[1, 4], [0, 2]]), "curve"),
-    "points against min_rank": (dict(points=[[0, 4], [1, 1]]), "do not go with"),
+    "points against min_rank": (dict(points=[[0, 4], [1, 1]]), "for a curve, set min_rank"),
     "format zero": (dict(format=0), "format version is 0"),
     "format true": (dict(format=True), "format version is True"),
     "no format": (dict(format=...), 'no valid "format"'),
@@ -265,7 +265,7 @@ DAMAGE = {
     "T null": (dict(num_timesteps=None), "num_timesteps is None"),
     "layers a list": (dict(layers=["a"]), 'no valid "layers"'),
     "no layers": (dict(layers={}), "6 of its tensors belong to no layer"),
-    "layer rank wrong": (dict(layers={n: 3 for n in LAYERS}), "has rank 4 and its metadata says 3"),
+    "layer rank wrong": (dict(layers={n: 3 for n in LAYERS}), "has rank 4, but its metadata says 3"),
     "layer rank nested": (dict(layers={n: [4] for n in LAYERS}), "metadata says"),
     "layer not stored": (dict(layers={n: 4 for n in [*LAYERS, "x.y"]}), "'lora_unet_x_y.lora_up.weight' is missing"),
     "layer not named": (dict(layers={next(iter(LAYERS)): 4}), "3 of its tensors belong to no layer"),
@@ -287,7 +287,10 @@ DAMAGE = {
     "convolution": (dict(tensors={UP: torch.ones(12, 8, 1, 1)}), "is not valid"),
     "integers": (dict(tensors={UP: torch.ones(12, 8, dtype=torch.int8)}), "not in float32, bfloat16 or float16"),
     "mixed dtypes": (dict(tensors={UP: torch.ones(12, 8).half()}), "differ in dtype"),
-    "tensor too many": (dict(tensors={"extra": torch.ones(1)}), "1 of its tensors belong to no layer, such as 'extra'"),
+    "tensor too many": (
+        dict(tensors={"extra": torch.ones(1)}),
+        "1 of its tensors belong to no layer, for example 'extra'",
+    ),
     "no metadata": (dict(metadata={"format": "pt"}), "no T-LoRA metadata; load a plain LoRA"),
     "not JSON": (dict(metadata={"tlora": "{"}), "metadata is damaged"),
     "JSON NaN": (dict(metadata={"tlora": '{"format": NaN}'}), "metadata is damaged"),

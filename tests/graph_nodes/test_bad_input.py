@@ -324,7 +324,7 @@ def test_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_state
     before = files_below(loras)
     message = error_of(server, training(60)[0])
     found = re.search(
-        r"because the loss was no longer a finite number; lower learning_rate\. .* back at step (\d+), .*"
+        r"because the loss became NaN or infinite; lower learning_rate\. .* back at step (\d+), .*"
         r"It is saved as (tests/nan60_\S+\.safetensors)\.$",
         message,
     )

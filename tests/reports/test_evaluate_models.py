@@ -60,7 +60,7 @@ def copied(folder, target, change=lambda weights: weights, without=()):
 def test_weights_that_no_file_holds_are_not_left_at_random(model_folders, tmp_path, name, types, change, count):
     with pytest.raises(
         TLoRAError,
-        match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, such as .*; download the whole',
+        match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, for example .*; download the whole',
     ):
         ImageEncoder(copied(model_folders / name, tmp_path, change), types)
 
@@ -101,9 +101,7 @@ def test_clip_without_a_whole_tokenizer_scores_nothing(model_folders, tmp_path, 
     encoder = ImageEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(
-        TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer that goes with it \(.+\); add the files'
-    ):
+    with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer for its model \(.+\); add the files'):
         encoder.texts(["a dog", "the snow at night"])
 
 

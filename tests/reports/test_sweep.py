@@ -96,9 +96,9 @@ def test_files_are_found_by_name_and_by_pattern(text, found, labels):
     [
         (("strength", " ,\n", "none", ""), "x_values is empty"),
         (("strength", "1", "file", "\n"), "y_values is empty"),
-        (("strength", "1", "rank", "4, four"), 'y_values has "four", which is no whole number'),
-        (("min_rank", "4.5", "none", ""), 'x_values has "4.5", which is no whole number'),
-        (("alpha", "one", "none", ""), 'x_values has "one", which is no number'),
+        (("strength", "1", "rank", "4, four"), 'y_values has "four", which is not a whole number'),
+        (("min_rank", "4.5", "none", ""), 'x_values has "4.5", which is not a whole number'),
+        (("alpha", "one", "none", ""), 'x_values has "one", which is not a number'),
         (("strength", "1, 11", "none", ""), "x_values has the strength 11"),
         (("strength", "nan", "none", ""), "x_values has the strength nan"),
         (("file", "*.pt", "none", ""), r'x_values: no file in the loras folders is called "\*.pt"'),

@@ -1,4 +1,4 @@
-"""Pictures in and out of training."""
+"""Pictures for training."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from tlora_core.training.images import check_images, resized, square, to_tensor
         (torch.zeros(0, 64, 64, 3), "empty"),
         (torch.zeros(1, 64, 64, 4), "4 channels"),
         (torch.zeros(1, 1, 1, 3), "1x1 pixels"),
-        (torch.full((1, 64, 64, 3), torch.nan), "no numbers"),
+        (torch.full((1, 64, 64, 3), torch.nan), "contains NaN"),
     ],
 )
 def test_image_that_cannot_work_is_refused_in_a_sentence(images, words):

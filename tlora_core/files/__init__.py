@@ -1,4 +1,4 @@
-"""Files: the T-LoRA file, what is made of it for other programs, and reading what other programs write.
+"""Files: the T-LoRA file, its exports for other programs, and the readers of other programs' files.
 
-Imports `method`. `untrusted` reads files from strangers; `atomic` does all the writing.
+Imports `method`. `untrusted` reads files from unknown sources; `atomic` does all the writing.
 """

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, safetensors files with the hash of their tensors among them."""
+"""Writes files atomically, among them safetensors files with the hash of their tensors."""
 
 import hashlib
 import os
@@ -15,11 +15,11 @@ from torch import Tensor
 from ..errors import TLoRAError
 
 EXTENSION = ".safetensors"
-HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # stands for the hash until the tensors are written
+HASH_TO_COME = "tlora-hash-".ljust(64, "0")  # placeholder until the tensors are written
 
 
 def stem_of(path: Path) -> str:
-    """The file's name without ".safetensors". A dot elsewhere, as in "dog_v1.5", is part of the name."""
+    """The file's name without ".safetensors". Any other dot, for example in "dog_v1.5", is part of the name."""
     return path.stem if path.suffix.lower() == EXTENSION else path.name
 
 
@@ -29,12 +29,12 @@ def numbered(path: Path, number: int) -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes a file by `write(temporary path)`. A file already there is replaced at once or not at all.
+    """Makes a file by `write(temporary path)`. An existing file is replaced atomically.
 
-    Raises TLoRAError when the disk does not take the file.
+    Raises TLoRAError when the file cannot be written.
     """
-    # In the same folder, since a rename is atomic only within one file system; and with another suffix, so
-    # that no file picker offers it.
+    # In the same folder, since a rename is atomic only within one file system; with another suffix, so that no file
+    # picker lists it.
     temporary = path.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
@@ -52,9 +52,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _usual_mode(beside: Path) -> int:
-    """The permissions that a new file gets in this folder. safetensors makes its files readable by their owner
-    alone."""
-    # Python can read the umask only by setting it, which other threads would see; a file made here shows it.
+    """The permissions of a new file in this folder. safetensors makes files that only their owner can read."""
+    # Reading the umask in Python means setting it, which affects other threads; a probe file shows it safely.
     probe = beside.with_name(f".tlora-{uuid.uuid4().hex}.tmp")
     try:
         probe.touch(exist_ok=False)
@@ -64,16 +63,16 @@ def _usual_mode(beside: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Where it is there and can be removed: on a read-only disk even what is not there cannot, which would hide the
-    error before it."""
+    """Removes the file if it exists and can be removed. On a read-only disk even removing a missing file fails, and
+    that error would hide the first one."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file, all of it or nothing, with the hash of its tensors where metadata has HASH_TO_COME.
+    """Writes a safetensors file atomically; the hash of its tensors replaces HASH_TO_COME in the metadata.
 
-    Raises TLoRAError when the disk does not take the file.
+    Raises TLoRAError when the file cannot be written.
     """
 
     def write(temporary: Path) -> None:
@@ -90,6 +89,6 @@ def _fill_in_hash(path: Path) -> None:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-        # The hash is as long as what stood in its place, so nothing moves.
+        # The hash is as long as the placeholder, so nothing moves.
         file.seek(8)
         file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))

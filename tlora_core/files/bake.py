@@ -1,7 +1,7 @@
-"""Plain LoRAs out of a T-LoRA, for programs that know nothing of timesteps.
+"""Bakes a T-LoRA into plain LoRAs, for programs without timestep masks.
 
-Each result is a TLoRAFile of method "lora", whose schedule is constant. `training` keeps what the T-LoRA was trained
-with; its entry "baked" says what was made of it. Components are kept or weighted, never recomputed.
+Each result is a TLoRAFile of method "lora" with a constant schedule. `training` keeps the T-LoRA's settings; its entry
+"baked" records how the T-LoRA was baked. Components are kept or weighted, never recomputed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ def bake(
 def bake_at(tlora: TLoRAFile, timestep: float) -> TLoRAFile:
     """The components that are on at timestep, 0 to T in the unit of the T-LoRA's noise domain, as a plain LoRA.
 
-    Raises TLoRAError when the timestep is out of that range, or nothing is on at it.
+    Raises TLoRAError when the timestep is out of that range or no component is on.
     """
     T = tlora.num_timesteps
     _require_timestep("timestep", timestep, T)
@@ -68,8 +68,8 @@ def bake_at(tlora: TLoRAFile, timestep: float) -> TLoRAFile:
 def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
     """The T-LoRA's mean over the timesteps between first and last, given in either order, as a plain LoRA.
 
-    Each component is weighted by the share of these timesteps at which it is on, all timesteps counting alike. Of all
-    constant updates the mean is nearest to the T-LoRA's own in least squares. Raises TLoRAError as bake_at does.
+    The weight of a component is the share of these timesteps at which it is on; all timesteps count equally. The mean
+    is the constant update closest to the T-LoRA's in least squares. Raises TLoRAError as bake_at does.
     """
     T = tlora.num_timesteps
     for name, t in (("first", first), ("last", last)):
@@ -90,20 +90,18 @@ def bake_interval(tlora: TLoRAFile, first: float, last: float) -> TLoRAFile:
 
 
 def split_steps(tlora: TLoRAFile, parts: int) -> list[tuple[TLoRAFile, float]]:
-    """`parts` plain LoRAs, each with the timestep up to which it is on; on at t together, they make a staircase of
-    r(t).
+    """`parts` plain LoRAs, each with the largest timestep at which it is on. Together they make a staircase of r(t).
 
-    First the components that are always on, if min_rank is above 0, with T; then the others in groups of equal number,
-    in the order in which they come on as the noise falls. A group comes on at the median of its components' own times,
-    the best single time in least squares where components are equally large. With as many groups as components the
-    staircase is r(t) itself, in layers of the file's full rank. Raises TLoRAError for a number of parts that cannot be
-    made.
+    If min_rank is above 0, the first part holds the components that are always on, and its timestep is T. The
+    remaining components form groups of equal size, in the order in which they switch on as the noise falls. A group
+    switches on at the median of its components' switch times, the best single time in least squares for components of
+    equal size. With one component a group, the staircase is r(t) itself in layers of the file's full rank. Raises
+    TLoRAError for an impossible number of parts.
     """
     schedule = tlora.schedule
     if not schedule.is_falling:
         raise TLoRAError(
-            "tlora has a curve with more ranks on at more noise somewhere, which parts cannot follow; bake it at one "
-            "noise level."
+            "tlora's curve rises with the noise somewhere, which parts cannot follow; bake it at one noise level."
         )
     always, switching = int(schedule.min_rank > 0), schedule.rank - schedule.min_rank
     least, most = always + int(switching > 0), always + switching
@@ -123,8 +121,7 @@ Span = tuple[float, float]
 def spans_on(schedule: RankSchedule, num_timesteps: float) -> tuple[tuple[Span, ...], ...]:
     """For each component the spans of t in [0, T] in which it is on, T = num_timesteps.
 
-    Found by bisection of r(t), which stays the only copy of its formula, between the points of a curve, where it rises
-    or falls only.
+    Bisects r(t), so that its formula exists only once. Between two points of a curve, r(t) is monotonic.
     """
     T = float(num_timesteps)
     bends = sorted({0.0, T, *(level * T for level, _ in schedule.points)})
@@ -135,36 +132,36 @@ def spans_on(schedule: RankSchedule, num_timesteps: float) -> tuple[tuple[Span, 
 
 
 def _span_on(schedule: RankSchedule, component: int, ends: Span, T: float) -> Span | None:
-    """The part of a span without a bend in which the component is on."""
+    """The part of a monotonic span in which the component is on."""
     is_on = [schedule.active_rank(t, T) > component for t in ends]
     if is_on[0] == is_on[1]:
         return ends if is_on[0] else None
     on, off = ends if is_on[0] else reversed(ends)
-    for _ in range(64):  # as many halvings as make the distance vanish beside T
+    for _ in range(64):  # enough halvings to make the distance negligible beside T
         middle = (on + off) / 2
         on, off = (middle, off) if schedule.active_rank(middle, T) > component else (on, middle)
     return (ends[0], on) if is_on[0] else (on, ends[1])
 
 
 def switch_times(schedule: RankSchedule, num_timesteps: float) -> tuple[float, ...]:
-    """For each component of a falling schedule the largest t at which it is on; it is on at every t below, too."""
+    """For each component of a falling schedule, the largest t at which it is on; it is on at every smaller t too."""
     return tuple(max((end for _, end in spans), default=0.0) for spans in spans_on(schedule, num_timesteps))
 
 
 def when_on(tlora: TLoRAFile, timestep: float) -> str:
-    """How to tell ComfyUI's Create Hook Keyframe that a LoRA comes on at timestep, from noise to picture."""
+    """The setting for ComfyUI's Create Hook Keyframe that switches a LoRA on at timestep and leaves it on."""
     level = timestep / tlora.num_timesteps
     if level == 1:
         return "always on"
     if tlora.noise_domain == "discrete":
-        # At 1 the host would switch it on only when the sampler is done.
+        # At 1 the host would switch it on only after the last step.
         return f"start_percent {min(1 - level, 0.999):.3f} (noise level {level:.3f})"
-    return f"on from noise level {level:.3f} down; the start_percent of it depends on the shift of the model's schedule"
+    return f"on from noise level {level:.3f} down; its start_percent depends on the shift of the model's schedule"
 
 
 def save_all(files: Sequence[tuple[TLoRAFile, Path]], dtype: torch.dtype) -> None:
-    """Saves each file at its path. After an error or an interrupt there is no new file; one that was there before is
-    whole, as it was or replaced."""
+    """Saves each file at its path. An error or interrupt removes the new files; an existing file stays complete, old
+    or replaced."""
     new = [path for _, path in files if not path.exists()]
     try:
         for file, path in files:
@@ -176,13 +173,13 @@ def save_all(files: Sequence[tuple[TLoRAFile, Path]], dtype: torch.dtype) -> Non
 
 
 def _part(tlora: TLoRAFile, part: int, parts: int, always: int) -> tuple[TLoRAFile, float]:
-    """One of split_steps' plain LoRAs and its timestep; always: 1 where the first part is the components always on."""
+    """One of split_steps' plain LoRAs and its timestep. always: 1 if the first part holds the always-on components."""
     groups, group = parts - always, part - always
 
     def members(schedule: RankSchedule) -> range:
         if group < 0:
             return range(schedule.min_rank)
-        # Equal shares of a layer's switching components come on in equal spans of time, whatever the layer's rank.
+        # Equal shares of a layer's switching components cover equal spans of time at any rank.
         switching = schedule.rank - schedule.min_rank
         return range(*(schedule.min_rank + switching * g // groups for g in (group, group + 1)))
 
@@ -196,8 +193,8 @@ def _part(tlora: TLoRAFile, part: int, parts: int, always: int) -> tuple[TLoRAFi
 
 
 def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]], what: dict[str, Any]) -> TLoRAFile:
-    """The T-LoRA with its components weighted. weights: schedule of a layer -> a weight of 0 or more for each
-    component; components, and layers, without weight are left out."""
+    """The T-LoRA with weighted components. weights: schedule of a layer -> a weight >= 0 for each component.
+    Components of weight 0 are removed, and layers that have no others."""
     layers = {}
     for name, layer in tlora.layers.items():
         scale = (
@@ -205,7 +202,7 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
         )
         kept = scale > 0
         if kept.any():
-            # Half of the weight in each factor, so that both keep using the range of a half precision format alike.
+            # The square root goes into each factor, so that both use the range of a half-precision format equally.
             scale = scale[kept].to(layer.up)
             layers[name] = LowRank(layer.up[:, kept] * scale, layer.down[kept] * scale[:, None])
     if not layers:
@@ -217,12 +214,12 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
     source = {"method": tlora.method, "rank": schedule.rank, "min_rank": schedule.min_rank, "alpha": schedule.alpha}
     training = {**tlora.training, "baked": {**what, "from": source}}
     baked = replace(tlora, layers=layers, method="lora", schedule=_constant(layers), training=training)
-    # Plain LoRAs have no name for a part of a fused module, so parts become one update of the whole.
+    # Plain LoRAs cannot name a part of a fused module, so parts become one update of the whole module.
     try:
         whole = fused(baked)
     except TLoRAError as error:
         raise TLoRAError(
-            "tlora has updates for parts of a layer whose whole size is not known, so no plain LoRA can be made of it; "
+            "tlora has updates for parts of a layer whose whole size is not known, so it cannot become a plain LoRA; "
             "use it with Apply T-LoRA."
         ) from error
     return replace(baked, layers=whole, schedule=_constant(whole))

@@ -1,4 +1,4 @@
-"""What a LoRA file tells of itself, for a file picker: read from its header alone, trusting nothing in it."""
+"""A summary of a LoRA file for a file picker, read from its untrusted header only."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from ..method.schedule import RankSchedule
 from .tlora_file import METADATA_KEY, read_content, read_schedule
 from .untrusted import PHRASE_KEY, read_metadata, text_of
 
-MAX_SIDE = 4096  # pixels; a small file can hold a picture that unpacks to gigabytes
+MAX_SIDE = 4096  # pixels; a small file can hold an image that decodes to gigabytes
 THUMBNAIL_SIDE = 256
 _THUMBNAIL = "modelspec.thumbnail"
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -20,8 +20,8 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True)
 class Card:
-    """schedule: of a file of ours. rank: what another program's file says of itself. phrase: the
-    words that stand for the subject in prompts. thumbnail: whether there seems to be one."""
+    """schedule: of a T-LoRA file. rank: as stated by another program's file. phrase: the words that stand for the
+    subject in prompts. thumbnail: whether the file seems to have one."""
 
     method: str | None = None
     schedule: RankSchedule | None = None
@@ -52,8 +52,7 @@ def read_card(path: Path) -> Card:
 
 
 def read_thumbnail(path: Path) -> bytes | None:
-    """The file's thumbnail, drawn anew as a JPEG of at most THUMBNAIL_SIDE pixels; None where it has none that is
-    sound."""
+    """The file's thumbnail, re-encoded as a JPEG of at most THUMBNAIL_SIDE pixels a side; None without a valid one."""
     kind, _, data = _as_text(read_metadata(path).get(_THUMBNAIL)).partition(";base64,")
     if not kind.startswith("data:image/"):
         return None
@@ -62,9 +61,7 @@ def read_thumbnail(path: Path) -> bytes | None:
         if max(picture.size) > MAX_SIDE:
             return None
         small = picture.convert("RGB")
-    except (
-        Exception
-    ):  # what Pillow raises for damaged pictures, and for those that would unpack to too much, is of many kinds
+    except Exception:  # Pillow raises many kinds for damaged pictures and for decompression bombs
         return None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     written = io.BytesIO()

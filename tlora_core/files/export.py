@@ -1,8 +1,8 @@
 """T-LoRAs in the layouts of other programs.
 
-"kohya", "diffusers" and "comfyui" are plain LoRAs that differ in their names: they apply all ranks at every timestep,
-which is not what a T-LoRA was trained for. "reference" is the layout of the paper's own code (`reference_layout`),
-which applies the mask again.
+"kohya", "diffusers" and "comfyui" are plain LoRAs with different key names. They apply all ranks at every timestep,
+unlike the T-LoRA in training. "reference" is the layout of the paper's own code (`reference_layout`), which applies the
+mask.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,18 +22,17 @@ from .tlora_file import TLoRAFile, plain_metadata
 
 Tensors = dict[str, Tensor]
 
-# FLUX's fused modules: what they join, in widths of the input, from the first row on.
+# FLUX's fused modules: the heights of the parts they join, in widths of the input, from the first row on.
 _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 
 
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
     """Writes tlora in a layout, one of LAYOUTS, in dtype, one of DTYPES' values; returns the path of the weights.
 
-    "reference" makes a folder named like path without ".safetensors", as the reference's trainer does:
-    checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file at
-    path.
-    Raises TLoRAError for an unknown layout or dtype, a layer that the layout has no name for, values that dtype cannot
-    hold, and when the disk does not take the file.
+    "reference" makes the folder of the reference's trainer, named like path without ".safetensors":
+    checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file path.
+    Raises TLoRAError for an unknown layout or dtype, a layer that has no name in the layout, values that dtype cannot
+    represent, and when the file cannot be written.
     """
     path = Path(path)
     require_choice("layout", layout, LAYOUTS)
@@ -74,7 +73,7 @@ def _diffusers(tlora: TLoRAFile) -> Tensors:
     tensors = {}
     for name, layer in _split(tlora).items():
         key = f"{_model_part(name)}.{_named(name, layer)}"
-        # No alpha: diffusers then takes it to be the rank, so the scale is 1.
+        # Without an alpha, diffusers uses the rank, so the scale is 1.
         tensors[f"{key}.lora_B.weight"], tensors[f"{key}.lora_A.weight"] = layer.up, layer.down
     return tensors
 
@@ -127,14 +126,13 @@ def _joined(tlora: TLoRAFile, path: str, names: list[LayerName]) -> LowRank:
 
 
 def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> int | None:
-    """Rows of a fused module, of which `layers` holds (first row, update) of parts; None where that cannot be told."""
+    """Number of rows of a fused module, given (first row, update) of its parts; None if unknown."""
     width = layers[0][1].down.shape[1]
     if kind == "linear1":
         return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
     if kind == "qkv" and len(layers) == 3:
-        return max(
-            row + layer.up.shape[0] for row, layer in layers
-        )  # keys and values may have fewer heads than queries
+        # The three parts may differ in height: keys and values may have fewer heads than queries.
+        return max(row + layer.up.shape[0] for row, layer in layers)
     if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
         return 3 * width
     return None
@@ -150,7 +148,9 @@ def _split(tlora: TLoRAFile) -> dict[LayerName, LowRank]:
             continue
         rows, width = 0, layer.down.shape[1]
         if layer.up.shape[0] != sum(widths) * width:
-            raise TLoRAError(f'The layer "{name}" has other parts than FLUX.1\'s; choose the layout kohya or comfyui.')
+            raise TLoRAError(
+                f'The parts of the layer "{name}" differ from FLUX.1\'s; choose the layout kohya or comfyui.'
+            )
         for count in widths:
             split[LayerName.of_rows(name, rows)] = LowRank(
                 layer.up[rows : rows + count * width], layer.down, layer.group

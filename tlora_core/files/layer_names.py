@@ -1,12 +1,12 @@
-"""Names of layers: what other programs call them, and the paths of the same layers in ComfyUI's diffusion model.
+"""Names of layers: other programs' names, and the paths of the same layers in ComfyUI's diffusion model.
 
-Programs differ in prefixes, in dots or underscores, and in the module tree itself: diffusers' U-Net and its FLUX
-transformer are arranged otherwise than the original ones, which ComfyUI follows. `plain_name` takes the first two
-differences away, `layer_of` translates the third, and `diffusers_name` goes back.
+Programs differ in prefixes, in dots or underscores, and in the module tree: diffusers arranges its U-Net and its FLUX
+transformer differently from the original models, which ComfyUI follows. `plain_name` removes the first two differences,
+`layer_of` translates the third, and `diffusers_name` is the inverse of `layer_of`.
 
-The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. For other models, the host's
-own table of names is needed (see `foreign.target`). `part_key` is what programs that load plain LoRAs call a part of a
-fused module.
+The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. Other models need the host's
+table of names (see `foreign.target`). `part_key` is the name of a part of a fused module in programs that load plain
+LoRAs.
 """
 
 import re
@@ -23,7 +23,7 @@ _PREFIXES = re.compile(
 _TEXT_ENCODER = re.compile(
     r"^(lora_te\d?_|lycoris_te|text_encoder|te\d?[._]|lora_prior_te_|clip_[lgh]\.|t5xxl\.|transformer\.text_model)"
 )
-# What attention processors and the trainer of the reference call a projection -> its module.
+# A projection's name in attention processors and in the reference's trainer -> its module.
 _PROCESSOR_NAMES = {
     "to_q_proj": "add_q_proj",
     "to_k_proj": "add_k_proj",
@@ -33,8 +33,8 @@ _PROCESSOR_NAMES = {
 
 
 class Place(NamedTuple):
-    """A module's path and, where the layer is one of several in it, its number: its rows begin at `part` times the
-    width."""
+    """A module's path and, for one of several layers in it, the layer's number: its rows begin at `part` times the
+    input width."""
 
     path: str
     part: int | None = None
@@ -46,7 +46,7 @@ class Place(NamedTuple):
         return LayerName.of_rows(self.path, self.part * in_features)
 
 
-# The linear layers in a transformer of a U-Net, which all programs name alike but for dots.
+# The linear layers in a U-Net's transformer. All programs use the same names, with dots or underscores.
 _ATTENTION = [
     f"{attention}.{projection}"
     for attention in ("attn1", "attn2")
@@ -85,8 +85,8 @@ _FLUX_BLOCKS = {"double": "transformer_blocks", "single": "single_transformer_bl
 
 
 # Query, key and value in one module: the start of a family's name (TLoRAFile.base_model) -> module's path, and
-# ComfyUI's name for one of the three in a LoRA. By family, since models share paths whose LoRAs do not share names:
-# HunyuanVideo FLUX's, Ideogram Z-Image's.
+# ComfyUI's name for one of the three in a LoRA. By family, since models with the same paths have LoRAs with different
+# names: HunyuanVideo and FLUX, Ideogram and Z-Image.
 _QKV_KEYS = {
     "sd3": {
         r"joint_blocks\.(\d+)\.x_block\.(attn2?)\.qkv": r"lora_transformer_transformer_blocks_\1_\2_to_{}",
@@ -104,7 +104,7 @@ def _plain(name: str) -> str:
 
 
 _UNET_LAYERS = {_plain(name): name for name in (*_IN_UNET_BLOCK, *_BESIDE_UNET_BLOCKS)}
-# Kind of block -> plain name in the block, diffusers' or ComfyUI's -> place.
+# Kind of block -> plain name in the block, in diffusers or ComfyUI -> place.
 _FLUX_LAYERS = {
     kind: {_plain(place.path): Place(place.path) for place in table.values()}
     | {_plain(name): place for name, place in table.items()}
@@ -124,7 +124,7 @@ def is_text_encoder(module: str) -> bool:
 
 
 def plain_name(module: str) -> str:
-    """A module's name without what programs put around it: no prefix, underscores for dots, no attention processor."""
+    """A module's name without any program's prefix or attention processor, with underscores for dots."""
     if ".processor." in module:
         module, _, inner = module.rpartition(".processor.")
         module += "." + _PROCESSOR_NAMES.get(inner, inner)
@@ -133,13 +133,12 @@ def plain_name(module: str) -> str:
 
 
 def processor_name(module: str) -> str:
-    """The reference's name of a projection in an attention processor, whose module is `module`."""
+    """The reference's name in an attention processor for the projection `module`."""
     return next((name for name, known in _PROCESSOR_NAMES.items() if known == module), module)
 
 
 def layer_of(plain: str) -> Place | None:
-    """The place of a layer with this plain name, in ComfyUI's spelling or diffusers'; None for a name without a
-    rule."""
+    """The place of a layer by its plain name, in ComfyUI or diffusers; None for a name without a rule."""
     if match := _UNET_NAME.fullmatch(plain):
         return _unet_layer(*match.groups())
     if match := _FLUX_NAME.fullmatch(plain):
@@ -154,7 +153,7 @@ def _unet_layer(side, block, attention, path_side, number, inner, name) -> Place
     layer = _UNET_LAYERS.get(name)
     if layer is None or (inner is None) != (layer in _BESIDE_UNET_BLOCKS):
         return None
-    if side:  # a level has three blocks, and one comes before the first level
+    if side:  # a level has three blocks, and one block precedes the first level
         path_side, number = ("input", 1) if side == "down" else ("output", 0)
         number += 3 * int(block) + int(attention)
     start = f"{path_side}_blocks.{number}.1" if path_side else "middle_block.1"
@@ -170,7 +169,9 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
             return f"mid_block.attentions.0.{rest}"
         block, attention = divmod(int(number) - (side == "input"), 3)
         if side == "input" and attention == 2:
-            return None  # the third of a level is its downsampling: the U-Net has not two residual blocks a level
+            return (
+                None  # the third block is the downsampling unless the U-Net has more than two residual blocks a level
+            )
         return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}.{rest}"
     if match := _FLUX_PATH.fullmatch(path):
         kind, number, rest = match.groups()
@@ -180,8 +181,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
 
 
 def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> str | None:
-    """The key, in a plain LoRA, of an update of `shape` = (out, in) of a module's rows from `row` on; None where there
-    is none."""
+    """The key in a plain LoRA for an update of `shape` = (out, in) on a module's rows from `row` on; None if there is
+    no such key."""
     part = part_number(row, shape)
     if part is None:
         return None
@@ -195,17 +196,17 @@ def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> st
 
 
 def part_number(row: int, shape: tuple[int, int]) -> int | None:
-    """Which of a fused module's parts that have names an update of `shape` = (out, in) from `row` on is: 0, 1, 2 for
-    query, key and value, 3 for FLUX's feed-forward below them; None for rows that are none of these. For modules whose
-    parts are as wide as the input."""
+    """Which named part of a fused module an update of `shape` = (out, in) from `row` on covers: 0, 1, 2 for query, key
+    and value, 3 for FLUX's feed-forward below them; None for other rows. For modules whose query, key and value have as
+    many rows as the input is wide."""
     part, beyond = divmod(row, shape[1])
     # FLUX's feed-forward has four times as many rows.
     return part if not beyond and shape[0] == (4 if part == 3 else 1) * shape[1] else None
 
 
 def onetrainer_key(base_model: str, path: str, part: int | None = None) -> str | None:
-    """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers read too; None for one without, and for other
-    models."""
+    """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers also read; None for a layer without a name and
+    for other models."""
     named = diffusers_name(path, part) if base_model.startswith(_FLUX_FAMILIES) and family_of(path) == "flux" else None
     return named and "lora_transformer_" + _plain(named)
 

@@ -1,8 +1,8 @@
-"""The layout of the paper's own code: the folder of a run, which its inference.py (SDXL) or flux/run_inference.py
-(FLUX.1) loads.
+"""The layout of the paper's own code: a run folder that its inference.py (SDXL) or flux/run_inference.py (FLUX.1)
+loads.
 
-That code puts an adapter on every attention projection, all of one rank, and loads them strictly: a file must hold a
-tensor for each. Projections that a T-LoRA leaves alone are written as zeros, which change nothing.
+That code puts an adapter of the same rank on every attention projection and loads them strictly: a file must hold a
+tensor for each. Projections without an update are written as zeros, which have no effect.
 """
 
 import shutil
@@ -32,22 +32,15 @@ _SDXL = {
 _SDXL_TEXT = 2048
 _FLUX = {"transformer_blocks": 19, "single_transformer_blocks": 38}  # of FLUX.1, which is 3072 wide
 _FLUX_WIDTH = 3072
-_FLUX_PROJECTIONS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "to_q_proj",
-    "to_k_proj",
-    "to_v_proj",
-)  # in single blocks too, though unused
+# Single blocks have all of them too, though unused.
+_FLUX_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out", "to_q_proj", "to_k_proj", "to_v_proj")
 
 
 def reference_tensors(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> Tensors:
-    """The checkpoint's tensors. layers: the T-LoRA's, by diffusers' names.
+    """The tensors of the weights file. layers: the T-LoRA's layers by their names in diffusers.
 
-    Raises TLoRAError for what the reference's code has no place for: another model, a layer beside the attention,
-    layers of different ranks; on FLUX.1 an orthogonal method and an alpha other than 1.
+    Raises TLoRAError for features that the reference's code lacks: other models, layers outside the attention, layers
+    of different ranks; on FLUX.1 also orthogonal methods and an alpha other than 1.
     """
     _require_place(tlora)
     layers = {_processor(name): layer for name, layer in layers.items()}
@@ -55,8 +48,7 @@ def reference_tensors(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> Tensor
         if layer.rank != tlora.schedule.rank:
             raise TLoRAError(
                 f'The layer "{key}" has rank {layer.rank} and the schedule {tlora.schedule.rank}, but the '
-                f"reference's layout has "
-                "one rank for all layers; choose another layout."
+                "reference's layout has one rank for all layers; choose another layout."
             )
     tensors = {}
     for key, layer in (_empty(tlora, layers) | layers).items():
@@ -68,7 +60,7 @@ def reference_tensors(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> Tensor
 def write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
     """Makes the folder: checkpoint-<steps>/ with the tensors, logs/hparams.yml. Returns the path of the weights.
 
-    Raises TLoRAError for a free curve, a folder that is there, and when the disk does not take it.
+    Raises TLoRAError for a free curve, an existing folder, and when the folder cannot be written.
     """
     steps = tlora.training.get("steps")
     is_flux = _is_flux(tlora)
@@ -77,7 +69,7 @@ def write_reference(tlora: TLoRAFile, folder: Path, tensors: Tensors) -> Path:
         "lora.pt" if is_flux else "pytorch_lora_weights.safetensors",
     )
     settings = _hparams(tlora, folder)
-    temporary = folder.with_name(f".tlora-{uuid.uuid4().hex}.tmp")  # there as a whole, or not at all
+    temporary = folder.with_name(f".tlora-{uuid.uuid4().hex}.tmp")  # renamed when complete
     try:
         (temporary / inside).parent.mkdir(parents=True)
         (temporary / "logs").mkdir()
@@ -104,27 +96,26 @@ def _is_flux(tlora: TLoRAFile) -> bool:
 
 def _require_place(tlora: TLoRAFile) -> None:
     method, base = METHODS[tlora.method], tlora.base_model
-    others = ("flux2", "chroma") if _is_flux(tlora) else ("sd1", "sd2")
-    if base.startswith(others):
+    unsupported = ("flux2", "chroma") if _is_flux(tlora) else ("sd1", "sd2")
+    if base.startswith(unsupported):
         raise TLoRAError(
-            f'tlora is for the model "{base}", and the reference\'s code knows SDXL and FLUX.1 alone; choose another '
-            f"layout."
+            f'tlora is for the model "{base}", but the reference\'s code only supports SDXL and FLUX.1; choose another '
+            "layout."
         )
     if _is_flux(tlora) and any(layer.group == 2 for layer in tlora.layers.values()):
         raise TLoRAError(
-            f"tlora's method is \"{tlora.method}\", and the reference's code for FLUX.1 knows plain pairs alone "
-            f"(vanilla_tlora, "
-            "lora); choose another layout."
+            f"tlora's method is \"{tlora.method}\", but the reference's code for FLUX.1 only supports vanilla_tlora "
+            "and lora; choose another layout."
         )
     if _is_flux(tlora) and method.is_masked and tlora.schedule.alpha != 1:
         raise TLoRAError(
-            f"tlora's alpha is {tlora.schedule.alpha:g}, and the reference's code for FLUX.1 knows only 1; choose "
-            f"another layout."
+            f"tlora's alpha is {tlora.schedule.alpha:g}, but the reference's code for FLUX.1 only supports 1; choose "
+            "another layout."
         )
 
 
 def _processor(name: str) -> str:
-    """The reference's name of a projection's adapter, without "_lora"."""
+    """The reference's name for a projection's adapter, without "_lora"."""
     module, _, projection = name.replace("to_out.0", "to_out#0").rpartition(".")
     projection = projection.replace("#", ".")
     if not module.endswith(("attn", "attn1", "attn2")) or projection == "to_add_out":
@@ -133,8 +124,8 @@ def _processor(name: str) -> str:
 
 
 def _empty(tlora: TLoRAFile, layers: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """Layers of zeros for the projections that the reference's code expects and the T-LoRA leaves alone, as far as its
-    model is known."""
+    """Layers of zeros for the projections that the reference's code expects and the T-LoRA lacks; empty for a model of
+    unknown size."""
     rank, some = tlora.schedule.rank, next(iter(layers.values()))
     shapes = dict(_flux_shapes(layers) if _is_flux(tlora) else _sdxl_shapes())
     if any(shapes.get(key) != layer.shape for key, layer in layers.items()):
@@ -161,7 +152,7 @@ def _sdxl_shapes() -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _flux_shapes(layers: Mapping[str, LowRank]) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The same; of a model that is not as wide as FLUX.1, for the blocks that the T-LoRA has."""
+    """The same for FLUX.1; for a model of another width, only the blocks that the T-LoRA has."""
     width = next(iter(layers.values())).down.shape[1]
     blocks = [f"{kind}.{i}.attn.processor" for kind, count in _FLUX.items() for i in range(count)]
     for block in blocks if width == _FLUX_WIDTH else dict.fromkeys(key.rpartition(".")[0] for key in layers):
@@ -170,12 +161,11 @@ def _flux_shapes(layers: Mapping[str, LowRank]) -> Iterator[tuple[str, tuple[int
 
 
 def _two_terms(layer: LowRank) -> Tensors:
-    """B, S, A and B0, S0, A0 of a layer in difference form, component i of which is [P_i - P0_i, P0_i] [A_i; A_i -
-    A0_i].
+    """B, S, A and B0, S0, A0 of a layer in difference form, whose component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i].
 
-    Of the two scales that the difference form leaves open, the first makes A's rows unit vectors. The second does the
-    same to A - A0: then no two nearly equal numbers are subtracted when the update is formed. So A0 and B0 are not
-    those that training began from, but the update is the same at every rank.
+    The difference form leaves two scales open. The first makes A's rows unit vectors. The second does the same to
+    A - A0, so that the update is formed without subtracting nearly equal numbers. A0 and B0 therefore differ from the
+    starts of the training, but the update is the same at every rank.
     """
     up, down = layer.up.float(), layer.down.float()
     moved, P0 = up[:, 0::2], up[:, 1::2]
@@ -199,13 +189,13 @@ def _norm_or_one(rows: Tensor) -> Tensor:
 
 
 def _hparams(tlora: TLoRAFile, folder: Path) -> str:
-    """The settings that the reference's inference reads, as YAML. output_dir is where the folder is: the code looks
-    nowhere else."""
+    """The settings that the reference's inference reads, as YAML. output_dir is the folder's own path, since the code
+    only looks there."""
     s = tlora.schedule
     if s.points:
         raise TLoRAError(
-            "tlora has a free curve, which the reference's layout cannot tell; export it as a plain LoRA or keep our "
-            "file."
+            "tlora has a free curve, which the reference's layout cannot express; export it as a plain LoRA or keep "
+            "this pack's file."
         )
     settings = {
         "class_name": _quoted(tlora.class_word),
@@ -233,14 +223,14 @@ def _of_sdxl(tlora: TLoRAFile) -> dict[str, object]:
         "alpha_rank_scale": _real(tlora.schedule.alpha),
         "lora_rank": tlora.schedule.rank,
         "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
-        "sig_type": "last",  # of a new start, which inference makes none of
+        "sig_type": "last",  # the start of a new training; inference ignores it
         "trainer_class": "sdxl_tlora" if method.is_masked else "sdxl_lora",
         "trainer_type": "ortho_lora" if method.is_orthogonal else "lora",
     }
 
 
 def _real(number: float) -> str:
-    """With a point, since YAML takes 1e-05 for a text."""
+    """A number with a decimal point, since YAML reads 1e-05 as text."""
     text = repr(float(number))
     return text if "." in text else text.replace("e", ".0e")
 

@@ -1,9 +1,9 @@
 """The T-LoRA file: a safetensors file that other programs can load as a plain LoRA.
 
 The tensors carry kohya's names, `lora_unet_<module path with _ for .>.lora_up.weight`, `.lora_down.weight` and `.alpha`
-(the stored rank, so the scale is 1), or for parts of fused modules the names that other programs have for these. A
-program that knows nothing of timesteps reads the full-rank update. The metadata key `tlora` holds, as JSON, what is
-needed to mask it again: the fields of TLoRAFile, with the rank of each layer in place of its tensors.
+(the stored rank, so the scale is 1). Parts of fused modules carry the names that other programs use for them. Programs
+without timestep masks read the full-rank update. The metadata key `tlora` holds, as JSON, the rest of what a T-LoRA
+needs: the fields of TLoRAFile, with the rank of each layer in place of its tensors.
 `docs/FILE_FORMAT.md` is the specification.
 """
 
@@ -30,7 +30,7 @@ from .dtypes import HEADER_DTYPES, require_dtype
 from .layer_names import layer_key, stored_keys
 from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
 
-FORMAT_VERSION = 2  # the newest that this version reads; see _metadata for what it writes
+FORMAT_VERSION = 2  # the newest version this code reads; _metadata decides which one it writes
 METADATA_KEY = "tlora"
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
@@ -50,15 +50,15 @@ class TLoRAFile:
     """A trained T-LoRA with everything needed to apply it again.
 
     layers: path of a module in the diffusion model -> its update. Where a model keeps several projections in one
-        module, as FLUX its q, k and v, "path@row" is the update of the module's rows from `row` on.
-    method: a key of METHODS. schedule: of the full rank; see schedule_of for one layer's.
-    num_timesteps: T of r(t), in the unit of noise_domain, the name of the parameterisation whose t it is:
-        "discrete" counts training steps (T = 1000), "flow" is sigma itself (T = 1).
-    base_model: family it was trained on, for example "sdxl".
+        module, like FLUX's q, k and v, "path@row" is the update of the module's rows from `row` on.
+    method: a key of METHODS. schedule: for the full rank; schedule_of gives one layer's.
+    num_timesteps: T of r(t), in the unit of noise_domain, the parameterisation of t:
+        "discrete" counts training timesteps (T = 1000), "flow" is sigma itself (T = 1).
+    base_model: the model family it was trained on, for example "sdxl".
     token, class_word: the prompt's "sks" and "dog".
-    training: what it was trained with; JSON values. Stored as given: put no path, user name or image in it.
+    training: the training settings as JSON values. Stored unchanged: put no path, user name or image in it.
 
-    Raises TLoRAError when fields do not fit together.
+    Raises TLoRAError when the fields contradict each other.
     """
 
     layers: Mapping[LayerName, LowRank]
@@ -79,16 +79,16 @@ class TLoRAFile:
 
     @property
     def phrase(self) -> str:
-        """The words that stand for the subject in prompts; empty where they are not known."""
+        """The words that stand for the subject in prompts; empty if unknown."""
         return f"{self.token} {self.class_word}".strip()
 
     def schedule_of(self, name: str) -> RankSchedule:
-        """The schedule of one layer, whose own rank may be smaller than the file's."""
+        """The schedule of one layer, whose rank may be smaller than the file's."""
         return self.schedule.for_rank(self.layers[name].rank)
 
     @property
     def note(self) -> str:
-        """What to tell the user where other programs do not find all of the file's layers; else nothing."""
+        """A sentence for the user if other programs cannot find all of the file's layers; else empty."""
         found = sum(
             not name.is_part or key != layer_key(name)
             for name, key in stored_keys(self.layers, self.base_model).items()
@@ -97,16 +97,14 @@ class TLoRAFile:
             return ""
         return (
             f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of "
-            f"this model's "
-            "modules; for them, use Export T-LoRA with the layout comfyui."
+            "this model's modules; for them, use Export T-LoRA with the layout comfyui."
         )
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
-        """Writes the file in dtype, one of DTYPES' values. A file already there is replaced at once or not at all.
+        """Writes the file in dtype, one of DTYPES' values. An existing file is replaced atomically.
 
-        thumbnail: a small JPEG that LoRA managers and ComfyUI's list of models show; everyone who gets the file can see
-            it.
-        Raises TLoRAError when dtype cannot hold a value, or the disk does not take the file.
+        thumbnail: a small JPEG for LoRA managers and ComfyUI's list of models; everyone who gets the file can see it.
+        Raises TLoRAError when dtype cannot represent a value or the file cannot be written.
         """
         path = Path(path)
         require_dtype(dtype)
@@ -121,14 +119,14 @@ class TLoRAFile:
         if thumbnail is not None:
             encoded = base64.b64encode(thumbnail).decode()
             metadata["modelspec.thumbnail"] = "data:image/jpeg;base64," + encoded
-            metadata["ssmd_cover_images"] = json.dumps([encoded])  # where ComfyUI's own list of models looks
+            metadata["ssmd_cover_images"] = json.dumps([encoded])  # ComfyUI's own list of models reads this key
         write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "TLoRAFile":
-        """Reads a file, trusting nothing in it; the tensors keep the stored dtype.
+        """Reads and validates an untrusted file; the tensors keep the stored dtype.
 
-        Raises TLoRAError, naming the file, when it is missing, damaged, not a T-LoRA, or contradicts itself.
+        Raises TLoRAError, naming the file, when it is missing, damaged, inconsistent or not a T-LoRA.
         """
         path = Path(path)
         try:
@@ -161,7 +159,7 @@ def _check_fields(file: TLoRAFile) -> None:
 
 def _check_layers(file: TLoRAFile) -> None:
     if not file.layers:
-        raise TLoRAError("There are no layers in this T-LoRA; train or choose one that has some.")
+        raise TLoRAError("This T-LoRA has no layers; train or choose one that has some.")
     group = METHODS[file.method].group
     names: dict[str, str] = {}
     for name, layer in file.layers.items():
@@ -185,7 +183,7 @@ def _check_layers(file: TLoRAFile) -> None:
 
 def _metadata(file: TLoRAFile) -> dict[str, str]:
     content = {
-        # A program that knows format 1 alone would apply the formula to a file with a free curve.
+        # A program that only knows format 1 would apply the formula to a file with a free curve.
         "format": 2 if file.schedule.points else 1,
         "pack_version": file.pack_version,
         "method": file.method,
@@ -212,7 +210,7 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
 
 
 def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
-    """What LoRA managers show of a file: kohya's `ss_` keys and those of Stability's ModelSpec 1.0.0."""
+    """The metadata that LoRA managers show: kohya's `ss_` keys and the keys of Stability's ModelSpec 1.0.0."""
     phrase, s = file.phrase, file.schedule
     metadata = {
         "ss_network_module": "networks.lora",
@@ -235,12 +233,12 @@ def plain_metadata(file: TLoRAFile, stored_rank: int) -> dict[str, str]:
 
 
 def _tags(phrase: str, images: Any) -> dict[str, str]:
-    """Where LoRA managers look for trigger words: in what kohya's trainer tells of captions, as if the phrase were the
-    only one."""
+    """The trigger words where LoRA managers look for them: in kohya's caption statistics, with the phrase as the only
+    caption."""
     if not phrase:
         return {}
     count = images if type(images) is int and images > 0 else 1
-    frequency = {phrase: {phrase: count}}  # by the folder of the pictures, which kohya's users name after the words
+    frequency = {phrase: {phrase: count}}  # keyed by image folder, which kohya's users name after the words
     subset = {"img_count": count, "num_repeats": 1, "class_tokens": phrase, "is_reg": False}
     dataset = {"is_dreambooth": True, "num_train_images": count, "subsets": [subset], "tag_frequency": frequency}
     return {"ss_tag_frequency": json.dumps(frequency), "ss_datasets": json.dumps([dataset])}
@@ -258,14 +256,16 @@ def _read(path: Path) -> TLoRAFile:
         layers = {name: _read_layer(opened, keys, names[name], name, rank, content) for name, rank in ranks.items()}
         unnamed = keys - {key + part for key in names.values() for part in (_UP, _DOWN, _ALPHA)}
     if unnamed:
-        raise TLoRAError(f"{len(unnamed)} of its tensors belong to no layer, such as {min(unnamed)!r}; get it again.")
+        raise TLoRAError(
+            f"{len(unnamed)} of its tensors belong to no layer, for example {min(unnamed)!r}; get it again."
+        )
     schedule = read_schedule(content)
     rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
     return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
 
 
 def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
-    """The schedule in what read_content gives. Raises TLoRAError when it is none."""
+    """The schedule in read_content's table. Raises TLoRAError when it is not valid."""
     return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
 
 
@@ -276,24 +276,24 @@ def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
         isinstance(p, list) and len(p) == 2 and isinstance(p[0], number) for p in points
     ):
         raise TLoRAError('its T-LoRA metadata has no valid "points"; get the file again.')
-    # Python reads whole numbers of any length, which no float can hold.
+    # Clamped, as Python reads integers of any size and a float cannot represent them all.
     return tuple((float(max(min(level, 2), -1)), active) for level, active in points)
 
 
 def _names_in_file(content: dict[str, Any], ranks: dict[str, Any]) -> dict[str, str]:
-    """The name in the file of each layer. Files may tell it for some layers; the others have kohya's."""
-    told = content.get("keys", {})
-    if not isinstance(told, dict) or not all(isinstance(key, str) for key in told.values()):
+    """Each layer's name in the file. The metadata may list some of them; the rest follow kohya's rule."""
+    listed = content.get("keys", {})
+    if not isinstance(listed, dict) or not all(isinstance(key, str) for key in listed.values()):
         raise TLoRAError('its T-LoRA metadata has no valid "keys"; get the file again.')
-    names = {name: told.get(name, layer_key(name)) for name in ranks}
+    names = {name: listed.get(name, layer_key(name)) for name in ranks}
     if len(set(names.values())) != len(names):
         raise TLoRAError("two of its layers share their tensors; get the file again.")
     return names
 
 
 def read_content(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our part of a file's metadata, of a format and method that this version knows. Raises TLoRAError for any
-    other."""
+    """This pack's part of a file's metadata. Raises TLoRAError when it is missing, damaged, or its format or method is
+    unknown to this version."""
     if METADATA_KEY not in metadata:
         raise TLoRAError("it has no T-LoRA metadata; load a plain LoRA with the Load LoRA node.")
     try:
@@ -307,7 +307,7 @@ def read_content(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise TLoRAError(f"its format version is {version!r}; get the file again.")
     if version > FORMAT_VERSION:
         raise TLoRAError(
-            f"it has format version {version} and this version of T-LoRA reads up to {FORMAT_VERSION}; "
+            f"it has format version {version}, but this version of T-LoRA reads up to {FORMAT_VERSION}; "
             "update the node pack."
         )
     if _field(content, "method", str) not in METHODS:
@@ -340,7 +340,7 @@ def _read_layer(opened: Any, keys: set[str], key: str, name: str, rank: object, 
         raise TLoRAError(f'the two halves of the layer "{name}" differ in dtype; get the file again.')
     layer = LowRank(up, down, group)
     if isinstance(rank, bool) or layer.rank != rank:
-        raise TLoRAError(f'the layer "{name}" has rank {layer.rank} and its metadata says {rank!r}; get it again.')
+        raise TLoRAError(f'the layer "{name}" has rank {layer.rank}, but its metadata says {rank!r}; get it again.')
     if alpha.numel() != 1 or alpha.item() != up.shape[1]:
         raise TLoRAError(f'the layer "{name}" has an alpha that is not its stored rank, {up.shape[1]}; get it again.')
     _require_finite(name, layer)

@@ -1,8 +1,7 @@
-"""Reading files that may be damaged or hostile: tensors and text come out, or one sentence about what is wrong.
+"""Reads files that may be damaged or hostile: returns tensors and text, or raises one sentence about the problem.
 
-Nothing in a file is executed. A safetensors file holds no code; a torch file is a pickle, which torch unpickles in its
-weights-only mode, and only if its tensors lie in it uncompressed and apart, so that a small file cannot ask for a lot
-of memory.
+Nothing in a file is executed. A safetensors file holds no code. A torch file is a pickle, which torch unpickles in its
+weights-only mode; its tensors must be uncompressed and must not overlap, so that a small file cannot claim much memory.
 """
 
 import json
@@ -18,26 +17,26 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 
-# Bytes. Real headers have a few; as Python objects a hostile one takes up to 25 times its size.
+# Bytes. Real headers are far smaller; a hostile header takes up to 25 times its size as Python objects.
 MAX_HEADER = 25_000_000
-MAX_TEXT = 200  # characters of a text that are shown
-PHRASE_KEY = "modelspec.trigger_phrase"  # of the metadata: the words that stand for the subject in prompts
+MAX_TEXT = 200  # characters shown of a text
+PHRASE_KEY = "modelspec.trigger_phrase"  # metadata key: the words that stand for the subject in prompts
 
 
 @dataclass(frozen=True)
 class Contents:
-    """tensors: by key, on the CPU, as stored. metadata: of the safetensors header. others: keys whose value is no
-    tensor."""
+    """tensors: by key, on the CPU, as stored. metadata: from the safetensors header. non_tensors: keys of other
+    values."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
+    non_tensors: tuple[str, ...] = ()
 
 
 def read_contents(path: Path) -> Contents:
-    """Everything in a safetensors file or a file of `torch.save`, told apart by what is in it.
+    """Everything in a safetensors file or a file of `torch.save`; the content decides which of them it is.
 
-    Raises TLoRAError, without the file's name, when it is missing, damaged, or neither of the two.
+    Raises TLoRAError, without the file's name, when the file is missing, damaged, or neither kind.
     """
     _require_file(path)
     try:
@@ -49,16 +48,15 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_metadata(path: Path) -> Mapping[str, Any]:
-    """The metadata of a safetensors file, and none of any other file. Raises as read_contents does."""
+    """The metadata of a safetensors file; empty for a file of `torch.save`. Raises as read_contents does."""
     _require_file(path)
     metadata = {} if _is_zip(path) else check_header(path).get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
 
 def check_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises TLoRAError for a file of another kind, and for a header that names a
-    tensor
-    twice: readers differ in which of the two they take."""
+    """The header of a safetensors file. Raises TLoRAError for other kinds of files, and for a header that names a
+    tensor twice, since readers differ in the one they use."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(MAX_HEADER, path.stat().st_size - 8):
@@ -71,7 +69,7 @@ def check_header(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise TLoRAError(f"it cannot be read as a safetensors file ({one_line(error)}); get it again.") from error
     if not isinstance(header, dict):
-        raise TLoRAError("it cannot be read as a safetensors file (its header is no table); get it again.")
+        raise TLoRAError("it cannot be read as a safetensors file (its header is not a table); get it again.")
     return header
 
 
@@ -88,14 +86,14 @@ def _is_zip(path: Path) -> bool:
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a key stands in it twice")
+        raise ValueError("it repeats a key")
     return table
 
 
 def _read_safetensors(path: Path) -> Contents:
     check_header(path)
     with safe_open(path, framework="pt") as opened:
-        # Copies: the memory-mapped originals would keep the file from being replaced on Windows.
+        # Copies: on Windows, a memory-mapped file cannot be replaced.
         tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}
         return Contents(tensors, opened.metadata() or {})
 
@@ -106,11 +104,11 @@ def _read_torch(path: Path) -> Contents:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise TLoRAError("it is a compressed archive, not a file of torch.save; unpack it first.")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise TLoRAError("it is an archive whose parts overlap, not a file of torch.save; get it again.")
+                raise TLoRAError("it is an archive with overlapping parts, not a file of torch.save; get it again.")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (TLoRAError, OSError):
         raise
-    except Exception as error:  # damaged pickles end in nearly any exception
+    except Exception as error:  # damaged pickles raise nearly any exception
         raise TLoRAError(
             "it is a torch file that holds more than tensors, or is damaged, and was not opened; "
             "use a safetensors file, or get it again."
@@ -119,12 +117,12 @@ def _read_torch(path: Path) -> Contents:
         raise TLoRAError("it is a torch file without a table of tensors; choose the file with the LoRA's weights.")
     size = path.stat().st_size
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and _is_plain(value, size)}
-    others = tuple(str(key)[:200] for key in content if key not in tensors)
-    return Contents({key: value.detach() for key, value in tensors.items()}, others=others)
+    non_tensors = tuple(str(key)[:200] for key in content if key not in tensors)
+    return Contents({key: value.detach() for key, value in tensors.items()}, non_tensors=non_tensors)
 
 
 def _is_plain(value: object, size: int) -> bool:
-    """A dense tensor no larger than its file: strides of 0 make tensors of any size from a few bytes."""
+    """Whether it is a dense tensor no larger than its file; strides of 0 make a tensor of any size from a few bytes."""
     if (
         not isinstance(value, Tensor)
         or value.layout != torch.strided
@@ -136,18 +134,17 @@ def _is_plain(value: object, size: int) -> bool:
 
 
 def printable(text: str) -> str:
-    """`text` with what cannot be shown in a line, as names from a damaged file have it, written as an escape."""
+    """`text` with its unprintable characters as escapes; names in a damaged file may hold them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def text_of(value: object) -> str:
-    """A value of a file's metadata as one line of text, cut short; empty for what is none."""
+    """A text of a file's metadata as one line, truncated to MAX_TEXT; empty for a value of another type."""
     return "".join(c for c in value[:MAX_TEXT] if c.isprintable()) if isinstance(value, str) else ""
 
 
 def check_line(name: str, value: object) -> None:
-    """Refuses what is no line of text, or holds characters that cannot be shown, such as zero-width ones pasted with a
-    word."""
+    """Raises TLoRAError unless value is one line of printable text; pasted words may hold zero-width characters."""
     if not isinstance(value, str):
         raise TLoRAError(f"{name} is {value!r}; it must be one line of text.")
     hidden = dict.fromkeys(printable(c) for c in value if not c.isprintable())
@@ -156,5 +153,5 @@ def check_line(name: str, value: object) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """An exception's words on one line, cut short."""
+    """An exception's message on one line, truncated to 200 characters."""
     return " ".join(str(error).split())[:200]

@@ -1,8 +1,8 @@
-"""Trainable adapters of one linear layer, and what is left of them once trained.
+"""Trainable adapters of linear layers, and the low-rank updates that result from them.
 
-Contract of every adapter: `factors()` returns (up [out, group * r], down [group * r, in]) whose product is
-the update of the frozen weight [out, in] with all r components on, component i in columns
-group * i ... group * (i + 1) - 1, so that keeping the first group * r(t) columns applies the mask M_t.
+Contract of every adapter: `factors()` returns (up [out, group * r], down [group * r, in]). Their product is the update
+of the frozen weight [out, in] with all r components active. Component i has columns group * i ... group * (i + 1) - 1,
+so the first group * r(t) columns apply the mask M_t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from .layer_name import LayerName
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the paper's table of adapters, or one of the methods it compares with (`of_weight`, see baselines)."""
+    """An adapter of the paper's table, or a method that the paper compares with (`of_weight`, see baselines)."""
 
     is_orthogonal: bool
     is_masked: bool
@@ -42,7 +42,7 @@ METHODS = {
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """An update as it is applied and stored: up [out, group * r] times down [group * r, in], scale 1."""
+    """An update in its applied and stored form: up [out, group * r] times down [group * r, in], scale 1."""
 
     up: Tensor
     down: Tensor
@@ -58,7 +58,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r, the number of components that a schedule counts."""
+        """r, the number of components in the schedule."""
         return self.up.shape[1] // self.group
 
     @property
@@ -76,23 +76,23 @@ class LowRank:
         return bool(self.up.isfinite().all() and self.down.isfinite().all())
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(up, down), as a trainable adapter gives them."""
+        """(up, down), like a trainable adapter's."""
         return self.up, self.down
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LowRank":
-        """The same update on another device or in another dtype; None keeps the present one."""
+        """The same update on another device or in another dtype; None keeps the current one."""
         device = self.up.device if device is None else device
         dtype = self.up.dtype if dtype is None else dtype
         return LowRank(self.up.to(device, dtype), self.down.to(device, dtype), self.group)
 
     def first(self, rank: int) -> "LowRank":
-        """The update of the first `rank` components alone, in the same memory."""
+        """The update with only the first `rank` components, as views of the same memory."""
         columns = self.group * rank
         return LowRank(self.up[:, :columns], self.down[:columns], self.group)
 
     def balanced(self) -> "LowRank":
-        """The same update, each column of up as long as its row of down, so that both use the range of a half precision
-        format alike. A column whose product is zero stays as it is."""
+        """The same update with equal norms of each column of up and its row of down, so that both use the range of a
+        half-precision format equally. Columns whose product is zero are unchanged."""
         up_norm, down_norm = self.up.norm(dim=0), self.down.norm(dim=1)
         balance = (down_norm / up_norm).sqrt()
         balance = torch.where((up_norm > 0) & (down_norm > 0), balance, 1.0)
@@ -100,13 +100,13 @@ class LowRank:
 
 
 class Adapter:
-    """Common part of the trainable adapters; see the module's docstring for the contract.
+    """Base class of the trainable adapters; the module's docstring has the contract.
 
-    module: the nn.Module that holds the parameters, perhaps of other adapters too.
+    module: the nn.Module that holds the parameters, possibly of several adapters.
     """
 
     group: int
-    rank: int  # r, the number of components that a schedule counts
+    rank: int  # r, the number of components in the schedule
     module: nn.Module
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ class Adapter:
 
     @torch.no_grad()
     def detach(self) -> LowRank:
-        """The update as it stands, balanced, in float32 and apart from the parameters."""
+        """The current update, balanced, in float32 and detached from the parameters."""
         up, down = (factor.float().clone() for factor in self.factors())
         return LowRank(up, down, self.group).balanced()
 
@@ -137,30 +137,29 @@ class Adapters(Mapping[LayerName, Adapter]):
         return len(self._by_name)
 
     def parameters(self) -> list[nn.Parameter]:
-        """What an optimizer trains."""
+        """The trainable parameters of all adapters."""
         return [parameter for module in self.modules for parameter in module.parameters()]
 
     def buffers(self) -> list[Tensor]:
-        """The starts."""
+        """The frozen starts of all adapters."""
         return [buffer for module in self.modules for buffer in module.buffers()]
 
     def to(self, *where) -> "Adapters":
-        """Moves or casts all of them in place, as nn.Module.to does; returns self."""
+        """Moves or casts all adapters in place, like nn.Module.to; returns self."""
         for module in self.modules:
             module.to(*where)
         return self
 
 
 def difference_form(trained: Sequence[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(up [out, 2 r], down [2 r, in]) of B S A - B0 S0 A0 (equation 6), for (B [out, r], S [r], A [r, in]) and its
-    start.
+    """(up [out, 2 r], down [2 r, in]) of B S A - B0 S0 A0 (equation 6), given (B [out, r], S [r], A [r, in]) and start.
 
-    With P = B S, component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i]. The masked product is B S M A - B0 S0 M A0
-    without subtracting two nearly equal products, which would cost a half precision format all its digits while the
-    adapter is close to its start.
+    With P = B S, component i is [P_i - P0_i, P0_i] [A_i; A_i - A0_i]. The masked product equals B S M A - B0 S0 M A0
+    without a subtraction of nearly equal products, which would lose all digits in half precision while the adapter is
+    close to its start.
     """
     (B, S, A), (B0, S0, A0) = trained, start
-    # B S - B0 S0 in the same manner: a small difference of factors, not of products.
+    # B S - B0 S0 in the same way: from small differences of factors, not of products.
     moved = (B - B0) * S + B0 * (S - S0)
     up = torch.stack((moved, B0 * S0), dim=2).flatten(1)
     down = torch.stack((A, A - A0), dim=1).flatten(0, 1)

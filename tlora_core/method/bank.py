@@ -75,7 +75,7 @@ class Bank(nn.Module):
 
 
 class BankAdapter(Adapter):
-    """One layer's adapter in a bank. Its A [r, in], S [r] and B [out, r] are parts of the stacks."""
+    """One layer's adapter in a bank. Its A [r, in], S [r] and B [out, r] are slices of the stacks."""
 
     def __init__(self, bank: Bank, index: int):
         self.bank, self.index = bank, index

@@ -1,8 +1,8 @@
-"""The methods that the paper compares with, as adapters like the others, so that they train and apply by the same code.
+"""The methods that the paper compares with, as adapters that use the same code for training and sampling.
 
-OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) turn a layer's input, W' = W R with R orthogonal: the update W (R
-- I) has the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the update is
-U diag(change) V^T. None has a mask. Their updates are as large as the layers themselves, and so are their files.
+OFT (Qiu et al. 2023) and GSOFT (Gorbunov et al. 2024) rotate a layer's input, W' = W R with R orthogonal: the update
+W (R - I) has the weight as up and R - I as down. SVDiff (Han et al. 2023) shifts the weight's singular values: the
+update is U diag(change) V^T. None has a mask. Their updates and files are as large as the layers.
 """
 
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ class _OwnModule(nn.Module, Adapter):
 
 
 class RotationAdapter(_OwnModule):
-    """OFT, or GSOFT where `shuffled`: R is of `blocks` orthogonal blocks by Cayley's transform, or P^T L P R' of two
-    such matrices and the permutation P that deals each block's channels out to all blocks. The weight itself is not
-    copied."""
+    """OFT, or GSOFT if `shuffled`. In OFT, R has `blocks` orthogonal blocks from Cayley's transform. In GSOFT, R is
+    P^T L P R' of two such matrices, where the permutation P distributes each block's channels over all blocks. The
+    weight is not copied."""
 
     group = 1
 
@@ -44,10 +44,10 @@ class RotationAdapter(_OwnModule):
     def rotation(self) -> Tensor:
         """R [in, in]; the identity at the start."""
         skew, eye = self.Q - self.Q.mT, torch.eye(self.Q.shape[-1], device=self.Q.device)
-        turned = torch.linalg.solve(eye - skew, eye + skew)
-        rotation = torch.block_diag(*turned[0])
+        rotated = torch.linalg.solve(eye - skew, eye + skew)
+        rotation = torch.block_diag(*rotated[0])
         if self.shuffled:
-            rotation = (torch.block_diag(*turned[1]) @ rotation[self.order])[torch.argsort(self.order)]
+            rotation = (torch.block_diag(*rotated[1]) @ rotation[self.order])[torch.argsort(self.order)]
         return rotation
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -76,7 +76,7 @@ class SVDiffAdapter(_OwnModule):
 
 
 def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -> dict[str, Adapter]:
-    """One adapter for each weight [out, in]. blocks: of OFT and GSOFT, "OFT-32" has 32; SVDiff has none and ignores it.
+    """One adapter for each weight [out, in]. blocks: of OFT and GSOFT ("OFT-32" has 32 blocks); SVDiff ignores it.
 
     Raises TLoRAError for a number of blocks that does not divide a layer's width.
     """
@@ -86,7 +86,6 @@ def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -
         if weight.shape[1] % blocks or blocks == weight.shape[1]:
             raise TLoRAError(
                 f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is '
-                f"{weight.shape[1]} "
-                "wide; set it to a number that divides this, such as 4 or 8."
+                f"{weight.shape[1]} wide; set it to a number that divides this, for example 4 or 8."
             )
     return {name: RotationAdapter(weight, blocks, method == "gsoft") for name, weight in weights.items()}

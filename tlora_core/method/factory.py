@@ -1,4 +1,4 @@
-"""The trainable adapters of a model, at their start."""
+"""Makes the trainable adapters of a model."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,14 +21,12 @@ def make_adapters(
 ) -> Adapters:
     """One float32 adapter per layer, on device.
 
-    method: a key of METHODS. start: a key of STARTS; LoRA and Vanilla T-LoRA have their own start and
-        ignore it.
-    layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight"
-        starts and the methods of_weight need. Equal seeds give equal adapters, each depending on its name and not on
-        the other layers.
-    rank: of each layer; with the methods of_weight the number of blocks.
+    method: a key of METHODS. start: a key of STARTS; LoRA and Vanilla T-LoRA have their own start and ignore it.
+    layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight" starts and
+        the methods with of_weight need. An adapter depends on the seed and its layer, not on the rest of the layers.
+    rank: of each adapter; for the methods with of_weight, the number of blocks.
 
-    Raises TLoRAError for an unknown method or start, and for a rank that a layer cannot hold.
+    Raises TLoRAError for an unknown method or start, and for a rank that is too large for a layer.
     """
     require_choice("method", method, METHODS)
     if METHODS[method].of_weight:
@@ -56,7 +54,7 @@ def _in_banks(
     starts: Sequence[Sequence[Tensor]],
     make: Callable[[Sequence[Sequence[Tensor]]], Bank],
 ) -> Adapters:
-    """The adapters with these starts, those of one shape in one bank."""
+    """The adapters with these starts; layers of one shape share a bank."""
     members: dict[tuple[int, int], dict[str, Sequence[Tensor]]] = defaultdict(dict)
     for (name, shape), each in zip(shapes.items(), starts):
         members[shape][name] = each
@@ -70,7 +68,7 @@ def _in_banks(
 def _lora_start(
     shape: tuple[int, int], rank: int, seed: int, name: str, device: str | torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(B [out, r], zero; A [r, in], of N(0, (1/r)^2)), as the reference code draws it."""
+    """(B [out, r], zero; A [r, in], drawn from N(0, (1/r)^2) like the reference code)."""
     out_features, in_features = shape
     A = torch.randn(rank, in_features, generator=generator_for(seed, name)) / rank
     return torch.zeros(out_features, rank, device=device), A.to(device)
@@ -79,7 +77,7 @@ def _lora_start(
 def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
     if not isinstance(layer, Tensor):
         raise TLoRAError(
-            f'"{what}" needs the weight of the layer "{name}"; give it, or choose a "random" start or another method.'
+            f'"{what}" needs the weight of the layer "{name}"; pass it, or choose a "random" start or another method.'
         )
     return layer
 

@@ -1,26 +1,26 @@
-"""Chosen singular values of many random bidiagonal matrices at once, by bisection and a Newton step."""
+"""Selected singular values of many random bidiagonal matrices at once, by bisection and a Newton step."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Generator, Tensor
 
-# Two multisections leave a bracket of one or two spacings; nine halvings make it small enough for one step
-# of Newton's method, which squares the error. Chosen by measurement: two thirds of the time of halving alone.
+# Two multisections leave a bracket of one or two spacings. Nine bisections make it small enough for one Newton step,
+# which squares the error. Measured to take two thirds of the time of bisection alone.
 _MULTISECTIONS = 2
 _BISECTIONS = 9
 
-# Brackets handled together: many enough to hide the cost of a call, few enough to stay in a core's cache.
+# Brackets per call: enough to hide the cost of a call, few enough to stay in a core's cache.
 _LANES = 1 << 15
 
 
 def chi_squares(m: int, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Squares of the entries of the bidiagonal form of an m x n standard Gaussian matrix, m >= n.
 
-    Golub-Kahan turns it into an upper bidiagonal matrix with independent entries, chi_m, chi_{m-1}, ...,
+    Golub-Kahan reduces it to an upper bidiagonal matrix with independent entries, chi_m, chi_{m-1}, ...,
     chi_{m-n+1} on the diagonal and chi_{n-1}, ..., chi_1 above it (Dumitriu and Edelman 2002).
 
-    Returns float32 diagonal^2 [n] and superdiagonal^2 [n]; the latter ends with a 0 for even lengths.
+    Returns float32 diagonal^2 [n] and superdiagonal^2 [n]; the latter is padded with a 0 to the same length.
     """
     steps = torch.arange(n, dtype=torch.float64)
     degrees = torch.cat([m - steps, n - 1 - steps[:-1]])
@@ -32,8 +32,8 @@ def chi_squares(m: int, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
 def singular_values(squares: Sequence[tuple[Tensor, Tensor]], first: int, count: int) -> list[Tensor]:
     """Singular values number first, ..., first + count - 1 (from the smallest) of each bidiagonal matrix.
 
-    squares: per matrix what chi_squares returns; all of one size. Returns ascending float32 [count] each:
-    mostly right to float32 rounding, and always within about 1/300 of the mean spacing of the values.
+    squares: the result of chi_squares for each matrix; all of one size. Returns ascending float32 [count] each, mostly
+    exact to float32 rounding, and always within about 1/300 of the mean spacing of the values.
     """
     result: list[Tensor] = []
     step = max(1, _LANES // count)
@@ -50,11 +50,11 @@ def _brackets(a: Tensor, b: Tensor, first: int, count: int) -> tuple[Tensor, Ten
     """a, b [n, L] -> bounds [count, L] below and above each wanted singular value."""
     wanted = torch.arange(first, first + count, dtype=torch.int32)[:, None].expand(count, a.shape[1])
     low = torch.zeros(wanted.shape)
-    # A little above the bound, which a matrix of one entry attains.
+    # Slightly above the bound, which a matrix with one entry attains.
     high = 1.01 * (a.amax(0).sqrt() + b.amax(0).sqrt()).expand(count, -1)
     inner = (torch.arange(1, count + 1) / (count + 1))[:, None]
     for _ in range(_MULTISECTIONS):
-        # All brackets of a matrix share one grid, which costs no more than one halving of each.
+        # All brackets of a matrix share one grid, which costs no more than one bisection of each.
         bottom, top = low.amin(0), high.amax(0)
         grid = bottom + (top - bottom) * inner
         below = count_below(a, b, grid)
@@ -70,7 +70,7 @@ def _brackets(a: Tensor, b: Tensor, first: int, count: int) -> tuple[Tensor, Ten
 
 
 def _newton_step(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """One step for det(B^T B - x^2) = 0 from the middle of each bracket; the middle where it would leave it.
+    """One step for det(B^T B - x^2) = 0 from the middle of each bracket, or the middle if the step leaves the bracket.
 
     The logarithmic derivative of the determinant is the sum of q_i' / q_i over the pivots of count_below,
     differentiated by x^2.
@@ -87,16 +87,16 @@ def _newton_step(a: Tensor, b: Tensor, low: Tensor, high: Tensor) -> Tensor:
         torch.addcdiv(neg_xx, s.mul_(b_i), q, out=s)
         torch.addcdiv(minus_one, ratio.mul_(ab_i), q, out=ds)
     step = (x * x - 1 / total).sqrt()
-    # Also refuses the NaN of a pivot that is exactly zero.
+    # The comparisons also reject the NaN of a pivot that is exactly zero.
     return torch.where((step > low) & (step < high), step, x)
 
 
 def count_below(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
-    """How many singular values of each matrix lie below x; a, b [n, L] as in singular_values, x [K, L] > 0.
+    """The number of singular values of each matrix below x; a, b [n, L] as in singular_values, x [K, L] > 0.
 
-    The count is that of negative pivots q_i of B^T B - x^2 (Sylvester). They come from the differential
-    form of the stationary qd transform, s_1 = -x^2, q_i = s_i + a_i, s_{i+1} = b_i s_i / q_i - x^2, which
-    in float32 places every singular value to a few units in the last place (Fernando and Parlett 1994).
+    This is the number of negative pivots q_i of B^T B - x^2 (Sylvester). The pivots come from the differential form of
+    the stationary qd transform, s_1 = -x^2, q_i = s_i + a_i, s_{i+1} = b_i s_i / q_i - x^2, which in float32 locates
+    every singular value to a few units in the last place (Fernando and Parlett 1994).
     """
     neg_xx = -(x * x)
     minus_one = torch.tensor(-1.0)
@@ -105,8 +105,8 @@ def count_below(a: Tensor, b: Tensor, x: Tensor) -> Tensor:
     count = torch.zeros_like(signs)
     s_bits, v_bits = s.view(torch.int32), v.view(torch.int32)
     for a_i, b_i in zip(a, b):
-        # With v_i = -q_i / s_i the step is two fused operations, and infinities from a division by zero
-        # cancel by themselves. q_i < 0 is then s_i < 0 and v_i < 0, read from the sign bits.
+        # With v_i = -q_i / s_i the step is two fused operations, and infinities from a division by zero cancel. Then
+        # q_i < 0 means s_i < 0 and v_i < 0, read from the sign bits.
         torch.addcdiv(minus_one, a_i, s, value=-1, out=v)
         torch.bitwise_and(s_bits, v_bits, out=signs)
         torch.addcdiv(neg_xx, b_i, v, value=-1, out=s)

@@ -1,6 +1,6 @@
-"""The rank schedule r(t): how many components of an adapter act at a timestep.
+"""The rank schedule r(t): the number of active components of an adapter at a timestep.
 
-This is the only copy of the formula; training, sampling and plots all ask it.
+This is the only copy of the formula; training, sampling and plots all use it.
 """
 
 import math
@@ -18,13 +18,13 @@ from ..errors import TLoRAError
 class RankSchedule:
     """r(t) = floor((r - r_min) * ((T - t) / T)^alpha) + r_min (section 3.1 of the T-LoRA paper, where alpha = 1).
 
-    rank: r, the number of components at t = 0, a whole number of at least 1.
-    min_rank: r_min, the number at t = T, from 0 to rank. Equal to rank, the schedule is constant: plain
-        LoRA and Ortho-LoRA.
-    alpha: exponent, above 0. Above 1 the components leave sooner as the noise grows.
-    points: a free curve in place of the formula: (t / T, rank) of at least two points, t / T rising in [0, 1], with
-        straight lines between them, rounded down, and level beyond them. min_rank is then the smallest of their ranks,
-        alpha 1.
+    rank: r, the number of components at t = 0, an integer of at least 1.
+    min_rank: r_min, the number at t = T, from 0 to rank. If it equals rank, the schedule is constant, as in plain LoRA
+        and Ortho-LoRA.
+    alpha: exponent, above 0. Above 1, the components switch off sooner as the noise grows.
+    points: a free curve instead of the formula: at least two points (t / T, rank), with t / T rising in [0, 1]. Between
+        points, ranks are interpolated linearly and rounded down; beyond them, the nearest point's rank holds. min_rank
+        must be the smallest of their ranks and alpha 1.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -36,17 +36,17 @@ class RankSchedule:
 
     @classmethod
     def from_text(cls, rank: int, min_rank: int, alpha: float, curve: str) -> "RankSchedule":
-        """The formula's, or where `curve` is not empty that of its points: "0:64, 0.5:48, 1:32", t / T before the
-        colon."""
+        """The schedule by the formula, or by the points of `curve` unless empty: "0:64, 0.5:48, 1:32", with t / T
+        before each colon."""
         if not curve.strip():
             return cls(rank, min_rank, alpha)
         try:
             pairs = [point.split(":") for point in curve.replace(";", ",").split(",") if point.strip()]
             points = tuple((float(level), int(active)) for level, active in pairs)
-            min_rank = min(active for _, active in points)  # of no points at all, as of commas alone, an error too
+            min_rank = min(active for _, active in points)  # raises ValueError too without any point
         except ValueError as error:
             raise TLoRAError(
-                f'curve is "{curve}"; write points as noise level:rank, such as "0:64, 0.5:48, 1:32".'
+                f'curve is "{curve}"; write points as noise level:rank, for example "0:64, 0.5:48, 1:32".'
             ) from error
         return cls(rank, min_rank, 1.0, points)
 
@@ -70,8 +70,7 @@ class RankSchedule:
         if len(levels) < 2 or levels != sorted(set(levels)) or not 0 <= levels[0] <= levels[-1] <= 1:
             raise TLoRAError(
                 f"curve has the noise levels {', '.join(f'{level:g}' for level in levels)}; give at least two, "
-                f"rising, from 0 "
-                "(clean) to 1 (pure noise)."
+                "rising, from 0 (clean) to 1 (pure noise)."
             )
         for _, active in self.points:
             _require_whole("A rank of the curve", active)
@@ -79,17 +78,18 @@ class RankSchedule:
                 raise TLoRAError(f"curve has the rank {active}; use ranks from 0 to the rank, which is {self.rank}.")
         if self.min_rank != min(active for _, active in self.points) or self.alpha != 1:
             raise TLoRAError(
-                f"min_rank is {self.min_rank} and alpha {self.alpha}, which do not go with the curve's points."
+                f"min_rank is {self.min_rank} and alpha {self.alpha}; for a curve, set min_rank to its smallest rank "
+                "and alpha to 1."
             )
 
     @property
     def is_constant(self) -> bool:
-        """True when every timestep has the full rank."""
+        """True if every timestep has the full rank."""
         return self.min_rank == self.rank
 
     @property
     def is_falling(self) -> bool:
-        """True when no component that is on at some noise is off at less."""
+        """True if a component that is on at one noise level is on at every lower level."""
         ranks = [active for _, active in self.points]
         return ranks == sorted(ranks, reverse=True)
 
@@ -101,7 +101,7 @@ class RankSchedule:
     def active_rank(self, timestep: float, num_timesteps: float = 1000) -> int:
         """r(t) for t = timestep and T = num_timesteps, both in the unit of the model's noise domain.
 
-        t is clamped into [0, T]. Raises TLoRAError when t is NaN or T is not a finite number above 0.
+        t is clamped to [0, T]. Raises TLoRAError when t is NaN or T is not a finite number above 0.
         """
         if not 0 < num_timesteps <= sys.float_info.max:
             raise TLoRAError(f"num_timesteps is {num_timesteps!r}; it must be a finite number above 0.")
@@ -111,7 +111,7 @@ class RankSchedule:
         t = min(max(t, 0.0), T)
         if self.points:
             return self._active_on_curve(t / T)
-        # (T - t) / T and not 1 - t / T, in the reference's order: rewritten, it differs by a rank at some t.
+        # (T - t) / T in the reference's order; 1 - t / T would differ by a rank at some t.
         return math.floor((self.rank - self.min_rank) * ((T - t) / T) ** self.alpha) + self.min_rank
 
     def _active_on_curve(self, level: float) -> int:
@@ -120,7 +120,7 @@ class RankSchedule:
             return low
         for right, high in rest:
             if level <= right:
-                # The little more keeps a whole number whole that rounding has just missed.
+                # The small addition corrects an integer that rounding has just missed.
                 return math.floor((low * (right - level) + high * (level - left)) / (right - left) + 1e-9)
             left, low = right, high
         return low
@@ -138,15 +138,15 @@ class RankSchedule:
         return active
 
     def for_rank(self, layer_rank: int) -> "RankSchedule":
-        """The schedule of a layer whose own rank is layer_rank <= rank.
+        """The schedule of a layer of rank layer_rank <= rank.
 
-        r_min shrinks in proportion, rounded up so that a minimum above 0 never vanishes.
+        r_min shrinks in proportion and is rounded up, so that a minimum above 0 stays above 0.
         """
         _require_whole("layer_rank", layer_rank)
         if not 1 <= layer_rank <= self.rank:
             raise TLoRAError(
-                f"A layer has rank {layer_rank}; the schedule serves ranks from 1 to {self.rank}. "
-                "Use the schedule the layer was trained with."
+                f"A layer has rank {layer_rank}, but the schedule is for ranks from 1 to {self.rank}; use the schedule "
+                "that the layer was trained with."
             )
 
         def scaled(active: int) -> int:
@@ -156,8 +156,8 @@ class RankSchedule:
         return replace(self, rank=layer_rank, min_rank=scaled(self.min_rank), points=points)
 
     def up_to(self, rank: int) -> "RankSchedule":
-        """The schedule of the first `rank` components alone: it ends at them, and min_rank is not above. Raises
-        TLoRAError for a rank that is not from 1 to this one's."""
+        """The schedule limited to the first `rank` components, with min_rank at most `rank`. Raises TLoRAError unless
+        rank is from 1 to the schedule's."""
         _require_whole("rank", rank)
         if not 1 <= rank <= self.rank:
             raise TLoRAError(f"rank is {rank}; set it to a whole number from 1 to the T-LoRA's, which is {self.rank}.")
@@ -171,6 +171,6 @@ class RankSchedule:
 
 
 def _require_whole(name: str, value: object) -> None:
-    # bool is an int to Python; a rank of True is a wiring mistake.
+    # bool is an int in Python; a rank of True is a wiring mistake.
     if not isinstance(value, int) or isinstance(value, bool):
         raise TLoRAError(f"{name} is {value!r}; it must be a whole number.")

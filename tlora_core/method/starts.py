@@ -1,19 +1,19 @@
-"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and that of its published
-code.
+"""The orthogonal starts of Ortho-LoRA and T-LoRA: the paper's six (section 3.2 and figure 5), and the one of its
+published code.
 
-B0 diag(S0) A0 holds r consecutive terms of the singular value decomposition of a matrix: the principal,
-middle or last ones, of the layer's own weight W or of a random matrix R with entries N(0, std^2).
+B0 diag(S0) A0 holds r consecutive terms of the singular value decomposition of a matrix: the principal, middle or last
+terms, of the layer's weight W or of a random matrix R with entries N(0, std^2).
 
-For R no decomposition is computed. The singular vectors of a Gaussian matrix are Haar-distributed and
-independent of its singular values, and those are distributed like the singular values of a bidiagonal
-matrix of independent chi variables (Golub-Kahan on a Gaussian; Dumitriu and Edelman 2002, "Matrix models
-for beta ensembles"). Both are drawn directly, so the start has the distribution that the paper's words give it.
+For R no decomposition is computed. The singular vectors of a Gaussian matrix are Haar-distributed and independent of
+its singular values, which are distributed like the singular values of a bidiagonal matrix of independent chi variables
+(Golub-Kahan on a Gaussian; Dumitriu and Edelman 2002, "Matrix models for beta ensembles"). Both are drawn directly, so
+the start has the distribution described in the paper.
 
-The published code differs from these words in layers that are not square, such as cross-attention's keys and values,
-which read a text wider than they are (140 of SDXL's 560 layers): where the paper's A0 holds right singular vectors, the
-code takes rows of a completed square matrix, whose completed part is not Haar-distributed (`completion`).
-"last_random_published" is that start; in square layers it is "last_random". The code's starts from weights differ
-likewise in such layers, and are not offered.
+The published code differs from the paper in layers that are not square, for example keys and values of cross-attention,
+whose input text is wider than their output (140 of SDXL's 560 layers). There the paper's A0 holds right singular
+vectors. The code uses rows of a completed square matrix, whose completed part is not Haar-distributed (`completion`).
+"last_random_published" is that start; in square layers it equals "last_random". The code's starts from weights differ
+in the same way and are not offered.
 """
 
 from collections import defaultdict
@@ -31,9 +31,8 @@ from .random_streams import generator_for
 
 
 class Start(NamedTuple):
-    """Which components of which matrix: part is "last", "middle" or "principal", source "random" or "weight".
-    completed: whether the longer of the two factors is taken from a completed square matrix, as in the published
-        code."""
+    """Selects components of a matrix. part: "last", "middle" or "principal". source: "random" or "weight".
+    completed: whether the longer of the two factors comes from a completed square matrix, as in the published code."""
 
     part: str
     source: str
@@ -51,7 +50,7 @@ STARTS = {
 }
 DEFAULT_START = "last_random"
 
-Factors = tuple[Tensor, Tensor, Tensor]
+StartFactors = tuple[Tensor, Tensor, Tensor]
 
 _CHUNK = 16  # layers per batched product: enough to keep the cores busy, few enough to stay in cache
 
@@ -64,14 +63,14 @@ def orthogonal_start(
     generator: Generator | None = None,
     weight: Tensor | None = None,
     std: float | None = None,
-) -> Factors:
+) -> StartFactors:
     """(B0 [out, r], S0 [r], A0 [r, in]) in float32, components in descending order of singular value.
 
-    kind: a key of STARTS. The "_random" starts draw from generator (on the CPU; None is torch's global
-    one); the "_weight" ones decompose weight [out, in]. std: see orthogonal_starts.
+    kind: a key of STARTS. The "_random" starts draw from generator, on the CPU; None is torch's global generator. The
+    "_weight" starts decompose weight [out, in]. std: see orthogonal_starts.
 
-    B0's columns and A0's rows are orthonormal to about 1e-6. Raises TLoRAError for an unknown kind, a rank
-    that the shape cannot hold, or a weight that is missing, misshapen or not finite.
+    B0's columns and A0's rows are orthonormal to about 1e-6. Raises TLoRAError for an unknown kind, a rank that is too
+    large for the shape, or a weight that is missing, of the wrong shape or not finite.
     """
     start = _parse(kind)
     if start.source == "random":
@@ -80,12 +79,12 @@ def orthogonal_start(
     require_rank(rank, (out_features, in_features))
     if weight is None or tuple(weight.shape) != (out_features, in_features):
         found = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
-        raise TLoRAError(f'The start "{kind}" needs a weight of {out_features} x {in_features} and got {found}.')
+        raise TLoRAError(f'The start "{kind}" needs a weight of {out_features} x {in_features} but got {found}.')
     if not torch.isfinite(weight).all():
         raise TLoRAError(f'The start "{kind}" got a weight with NaN or infinite values; use a "random" start.')
     U, S, Vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
-    kept = _kept(start.part, S.shape[0], rank)
-    return U[:, kept].contiguous(), S[kept].contiguous(), Vh[kept].contiguous()
+    selected = _selected(start.part, S.shape[0], rank)
+    return U[:, selected].contiguous(), S[selected].contiguous(), Vh[selected].contiguous()
 
 
 def orthogonal_starts(
@@ -96,16 +95,16 @@ def orthogonal_starts(
     names: Iterable[str] | None = None,
     std: float | None = None,
     device: str | torch.device = "cpu",
-) -> list[Factors]:
+) -> list[StartFactors]:
     """The random starts of many layers at once; shapes are (out_features, in_features).
 
-    kind: a "_random" key of STARTS. std: of R's entries; None is 1 / rank, as the reference code draws them.
-    Each layer has a random stream of its own, made from seed and its name (or position, where names is
-    None). So layers are independent, and a layer's start does not depend on the others in the call beyond
-    float32 rounding. Equal seeds give equal starts on one machine.
+    kind: a "_random" key of STARTS. std: standard deviation of R's entries; None is 1 / rank, as in the reference code.
+    Each layer has its own random stream, from seed and its name, or its position if names is None. Layers are
+    therefore independent: except for float32 rounding, the start of one does not depend on the rest of the call. Equal
+    seeds give equal starts on one machine.
 
-    Returns one (B0, S0, A0) per shape on device; see orthogonal_start for shapes, order and errors. The
-    tensors of several layers may be views of one storage.
+    Returns one (B0, S0, A0) per shape on device; see orthogonal_start for shapes, order and errors. The tensors of
+    several layers may be views of one storage.
     """
     start = _parse(kind)
     if start.source != "random":
@@ -126,7 +125,7 @@ def _random_starts(
     for shape in shapes:
         require_rank(rank, shape)
     std = 1 / rank if std is None else std
-    # The streams are read in a fixed order, chi variables first, so the two halves can then run side by side.
+    # Each stream is read in a fixed order, chi variables first, so the two halves can then run in parallel.
     chi = [chi_squares(max(shape), min(shape), g) for shape, g in zip(shapes, generators)]
     with ThreadPoolExecutor(1) as pool:
         values = pool.submit(_all_singular_values, start.part, chi, rank)
@@ -139,16 +138,16 @@ def _random_starts(
 def _all_singular_values(part: str, chi: list[tuple[Tensor, Tensor]], rank: int) -> list[Tensor]:
     result: list[Tensor] = [torch.empty(0)] * len(chi)
     for k, members in _by_key([a.shape[0] for a, _ in chi]).items():
-        kept = _kept(part, k, rank)
-        # Indices count from the smallest value here and from the largest in an SVD.
-        values = singular_values([chi[i] for i in members], first=k - kept.stop, count=rank)
+        selected = _selected(part, k, rank)
+        # singular_values counts from the smallest value, an SVD from the largest.
+        values = singular_values([chi[i] for i in members], first=k - selected.stop, count=rank)
         for i, ascending in zip(members, values):
             result[i] = ascending.flip(0)
     return result
 
 
 class _Side(NamedTuple):
-    """One side of a layer, and the other; completed: as in Start."""
+    """The width of one side of a layer and of the other side; completed: as in Start."""
 
     width: int
     other: int
@@ -165,7 +164,7 @@ class _Side(NamedTuple):
 def _all_frames(
     sides: list[_Side], rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
 ) -> list[Tensor]:
-    """One frame per side: orthonormal rows [r, width], or the transposed columns [width, r]."""
+    """One frame per side: orthonormal rows [r, width] or, transposed, orthonormal columns [width, r]."""
     result: list[Tensor] = [torch.empty(0)] * len(sides)
     for side, members in _by_key(sides).items():
         for start in range(0, len(members), _CHUNK):
@@ -177,8 +176,7 @@ def _all_frames(
 
 
 def exact_device(device: str | torch.device) -> torch.device:
-    """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and
-    DirectML's."""
+    """The device itself, or the CPU if it may lack float64: Apple's GPUs do, and many of Intel's and DirectML's."""
     device = torch.device(device)
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
@@ -191,8 +189,8 @@ def _haar_frames(
     The Q of a Gaussian's QR factorisation is Haar only if R's diagonal is positive (Mezzadri 2007).
     """
     G = torch.empty(len(generators), rank, width)
-    for row, generator in zip(G, generators):
-        row.normal_(generator=generator)
+    for matrix, generator in zip(G, generators):
+        matrix.normal_(generator=generator)
     G = G.to(exact_device(device))
     if width < 4 * rank:
         # Nearly square Gaussians are too ill-conditioned for the Gram matrix below.
@@ -207,8 +205,8 @@ def _haar_frames(
     return (inverse @ G if rows else G.mT @ inverse.mT).to(device)
 
 
-def _kept(part: str, k: int, rank: int) -> slice:
-    """Which of k singular values in descending order a start keeps."""
+def _selected(part: str, k: int, rank: int) -> slice:
+    """The indices of a start's components among k singular values in descending order."""
     first = {"principal": 0, "middle": (k - rank + 1) // 2, "last": k - rank}[part]
     return slice(first, first + rank)
 

@@ -1,4 +1,4 @@
-"""Looking at results: reports, plots, sheets, sweeps and the scores of generated pictures.
+"""Inspection of results: reports, plots, sheets, sweeps, and scores of generated pictures.
 
 Imports `method`, `files` and `training`. Nothing here trains or samples.
 """

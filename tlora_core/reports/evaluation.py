@@ -1,6 +1,6 @@
-"""Image similarity, text similarity and diversity of generated pictures, as the T-LoRA paper measures them (section 4).
+"""Image similarity, text similarity and diversity of generated pictures, measured as in the T-LoRA paper (section 4).
 
-CLIP and DINO come from transformers folders on disk; nothing is downloaded, and no code in them runs.
+CLIP and DINO are loaded from transformers folders on disk; nothing is downloaded, and none of their code runs.
 """
 
 import hashlib
@@ -20,19 +20,20 @@ from ..files.untrusted import one_line
 from ..training.images import check_images
 
 CLIP_TYPES = ("clip",)
-DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # DINO's first version is a plain ViT
-MASKED = 0.5  # what the background becomes under a mask
-_UNUSED = ("logit_scale", "pooler.", "embeddings.mask_token")  # DINO's first version is published without the pooler
-_AT_ONCE = 16  # pictures in one pass
+DINO_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")  # DINO v1 is a plain ViT
+MASKED = 0.5  # grey value of the background outside a mask
+_UNUSED = ("logit_scale", "pooler.", "embeddings.mask_token")  # DINO v1 is published without the pooler
+_BATCH = 16  # pictures per forward pass
 
 
 @dataclass(frozen=True)
 class EvaluationProtocol:
-    """What scores were measured with, each field named as the input it comes from; only scores of equal protocols can
-    be ranked.
-    clip_model, dino_model: folder names, None without DINO. prompts: as CLIP read them, so without the token;
-    neutral_prompt: those of them that counted for image similarity. mask: whether there was one. concept: digest of the
-        pictures under their mask."""
+    """The conditions of a measurement; fields have the names of their inputs. Only scores of equal protocols can be
+    ranked.
+
+    clip_model, dino_model: folder names; dino_model is None without DINO. prompts: as read by CLIP, without the token.
+    neutral_prompt: the prompts that count for image similarity. mask: whether masks were used. concept: digest of the
+        masked concept pictures."""
 
     clip_model: str
     dino_model: str | None
@@ -44,11 +45,13 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one checkpoint. image_similarity: mean cosine of every concept picture with every neutral one, by CLIP;
-    dino_similarity: the same by DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt.
-    diversity: 1 - mean cosine of two pictures of one prompt, None where no prompt has two. pictures: how many in all;
-        neutral: of these, for image similarity.
-    protocol: what all this was measured with."""
+    """The scores of one T-LoRA.
+
+    image_similarity: mean CLIP cosine of every concept picture with every neutral picture. dino_similarity: the same
+        with DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt.
+    diversity: 1 - mean cosine of two pictures of one prompt; None if no prompt has two. pictures: number of pictures.
+        neutral: number of pictures for image similarity.
+    protocol: the conditions of the measurement."""
 
     label: str
     image_similarity: float
@@ -61,10 +64,9 @@ class Scores:
 
 
 class ImageEncoder:
-    """A picture encoder from the transformers folder `folder` on `device`; CLIP also reads texts.
+    """An image encoder from the transformers folder `folder` on `device`; CLIP also encodes texts.
 
-    Raises TLoRAError when the folder lacks a file or some of the weights, holds a damaged file or another kind of
-    model.
+    Raises TLoRAError when the folder lacks a file or weights, or holds a damaged file or another kind of model.
     """
 
     def __init__(self, folder: Path, types: Sequence[str], device: torch.device | str = "cpu"):
@@ -75,30 +77,27 @@ class ImageEncoder:
             )
         try:
             self.model, missing, self.side, self.mean, self.std = _load(folder)
-        except Exception as error:  # what damaged files end in differs by release; some raise a bare Exception
+        except Exception as error:  # damaged files raise different exceptions by release, even a bare Exception
             raise TLoRAError(
                 f'"{folder.name}" cannot be loaded ({one_line(error) or type(error).__name__}); its folder needs '
-                f"config.json, "
-                "model.safetensors (or pytorch_model.bin) and preprocessor_config.json, whole, as published for "
-                "transformers: "
-                "download them again (git clone without git-lfs fetches no weights)."
+                "config.json, model.safetensors (or pytorch_model.bin) and preprocessor_config.json, complete, as "
+                "published for transformers: download them again (git clone without git-lfs fetches no weights)."
             ) from error
-        if missing:  # these would stay at random numbers
+        if missing:  # these would keep their random initial values
             raise TLoRAError(
-                f'"{folder.name}" lacks {len(missing)} of the weights of its model, such as {missing[0]}; download '
-                f"the whole model as "
-                "published for transformers (a clip_vision file of ComfyUI holds CLIP's picture half alone)."
+                f'"{folder.name}" lacks {len(missing)} of the weights of its model, for example {missing[0]}; download '
+                "the whole model as published for transformers (a clip_vision file of ComfyUI holds only CLIP's image "
+                "encoder)."
             )
-        # Made float32 here, since what from_pretrained calls the dtype differs between the releases that the host
-        # admits.
+        # Cast here, since from_pretrained's argument for the dtype differs between the releases that the host allows.
         self.model.eval().to(device, torch.float32)
 
     @torch.inference_mode()
     def images(self, pictures: Tensor) -> Tensor:
-        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1 on any device: the shorter side resized,
-        the middle cropped, both on the CPU, so that scores do not depend on where the host keeps its pictures."""
+        """Unit vectors [N, d], on the CPU, of pictures [N, H, W, 3] in 0..1 on any device. The shorter side is resized
+        and the centre cropped on the CPU, so that scores do not depend on the device of the host's pictures."""
         found = []
-        for batch in pictures.movedim(-1, 1).split(_AT_ONCE):
+        for batch in pictures.movedim(-1, 1).split(_BATCH):
             pixels = ((self._framed(batch.cpu().float()) - self.mean) / self.std).to(self.device)
             if hasattr(self.model, "get_image_features"):
                 vectors = _tensor(self.model.get_image_features(pixel_values=pixels))
@@ -109,8 +108,8 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit vectors [N, d], on the CPU. Raises TLoRAError when the folder's tokenizer is missing, damaged or another
-        model's."""
+        """Unit vectors [N, d], on the CPU. Raises TLoRAError when the folder's tokenizer is missing, damaged or for
+        another model."""
         tokens = self._tokens(prompts).to(self.device)
         vectors = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return normalize(_tensor(vectors).float().cpu(), dim=-1)
@@ -121,8 +120,8 @@ class ImageEncoder:
         config = self.model.config.text_config
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
-            # A folder without the files gives an empty tokenizer in some releases; vocab_size may be padded, but not to
-            # the double.
+            # In some releases, a folder without the files gives an empty tokenizer. vocab_size may be padded, but not
+            # to twice the size.
             if len(tokenizer) < config.vocab_size / 2:
                 raise ValueError(f"{len(tokenizer)} tokens found, {config.vocab_size} in the model")
             tokens = tokenizer(
@@ -136,11 +135,10 @@ class ImageEncoder:
                 raise ValueError(
                     f"token {int(tokens['input_ids'].max())} found, {config.vocab_size} tokens in the model"
                 )
-        except Exception as error:  # damaged files end in a bare Exception
+        except Exception as error:  # damaged files raise a bare Exception
             raise TLoRAError(
-                f'"{self.folder.name}" has no tokenizer that goes with it '
-                f"({one_line(error) or type(error).__name__}); add the files that "
-                "are published with it: tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json."
+                f'"{self.folder.name}" has no tokenizer for its model ({one_line(error) or type(error).__name__}); add '
+                "the files published with it: tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json."
             ) from error
         return tokens
 
@@ -154,7 +152,7 @@ class ImageEncoder:
 
 
 def model_type(folder: Path) -> str:
-    """What config.json says, "" where there is none that can be read."""
+    """The model type in config.json; "" if it cannot be read."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str(found.get("model_type", "")) if isinstance(found, dict) else ""
@@ -174,12 +172,12 @@ def evaluate(
     masks: Sequence[Tensor | None] = (),
     concept_mask: Tensor | None = None,
 ) -> Scores:
-    """Scores of `pictures`: for each prompt a batch [N, H, W, 3] in 0..1; `concept` [M, H, W, 3] are the training
+    """Scores of `pictures`, a batch [N, H, W, 3] in 0..1 for each prompt, against `concept` [M, H, W, 3], the training
     pictures.
 
-    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word that CLIP does
-    not know and that is left out of the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: where the
-    subject is; what is outside is grey for image similarity. Raises TLoRAError for input that does not fit together.
+    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word unknown to CLIP,
+    removed from the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: the subject; for image
+    similarity, the rest becomes grey. Raises TLoRAError for inputs that do not match.
     """
     check_images(concept, "concept")
     for batch in pictures:
@@ -187,12 +185,12 @@ def evaluate(
     if len(pictures) != len(prompts):
         raise TLoRAError(
             f"images are {len(pictures)} batches and prompts {len(prompts)} texts; connect a prompt for each batch of "
-            f"images."
+            "images."
         )
     is_neutral = [not neutral_prompt.strip() or prompt.strip() == neutral_prompt.strip() for prompt in prompts]
     if not any(is_neutral):
         raise TLoRAError(
-            f'neutral_prompt is "{neutral_prompt}", which is none of the prompts; draw it too, or leave it empty.'
+            f'neutral_prompt is "{neutral_prompt}", which is not one of the prompts; add it to them, or leave it empty.'
         )
     masks = list(masks) or [None] * len(pictures)
     if len(masks) != len(pictures):
@@ -201,10 +199,10 @@ def evaluate(
         )
     real = masked(concept, concept_mask, "concept_mask")
     cut = [masked(batch, mask, "mask") for batch, mask, use in zip(pictures, masks, is_neutral) if use]
-    seen = [clip.images(batch) for batch in pictures]
+    embedded = [clip.images(batch) for batch in pictures]
     read = [without_token(prompt, token) for prompt in prompts]
     texts = clip.texts(read)
-    obeyed = torch.cat([vectors @ text for vectors, text in zip(seen, texts)])
+    cosines = torch.cat([vectors @ text for vectors, text in zip(embedded, texts)])
     protocol = EvaluationProtocol(
         clip.folder.name,
         None if dino is None else dino.folder.name,
@@ -216,29 +214,29 @@ def evaluate(
     return Scores(
         label,
         _similarity(clip, real, cut),
-        float(obeyed.mean()),
-        diversity(seen, prompts),
+        float(cosines.mean()),
+        diversity(embedded, prompts),
         None if dino is None else _similarity(dino, real, cut),
-        len(obeyed),
+        len(cosines),
         sum(len(batch) for batch in cut),
         protocol,
     )
 
 
 def without_token(prompt: str, token: str) -> str:
-    """The prompt as CLIP can read it: "a sks dog in the snow" becomes "a dog in the snow"."""
+    """The prompt without the token: "a sks dog in the snow" becomes "a dog in the snow"."""
     if not token.strip():
         return prompt
     return re.sub(r"\s+", " ", re.sub(rf"(?<!\w){re.escape(token.strip())}(?!\w)", "", prompt)).strip()
 
 
 def masked(pictures: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """Grey outside the mask [N or 1, H, W], on the device of `pictures`; raises TLoRAError when the sizes differ."""
+    """`pictures`, grey outside the mask [N or 1, H, W], on their device. Raises TLoRAError when the sizes differ."""
     if mask is None:
         return pictures
     if tuple(mask.shape[-2:]) != tuple(pictures.shape[1:3]) or len(mask) not in (1, len(pictures)):
         raise TLoRAError(
-            f"{name} is {len(mask)} x {mask.shape[-1]}x{mask.shape[-2]} pixels and its images are {len(pictures)} x "
+            f"{name} is {len(mask)} x {mask.shape[-1]}x{mask.shape[-2]} pixels but its images are {len(pictures)} x "
             f"{pictures.shape[2]}x{pictures.shape[1]}; give one of the same size for all or for each."
         )
     weight = mask.to(pictures.device).clamp(0, 1).unsqueeze(-1)
@@ -246,8 +244,8 @@ def masked(pictures: Tensor, mask: Tensor | None, name: str) -> Tensor:
 
 
 def diversity(vectors: Sequence[Tensor], prompts: Sequence[str]) -> float | None:
-    """1 - mean cosine of any two pictures of one prompt; unit vectors [N, d] for each batch. None where no prompt has
-    two."""
+    """1 - mean cosine of all pairs of pictures of one prompt; vectors: unit vectors [N, d] for each batch. None if no
+    prompt has two pictures."""
     by_prompt: dict[str, list[Tensor]] = {}
     for batch, prompt in zip(vectors, prompts):
         by_prompt.setdefault(prompt, []).append(batch)
@@ -261,34 +259,33 @@ def diversity(vectors: Sequence[Tensor], prompts: Sequence[str]) -> float | None
 
 
 def check_comparable(scores: Sequence[Scores]) -> None:
-    """Raises TLoRAError when two have the same label or were measured with different protocols."""
+    """Raises TLoRAError when two scores have the same label or different protocols."""
     label, times = Counter(score.label for score in scores).most_common(1)[0]
     if times > 1:
         raise TLoRAError(
-            f'label "{label}" is given to {times} of the compared scores; give each a label of its own, since the '
-            f"best is named by it."
+            f'label "{label}" is given to {times} of the compared scores; give each a label of its own, since it '
+            "names the best."
         )
     first = scores[0]
     for score in scores[1:]:
         for field in fields(EvaluationProtocol):
             if getattr(score.protocol, field.name) != getattr(first.protocol, field.name):
                 raise TLoRAError(
-                    f'{field.name} differs between "{first.label}" and "{score.label}", so that their scores cannot '
-                    f"be compared; give "
-                    "both the same, or disconnect before."
+                    f'{field.name} differs between "{first.label}" and "{score.label}", so their scores cannot be '
+                    "compared; give both the same, or disconnect before."
                 )
 
 
 def best(scores: Sequence[Scores], tolerance: float) -> Scores:
-    """Of those whose image similarity is within `tolerance` of the highest, the one with the highest text similarity:
-    the paper's comparison, obedience at equal likeness. Raises as check_comparable does."""
+    """The score with the highest text similarity among those within `tolerance` of the highest image similarity: the
+    paper compares text similarity at equal image similarity. Raises like check_comparable."""
     check_comparable(scores)
-    likest = max(score.image_similarity for score in scores)
-    return max((s for s in scores if s.image_similarity >= likest - tolerance), key=lambda s: s.text_similarity)
+    highest = max(score.image_similarity for score in scores)
+    return max((s for s in scores if s.image_similarity >= highest - tolerance), key=lambda s: s.text_similarity)
 
 
 def table(scores: Sequence[Scores], tolerance: float) -> str:
-    """Lines of text; the best is marked. Raises as check_comparable does."""
+    """The scores as lines of text, with the best marked. Raises like check_comparable."""
     chosen, width = best(scores, tolerance), max(len("checkpoint"), *(len(score.label) for score in scores))
     lines = [f"{'checkpoint':{width}}  IS     DINO-IS  TS     diversity  pictures (for IS)"]
     for s in scores:
@@ -302,23 +299,22 @@ def table(scores: Sequence[Scores], tolerance: float) -> str:
 
 
 def _load(folder):
-    """Model, names of weights that no file holds, side of its pictures, mean and standard deviation [3, 1, 1] from
-    `folder`.
-    Raises whatever the files end in."""
+    """(model, names of missing weights, side of its input pictures, mean and standard deviation [3, 1, 1]) from
+    `folder`. Raises any exception for damaged files."""
     from transformers import AutoModel
 
-    # OpenAI's own CLIP is published as pytorch_model.bin: opened for its tensors alone, no code in it runs.
+    # OpenAI's CLIP is published as pytorch_model.bin; with weights_only, none of its code runs.
     model, found = AutoModel.from_pretrained(folder, local_files_only=True, weights_only=True, output_loading_info=True)
     missing = sorted(name for name in found["missing_keys"] if not name.startswith(_UNUSED))
     side = getattr(model.config, "vision_config", model.config).image_size
     if not isinstance(side, int):
-        raise ValueError(f"image_size in config.json is {side}, no whole number")
+        raise ValueError(f"image_size in config.json is {side}, not a whole number")
     preparation = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     mean, std = (
         torch.tensor(preparation[name], dtype=torch.float32).view(3, 1, 1) for name in ("image_mean", "image_std")
     )
     if not bool(mean.isfinite().all() and (std > 0).all()):
-        raise ValueError("image_mean or image_std in preprocessor_config.json is no colour's mean or spread")
+        raise ValueError("image_mean or image_std in preprocessor_config.json is not valid")
     return model, missing, side, mean, std
 
 
@@ -335,5 +331,5 @@ def _number(value):
 
 
 def _tensor(output):
-    """Releases of transformers differ in whether features come bare."""
+    """The features as a tensor; some releases of transformers wrap them."""
     return output if isinstance(output, Tensor) else output.pooler_output

@@ -1,5 +1,5 @@
-"""Text in pictures, each letter in the first font that has it: Noto Sans, which comes with the pack's requirements,
-then the system's."""
+"""Text in pictures. Each letter uses the first font that has it: Noto Sans from the pack's requirements, then the
+system's fonts."""
 
 import functools
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-# Where Noto Sans has no letter, by file name: fonts of many scripts, then of Chinese, Japanese and Korean.
+# Fallbacks for Noto Sans, by file name: fonts of many scripts, then of Chinese, Japanese and Korean.
 SYSTEM_FONTS = (
     "DejaVuSans.ttf",
     "segoeui.ttf",
@@ -53,7 +53,7 @@ NO_FONT = "?"
 
 
 class Lettering:
-    """Text of one size, in pixels. `line` is the distance of two lines' baselines."""
+    """Text of one size in pixels. `line` is the distance between baselines."""
 
     def __init__(self, size: int):
         self.size = size
@@ -62,29 +62,29 @@ class Lettering:
         self._ascent, self._descent = self._fonts[0].getmetrics()
 
     def length(self, text: str) -> float:
-        """How wide the text becomes, in pixels."""
+        """The width of the text in pixels."""
         return sum(font.getlength(part) for font, part in self._parts(text))
 
     def write(self, draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str, colour, anchor: str = "la") -> None:
-        """One line of text. `anchor` says where of it `xy` is: l, m or r from left to right, then a (top), m or s
-        (baseline)."""
+        """Draws one line of text. `anchor` is the position of `xy` in it: l, m or r from left to right, then a (top), m
+        or s (baseline)."""
         x = xy[0] - self.length(text) * {"l": 0, "m": 0.5, "r": 1}[anchor[0]]
-        # One baseline, since fonts differ in their heights.
+        # All fonts share one baseline, since their heights differ.
         baseline = xy[1] + {"a": self._ascent, "m": (self._ascent - self._descent) / 2, "s": 0}[anchor[1]]
         for font, part in self._parts(text):
             draw.text((x, baseline), part, colour, font=font, anchor="ls")
             x += font.getlength(part)
 
     def cut(self, text: str, width: float) -> str:
-        """The text, or as much of it as fits `width` pixels with an ellipsis behind."""
+        """The text, truncated with an ellipsis to fit `width` pixels."""
         if self.length(text) <= width:
             return text
         fits = next((n for n in range(len(text) - 1, 0, -1) if self.length(text[:n].rstrip() + "…") <= width), 0)
         return text[:fits].rstrip() + "…"
 
     def wrapped(self, text: str, width: float, most: int | None = None) -> list[str]:
-        """Lines of at most `width` pixels, a longer word broken; of more than `most` lines, the last one ends in an
-        ellipsis."""
+        """The text in lines of at most `width` pixels; longer words are broken. If there are more than `most` lines,
+        the last one ends in an ellipsis."""
         lines = [""]
         for word in text.split():
             if lines[-1] and self.length(f"{lines[-1]} {word}") > width:
@@ -100,7 +100,7 @@ class Lettering:
         return [*lines[: most - 1], self.cut(f"{lines[most - 1]} {lines[most]}", width)]
 
     def _parts(self, text: str) -> Iterator[tuple[ImageFont.FreeTypeFont, str]]:
-        """Runs of letters, each with its font; what no font has is written in one that has something for it."""
+        """Runs of letters, each with its font; letters that no font has are replaced by a fallback."""
         placed = [_placed(letter, self.size) for letter in unicodedata.normalize("NFC", text)]
         for number, run in groupby(placed, key=lambda place: place[0]):
             yield self._fonts[number], "".join(letters for _, letters in run)
@@ -108,7 +108,7 @@ class Lettering:
 
 @functools.lru_cache(maxsize=4096)
 def _placed(letter: str, size: int) -> tuple[int, str]:
-    """The number of the font to write a letter with, and what to write."""
+    """(index of the font for a letter, the text to write)."""
     fonts = _fonts(size)
     if letter.isspace() or unicodedata.category(letter).startswith("C"):
         return 0, " "
@@ -122,11 +122,10 @@ def _placed(letter: str, size: int) -> tuple[int, str]:
 
 @functools.cache
 def _warn(script: str) -> None:
-    """Once for each script, by the first word of its letters' names."""
+    """Warns once for each script, the first word of a letter's Unicode name."""
     logging.warning(
-        "T-LoRA: no font on this computer has %s letters, so they are %s in pictures. Install one that has them, such "
-        "as "
-        "Noto Sans CJK for Chinese, Japanese and Korean, and start ComfyUI again.",
+        "T-LoRA: no font on this computer has %s letters, so they are %s in pictures. Install one that has them, for "
+        "example Noto Sans CJK for Chinese, Japanese and Korean, and start ComfyUI again.",
         script,
         NO_FONT,
     )
@@ -138,14 +137,14 @@ def _plain(letter: str) -> str:
 
 
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-    """Whether it has a glyph of its own: another than for a code that no letter has."""
+    """Whether the font has a glyph for the letter, different from its glyph for an unassigned code."""
     drawn, absent = (font.getmask(one) for one in (letter, "\U0010fffe"))
     return (drawn.size, bytes(drawn)) != (absent.size, bytes(absent))
 
 
 @functools.lru_cache(maxsize=32)
 def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
-    """The fonts in their order, Pillow's own last."""
+    """The available fonts in order, with Pillow's own last."""
     found = []
     for path in font_files():
         try:
@@ -157,7 +156,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
 
 @functools.lru_cache(maxsize=1)
 def font_files() -> tuple[Path, ...]:
-    """Noto Sans, and those of SYSTEM_FONTS that the system has."""
+    """Noto Sans, and the installed fonts of SYSTEM_FONTS."""
     noto = importlib.util.find_spec("fontpkg_noto_sans")
     first = sorted(Path(noto.origin).parent.glob("files/NotoSans[[]*.ttf")) if noto else []
     wanted = {name.lower() for name in SYSTEM_FONTS}
@@ -171,7 +170,7 @@ def font_files() -> tuple[Path, ...]:
 
 
 def _font_folders() -> list[Path]:
-    """Where systems keep their fonts."""
+    """The font folders of the operating system."""
     home = Path.home()
     if sys.platform == "win32":
         local = os.environ.get("LOCALAPPDATA")

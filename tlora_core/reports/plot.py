@@ -1,4 +1,4 @@
-"""Small pictures, drawn with Pillow: the loss of a training, a rank schedule with a sampler's steps on it, bars."""
+"""Small plots with Pillow: the loss of a training, a rank schedule with a sampler's steps, bar charts, stacks."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from .lettering import Lettering
 
 _BACKGROUND, _GRID, _TEXT = (24, 26, 31), (58, 62, 72), (205, 208, 214)
 _FAINT, _LINE, _MARK = (70, 110, 150), (100, 180, 255), (255, 176, 80)
-_FINE = 3  # pixels of the drawing in one of the picture, in each direction
+_FINE = 3  # supersampling: pixels of the drawing per pixel of the picture, in each direction
 
 
 class _Axes:
-    """A plot area with ticks; `xy` maps data to pixels of the drawing, which is `_FINE` times as large as the
+    """A plot area with ticks. `xy` maps data to pixels of the drawing, which is `_FINE` times as large as the
     picture."""
 
     def __init__(self, size: tuple[int, int], x_range, y_range, title: str, x_label: str, x_ticks, y_ticks):
@@ -51,7 +51,7 @@ class _Axes:
         self.draw.ellipse([cx - r, cy - r, cx + r, cy + r], colour)
 
     def picture(self) -> Image.Image:
-        """Reduced, so that lines have smooth edges, and lettered after that, as text is sharper so."""
+        """The picture: the drawing, reduced for smooth edges, then the text, which is sharper at full size."""
         image = self.drawing.reduce(_FINE)
         draw, letters = ImageDraw.Draw(image), Lettering(14)
         for x, y, text, anchor in self.texts:
@@ -60,9 +60,9 @@ class _Axes:
 
 
 def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360)) -> Image.Image:
-    """Loss against steps: each step's faint, the running mean (over about a twentieth of the steps) strong.
+    """Loss against steps: single losses faint, their running mean (over about a twentieth of the steps) strong.
 
-    The scale ends at the 98th percentile, as one step at a quiet timestep can be many times the rest.
+    The scale ends at the 98th percentile, as the loss of a single step can be many times that of the rest.
     """
     smooth, window = [], max(len(losses) // 20, 1)
     for i, value in enumerate(losses):
@@ -85,7 +85,7 @@ def loss_curve(losses: Sequence[float], size: tuple[int, int] = (640, 360)) -> I
 
 
 def _step_ticks(count: int) -> list[int]:
-    """1, round numbers of steps, and the last step where it stands apart from them."""
+    """Step 1, round numbers of steps, and the last step; round numbers too close to the last step are omitted."""
     if count < 6:
         return list(range(1, max(count, 1) + 1))
     ticks = [round(tick) for tick, _ in _round_ticks(count)][1:]
@@ -95,9 +95,9 @@ def _step_ticks(count: int) -> list[int]:
 def schedule_curve(
     schedule: RankSchedule, steps: Sequence[tuple[float, int]] = (), size: tuple[int, int] = (640, 360)
 ) -> Image.Image:
-    """r(t) over the noise level t/T, from noise on the left to the picture on the right as a sampler goes; `steps`
-    holds (t/T, rank) of each step of a sampler."""
-    # Labels of ranks that lie closer than this would touch.
+    """r(t) over the noise level t/T, in a sampler's order: noise on the left, the picture on the right. steps: (t/T,
+    rank) of each step of a sampler."""
+    # Labels of closer ranks would touch.
     ticks = [
         rank
         for rank in {0, schedule.min_rank}
@@ -135,8 +135,8 @@ def bar_chart(
     dots: Sequence[float | None] = (),
     size: tuple[int, int] = (640, 240),
 ) -> Image.Image:
-    """A bar for each value, with a thin line over its span (low, high) and a dot, where given. Of many labels every
-    second, third and so on is drawn, so that they do not touch."""
+    """A bar for each value, with an optional thin line for its span (low, high) and an optional dot. With many labels,
+    only every second, third, ... is drawn, so that they do not touch."""
     top = max([*values, *(high for _, high in spans), *(dot for dot in dots if dot is not None)]) * 1.08 or 1.0
     every = -(-30 * len(labels) // size[0])
     ticks = [(i + 0.5, label) for i, label in enumerate(labels) if i % every == 0]
@@ -152,14 +152,14 @@ def bar_chart(
 
 
 def _round_ticks(top: float) -> list[tuple[float, str]]:
-    """At most six ticks from 0 to top, one, two or five times a power of ten apart."""
+    """At most six ticks from 0 to top, at intervals of one, two or five times a power of ten."""
     power = 10.0 ** math.floor(math.log10(top) - 1)
     step = next(step for step in (power * k for k in (1, 2, 5, 10, 20)) if top / step < 6)
     return [(step * k, f"{step * k:g}") for k in range(int(top / step) + 1)]
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one width, one below the other."""
+    """Pictures of equal width, one below the other."""
     whole = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures)))
     y = 0
     for picture in pictures:

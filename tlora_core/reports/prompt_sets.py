@@ -1,10 +1,10 @@
-"""The prompts that the T-LoRA paper measures with (its appendix D), {} for the subject: 25 contextual and 6 complex in
-each set.
+"""The evaluation prompts of the T-LoRA paper (its appendix D), with {} for the subject: 25 contextual and 6 complex
+prompts in each set.
 
-Spelt as there, since figures are only comparable on the same texts.
+Spelt as in the paper, since figures are only comparable on the same texts.
 """
 
-NEUTRAL = "a photo of {}"  # of which the paper takes image similarity
+NEUTRAL = "a photo of {}"  # the paper measures image similarity on this prompt
 
 LIVE = (
     "a chocolate-colored {}",

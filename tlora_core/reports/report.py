@@ -1,7 +1,7 @@
-"""What a T-LoRA holds, as a text and a picture.
+"""A report on a T-LoRA's contents, as text and as a picture.
 
-Figures are of the update with all ranks on. They come from the thin factors, in float64 on the CPU; the update itself,
-which is as large as the model's weight, is never formed.
+Figures are for the update with all ranks on. They are computed from the thin factors in float64 on the CPU. The update
+itself, as large as the model's weight, is never formed.
 """
 
 import json
@@ -19,17 +19,17 @@ from ..method.adapters import METHODS, Adapter
 from .plot import bar_chart, schedule_curve, stacked
 
 SHARE = 0.95  # of the sum of singular values: the paper's measure of effective rank (its Figure 4)
-B_KEY = "effective_rank_B"  # in TLoRAFile.training: layer name -> effective rank of the learnt factor B alone
+B_KEY = "effective_rank_B"  # in TLoRAFile.training: layer name -> effective rank of the trained factor B
 
-# A word that ends in s names a list, whose members are blocks of their own: "input_blocks.4", but "middle_block".
+# A word that ends in s names a list, and each of its members is a block: "input_blocks.4", but "middle_block".
 _BLOCK = re.compile(r"\w*s\.\d+(?=\.|$)|\w+")
 _LEVELS = (1, 0.75, 0.5, 0.25, 0)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the model. ranks: effective rank of each layer's update. ranks_b: of the factors B, where recorded.
-    norm: Frobenius norm of the updates of all its layers."""
+    """One block of the model. ranks: effective rank of each layer's update. ranks_b: effective ranks of the recorded
+    factors B. norm: Frobenius norm of the updates of all its layers together."""
 
     name: str
     ranks: list[int]
@@ -39,34 +39,33 @@ class Block:
 
 def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Singular values, float64 on the CPU, in descending order, of a matrix [m, n] or of the product of (up [m, k],
-    down [k, n]). Those of a plain matrix are exact to 1e-8 of the largest, as they come from its smaller Gram
-    matrix."""
+    down [k, n]). For a plain matrix they come from its smaller Gram matrix and are exact to 1e-8 of the largest."""
     if isinstance(matrix, Tensor):
         matrix = _exact(matrix)
         gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
         return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
     up, down = map(_exact, matrix)
-    # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 change no singular value.
+    # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 do not change singular values.
     return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
 
 
 def _exact(matrix: Tensor) -> Tensor:
-    """In float64 on the CPU. Moved first: in one call, torch casts where the tensor is, and Apple's GPUs have no
+    """The matrix in float64 on the CPU. Moved first: a single call would cast on the device, and Apple's GPUs have no
     float64."""
     return matrix.detach().to("cpu").to(torch.float64)
 
 
 def effective_rank(matrix_or_factors: Tensor | tuple[Tensor, Tensor], share: float = SHARE) -> int:
-    """How many of the largest singular values hold `share` (above 0, up to 1) of the sum of all; 0 for a zero matrix.
+    """The number of largest singular values that hold `share` (above 0, up to 1) of their sum; 0 for a zero matrix.
 
-    Takes what singular_values takes.
+    The argument is that of singular_values.
     """
     return _rank_holding(singular_values(matrix_or_factors), share)
 
 
 def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
-    """The effective rank of each adapter's learnt factor B [out, r] alone, by layer name, as in the paper's Figure 4.
-    Methods that are not of low rank have none."""
+    """The effective rank of each adapter's trained factor B [out, r], by layer name, as in the paper's Figure 4. Empty
+    for methods that are not of low rank."""
     return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if hasattr(adapter, "B")}
 
 
@@ -77,7 +76,7 @@ def block_name(layer: str) -> str:
 
 
 def blocks(tlora: TLoRAFile) -> list[Block]:
-    """The model's blocks that the T-LoRA changes, in the order of their names and numbers."""
+    """The blocks of the model that the T-LoRA changes, sorted by name and number."""
     recorded = tlora.training.get(B_KEY)
     recorded = recorded if isinstance(recorded, Mapping) else {}
     members: dict[str, list[str]] = {}
@@ -86,14 +85,14 @@ def blocks(tlora: TLoRAFile) -> list[Block]:
     made = []
     for block in sorted(members, key=_number_order):
         values = [singular_values(tlora.layers[name].factors()) for name in members[block]]
-        # A file may hold anything under this name.
+        # Checked, as a file may hold anything under this key.
         ranks_b = [recorded[name] for name in members[block] if type(recorded.get(name)) is int]
         made.append(Block(block, [_rank_holding(v, SHARE) for v in values], ranks_b, float(torch.cat(values).norm())))
     return made
 
 
 def report_text(tlora: TLoRAFile, parts: list[Block]) -> str:
-    """The report as lines of plain text; parts: what `blocks` gives."""
+    """The report as lines of plain text; parts: the result of `blocks`."""
     width = max(len(block.name) for block in parts)
     lines = [
         *_settings(tlora),
@@ -110,7 +109,7 @@ def report_text(tlora: TLoRAFile, parts: list[Block]) -> str:
 
 
 def report_picture(tlora: TLoRAFile, parts: list[Block]) -> Image.Image:
-    """640 x 720 pixels: r(t), and for each block the effective rank and the norm of the update."""
+    """A picture of 640 x 720 pixels: r(t), and the effective rank and the norm of the update of each block."""
     size = (640, 240)
     words = dict.fromkeys(block.name.split(".")[0] for block in parts)
     key = "block (" + ", ".join(f"{word[0]}: {word}" for word in words) + ")"
@@ -156,16 +155,16 @@ def _ranks(tlora: TLoRAFile, parts: list[Block]) -> list[str]:
     columns = tlora.schedule.rank * METHODS[tlora.method].group
     of_b = f"{_spread(ranks_b)} (rank {tlora.schedule.rank})" if ranks_b else "not recorded in this file"
     return [
-        f"effective rank: how many singular values hold {SHARE:.0%} of their sum (min/median/max over the layers)",
+        f"effective rank: singular values that hold {SHARE:.0%} of their sum (min/median/max over the layers)",
         f"  of the whole update up @ down, all ranks on: {_spread(ranks)} ({columns} columns)",
-        f"  of the learnt factor B alone, at the end of training: {of_b}",
+        f"  of the trained factor B alone, at the end of training: {of_b}",
     ]
 
 
 def _rank_holding(values: Tensor, share: float) -> int:
     """values: singular values in descending order."""
     sums = values.cumsum(0)
-    # The tolerance keeps rounding from deciding where the sum meets the share exactly, as it does for equal values.
+    # The tolerance absorbs rounding where the sum equals the share exactly, as for equal values.
     return int((sums < share * (1 - 1e-6) * sums[-1]).sum()) + 1 if sums[-1] > 0 else 0
 
 

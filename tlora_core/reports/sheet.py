@@ -17,11 +17,11 @@ _GAP, _MARGIN = 6, 16
 def comparison_sheet(
     columns: Sequence[Tensor], labels: Sequence[str], prompts: Sequence[str] = (), cell: int = 256, title: str = ""
 ) -> Image.Image:
-    """One picture of all `columns` [N, H, W, 3] in 0..1, with `labels` above them and N `prompts` on the left, if any.
+    """One picture of all `columns` [N, H, W, 3] in 0..1, with `labels` above them and N optional `prompts` on the left.
 
-    Each picture is scaled to fit a square of `cell` pixels; a prompt that needs more room than its row has, and a title
-    of more than two lines, end in an ellipsis. Raises TLoRAError when numbers of pictures, labels or
-    prompts do not fit together, or the sheet would be too large.
+    Each picture is scaled to fit a square of `cell` pixels. A prompt too long for its row, and a title of more than two
+    lines, end in an ellipsis. Raises TLoRAError when the numbers of pictures, labels or prompts do not match, or the
+    sheet would be too large.
     """
     _check(columns, labels, prompts)
     rows = len(columns[0])
@@ -36,7 +36,9 @@ def comparison_sheet(
     below = top + line * max(map(len, heads)) + 8
     height = below + rows * (cell + _GAP) - _GAP + _MARGIN
     if width * height > MAX_PIXELS:
-        raise TLoRAError(f"The sheet would have {width}x{height} pixels; set cell to less, or compare fewer pictures.")
+        raise TLoRAError(
+            f"The sheet would have {width}x{height} pixels; set a smaller cell, or compare fewer pictures."
+        )
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for i, text in enumerate(titles):
@@ -44,7 +46,7 @@ def comparison_sheet(
     for x, (column, head) in enumerate(zip(columns, heads)):
         at = left + x * (cell + _GAP)
         for i, text in enumerate(head):
-            # The last lines of all labels stand just above the pictures.
+            # Labels are aligned at their last lines, just above the pictures.
             letters.write(draw, (at + cell / 2, below - 8 - line * (len(head) - i)), text, _TEXT, "ma")
         for y, picture in enumerate(column):
             sheet.paste(*_fitted(picture, at, below + y * (cell + _GAP), cell))
@@ -75,7 +77,7 @@ def _check(columns, labels, prompts) -> None:
 
 
 def _fitted(picture: Tensor, x: int, y: int, cell: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The picture in its cell, and where its corner is."""
+    """The picture scaled to its cell, and the position of its left top corner."""
     whole = to_picture(picture)
     scale = cell / max(whole.size)
     size = tuple(max(round(side * scale), 1) for side in whole.size)

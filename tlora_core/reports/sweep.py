@@ -1,4 +1,4 @@
-"""Sweeps: a T-LoRA with one or two of its settings varied, a variant for each cell of a grid."""
+"""Sweeps: a grid of T-LoRA variants over the values of one or two settings."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,12 @@ from ..method.adapters import METHODS
 
 FILE, NONE = "file", "none"
 MAX_CELLS = 64
-MAX_STRENGTH = 10.0  # either way
+MAX_STRENGTH = 10.0  # absolute value
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What stands beside a sweep's grid: the labels of its columns, and of its rows, of which one without a second axis
-    has none."""
+    """The labels of a sweep's columns and rows; rows is empty without a second axis."""
 
     columns: tuple[str, ...]
     rows: tuple[str, ...]
@@ -32,7 +31,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class Axis:
-    """One setting and its values; source: the input that gave them."""
+    """One setting and its values; source: the name of their input."""
 
     source: str
     kind: str
@@ -40,18 +39,18 @@ class Axis:
 
     @classmethod
     def from_text(cls, source: str, kind: str, text: str, files: Sequence[str] = ()) -> "Axis":
-        """kind: a key of KINDS. text: numbers with commas or lines between them; for "file" names, or patterns such as
-        "run/*.safetensors", of `files`, in their own order, and what a pattern finds with the numbers in the names
-        rising.
+        """kind: a key of KINDS. text: numbers separated by commas or line breaks; for "file", names of `files` or
+        patterns like "run/*.safetensors". The order of the text is kept; the matches of a pattern are sorted by the
+        numbers in their names.
 
-        Raises TLoRAError, naming `source`, for an empty text, what is no number or out of its range, and a name that
-        finds nothing.
+        Raises TLoRAError, naming `source`, for an empty text, a value that is not a number or out of range, and a name
+        without a match.
         """
         read = KINDS[kind]
         values = _found(source, text, files) if read is None else tuple(read(source, word) for word in _words(text))
         if not values:
-            example = "run/heart_step*.safetensors" if kind == FILE else "such as 1, 2, 4"
-            raise TLoRAError(f"{source} is empty; give {kind} its values, {example}.")
+            example = "run/heart_step*.safetensors" if kind == FILE else "1, 2, 4"
+            raise TLoRAError(f"{source} is empty; give {kind} its values, for example {example}.")
         return cls(source, kind, values)
 
     @property
@@ -65,15 +64,14 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sweep:
-    """x varies along the columns, y, where there is one, along the rows. Raises TLoRAError for two axes of one kind, or
-    a grid of more than MAX_CELLS."""
+    """x varies along the columns, an optional y along the rows. Raises TLoRAError for a grid of more than MAX_CELLS."""
 
     x: Axis
     y: Axis | None = None
 
     @classmethod
     def from_text(cls, x: str, x_values: str, y: str, y_values: str, files: Sequence[str] = ()) -> "Sweep":
-        """x, y: keys of KINDS; y may be NONE. See Axis.from_text."""
+        """x, y: different keys of KINDS; y may be NONE. Raises TLoRAError for equal ones; see also Axis.from_text."""
         if x == y:
             raise TLoRAError(f"x and y are both {x}; choose another y, or none.")
         return cls(
@@ -93,18 +91,18 @@ class Sweep:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The files of the axis of files; empty without one."""
+        """The values of the file axis; empty without one."""
         return next((axis.values for axis in (self.x, self.y) if axis and axis.kind == FILE), ())
 
     def cells(self) -> list[dict[str, Any]]:
-        """The settings of each cell by kind, row after row."""
+        """The settings of each cell by kind, row by row."""
         rows = [{self.y.kind: value} for value in self.y.values] if self.y else [{}]
         return [{self.x.kind: value, **row} for row in rows for value in self.x.values]
 
     def variant(self, tlora: TLoRAFile, cell: Mapping[str, Any]) -> TLoRAFile:
-        """The T-LoRA with a cell's rank, min_rank and alpha, in this order; it shares the memory of the given one.
+        """The T-LoRA with a cell's rank, min_rank and alpha, set in this order; it shares the memory of `tlora`.
 
-        Raises TLoRAError, naming the input, for a value that the T-LoRA cannot have.
+        Raises TLoRAError, naming the input, for a value that is not valid for the T-LoRA.
         """
         for kind, change in _CHANGES.items():
             for axis in (self.x, self.y):
@@ -117,7 +115,7 @@ class Sweep:
 
 
 def first_components(tlora: TLoRAFile, rank: int) -> TLoRAFile:
-    """The T-LoRA with the first `rank` components of each layer alone, under a schedule that ends at them."""
+    """The T-LoRA with only the first `rank` components of each layer, and a schedule up to this rank."""
     if METHODS[tlora.method].of_weight:
         raise TLoRAError(f'the method "{tlora.method}" has no components to leave out; sweep its strength instead.')
     schedule = tlora.schedule.up_to(rank)
@@ -133,7 +131,7 @@ def _another_schedule(tlora: TLoRAFile, **changes) -> TLoRAFile:
     return rescheduled(tlora, **changes)
 
 
-# In the order in which they are made: a least rank is checked against the rank that is left.
+# In this order, as min_rank is checked against the new rank.
 _CHANGES: dict[str, Callable[[TLoRAFile, Any], TLoRAFile]] = {
     "rank": first_components,
     "min_rank": lambda tlora, value: _another_schedule(tlora, min_rank=value),
@@ -164,12 +162,12 @@ def _number(kind: Callable[[str], Any], source: str, word: str, called: str, exa
 
 def _strength(source: str, word: str) -> float:
     value = _real(source, word)
-    if not -MAX_STRENGTH <= value <= MAX_STRENGTH:  # NaN is neither
+    if not -MAX_STRENGTH <= value <= MAX_STRENGTH:  # NaN fails both comparisons
         raise TLoRAError(f"{source} has the strength {word}; use values from {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
     return value
 
 
-# What can be swept -> how one value is read; files are looked up.
+# Setting -> the reader of one value; None for files, which are looked up.
 KINDS: dict[str, Callable[[str, str], Any] | None] = {
     "strength": _strength,
     "min_rank": _whole,
@@ -180,7 +178,7 @@ KINDS: dict[str, Callable[[str, str], Any] | None] = {
 
 
 def _found(source: str, text: str, files: Sequence[str]) -> tuple[str, ...]:
-    """The files, each once, that the lines of text name; a line may hold several, or one name with commas in it."""
+    """The files named in the lines of text, without repetition; a line holds several names, or one name with commas."""
     by_name = {_slashed(name): name for name in files}
     found = {}
     for line in map(_slashed, text.splitlines()):
@@ -189,20 +187,18 @@ def _found(source: str, text: str, files: Sequence[str]) -> tuple[str, ...]:
             if not names:
                 raise TLoRAError(
                     f'{source}: no file in the loras folders is called "{word}"; write names as in Load T-LoRA\'s '
-                    f"list, "
-                    "or a pattern such as run/heart_step*.safetensors."
+                    "list, or a pattern, for example run/heart_step*.safetensors."
                 )
             found |= dict.fromkeys(by_name[name] for name in names)
     return tuple(found)
 
 
 def _slashed(name: str) -> str:
-    """With the slashes of all systems but Windows."""
+    """The name with forward slashes."""
     return name.strip().replace("\\", "/")
 
 
 def _natural(name: str) -> list[str | int]:
-    """Sorts step 100 after step 20."""
-    return [
-        int(part) if i % 2 else part.lower() for i, part in enumerate(re.split("([0-9]+)", name))
-    ]  # every second one is digits
+    """A sort key that puts step 100 after step 20."""
+    parts = re.split("([0-9]+)", name)  # every second part is digits
+    return [int(part) if i % 2 else part.lower() for i, part in enumerate(parts)]

@@ -19,10 +19,10 @@ class ResidualBlock(nn.Module):
 
 
 class TinyAutoencoder(nn.Module):
-    """A deterministic autoencoder whose latent has zero mean and unit variance in each channel over the world.
+    """A deterministic autoencoder whose latents have zero mean and unit variance in each channel over the world.
 
-    `encode` takes and `decode` gives pictures [B, 3, H, W] in -1..1, H and W multiples of 8; latents are
-    [B, 16, H/8, W/8]. Both names and ranges are what the host expects of a VAE's `first_stage_model`.
+    Pictures are [B, 3, H, W] in -1..1, with H and W multiples of 8; latents are [B, 16, H/8, W/8]. The names and ranges
+    of `encode` and `decode` are the host's for a VAE's `first_stage_model`.
     """
 
     def __init__(self):

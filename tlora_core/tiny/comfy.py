@@ -1,4 +1,4 @@
-"""The tiny base model in the host's own classes: SDXL's U-Net, text encoder and wrappers with a reduced config."""
+"""The tiny base model built from the host's classes: SDXL's U-Net, text encoder and wrappers in a reduced config."""
 
 import comfy.clip_model
 import comfy.latent_formats
@@ -50,21 +50,21 @@ TEXT_CONFIG = {
 
 
 class TinyLatent(comfy.latent_formats.LatentFormat):
-    """Latents of unit variance are halved before noising, so that at the last timestep noise hides even their mean."""
+    """Halves latents of unit variance before noising, so that at the last timestep noise hides even their mean."""
 
     scale_factor = 0.5
     latent_channels = LATENT_CHANNELS
 
 
 class TinySDXL(comfy.supported_models.SDXL):
-    """SDXL with this file's U-Net config; noise prediction, 1000 steps."""
+    """SDXL with this file's U-Net config; noise prediction, 1000 timesteps."""
 
     unet_config = UNET_CONFIG
     unet_extra_config = {"num_heads": -1, "num_head_channels": 32}
     latent_format = TinyLatent
 
     def inpaint_model(self):
-        return False  # the host takes more than four input channels for an inpainting model
+        return False  # the host treats more than four input channels as an inpainting model
 
     def clip_target(self, state_dict={}):
         return comfy.supported_models_base.ClipTarget(TinyTokenizer, TinyTextModel)
@@ -116,8 +116,8 @@ class TinyTokenizer(comfy.sd1_clip.SD1Tokenizer):
 
 
 def set_norm_groups(unet: torch.nn.Module) -> torch.nn.Module:
-    """The host's U-Net hard-codes 32 groups. On layers this narrow that leaves a few channels a group, whose mean,
-    the picture's overall colour, normalisation then erases; so the number is lowered after construction."""
+    """Lowers the number of groups, which the host's U-Net hard-codes as 32. In such narrow layers, normalisation would
+    erase the mean of a group of a few channels, the picture's overall colour."""
     for module in unet.modules():
         if isinstance(module, torch.nn.GroupNorm):
             module.num_groups = NORM_GROUPS
@@ -133,8 +133,8 @@ def unet_config(dtype=torch.float32) -> TinySDXL:
 def new_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
     """Untrained base (host's SDXL BaseModel) and text transformer in float32 on the CPU, for training from scratch.
 
-    The host's layers skip initialisation, as they expect a checkpoint; here each gets torch's own, and the last
-    convolution of each block starts at zero, as in every diffusion U-Net.
+    The host's layers skip initialisation, as they expect loaded weights. Here they use torch's initialisation, and the
+    last convolution of each block starts at zero, as usual in diffusion U-Nets.
     """
     base = comfy.model_base.SDXL(unet_config())
     set_norm_groups(base.diffusion_model)
@@ -155,8 +155,8 @@ def new_modules() -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of the tiny base from its safetensors file, ready for the stock nodes. disable_dynamic:
-    without the host's way of moving weights in as they are used, which only the CLIP has here."""
+    """MODEL, CLIP and VAE of the tiny base from its safetensors file, for the stock nodes. disable_dynamic: turns off
+    the host's on-demand loading of weights, which only the CLIP uses here."""
     weights = {k: v.float() for k, v in comfy.utils.load_torch_file(path, safe_load=True).items()}
     part = lambda prefix: {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}  # noqa: E731
     device, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
@@ -175,20 +175,19 @@ def load(path, disable_dynamic: bool = False) -> tuple[comfy.model_patcher.Model
     clip.cond_stage_model.load_state_dict(text, strict=False)
     vae = _load_vae(part("first_stage_model."))
     for number, patcher in enumerate((model, clip.patcher, vae.patcher)):
-        patcher.cached_patcher_init = _loaded_again, (path, number)
+        patcher.cached_patcher_init = _reloaded, (path, number)
     return model, clip, vae
 
 
-def _loaded_again(path, number: int, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
-    """A copy with weights of its own, which the host asks for: its Train LoRA node, hooks on a CLIP, and a second
-    GPU."""
+def _reloaded(path, number: int, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """A copy with its own weights; the host requests it for its Train LoRA node, hooks on a CLIP, and a second GPU."""
     model, clip, vae = load(path, disable_dynamic)
     return (model, clip.patcher, vae.patcher)[number]
 
 
 def _load_vae(weights) -> comfy.sd.VAE:
-    """The host's VAE object around our autoencoder. Its constructor only builds architectures that it knows, so it is
-    given the smallest of those first, and then our module in its place."""
+    """The host's VAE object with our autoencoder. Its constructor only builds architectures that it knows, so it first
+    builds the smallest of them, which our module then replaces."""
     smallest = {
         "ch": 32,
         "ch_mult": [1],

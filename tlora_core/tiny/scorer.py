@@ -1,7 +1,7 @@
 """Scorers for pictures of the tiny world, independent of the model that made them.
 
-`AttributeScorer` is a small classifier trained on rendered pictures only; `ConceptMatcher` knows a concept from the
-world's own rules and needs no training.
+`AttributeScorer` is a small classifier trained on rendered pictures only. `ConceptMatcher` renders a concept by the
+world's rules and needs no training.
 """
 
 import itertools
@@ -24,12 +24,12 @@ HEADS = {
 
 
 def at_size(pixels: torch.Tensor) -> torch.Tensor:
-    """[B, 3, H, W] averaged down to the size that scorers look at."""
+    """[B, 3, H, W] averaged down to the scorers' input size."""
     return nn.functional.adaptive_avg_pool2d(pixels, SIZE)
 
 
 class AttributeScorer(nn.Module):
-    """Which shape, colour, pattern, background and place a picture shows."""
+    """Classifies the shape, colour, pattern, background and place in a picture."""
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -54,14 +54,14 @@ class AttributeScorer(nn.Module):
 
     @torch.no_grad()
     def predict(self, pixels) -> dict[str, torch.Tensor]:
-        """Index of the likeliest value of each attribute, [B] each, in `pixels` [B, H, W, 3] in 0..1."""
+        """Index of the most likely value of each attribute, [B] each, for `pixels` [B, H, W, 3] in 0..1."""
         return {name: logits.argmax(1) for name, logits in self(at_size(pixels.movedim(-1, 1)) * 2 - 1).items()}
 
 
 class ConceptMatcher:
-    """How far a picture is from showing one concept: the mean absolute RGB error over the object's own pixels in the
-    best fitting pose, 0 (the concept itself) to 1. The pose is searched on a coarse grid over place, size and angle,
-    then on finer ones around the best."""
+    """The distance of a picture from a concept: the mean absolute RGB error over the object's pixels in the best pose,
+    0 (the concept itself) to 1. The pose is searched on a coarse grid of place, size and angle, then on finer grids
+    around the best pose."""
 
     def __init__(self, concept: world.Concept):
         self.concept = concept
@@ -69,7 +69,7 @@ class ConceptMatcher:
         self.coarse = self._templates(np.array(list(itertools.product(place, place, radii, angles))), SIZE // 2)
 
     def _templates(self, poses, size=SIZE):
-        """(poses [P, 4], pictures [P, n], weights [P, n] that sum to 1) of the concept in each pose."""
+        """The concept in each pose: (poses [P, 4], pictures [P, n], weights [P, n] that sum to 1)."""
         scenes = world.concept_scenes(self.concept, len(poses), np.random.default_rng(0), background="greywall")
         scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
         pictures = torch.from_numpy(world.render(scenes, size)).flatten(1)
@@ -77,7 +77,7 @@ class ConceptMatcher:
         return poses, pictures, mask / mask.sum(1, keepdim=True)
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
-        """`pictures` [B, H, W, 3] in 0..1. Returns [B]."""
+        """The distances [B] of `pictures` [B, H, W, 3] in 0..1."""
         return self.fit(pictures)[0]
 
     def fit(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,7 +88,7 @@ class ConceptMatcher:
         return torch.stack([error for error, _ in found]), torch.from_numpy(np.stack([pose for _, pose in found]))
 
     def _fit(self, picture):
-        """`picture` [3, SIZE, SIZE]."""
+        """(error, best pose) of `picture` [3, SIZE, SIZE]."""
         half = nn.functional.avg_pool2d(picture, 2)
         pose = _best(half.movedim(0, -1).flatten(), self.coarse)[1]
         for steps in _FINE:
@@ -97,7 +97,7 @@ class ConceptMatcher:
         return error, pose
 
 
-# Around the best pose so far, of each of its numbers: first place and size, then place and angle.
+# Offsets from the best pose so far: first of place and size, then of place and angle.
 _FINE = (
     ((-0.04, -0.02, 0, 0.02, 0.04), (-0.04, -0.02, 0, 0.02, 0.04), (-0.03, 0, 0.03), (0,)),
     ((-0.02, 0, 0.02), (-0.02, 0, 0.02), (0,), (-0.1, -0.05, 0, 0.05, 0.1)),
@@ -105,7 +105,7 @@ _FINE = (
 
 
 def _best(picture, templates):
-    """(error, pose) of the template that fits best."""
+    """(error, pose) of the best template."""
     poses, pictures, weights = templates
     errors = ((picture - pictures).abs() * weights).sum(1)
     return errors.min(), poses[int(errors.argmin())]

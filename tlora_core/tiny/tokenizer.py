@@ -1,4 +1,4 @@
-"""The tiny base's word tokenizer: one token a known word, and a fixed set of slots for all the words it never saw."""
+"""The tiny base's word tokenizer: one token for each known word, and a fixed set of slots for unknown words."""
 
 import re
 import zlib
@@ -17,15 +17,15 @@ _ID = {word: 3 + i for i, word in enumerate(WORDS)}
 
 
 def token_ids(text: str) -> list[int]:
-    """Ids of the words of `text`, lower-cased, without start and end. A word outside `WORDS` gets one of the
-    `UNKNOWN_SLOTS` by its checksum: always the same one, on every machine."""
+    """Ids of the words of `text`, lower-cased, without start and end. The checksum of a word outside `WORDS` selects
+    one of the `UNKNOWN_SLOTS`, the same on every machine."""
     words = re.findall(r"[a-z0-9']+", text.lower())
     first_slot = 3 + len(WORDS)
     return [_ID.get(w, first_slot + zlib.crc32(w.encode()) % UNKNOWN_SLOTS) for w in words]
 
 
 def padded_ids(text: str) -> list[int]:
-    """`token_ids` between start and end, cut or padded to `MAX_TOKENS`."""
+    """`token_ids` between start and end, truncated or padded to `MAX_TOKENS`."""
     ids = [START, *token_ids(text)[: MAX_TOKENS - 2], END]
     return ids + [PAD] * (MAX_TOKENS - len(ids))
 

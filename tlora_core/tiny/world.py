@@ -1,9 +1,9 @@
 """The procedural picture world that the tiny base model is trained on.
 
-A scene is one outlined object on one background. Everything that a caption can say (shape, colour, pattern, place,
-background) is drawn from the short lists below, so that a scorer can check a generated picture against its prompt.
-`CONCEPTS` are objects that the base model never sees: body colours outside `COLOURS`, with a rim and a core that no
-training object has. They are what one personalises the base to.
+A scene is one outlined object on one background. All attributes in captions (shape, colour, pattern, place, background)
+come from the short lists below, so that a scorer can check a generated picture against its prompt. `CONCEPTS` are
+objects that the base model never sees: body colours outside `COLOURS`, with a rim and a core that no training object
+has. They are the subjects for personalisation.
 
 Pictures are float32 RGB in 0..1, shape [B, H, W, 3], the host's IMAGE convention.
 """
@@ -95,16 +95,16 @@ class Scenes:
     centre: np.ndarray  # [B, 2] x, y in -1..1
     radius: np.ndarray  # in half-widths of the picture
     angle: np.ndarray  # radians
-    rim: np.ndarray  # [B, 3], NaN where the object has none
-    core: np.ndarray  # [B, 3], NaN where the object has none
-    seed: np.ndarray  # of the background's details
+    rim: np.ndarray  # [B, 3], NaN for objects without a rim
+    core: np.ndarray  # [B, 3], NaN for objects without a core
+    seed: np.ndarray  # for the background's details
 
     def __len__(self):
         return len(self.shape)
 
 
 def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
-    """Draw `count` scenes uniformly over shapes, colours, places and backgrounds, with free pose; half have no
+    """Draws `count` scenes uniformly over shapes, colours, places and backgrounds, with random poses; half have no
     pattern."""
     names = list(COLOURS)
     colour_index = rng.integers(len(names), size=count)
@@ -128,7 +128,7 @@ def sample_scenes(count: int, rng: np.random.Generator) -> Scenes:
 
 
 def concept_scenes(concept: Concept, count: int, rng: np.random.Generator, background=None, place=None) -> Scenes:
-    """`count` scenes that show `concept`; a fixed background and place (names) where given."""
+    """`count` scenes of `concept`, optionally with a fixed background and place (names)."""
     scenes = sample_scenes(count, rng)
     scenes.shape[:] = SHAPES.index(concept.shape)
     scenes.pattern[:] = PATTERNS.index("plain")
@@ -149,8 +149,8 @@ def _centres(place, rng):
 
 
 def caption(scenes: Scenes, i: int, rng: np.random.Generator, drop: float = 0.15) -> str:
-    """The caption of scene `i`. Each attribute is left out with probability `drop`, and a rare word with no meaning
-    comes in at times, so that a token such as "sks" is neither unknown to the text encoder nor bound to anything."""
+    """The caption of scene `i`. Each attribute is omitted with probability `drop`. A rare word without meaning is added
+    at times, so that a token like "sks" is known to the text encoder but has no meaning."""
     keep = lambda: rng.random() >= drop  # noqa: E731
     words = ["a photo of a"]
     if rng.random() < 0.25:
@@ -173,11 +173,10 @@ RARE_WORDS = tuple(
 
 
 def render(scenes: Scenes, size: int = 64) -> np.ndarray:
-    """Draw the scenes. Returns float32 [B, size, size, 3] in 0..1."""
+    """Renders the scenes. Returns float32 [B, size, size, 3] in 0..1."""
     image = np.empty((len(scenes), size, size, 3), np.float32)
     for b, name in enumerate(BACKGROUNDS):
-        rows = np.flatnonzero(scenes.background == b)
-        for i in rows:
+        for i in np.flatnonzero(scenes.background == b):
             image[i] = _background(name, size, np.random.default_rng(scenes.seed[i]))
     distance, u, v = _object_distance(scenes, size)
     edge = 2.0 / size  # one pixel, in half-widths
@@ -185,16 +184,15 @@ def render(scenes: Scenes, size: int = 64) -> np.ndarray:
     image = _over(image, np.array(OUTLINE) / 255, cover(distance - OUTLINE_WIDTH))
     image = _over(image, scenes.colour[:, None, None], cover(distance))
     image = _paint_pattern(image, scenes, distance, u, v, cover)
-    rows = np.isfinite(scenes.rim[:, 0])
-    if rows.any():
-        rim, core, radius = (values[rows][:, None, None] for values in (scenes.rim, scenes.core, scenes.radius))
-        distance, u, v = distance[rows], u[rows], v[rows]
-        ringed = _over(image[rows], rim, cover(np.abs(distance + 0.06) - 0.06))
-        shift = np.where(scenes.shape[rows] == SHAPES.index("moon"), -0.58, 0.0)[
-            :, None, None
-        ]  # a crescent's body is off centre
+    chosen = np.isfinite(scenes.rim[:, 0])
+    if chosen.any():
+        rim, core, radius = (values[chosen][:, None, None] for values in (scenes.rim, scenes.core, scenes.radius))
+        distance, u, v = distance[chosen], u[chosen], v[chosen]
+        ringed = _over(image[chosen], rim, cover(np.abs(distance + 0.06) - 0.06))
+        # A crescent's body is off centre.
+        shift = np.where(scenes.shape[chosen] == SHAPES.index("moon"), -0.58, 0.0)[:, None, None]
         disc = (np.hypot(u - shift, v) - 0.27) * radius
-        image[rows] = _over(ringed, core, cover(np.maximum(disc, distance)))
+        image[chosen] = _over(ringed, core, cover(np.maximum(disc, distance)))
     return image.astype(np.float32)
 
 
@@ -217,15 +215,15 @@ def _grid(size):
 def _object_distance(scenes, size):
     """Signed distance to each object's edge in half-widths (negative inside), and its own coordinates u, v (v up)."""
     x, y = _grid(size)
-    single = lambda a: a.astype(np.float32)[:, None, None]  # noqa: E731 - float32 halves the time of drawing
+    single = lambda a: a.astype(np.float32)[:, None, None]  # noqa: E731 - float32 halves the rendering time
     dx, dy = x[None] - single(scenes.centre[:, 0]), y[None] - single(scenes.centre[:, 1])
     c, s, radius = single(np.cos(scenes.angle)), single(np.sin(scenes.angle)), single(scenes.radius)
     u, v = (c * dx + s * dy) / radius, -(-s * dx + c * dy) / radius
     distance = np.empty_like(u)
     for k, name in enumerate(SHAPES):
-        rows = scenes.shape == k
-        if rows.any():
-            distance[rows] = _SDF[name](u[rows], v[rows])
+        chosen = scenes.shape == k
+        if chosen.any():
+            distance[chosen] = _SDF[name](u[chosen], v[chosen])
     return distance * radius, u, v
 
 
@@ -267,21 +265,21 @@ _SDF = {
 def _paint_pattern(image, scenes, distance, u, v, cover):
     """Stripes or dots in a contrasting tone, inside the body only."""
     for name in PATTERNS[1:]:
-        rows = scenes.pattern == PATTERNS.index(name)
-        if not rows.any():
+        chosen = scenes.pattern == PATTERNS.index(name)
+        if not chosen.any():
             continue
-        colour, radius = scenes.colour[rows], scenes.radius[rows][:, None, None]
+        colour, radius = scenes.colour[chosen], scenes.radius[chosen][:, None, None]
         light = colour.mean(1) > 0.75
         tone = np.where(light[:, None], colour * 0.45, 0.25 * colour + 0.75)[:, None, None]
-        pitch = 0.26 / radius  # the same pitch in the picture at every size
-        cell_u, cell_v = (u[rows] / pitch) % 1 - 0.5, (v[rows] / pitch) % 1 - 0.5
+        pitch = 0.26 / radius  # the same pitch in the picture for objects of any size
+        cell_u, cell_v = (u[chosen] / pitch) % 1 - 0.5, (v[chosen] / pitch) % 1 - 0.5
         marks = (np.abs(cell_u) - 0.22 if name == "striped" else np.hypot(cell_u, cell_v) - 0.27) * pitch * radius
-        image[rows] = _over(image[rows], tone, cover(np.maximum(marks, distance[rows])))
+        image[chosen] = _over(image[chosen], tone, cover(np.maximum(marks, distance[chosen])))
     return image
 
 
 def _background(name, size, rng):
-    """One background, [size, size, 3] in 0..1; `rng` varies its details but not what it is."""
+    """One background, [size, size, 3] in 0..1; `rng` only varies its details."""
     x, y = _grid(size)
     flat = {
         "redwall": (200, 70, 65),

@@ -1,4 +1,4 @@
-"""Training without knowing the model: settings, pictures, optimizers, the loop, and the folder of a run.
+"""Model-independent training: settings, pictures, optimizers, the loop, and run folders.
 
-Imports `method` and `files`. A host gives the loop a denoiser.
+Imports `method` and `files`. A host provides the denoiser.
 """

@@ -1,4 +1,4 @@
-"""How to train: every number that the training loop and its loss ask for."""
+"""The training settings: every number in the training loop and its loss."""
 
 import math
 from collections.abc import Callable
@@ -13,22 +13,21 @@ DENSITIES = ("uniform", "logit_normal", "mode")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are the paper's for SDXL (appendix, training details): AdamW, no warm-up, timesteps uniform.
+    """The defaults are the paper's for SDXL (appendix, training details): AdamW, no warm-up, uniform timesteps.
 
-    steps: updates of the adapters. gradient_accumulation: batches whose gradients one update adds up.
-    learning_rate: of the optimizer; Prodigy finds its own and takes 1.
-    optimizer, lr_schedule: keys of OPTIMIZERS and LR_SCHEDULES. warmup_steps: over which the rate rises from 0.
-    max_grad_norm: gradients are scaled down to this norm, over all adapters; 0 never.
-    ema_decay: of the moving average of the weights that is kept as the result; 0 keeps the weights themselves.
-    orthogonality: lambda of the paper's equation 4, 0 for none.
-    min_snr_gamma: gamma of Min-SNR weighting (Hang et al. 2023), 0 for none; for noise and v prediction.
-    timestep_density: how training timesteps are drawn; the last two (Esser et al. 2024) are for flow models.
-    noise_from, noise_to: part of the noise axis that timesteps are drawn from, 0 clean, 1 pure noise (the paper's
-        figure 2).
-    fresh_latents: a fresh sample of the VAE's posterior at each step, as in the paper, instead of its mean.
+    steps: updates of the adapters. gradient_accumulation: batches per update.
+    learning_rate: of the optimizer; Prodigy adapts its own rate and needs 1.
+    optimizer, lr_schedule: one of OPTIMIZERS and of LR_SCHEDULES. warmup_steps: steps in which the rate rises from 0.
+    max_grad_norm: clips the gradients of all adapters together to this norm; 0 turns clipping off.
+    ema_decay: decay of the moving average of the weights, which is the result; 0 uses the weights themselves.
+    orthogonality: lambda of the paper's equation 4; 0 turns it off.
+    min_snr_gamma: gamma of Min-SNR weighting (Hang et al. 2023) for noise and v prediction; 0 turns it off.
+    timestep_density: distribution of the training timesteps; the last two (Esser et al. 2024) are for flow models.
+    noise_from, noise_to: range of noise levels for the timesteps, 0 clean, 1 pure noise (the paper's figure 2).
+    fresh_latents: sample the VAE's posterior anew at each step, like the paper, instead of its mean.
     outside_mask: weight of the loss outside a picture's mask, 0..1.
-    prior_weight: of the loss on pictures of the class (Ruiz et al. 2023), 0 for none. prior_count: how many of these
-        the model makes itself where none are given.
+    prior_weight: weight of the loss on class pictures (Ruiz et al. 2023); 0 turns it off. prior_count: number of class
+        pictures that the model generates if none are given.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -66,7 +65,7 @@ class TrainConfig:
         require_choice("timestep_density", self.timestep_density, DENSITIES)
         if self.noise_from >= self.noise_to:
             raise TLoRAError(
-                f"noise_from is {self.noise_from} and noise_to {self.noise_to}; noise_from must be the smaller."
+                f"noise_from is {self.noise_from} and noise_to {self.noise_to}; set noise_from below noise_to."
             )
 
 

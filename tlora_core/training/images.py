@@ -1,4 +1,4 @@
-"""Pictures in and out of training: checked, cut square and resized as the paper does; loss and schedule as pictures."""
+"""Pictures for training: checks, the paper's square crop and resizing, thumbnails, and conversion to and from PIL."""
 
 import io
 import math
@@ -14,7 +14,7 @@ MIN_SIDE = 16
 
 
 def check_images(images: Tensor | None, name: str = "image") -> Tensor:
-    """`images` [N, H, W, 3] in 0..1 as they are, or TLoRAError: none at all, alpha, too small, not a number."""
+    """`images` [N, H, W, 3] in 0..1, unchanged. Raises TLoRAError when empty, with alpha, too small or not finite."""
     if images is None or images.ndim != 4 or images.shape[0] == 0:
         raise TLoRAError(f"{name} is empty; connect one picture of the subject, or a batch of several.")
     _, height, width, channels = images.shape
@@ -26,7 +26,7 @@ def check_images(images: Tensor | None, name: str = "image") -> Tensor:
     if min(height, width) < MIN_SIDE:
         raise TLoRAError(f"{name} is {width}x{height} pixels; use one of at least {MIN_SIDE}x{MIN_SIDE}.")
     if not bool(torch.isfinite(images).all()):
-        raise TLoRAError(f"{name} holds values that are no numbers; check the node it comes from.")
+        raise TLoRAError(f"{name} contains NaN or infinite values; check the node it comes from.")
     return images
 
 
@@ -36,21 +36,21 @@ def resized(
     target: tuple[int, int],
     how: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Tensor:
-    """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, as large as `target`
-    (width, height); float32. Nothing outside the part shows in it. What has the size already stays as it is."""
+    """The part `box` (left, top, width, height) of a picture [H, W, 3] or a mask [H, W] in 0..1, resized to `target`
+    (width, height); float32. Pixels outside the box have no influence. A part of the target size is only copied."""
     left, top, width, height = box
     picture = picture.float().cpu()
     if (width, height) == target and left == int(left) and top == int(top):
         return picture[int(top) : int(top) + int(height), int(left) : int(left) + int(width)].clone()
-    # Cut first, as the reference does: PIL's box alone would blend in what lies beyond it. What is left of a pixel is
-    # its box's.
+    # Cropped first, like the reference: PIL's box alone would blend in pixels beyond it. PIL's box then handles the
+    # fractions of a pixel.
     x, y = math.floor(left), math.floor(top)
     part = picture[y : math.ceil(top + height), x : math.ceil(left + width)]
     rows, columns = part.shape[:2]
-    drawn = to_picture(part).resize(
+    scaled = to_picture(part).resize(
         target, how, box=(left - x, top - y, min(left - x + width, columns), min(top - y + height, rows))
     )
-    return torch.from_numpy(np.asarray(drawn).astype(np.float32) / 255)
+    return torch.from_numpy(np.asarray(scaled).astype(np.float32) / 255)
 
 
 def centre_square(width: int, height: int) -> tuple[int, int, int, int]:
@@ -66,8 +66,7 @@ def square(images: Tensor, resolution: int) -> Tensor:
 
 
 def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
-    """The first of `images` as a small square JPEG, for a file's metadata; None for None. Raises as check_images
-    does."""
+    """The first of `images` as a small square JPEG for a file's metadata; None for None. Raises like check_images."""
     if images is None:
         return None
     written = io.BytesIO()
@@ -76,10 +75,10 @@ def thumbnail(images: Tensor | None, side: int = 256) -> bytes | None:
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """Pixels [H, W, 3], or a mask [H, W], in 0..1 as a PIL picture."""
+    """Pixels [H, W, 3] or a mask [H, W] in 0..1 as a PIL image."""
     return Image.fromarray((pixels.float().cpu().clamp(0, 1).numpy() * 255).round().astype(np.uint8))
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
-    """A PIL picture as the host's IMAGE: float32 [1, H, W, 3] in 0..1."""
+    """A PIL image as the host's IMAGE: float32 [1, H, W, 3] in 0..1."""
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)[None]

@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedules, each from the library that keeps it, imported when it is asked for."""
+"""Optimizers and learning rate schedules, imported from their libraries on demand."""
 
 import torch
 from torch import Tensor
@@ -7,33 +7,33 @@ from ..errors import TLoRAError
 from ..packages import required
 from .config import TrainConfig
 
-# What each keeps, in sizes of the parameters: AdamW two moments, Prodigy the start and a sum of gradients besides,
-# schedule-free the second moment and its own weights; Adafactor's row and column of a matrix are next to nothing.
+# Size of each optimizer's state, in sizes of the parameters: AdamW has two moments; Prodigy also the start and a sum of
+# gradients; schedule-free the second moment and its own weights; Adafactor's rows and columns are negligible.
 STATE_SIZES = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
-_RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # with one restart and power 1 they would be cosine and linear again
+_RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # one restart and power 1 would equal cosine and linear
 
 
 def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, over `parameters`, all on one device.
+    """The optimizer of `config` for `parameters`, all on one device.
 
-    Raises TLoRAError when its package is not installed or does not serve that device.
+    Raises TLoRAError when its package is not installed or does not support that device.
     """
     device = parameters[0].device.type
     betas, decay, rate = (config.beta1, config.beta2), config.weight_decay, config.learning_rate
     if config.optimizer == "adamw8bit":
         if device == "cpu":
-            raise TLoRAError("optimizer is adamw8bit, which works on GPUs only; choose adamw.")
+            raise TLoRAError("optimizer is adamw8bit, which only runs on a GPU; choose adamw.")
         return required("bitsandbytes", "optimizer adamw8bit").optim.AdamW8bit(
             parameters, rate, betas, weight_decay=decay
         )
     if config.optimizer == "prodigy":
-        # Safeguards and bias correction as the published trainers of LoRA set them.
+        # Safeguards and bias correction as in the published LoRA trainers.
         return required("prodigyopt", "optimizer prodigy").Prodigy(
             parameters, rate, betas, weight_decay=decay, use_bias_correction=True, safeguard_warmup=True
         )
     if config.optimizer == "adafactor":
-        # As large a step as AdamW's at the same rate: by default it is a share of the parameter, and factors that start
-        # at zero stay there.
+        # Steps as large as AdamW's at the same rate. Adafactor's default step is relative to the parameter, so factors
+        # that start at zero would stay there.
         return torch.optim.Adafactor(parameters, rate, eps=(None, 1.0), weight_decay=decay)
     if config.optimizer == "schedule_free":
         optimizer = required("schedulefree", "optimizer schedule_free").AdamWScheduleFree(
@@ -48,18 +48,18 @@ def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim
 def make_lr_schedule(
     optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The schedule that `config` names, or None for a constant rate. Schedule-free warms up by itself."""
+    """The schedule of `config`, or None for a constant rate. Schedule-free does its own warm-up."""
     if config.optimizer == "schedule_free":
         if config.lr_schedule != "constant":
-            raise TLoRAError(f"lr_schedule is {config.lr_schedule}; set it to constant, as schedule_free needs.")
+            raise TLoRAError(f"lr_schedule is {config.lr_schedule}; set it to constant for optimizer schedule_free.")
         return None
     if config.lr_schedule == "constant" and not config.warmup_steps:
         return None
     name = "constant_with_warmup" if config.lr_schedule == "constant" else config.lr_schedule
     if name == "polynomial" and config.learning_rate <= _POLYNOMIAL_END:
         raise TLoRAError(
-            f"learning_rate is {config.learning_rate:g}; set it above {_POLYNOMIAL_END:g}, to which lr_schedule "
-            f"polynomial falls."
+            f"learning_rate is {config.learning_rate:g}; set it above {_POLYNOMIAL_END:g}, the final rate of "
+            "lr_schedule polynomial."
         )
     get_scheduler = required("diffusers.optimization", f"lr_schedule {name}").get_scheduler
     return get_scheduler(
@@ -73,7 +73,7 @@ def make_lr_schedule(
 
 
 def flow_density(name: str, count: int, generator: torch.Generator) -> Tensor:
-    """`count` places on the noise axis, float32 in 0..1, of density "logit_normal" or "mode" (Esser et al. 2024)."""
+    """`count` noise levels, float32 in 0..1, from the density "logit_normal" or "mode" (Esser et al. 2024)."""
     helpers = required("diffusers.training_utils", f"timestep_density {name}")
     return helpers.compute_density_for_timestep_sampling(
         name, count, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator

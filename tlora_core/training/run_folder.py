@@ -1,13 +1,13 @@
-"""Training runs on disk: one folder each, with its settings, its checkpoint, its loss and its validation pictures.
+"""Training runs on disk: one folder for each, with its settings, run state, losses and validation pictures.
 
-    <name>-<key>/run.json           what it was asked for, where it stands, which file it made
-                 checkpoint.pt      all that is needed to go on; gone when the run has finished
-                 loss.csv           the loss of each step, once the run has ended
-                 validation/*.png   the pictures made on the way
+    <name>-<key>/run.json           settings, progress, and the names of the saved file
+                 checkpoint.pt      the run state, to resume from; removed when the run has finished
+                 loss.csv           the loss of each step, written when the run ends
+                 validation/*.png   the validation pictures
                  events.out.*       loss and pictures for TensorBoard
 
-The key is a hash of all that determines the result. By it a finished run is found again instead of being trained once
-more, and an unfinished one is taken up.
+The key is a hash of everything that determines the result. It identifies a finished run, which is not trained again,
+and an unfinished run, which is resumed.
 """
 
 import json
@@ -32,26 +32,26 @@ from ..version import __version__
 
 RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 FLUSH_EVERY = 20.0  # seconds
-KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key, and letters of the name, in a folder's name
+KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key and characters of the name in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
 
 
 def as_file_name(text: str, otherwise: str) -> str:
-    """`text` with "_" for what not every file system takes; `otherwise` where nothing is left."""
+    """`text` with "_" for characters that some file systems refuse; `otherwise` if nothing is left."""
     return _UNSAFE.sub("_", text).strip("._") or otherwise
 
 
 class RunFolder:
-    """One run's folder. `record` is what run.json holds: key, state, step, steps, settings, versions, message; and once
-    there is a result its SHA-256, `sha256_also`, those of its files with another thumbnail or none, and `files`, the
-    names under which it was saved, by the name that was asked for."""
+    """One run's folder. `record` is the content of run.json: key, state, step, steps, settings, versions, message. With
+    a result, also: its SHA-256; `sha256_also`, the hashes of its files with another thumbnail or none; and `files`,
+    requested file name -> saved name."""
 
     def __init__(self, path: Path, record: dict[str, Any]):
         self.path, self.record = path, record
 
     @classmethod
     def find(cls, root: Path, key: str) -> "RunFolder | None":
-        """The latest run with that key, or None. Folders that hold no valid record are passed over."""
+        """The latest run with that key, or None. Folders without a valid record are skipped."""
         found = []
         for path in root.glob(f"*-{key[:KEY_SHOWN]}*"):
             record = _read_record(path / RECORD)
@@ -61,7 +61,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path, name: str, key: str, steps: int, settings: Mapping[str, Any]) -> "RunFolder":
-        """A new folder below `root`. `settings`: JSON values for people to read."""
+        """Makes a folder below `root`. `settings`: JSON values for human readers."""
         stem = f"{as_file_name(name[:NAME_SHOWN], 'run')}-{key[:KEY_SHOWN]}"
         taken = {path.name for path in root.glob(f"{stem}*")}
         path = root / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
@@ -86,41 +86,41 @@ class RunFolder:
         return run
 
     def update(self, **changes) -> None:
-        """Changes the record, on disk too."""
+        """Changes the record in memory and on disk."""
         self.record.update(changes)
         text = json.dumps(self.record, indent=2, ensure_ascii=False)
         write_whole(self.path / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint by `state`, of tensors and plain values, at once or not at all."""
+        """Replaces the run state by `state`, of tensors and plain values, atomically."""
         write_whole(self.path / CHECKPOINT, lambda path: torch.save(dict(state), path))
         self.update(step=state["step"])
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The latest checkpoint on the CPU, or None where there is none. Raises TLoRAError for a damaged one."""
+        """The latest run state on the CPU, or None without one. Raises TLoRAError for a damaged file."""
         path = self.path / CHECKPOINT
         if not path.is_file():
             return None
         try:
-            with torch.inference_mode(False):  # nodes run in inference mode, and autograd refuses what is made in it
+            with torch.inference_mode(False):  # nodes run in inference mode, whose tensors autograd refuses
                 return torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise TLoRAError(
-                f'The checkpoint in "{self.path.name}" is damaged; set rerun to "restart" to train anew.'
+                f'The run state in "{self.path.name}" is damaged; set rerun to "restart" to train anew.'
             ) from error
 
     def forget_checkpoint(self) -> None:
-        """Of a run that has nothing more to go on with."""
+        """Removes the run state of a run that cannot be resumed."""
         (self.path / CHECKPOINT).unlink(missing_ok=True)
 
     def save_losses(self, losses: Sequence[float]) -> None:
-        """That of each step, from the first. Raises TLoRAError when the disk does not take it, as all that saves here
-        does."""
+        """Writes the loss of each step, from the first. Raises TLoRAError when the file cannot be written, like all
+        methods that save."""
         text = "step,loss\n" + "".join(f"{step},{loss!r}\n" for step, loss in enumerate(losses, 1))
         write_whole(self.path / LOSS, lambda path: path.write_text(text, encoding="utf-8"))
 
     def load_losses(self) -> list[float]:
-        """What save_losses wrote; [] where that is gone."""
+        """The losses that save_losses wrote; [] if there are none."""
         try:
             lines = (self.path / LOSS).read_text(encoding="utf-8").splitlines()[1:]
             return [float(line.split(",")[1]) for line in lines]
@@ -128,15 +128,15 @@ class RunFolder:
             return []
 
     def save_picture(self, step: int, picture: Image.Image) -> None:
-        """A validation picture; a later one of the same step takes its place."""
+        """Writes a validation picture; a later one of the same step replaces it."""
         folder = self.path / "validation"
         folder.mkdir(exist_ok=True)
         write_whole(folder / f"step_{step:06}.png", lambda path: picture.save(path, "PNG"))
 
 
 class Recorder:
-    """Writes loss and pictures for TensorBoard, and to Weights & Biases where that is asked for. A disk that is full,
-    or a service that fails, ends that record with a warning, and not the training.
+    """Writes loss and pictures for TensorBoard, and with `wandb` to Weights & Biases. A full disk or a failed service
+    ends only this record, with a warning; training continues.
 
     Raises TLoRAError when a package is missing.
     """
@@ -147,10 +147,10 @@ class Recorder:
         self.flushed = time.monotonic()
         self.events = self.wandb = None
         with self._or_without("events"):
-            # The package's own writer has a thread, whose end on a full disk would leave the training waiting for it
-            # for ever.
+            # The package's own writer uses a thread; if a full disk kills the thread, training would wait for it
+            # forever.
             self.events = self.board.event_file_writer.EventsWriter(str(run.path / "events"))
-            if first_step:  # what an earlier part of the run wrote beyond this step is void
+            if first_step:  # discards what an earlier part of the run wrote beyond this step
                 log = self.board.proto.event_pb2.SessionLog(status=self.board.proto.event_pb2.SessionLog.START)
                 self._write(first_step + 1, session_log=log)
         with self._or_without("wandb"):

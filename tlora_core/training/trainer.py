@@ -1,8 +1,7 @@
-"""The training loop: the paper's, with no knowledge of the model's home.
+"""The paper's training loop, independent of the model's host.
 
-All randomness of a step follows from the seed and the step's number alone. That is why a run that goes on from a
-checkpoint is the run that was never interrupted, bit by bit on a CPU, and why pauses in it (for validation, for a
-checkpoint) change nothing.
+All randomness of a step depends only on the seed and the step's number. A run resumed from its saved state therefore
+equals an uninterrupted one, bit for bit on a CPU, and pauses (to validate or to save) have no effect.
 """
 
 import math
@@ -20,50 +19,50 @@ from ..method.random_streams import generator_for
 from .config import TrainConfig
 from .optimizers import STATE_SIZES, make_lr_schedule, make_optimizer
 
-STATE_FORMAT = 2  # of what Trainer.state_dict gives; 1, of version 0.1.0, had the parameters of each layer apart
-SNAPSHOT_EVERY = 25  # steps between copies of the adapters, to fall back on when the loss diverges
-RUNAWAY = 5.0  # so many times the largest loss of the first steps is no noise any more
-_OF_A_TENSOR = 512  # bytes that a tensor of a checkpoint takes beside its values, at most
-_FIRST, _LAST = 20, 10  # losses that say what is usual, and what is now
+STATE_FORMAT = 2  # of Trainer.state_dict; format 1, of version 0.1.0, held each layer's parameters separately
+SNAPSHOT_EVERY = 25  # steps between copies of the adapters, which are restored when the loss diverges
+RUNAWAY = 5.0  # a loss of this many times the largest early loss counts as diverged
+_TENSOR_OVERHEAD = 512  # largest number of bytes that torch.save adds to a tensor's values
+_FIRST, _LAST = 20, 10  # number of losses for the usual level and for the current level
 
 
 class Denoiser(Protocol):
-    """A frozen model with the adapters attached to it, and the pictures it is trained on."""
+    """A frozen model with its attached adapters, and the training pictures."""
 
     device: torch.device
-    needs_loss_scaling: bool  # True where gradients pass through float16
-    buckets: Sequence[Sequence[int]]  # the pictures' rows, those of one shape together
+    needs_loss_scaling: bool  # True if gradients pass through float16
+    buckets: Sequence[Sequence[int]]  # indices of the pictures, grouped by shape
 
-    def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        """The parts of the loss of one batch, scalars; each is made after the one before went backward, to share
-        memory. What is random comes from `generator`, on the CPU, so that it is the same on every device."""
+    def losses(self, indices: list[int], generator: torch.Generator, /) -> Iterator[Tensor]:
+        """The scalar parts of one batch's loss. Each part is computed after the backward pass of the one before, to
+        reuse its memory. Random numbers come from `generator` on the CPU, so they are equal on every device."""
 
 
 class TrainingDiverged(TLoRAError):
-    """The loss was no number or ran away. The adapters are back at `kept_step`, the last state known to be good; 0
-    where that is the start, of which there is nothing to keep."""
+    """The loss was NaN or infinite, or diverged. The adapters are restored to `kept_step`, the last good state; 0 is
+    the start of the training, where there is nothing to keep."""
 
     def __init__(self, step: int, kept_step: int, what: str):
-        # The first loss is the model's own.
+        # The first loss depends on the frozen model only.
         advice = (
             "lower learning_rate"
             if step
-            else "nothing was learnt yet, so load model in bfloat16 or float32, or connect another"
+            else "training had not changed anything yet, so load model in bfloat16 or float32, or connect another"
         )
         kept = (
-            f"The adapters are back at step {kept_step}, the last state known to be good."
+            f"The adapters are back at step {kept_step}, the last good state."
             if kept_step
-            else "Nothing is saved, as no step is known to be good."
+            else "Nothing was saved: no good state had been recorded yet."
         )
         super().__init__(f"Training stopped at step {step + 1} because the loss {what}; {advice}. {kept}")
         self.step, self.kept_step = step, kept_step
 
 
 class Trainer:
-    """One training run: the adapters it trains in place and all it needs to go on.
+    """One training run: the adapters, which it trains in place, and all of its state.
 
-    step: updates done. losses: of each of them, mean squared error in the model's own prediction. is_whole: False once
-    an update has failed half-way and cannot be taken back.
+    step: number of updates done. losses: one for each update, the mean squared error of the model's prediction.
+    is_whole: False after an update failed half-way and could not be undone.
     """
 
     def __init__(self, adapters: Adapters, config: TrainConfig):
@@ -83,15 +82,15 @@ class Trainer:
     def run(
         self, denoiser: Denoiser, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None
     ) -> bool:
-        """Train up to step `until`; False when `on_step` ended it before.
+        """Trains up to step `until`; returns False if `on_step` ended the run before.
 
-        `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True; what it
-        raises ends it too, and the state is that of a whole step, in which `run` can go on; but see _update. Raises
-        TrainingDiverged.
+        `on_step(step, loss)` is called for each step, counted from 1, and ends the run by returning True. An exception
+        from it ends the run too and leaves the state of a complete step, from which `run` can continue; see _update
+        for the exception. Raises TrainingDiverged.
         """
         if not self.is_whole:
             raise TLoRAError(
-                f"Step {self.step + 1} failed half-way; go on from the last checkpoint, or train again from the start."
+                f"Step {self.step + 1} failed half-way; resume from the last run state, or train again from the start."
             )
         if self.scaler is None:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
@@ -100,12 +99,12 @@ class Trainer:
         try:
             while self.step < until:
                 loss = self._backward(denoiser, batches)
-                # A GPU's loss is read while it is at the next step, so that it never waits.
+                # A GPU's loss is read while the GPU computes the next step, so that it never waits.
                 reading, pending = pending, None
                 if reading is not None and self._record(reading.value(), on_step):
                     return False
                 if self.step % SNAPSHOT_EVERY == 0 and divergence(self.losses, loss.item()) is None:
-                    # Only now, after these very weights gave a loss as it should be.
+                    # The current weights have just given a normal loss.
                     self._keep_as_good()
                 self._update()
                 pending = Reading(loss)
@@ -119,7 +118,7 @@ class Trainer:
         return True
 
     def _backward(self, denoiser: Denoiser, batches: "Batches") -> Tensor:
-        """Adds up the gradients of one update; the loss, still on the device."""
+        """Accumulates the gradients of one update; returns the loss, still on the device."""
         self.optimizer.zero_grad()
         total, accumulation = torch.zeros((), device=self.device), self.config.gradient_accumulation
         for part in range(self.step * accumulation, (self.step + 1) * accumulation):
@@ -131,9 +130,9 @@ class Trainer:
         return total
 
     def _update(self) -> None:
-        """Where it fails, as optimizers do that find no memory for their state in the first update, that one changes
-        nothing. A later one may end half-way, since there is no second copy of the optimizer's state: `is_whole`
-        tells."""
+        """Applies one update. A failed first update changes nothing: optimizers allocate their state there and may run
+        out of memory. A later one may leave a partial update, as the optimizer's state has no copy; `is_whole` is then
+        False."""
         first = None if any(self.optimizer.state.values()) else {**self.optimizer.state_dict(), "state": {}}
         try:
             if self.config.max_grad_norm:
@@ -142,31 +141,31 @@ class Trainer:
             self.is_whole = False
             self.scaler.step(self.optimizer)
             if self.average is not None:
-                # Rising to its decay, as the start is no weight worth remembering.
+                # The decay rises to its value, so that the average forgets the start.
                 decay = min(self.config.ema_decay, (self.step + 1) / (self.step + 10))
                 torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-            # Last, as these are not taken back.
+            # Last, as these cannot be undone.
             self.scaler.update()
             if self.lr_schedule is not None:
                 self.lr_schedule.step()
         except Exception:
-            self._take_back(first)
+            self._undo(first)
             raise
         self.step, self.is_whole = self.step + 1, True
 
-    def _take_back(self, first: Mapping[str, Any] | None) -> None:
-        """What an update has changed that failed. first: the optimizer's state before the first one, else None."""
-        # The scaler unscales once an update; what it sets on a fused optimizer it would multiply by the next time.
+    def _undo(self, first: Mapping[str, Any] | None) -> None:
+        """Undoes a failed update. first: the optimizer's state before the first update, else None."""
+        # The scaler unscales once per update. Its attributes on a fused optimizer would scale the next update too.
         self._load_scaler(self.scaler.state_dict())
         for name in ("grad_scale", "found_inf"):
             vars(self.optimizer).pop(name, None)
         if first is not None:
             self.optimizer.load_state_dict(first)
-            self._write_good()  # which is the start, as nothing was updated since
+            self._write_good()  # the start, as there was no update since
             self.is_whole = True
 
     def _record(self, loss: float, on_step) -> bool:
-        """Takes note of one step's loss; whether the caller wants to end here."""
+        """Records one step's loss; returns whether the caller ends the run."""
         step = len(self.losses)
         what = divergence(self.losses, loss)
         if what is not None:
@@ -178,8 +177,8 @@ class Trainer:
 
     @contextmanager
     def result(self):
-        """Within the block the adapters are what the run is for at this step: the moving average where one is kept, the
-        evaluation weights of a schedule-free optimizer. Afterwards they are what training goes on from, to the bit."""
+        """Within the block, the adapters hold the run's result at this step: the moving average if there is one, or a
+        schedule-free optimizer's evaluation weights. Afterwards they hold the training weights again, bit for bit."""
         training = [p.detach().clone() for p in self.parameters]
         free = hasattr(self.optimizer, "eval")
         if free:
@@ -195,21 +194,21 @@ class Trainer:
 
     @property
     def state_bytes(self) -> int:
-        """About how many bytes `state_dict` takes on disk, and not less, once the optimizer has its state too."""
+        """An upper estimate of the bytes of `state_dict` on disk, including the optimizer's full state."""
         own = sum(p.nbytes for p in self.parameters)
         buffers = self.adapters.buffers()
         kept = own * (1 + STATE_SIZES[self.config.optimizer] + (self.average is not None)) + sum(
             b.nbytes for b in buffers
         )
-        # Adafactor's rows and columns, next to nothing of a large matrix.
+        # Adafactor's rows and columns, which are negligible for a large matrix.
         kept += sum(
             p.element_size() * (p.shape[:-1].numel() + p.shape[:-2].numel() * p.shape[-1]) for p in self.parameters
         )
         tensors = 6 * len(self.parameters) + len(buffers)
-        return int(kept) + _OF_A_TENSOR * tensors
+        return int(kept) + _TENSOR_OVERHEAD * tensors
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values: all that `load_state_dict` needs to go on as if nothing had happened."""
+        """The run state as tensors and plain values; `load_state_dict` continues from it as if uninterrupted."""
         return {
             "format": STATE_FORMAT,
             "step": self.step,
@@ -223,13 +222,11 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up a run of the same adapters and settings. Raises TLoRAError when the state is another run's."""
+        """Resumes a run of the same adapters and settings. Raises TLoRAError when the state belongs to another run."""
         buffers = self.adapters.buffers()
         pairs = [*zip(self.parameters, state["parameters"]), *zip(buffers, state["buffers"])]
         if len(pairs) != len(self.parameters) + len(buffers) or any(a.shape != b.shape for a, b in pairs):
-            raise TLoRAError(
-                "The checkpoint is of a run with other layers or another rank; train again from the start."
-            )
+            raise TLoRAError("The run state is of a run with other layers or another rank; train again from the start.")
         _write([a for a, _ in pairs], [b for _, b in pairs])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.lr_schedule is not None:
@@ -257,16 +254,15 @@ class Trainer:
     def _back_to_good(self) -> None:
         self._write_good()
         for parameter, good in zip(self.parameters, self._good):
-            if "z" in (
-                state := self.optimizer.state[parameter]
-            ):  # of schedule_free, whose result lies between it and the parameter
+            state = self.optimizer.state[parameter]
+            if "z" in state:  # schedule_free's result lies between z and the parameter
                 _write([state["z"]], [good])
         self.step = self._good_step
 
 
 class Batches(Sequence):
-    """Rows of the pictures for each batch, without end: each round shows every picture, in an order of its own.
-    Pictures of different shapes never meet in a batch; one that a bucket cannot fill begins that bucket again."""
+    """An endless sequence of batches, each a list of picture indices. Each round shows every picture in a new random
+    order. A batch holds pictures of one shape; if a bucket runs out, the batch starts the bucket again."""
 
     def __init__(self, buckets: Sequence[Sequence[int]], size: int, seed: int):
         self.buckets, self.size, self.seed = buckets, size, seed
@@ -274,7 +270,7 @@ class Batches(Sequence):
         self._round = (-1, [])
 
     def __len__(self) -> int:
-        raise TypeError("batches have no end")
+        raise TypeError("the batches are endless")
 
     def __getitem__(self, index: int) -> list[int]:
         number, place = divmod(index, self.per_round)
@@ -292,7 +288,7 @@ class Batches(Sequence):
 
 
 class Reading:
-    """A scalar on its way from the device, without making the device wait."""
+    """A scalar copied from the device asynchronously, so that the device does not wait."""
 
     def __init__(self, scalar: Tensor):
         self.copy = scalar
@@ -309,13 +305,13 @@ class Reading:
 
 
 def divergence(losses: Sequence[float], loss: float) -> str | None:
-    """Why training should stop at this loss, or None."""
+    """Why training should stop at this loss, as a predicate of "the loss"; or None."""
     if not math.isfinite(loss):
-        return "was no longer a finite number" if losses else "was no finite number"
+        return "became NaN or infinite" if losses else "was NaN or infinite"
     if len(losses) >= _FIRST + _LAST:
         usual, now = max(losses[:_FIRST]), statistics.median([*losses[1 - _LAST :], loss])
         if now > RUNAWAY * usual:
-            return f"ran away, to {now:.3g} from at most {usual:.3g} in the beginning"
+            return f"diverged: it is {now:.3g}, from at most {usual:.3g} in the first steps"
     return None
 
 
@@ -324,7 +320,7 @@ def orthogonality(adapters: Adapters) -> Tensor:
     total = 0.0
     for bank in adapters.modules:
         for gram in (bank.A @ bank.A.mT, bank.B.mT @ bank.B):
-            # |G - I|^2 without writing out the difference.
+            # |G - I|^2 without storing the difference.
             total = total + gram.square().sum() - 2 * gram.diagonal(dim1=1, dim2=2).sum() + gram.shape[:2].numel()
     return total
 

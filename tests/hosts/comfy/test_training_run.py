@@ -667,20 +667,18 @@ def test_loss_that_runs_away_keeps_the_last_good_state(base, output, monkeypatch
         (
             None,
             1e30,
-            "Training stopped at step 2 because the loss was no longer a finite number; lower learning_rate. Nothing "
-            "is saved",
+            "Training stopped at step 2 because the loss became NaN or infinite; lower learning_rate. Nothing was "
+            "saved",
         ),
         (
             0,
             0.01,
-            "Training stopped at step 1 because the loss was no finite number; nothing was learnt yet, so load model "
-            "in bfloat16 or ",
+            "Training stopped at step 1 because the loss was NaN or infinite; training had not changed anything yet, "
+            "so load model in bfloat16 or ",
         ),
     ],
 )
-def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothing_and_says_so(
-    base, output, monkeypatch, steps, rate, message
-):
+def test_loss_of_nan_before_any_good_state_saves_nothing_and_says_so(base, output, monkeypatch, steps, rate, message):
     from tlora_core import TLoRAError
     from tlora_core.hosts.comfy.page.training import LiveRun
 
@@ -689,7 +687,7 @@ def test_loss_that_is_no_number_before_any_state_is_known_to_be_good_saves_nothi
     with pytest.raises(TLoRAError, match=message) as raised:
         run(base, request(60, rate=rate))
     assert str(raised.value).count("\n") == 0 and str(raised.value).endswith(
-        "Nothing is saved, as no step is known to be good."
+        "Nothing was saved: no good state had been recorded yet."
     )
     assert record(output)["state"] == LiveRun.states()[-1]["state"] == "failed" and record(output)["message"] == str(
         raised.value

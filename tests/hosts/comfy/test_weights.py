@@ -5,7 +5,7 @@ import pytest
 import torch
 from graphs import TinyGraph, error_of, files_below
 
-WORDS = "This node saves or combines a model's weights, in which a T-LoRA is not"
+WORDS = "This node saves or combines a model's weights, which do not include the T-LoRA"
 CASES = {
     "checkpoint": ("CheckpointSave", "model", {"filename_prefix": "tests/wrong"}),
     "model file": ("ModelSave", "model", {"filename_prefix": "tests/wrong"}),

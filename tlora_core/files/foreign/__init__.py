@@ -1,4 +1,4 @@
-"""LoRA and T-LoRA files of other programs: `load_any` reads a file of any kind it knows, without being told which."""
+"""LoRA and T-LoRA files of other programs: `load_any` detects the kind of a file and reads it."""
 
 from .load import Loaded, load_any, rescheduled
 from .target import Target

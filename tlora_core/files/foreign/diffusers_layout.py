@@ -1,5 +1,4 @@
-"""A model in diffusers' layout, seen in ComfyUI's: what are modules of their own there may be rows of one module
-here."""
+"""Maps a model in diffusers' layout to ComfyUI's: several modules of diffusers may be rows of one module of ComfyUI."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from .target import Target, model_of_shapes, names_of
 
 
 class Rows(NamedTuple):
-    """Rows start ... stop - 1 of a module of ComfyUI, which are the whole of one of diffusers'."""
+    """Rows start ... stop - 1 of a module of ComfyUI, which are a whole module of diffusers."""
 
     start: int
     stop: int
@@ -19,16 +18,16 @@ class Rows(NamedTuple):
 
 
 def rows_by_path(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows]]:
-    """ComfyUI's module path -> diffusers' modules that make it up, from its first row on.
+    """ComfyUI's module path -> the modules of diffusers that make it up, in the order of their rows.
 
-    shapes: (out_features, in_features) of diffusers' linear modules by their name. Modules without a rule are left out.
-    Raises TLoRAError for a U-Net whose blocks the rules would count wrongly.
+    shapes: (out_features, in_features) of diffusers' linear modules by name. Modules without a rule are skipped.
+    Raises TLoRAError for a U-Net whose blocks the rules would number wrongly.
     """
     residual = sum(bool(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.time_emb_proj", module)) for module in shapes)
     if residual not in (0, 2):
         raise TLoRAError(
-            f"the U-Net has {residual} residual blocks a level where SD1.5, SD2 and SDXL have 2; use a model of one "
-            f"of these."
+            f"the U-Net has {residual} residual blocks a level, but SD1.5, SD2 and SDXL have 2; use one of these "
+            "models."
         )
     numbered: dict[str, list[tuple[int, str]]] = {}
     for module in shapes:
@@ -38,8 +37,8 @@ def rows_by_path(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows]]
 
 
 def overlap(rows: list[Rows], start: int, stop: int) -> list[tuple[Rows, slice, int]]:
-    """The modules that hold rows start ... stop - 1 of a path: (module, which of these rows, its own first row of
-    them)."""
+    """The modules that hold rows start ... stop - 1 of a path: (module, slice of these rows, the module's first such
+    row)."""
     return [
         (part, slice(max(part.start, start) - start, min(part.stop, stop) - start), max(start - part.start, 0))
         for part in rows
@@ -50,7 +49,7 @@ def overlap(rows: list[Rows], start: int, stop: int) -> list[tuple[Rows, slice, 
 def target_of_layout(
     rows: Mapping[str, list[Rows]], shapes: Mapping[str, tuple[int, int]], weight, device="cpu"
 ) -> Target:
-    """A Target. rows: of rows_by_path for shapes; weight, device: Target's."""
+    """A Target. rows: rows_by_path(shapes); weight, device: as in Target."""
     whole = {path: (parts[-1].stop, shapes[parts[0].module][1]) for path, parts in rows.items()}
     return Target(names_of(whole), whole, weight, *model_of_shapes(whole), device)
 

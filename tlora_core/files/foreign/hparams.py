@@ -1,4 +1,4 @@
-"""The reference trainer's record of its settings, `logs/hparams.yml` beside the checkpoints' folders."""
+"""The settings that the reference's trainer records in `logs/hparams.yml` beside its `checkpoint-*` folders."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,9 @@ MAX_BYTES = 1_000_000
 _LINE = re.compile(r"^(\w+):(.*)$", re.MULTILINE)
 
 
-def find_hparams(checkpoint: Path) -> Path | None:
-    """The file that belongs to run/checkpoint-100/pytorch_lora_weights.safetensors, if it is there:
-    run/logs/hparams.yml."""
-    for folder in list(checkpoint.absolute().parents)[:2]:
+def find_hparams(weights: Path) -> Path | None:
+    """The settings file of run/checkpoint-100/pytorch_lora_weights.safetensors, run/logs/hparams.yml; None without."""
+    for folder in list(weights.absolute().parents)[:2]:
         found = folder / "logs" / "hparams.yml"
         if found.is_file():
             return found
@@ -20,7 +19,7 @@ def find_hparams(checkpoint: Path) -> Path | None:
 
 
 def read_hparams(path: Path) -> dict[str, str]:
-    """Its settings as text. It is a flat table, one "name: value" a line; YAML's other forms are left alone."""
+    """The settings as text. The file is a flat table of "name: value" lines; other YAML syntax is ignored."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise TLoRAError("the hparams.yml beside it is not the reference trainer's (too large); move it away.")
@@ -37,7 +36,7 @@ def _unquoted(value: str) -> str:
 
 
 def whole(settings: dict[str, str], name: str, default: int | None) -> int | None:
-    """A setting that is a whole number. Raises TLoRAError when it is something else."""
+    """A whole number from the settings. Raises TLoRAError for any other value."""
     value = settings.get(name, "")
     if value in ("", "null", "~", "None"):
         return default
@@ -49,7 +48,7 @@ def whole(settings: dict[str, str], name: str, default: int | None) -> int | Non
 
 
 def real(settings: dict[str, str], name: str, default: float) -> float:
-    """A setting that is a number. Raises TLoRAError when it is something else."""
+    """A number from the settings. Raises TLoRAError for any other value."""
     value = settings.get(name, "")
     if value in ("", "null", "~", "None"):
         return default
@@ -62,7 +61,7 @@ def real(settings: dict[str, str], name: str, default: float) -> float:
 
 
 def flag(settings: dict[str, str], name: str, default: bool) -> bool:
-    """A setting that is true or false. Raises TLoRAError when it is something else."""
+    """True or false from the settings. Raises TLoRAError for any other value."""
     value = settings.get(name, "")
     if value in ("", "null", "~", "None"):
         return default

@@ -1,4 +1,4 @@
-"""`load_any`: any LoRA or T-LoRA file that this package knows, recognised by its keys, as a TLoRAFile with a report."""
+"""`load_any` detects the kind of a LoRA or T-LoRA file by its keys, and returns a TLoRAFile with a report."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,11 +11,11 @@ from ...method.schedule import RankSchedule
 from ..tlora_file import METADATA_KEY, TLoRAFile
 from ..untrusted import PHRASE_KEY, Contents, one_line, printable, read_contents, read_metadata, text_of
 from .hparams import find_hparams, flag, read_hparams, real, whole
-from .kohya import told_schedule
+from .kohya import stated_schedule
 from .modules import Parts, modules_of
 from .orthogonal import Progress, is_orthogonal, read_orthogonal
 from .plain import read_plain
-from .stacked import put_together
+from .stacked import recombine
 from .target import Matches, Target, model_of
 
 _MASKED = {"lora": "vanilla_tlora", "ortho_lora": "tlora"}
@@ -24,9 +24,9 @@ _UNMASKED = {masked: method for method, masked in _MASKED.items()}
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was read: the T-LoRA, the kind of file, the keys that found no layer with the reason, and notes for the
-    user;
-    schedule: a sentence that says where its schedule is from."""
+    """The T-LoRA, the kind of file, the unmatched keys with the reason, and notes for the user.
+
+    schedule: a sentence that names the source of the schedule."""
 
     tlora: TLoRAFile
     kind: str
@@ -44,14 +44,15 @@ class Loaded:
         ]
         for reason, count in Counter(self.unmatched.values()).most_common():
             example = next(key for key, why in self.unmatched.items() if why == reason)
-            lines.append(f"{count} key{'s' if count > 1 else ''} unmatched, such as {example[:200]!r}: {reason}.")
+            lines.append(f"{count} key{'s' if count > 1 else ''} unmatched, for example {example[:200]!r}: {reason}.")
         return "\n".join([*lines, self.schedule, *self.notes])
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """A file's schedule and prompt, where it or its surroundings tell them. schedule: in place of min_rank and alpha.
-    unfit: why it can have no schedule."""
+    """A file's schedule and prompt, as far as it or the files beside it state them.
+
+    schedule: replaces min_rank and alpha. unfit: the reason why no schedule can be set, else empty."""
 
     is_masked: bool
     min_rank: int | None = None
@@ -70,15 +71,15 @@ def load_any(
     alpha: float | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
-    """Reads a file of any known kind, trusting nothing in it and running nothing.
+    """Reads an untrusted file of any known kind, without running code from it.
 
-    target: the model it shall fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
-    min_rank, alpha: the schedule to use; None takes the file's own. Where it has none, a file of a kind that only the
-        reference or LyCORIS writes gets the paper's min_rank of half its rank, and one that may be a plain LoRA no
-        mask; a note says so.
-    progress: called with (done, total), done from 0 on, while a LyCORIS file's base terms are made again; it may raise.
+    target: the model it must fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
+    min_rank, alpha: the schedule to use; None means the file's own. For a file without one, a note states the
+        assumption: half the rank, the paper's min_rank, for kinds that only the reference or LyCORIS writes; no mask
+        for a file that may be a plain LoRA.
+    progress: called with (done, total), done from 0 on, while a LyCORIS file's base terms are recomputed; it may raise.
 
-    Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or fits no layer.
+    Raises TLoRAError, naming the file, when it is missing, damaged, of an unknown kind, or matches no layer.
     """
     path = Path(path)
     try:
@@ -106,10 +107,10 @@ def _load(
         )
     contents = read_contents(path)
     matches = Matches(target)
-    matches.reject(contents.others, "it is not a tensor")
+    matches.reject(contents.non_tensors, "it is not a tensor")
     modules = modules_of(contents.tensors, matches)
     kind, settings = _read(contents, modules, matches, path, progress)
-    if not settings.token and not settings.class_word:  # which of the two its words are, no other program says
+    if not settings.token and not settings.class_word:  # the trigger phrase does not say which words are which
         settings = replace(settings, token=text_of(contents.metadata.get(PHRASE_KEY)).strip())
     _require_match(matches)
     if settings.unfit and not (min_rank is None and alpha is None):
@@ -118,11 +119,11 @@ def _load(
     tlora = _file(matches, _MASKED[method] if settings.is_masked else method, settings)
     notes = settings.notes if min_rank is None else ()
     source = (
-        "what hparams.yml beside the file says"
+        "from the hparams.yml beside the file"
         if "with hparams.yml" in kind
         else "the file's own"
         if settings.schedule
-        else "a default, as the file tells none"
+        else "a default, as the file states none"
     )
     return Loaded(
         rescheduled(tlora, min_rank, alpha),
@@ -134,7 +135,7 @@ def _load(
 
 
 def _origin(own: RankSchedule, source: str, min_rank: int | None, alpha: float | None) -> str:
-    """Where the schedule in use is from. own: without what the inputs set in its place."""
+    """A sentence on the source of the schedule in use. own: the schedule before the inputs override it."""
     chosen = [
         f"{name} {value:g} in place of {'the curve' if own.points else f'{before:g}'}"
         for name, value, before in (("min_rank", min_rank, own.min_rank), ("alpha", alpha, own.alpha))
@@ -146,42 +147,40 @@ def _origin(own: RankSchedule, source: str, min_rank: int | None, alpha: float |
 def _read(
     contents: Contents, modules: Mapping[str, Parts], matches: Matches, path: Path, progress: Progress | None
 ) -> tuple[str, _Settings]:
-    """Fills `matches`; gives the kind of file, and its settings."""
+    """Fills `matches`; returns the kind of file and its settings."""
     orthogonal = any(is_orthogonal(parts) for parts in modules.values())
     if orthogonal:
         read_orthogonal(contents, modules, matches, progress)
     else:
         read_plain(contents, modules, matches, path)
-    stacked = 0 if orthogonal else put_together(matches.layers)
+    stacked = 0 if orthogonal else recombine(matches.layers)
     rank = max((layer.rank for layer in matches.layers.values()), default=0)
     if any(".processor." in module for module in modules):
         return _processors(path, rank, orthogonal, model_of(matches.layers)[0])
     kind, settings = _kind(modules, rank, orthogonal, stacked, len(matches.layers))
     if not stacked and _is_exported(contents.metadata):
         note = (
-            "It was made of a T-LoRA of this pack for other programs, which apply all ranks; load that T-LoRA to "
+            "It was exported from a T-LoRA of this pack for other programs, which apply all ranks; load that T-LoRA to "
             "have its schedule."
         )
         settings = _Settings(
             is_masked=False,
             notes=(note,),
             unfit=(
-                "It was made of a T-LoRA of this pack, whose ranks are pairs of columns here, so no schedule can be "
-                "put on it; set min_rank to "
-                "-1 and alpha to 0, or load that T-LoRA."
+                "It was exported from a T-LoRA of this pack, whose ranks are pairs of columns here, so it cannot have "
+                "a schedule; set min_rank to -1 and alpha to 0, or load that T-LoRA."
             ),
         )
-    told, note = told_schedule(contents.metadata, rank)
-    if told is not None and not settings.unfit:
-        settings = replace(settings, is_masked=not told.is_constant, schedule=told, notes=(note,))
+    stated, note = stated_schedule(contents.metadata, rank)
+    if stated is not None and not settings.unfit:
+        settings = replace(settings, is_masked=not stated.is_constant, schedule=stated, notes=(note,))
     elif note:
         settings = replace(settings, notes=(*settings.notes, note))
     return kind, settings
 
 
 def _is_exported(metadata: Mapping[str, str]) -> bool:
-    """Whether a file without our metadata's main part was written by us from an orthogonal method; see
-    file.plain_metadata."""
+    """Whether this pack exported the file from an orthogonal method; see tlora_file.plain_metadata."""
     method = METHODS.get(text_of(metadata.get("modelspec.description")).partition(",")[0])
     return metadata.get("modelspec.tags") == "t-lora" and method is not None and method.is_orthogonal
 
@@ -189,57 +188,53 @@ def _is_exported(metadata: Mapping[str, str]) -> bool:
 def _kind(
     modules: Mapping[str, Parts], rank: int, orthogonal: bool, stacked: int, layers: int
 ) -> tuple[str, _Settings]:
-    """The kind of file that is not the reference's, and its settings as far as its tensors tell them."""
+    """The kind of a file that is not the reference's, and its settings inferred from its tensors."""
     if orthogonal:
         lycoris = not any("base_q" in parts for parts in modules.values())
         return (
             ("LyCORIS T-LoRA", _assumed("LyCORIS files do not store it", rank))
             if lycoris
-            else ("T-LoRA of a kohya-like trainer", _assumed("its metadata does not tell it", rank))
+            else ("T-LoRA of a kohya-like trainer", _assumed("its metadata does not state it", rank))
         )
     if not stacked:
-        note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to put one on it."
+        note = "A plain LoRA has no schedule, so all ranks are on at every noise level; set min_rank to give it one."
         return "plain LoRA", _Settings(is_masked=False, notes=(note,))
     if stacked == layers:
         note = (
-            "It holds both terms of an orthogonal T-LoRA or Ortho-LoRA, one after the other, which are put together "
-            "again here. It has no "
-            f"schedule, so all ranks are on at every noise level; to put one on it set min_rank; {_half(rank)}, half "
-            f"the rank, is the paper's."
+            "It holds both terms of an orthogonal T-LoRA or Ortho-LoRA, one after the other, which were recombined. It "
+            "has no schedule, so all ranks are on at every noise level; set min_rank to give it one (the paper's is "
+            f"{_half(rank)}, half the rank)."
         )
         return "plain LoRA made of an orthogonal one", _Settings(is_masked=False, notes=(note,))
     unfit = (
-        f"{stacked} of its {layers} layers hold both terms of an orthogonal T-LoRA, one after the other, and the "
-        f"others do not, so no "
-        "schedule can be put on it; set min_rank to -1 and alpha to 0, or load the T-LoRA that it was made of."
+        f"{stacked} of its {layers} layers hold both terms of an orthogonal T-LoRA, one after the other, but the rest "
+        "do not, so it cannot have a schedule; set min_rank to -1 and alpha to 0, or load the original T-LoRA."
     )
     note = "It has no schedule, so all ranks are on at every noise level."
     return "plain LoRA, partly made of an orthogonal one", _Settings(is_masked=False, notes=(note,), unfit=unfit)
 
 
 def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tuple[str, _Settings]:
-    """Files named after attention processors: the reference's, and for U-Nets also plain LoRAs of diffusers before
-    0.22."""
+    """Kind and settings of a file with keys of attention processors: the reference's, or for U-Nets perhaps a plain
+    LoRA of diffusers before 0.22."""
     method = "orthogonal" if orthogonal else "plain"
     is_flux = base_model == "flux"
     may_be_plain = not orthogonal and not is_flux
-    kind = (
-        "plain LoRA of older diffusers, or reference checkpoint" if may_be_plain else f"reference checkpoint ({method})"
-    )
+    kind = "plain LoRA of older diffusers, or reference file" if may_be_plain else f"reference file ({method})"
     usual = 16 if is_flux else 1
 
     def assumed(reason: str) -> tuple[str, _Settings]:
-        trainers = f" Their trainer's own default is {min(usual, rank)}."
+        trainers = f" The trainer's own default is {min(usual, rank)}."
         return kind, _assumed_plain(reason, rank, trainers) if may_be_plain else _assumed(reason, rank, trainers)
 
     found = find_hparams(path)
     if found is None:
-        return assumed("there is no logs/hparams.yml beside the checkpoint")
+        return assumed("there is no logs/hparams.yml beside its folder")
     hparams = read_hparams(found)
     stored = whole(hparams, "rank" if is_flux else "lora_rank", rank)
     if stored != rank:
         return assumed(f"the hparams.yml beside it is for rank {stored}, not {rank}, and was not used")
-    # Without "tlora" in it, the trainer's class, which only SDXL's has, is the one that knows no mask.
+    # SDXL's settings have trainer_class; a class without "tlora" in its name has no mask.
     masked = flag(hparams, "tlora", "tlora" in hparams.get("trainer_class", "tlora"))
     settings = _Settings(
         masked,
@@ -248,7 +243,7 @@ def _processors(path: Path, rank: int, orthogonal: bool, base_model: str) -> tup
         _word(hparams.get("placeholder_token", "")),
         _word(hparams.get("class_name", "")),
     )
-    return f"reference checkpoint ({method}, with hparams.yml)", settings
+    return f"reference file ({method}, with hparams.yml)", settings
 
 
 def _word(text: str) -> str:
@@ -256,11 +251,10 @@ def _word(text: str) -> str:
 
 
 def _assumed(reason: str, rank: int, trainers: str = "") -> _Settings:
-    """trainers: a sentence on what the trainer of such files does by default."""
+    """trainers: a sentence on the default of these files' trainer."""
     note = (
         f"The schedule was not found ({reason}), so it is assumed: min_rank {_half(rank)}, half the rank, the paper's "
-        f"choice.{trainers} "
-        f"If it was trained with another, set min_rank; at the full rank, {rank}, the mask is off."
+        f"choice.{trainers} If it was trained with another, set min_rank; at the full rank, {rank}, the mask is off."
     )
     return _Settings(is_masked=True, notes=(note,))
 
@@ -268,10 +262,8 @@ def _assumed(reason: str, rank: int, trainers: str = "") -> _Settings:
 def _assumed_plain(reason: str, rank: int, trainers: str) -> _Settings:
     note = (
         f"No schedule was found ({reason}), so all ranks are on at every noise level, as in a plain LoRA of older "
-        f"diffusers, which "
-        f"looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; {_half(rank)}, half "
-        f"the rank, is the "
-        f"paper's.{trainers}"
+        "diffusers, which looks the same. If it is a Vanilla T-LoRA of the T-LoRA authors' code, set min_rank; the "
+        f"paper's is {_half(rank)}, half the rank.{trainers}"
     )
     return _Settings(is_masked=False, notes=(note,))
 
@@ -288,7 +280,7 @@ def _require_match(matches: Matches) -> None:
         raise TLoRAError("it holds no tensors; choose a LoRA or T-LoRA file.")
     reasons = Counter(matches.unmatched.values())
     key, reason = next((key, why) for key, why in matches.unmatched.items() if why == reasons.most_common(1)[0][0])
-    raise TLoRAError(f"none of its {len(matches.unmatched)} keys fits; {key[:200]!r}, for one: {reason}.")
+    raise TLoRAError(f"none of its {len(matches.unmatched)} keys fits; for example {key[:200]!r}: {reason}.")
 
 
 def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
@@ -317,8 +309,8 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
 
 
 def rescheduled(tlora: TLoRAFile, min_rank: int | None = None, alpha: float | None = None) -> TLoRAFile:
-    """The same layers under another schedule: below the full rank, masked; at it, not. None keeps the T-LoRA's own;
-    with either, a free curve gives way to the formula."""
+    """The same layers under another schedule; masked only if min_rank is below the rank. None keeps the T-LoRA's value.
+    Setting either replaces a free curve by the formula."""
     if min_rank is None and alpha is None:
         return tlora
     rank = tlora.schedule.rank

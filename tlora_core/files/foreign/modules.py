@@ -1,4 +1,4 @@
-"""A file's keys, gathered by the module they belong to: "<module><suffix>", the suffix telling the part."""
+"""Groups a file's keys, "<module><suffix>", by module; the suffix identifies the part."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from .target import Matches
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Part -> its suffixes; each is tried in this order, so that longer ones come before those they end in.
+# Part -> its suffixes, tried in this order: a suffix comes before those that it ends in.
 _SUFFIXES = {
     "base_q": ("_lora.base_q.weight", ".base_q.weight"),
     "base_p": ("_lora.base_p.weight", ".base_p.weight"),
@@ -41,18 +41,18 @@ _SUFFIXES = {
     "alpha": ("_lora.alpha", ".alpha"),
 }
 _PARTS = [(suffix, part) for part, suffixes in _SUFFIXES.items() for suffix in suffixes]
-# What other kinds of adapters put beside or in the place of a pair.
+# Tensors of other kinds of adapters, beside a pair or in place of it.
 _OTHER = re.compile(
     r"\.(dora_scale|lora_magnitude_vector.*|lora_mid\.weight|reshape_weight|hada_\w+|lokr_\w+|oft_\w+|boft_\w+|"
     r"diff|diff_b|set_weight|a1\.weight|a2\.weight|b1\.weight|b2\.weight|lora_[AB]\.bias|on_input|scalar)$",
-    re.DOTALL,  # else a name with line breaks would be searched to its end again from each place
+    re.DOTALL,  # otherwise a name with line breaks takes quadratic time
 )
 
 Parts = dict[str, str]
 
 
 def modules_of(keys: Iterable[str], matches: Matches) -> dict[str, Parts]:
-    """Module -> part -> key, for the keys of low-rank adapters; the other keys are rejected, with a reason.
+    """Module -> part -> key, for the keys of low-rank adapters; other keys are rejected with a reason.
 
     Raises TLoRAError when two keys are the same part of one module.
     """
@@ -63,7 +63,7 @@ def modules_of(keys: Iterable[str], matches: Matches) -> dict[str, Parts]:
         if not part:
             other = _OTHER.search(key)
             matches.reject(
-                [key], f"{other[1][:50]} is not a part of a plain LoRA" if other else "it is no part of a LoRA"
+                [key], f"{other[1][:50]} is not a part of a plain LoRA" if other else "it is not part of a LoRA"
             )
             if other:
                 changed[key[: other.start()]] = other[1][:50]
@@ -72,8 +72,7 @@ def modules_of(keys: Iterable[str], matches: Matches) -> dict[str, Parts]:
         if part in parts:
             raise TLoRAError(f"its tensors {parts[part]!r} and {key!r} are the same part of one layer; get it again.")
         parts[part] = key
-    for module in changed.keys() & modules.keys():
-        # Without the other part the pair means something else.
+    for module in changed.keys() & modules.keys():  # without the rejected part, the pair means something else
         matches.reject(
             modules.pop(module).values(), f"{changed[module]} changes what its layer does; use the Load LoRA node"
         )
@@ -88,7 +87,7 @@ def require(module: str, parts: Mapping[str, str], wanted: Iterable[str]) -> Non
 
 
 def matrix(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    """A tensor as a float32 matrix; kernels of 1x1 count as one.
+    """A tensor as a float32 matrix; a convolution kernel of 1x1 counts as a matrix.
 
     Raises TLoRAError for other shapes and dtypes, NaN and infinite values.
     """
@@ -96,7 +95,7 @@ def matrix(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     if tensor.dim() > 2 and math.prod(tensor.shape[2:]) == 1:
         tensor = tensor.flatten(1)
     if tensor.dim() != 2 or 0 in tensor.shape:
-        raise TLoRAError(f"its tensor {key!r} has the shape {list(tensor.shape)}, which is no matrix; get it again.")
+        raise TLoRAError(f"its tensor {key!r} has the shape {list(tensor.shape)}, which is not a matrix; get it again.")
     return tensor
 
 
@@ -112,7 +111,7 @@ def number(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def scale_of(tensors: Mapping[str, Tensor], parts: Mapping[str, str], rank: int, default: float = 1.0) -> float:
-    """alpha / rank, or `default` where the file has no alpha. Raises TLoRAError when alpha is not one number."""
+    """alpha / rank, or `default` without an alpha. Raises TLoRAError when alpha is not a single number."""
     if "alpha" not in parts:
         return default
     alpha = number(tensors, parts["alpha"])

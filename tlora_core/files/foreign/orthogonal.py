@@ -1,7 +1,7 @@
-"""Orthogonal adapters of other programs, B S A - B0 S0 A0, in the difference form in which we store them.
+"""Orthogonal adapters of other programs, B S A - B0 S0 A0, converted to our difference form.
 
 The reference (SDXL and FLUX) stores both terms. LyCORIS stores only the first; its base term is the singular value
-decomposition of the model's own weight, which is made again here when the model is given.
+decomposition of the model's weight, recomputed here when the model is given.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from .target import Matches
 
 _PARTS = ("q", "p", "lambda")
 _BASE = ("base_q", "base_p", "base_lambda")
-# Mean cosine between a file's directions and the base's. Trained ones are still near 1, unrelated ones near 0.
+# Mean cosine between a file's directions and the base's: near 1 after training from this base, else near 0.
 MIN_LIKENESS = 0.5
 
 Triple = tuple[Tensor, Tensor, Tensor]
@@ -32,22 +32,22 @@ def is_orthogonal(parts: Parts) -> bool:
 def read_orthogonal(
     contents: Contents, modules: Mapping[str, Parts], matches: Matches, progress: Progress | None = None
 ) -> None:
-    """Adds a LowRank with two columns a component. progress(done, total) is called before the first and after each
-    layer whose base term has to be made again, which takes a while. Raises TLoRAError for damaged layers, and where the
-    base term is not stored and cannot be made again."""
+    """Adds a LowRank with two columns a component. Recomputing base terms is slow: progress(done, total) is called
+    before the first and after each of these layers. Raises TLoRAError for damaged layers, and for a base term that is
+    not stored and cannot be recomputed."""
     without_base = [module for module, parts in modules.items() if is_orthogonal(parts) and not {*_BASE} & parts.keys()]
-    tell = progress if progress and without_base else lambda done, total: None
-    tell(0, len(without_base))
+    report = progress if progress and without_base else lambda done, total: None
+    report(0, len(without_base))
     for module, parts in modules.items():
         if not is_orthogonal(parts):
-            matches.reject(parts.values(), "its file holds orthogonal adapters and this is none")
+            matches.reject(parts.values(), "it is not orthogonal, unlike the adapters in the rest of its file")
             continue
         if is_convolution(contents.tensors, parts) and not matches.is_linear(module):
             matches.reject(parts.values(), "it belongs to a convolution; a T-LoRA changes linear layers")
             continue
         _read_layer(contents.tensors, module, parts, matches)
         if module in without_base:
-            tell(without_base.index(module) + 1, len(without_base))
+            report(without_base.index(module) + 1, len(without_base))
 
 
 def as_low_rank(trained: Triple, base: Triple) -> LowRank:
@@ -62,7 +62,7 @@ def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matche
         base = _triple(tensors, module, parts, _BASE)
         if any(a.shape != b.shape for a, b in zip(trained, base)):
             raise TLoRAError(
-                f'the base term of its layer "{module}" has other shapes than the trained one; get it again.'
+                f'the base term of its layer "{module}" does not have the shape of the trained term; get it again.'
             )
         name = matches.find(module, parts.values(), (out_features, in_features))
     else:
@@ -91,14 +91,14 @@ def _scaled(triple: Triple, scale: float) -> Triple:
 
 
 def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
-    """The decomposition of the model's weight from which the layer was trained, with the file's own signs.
+    """The decomposition of the model's weight from which the layer was trained, with the file's signs.
 
-    Raises TLoRAError without a model, and when none of the six starts' three parts of this weight is like the trained
-    factors: a random start cannot be made again.
+    Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor
+    the last components of this weight: a random start cannot be recomputed.
     """
     if matches.target is None:
         raise TLoRAError(
-            "its base term is not stored and must be made again from the weights; connect the model it was trained on."
+            "its base term is not stored and must be recomputed from the weights; connect the model it was trained on."
         )
     rows, rank = trained[0].shape
     decomposed = singular_vectors(matches.target.weight(name, rows).to(matches.target.device))
@@ -106,11 +106,9 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
     best = max(candidates, key=lambda base: _likeness(trained, base))
     if _likeness(trained, best) < MIN_LIKENESS:
         raise TLoRAError(
-            f"its base term is not stored, and its layer {name} did not start from this model's weight but from a "
-            f"random "
-            "start, which cannot be made again, or from another model's; connect that model, or export it as a plain "
-            "LoRA "
-            "from the program that trained it."
+            f"its base term is not stored, and its layer {name} did not start from this model's weight: it started "
+            "from another model's, or from a random start, which cannot be recomputed; connect that model, or export a "
+            "plain LoRA from the program that trained it."
         )
     return best
 
@@ -118,9 +116,9 @@ def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
 def singular_vectors(weight: Tensor) -> Triple:
     """(U [out, k], S [k], Vh [k, in]) of a weight [out, in], k the smaller side, S descending: float64, on its device.
 
-    From the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py).
-    In float64, squaring the values leaves more digits than float32 has. Where S is 0, so is the vector of the longer
-    side.
+    Uses the eigenvectors of the smaller Gram matrix, which is no slower than an SVD in float32 (benchmarks/files.py).
+    In float64, the squared singular values keep more digits than float32 has. Where S is 0, the vector of the longer
+    side is 0 too.
     """
     W = weight.double()
     is_wide = W.shape[0] <= W.shape[1]
@@ -133,13 +131,13 @@ def singular_vectors(weight: Tensor) -> Triple:
 
 
 def _firsts(count: int, rank: int) -> set[int]:
-    """Where the principal, middle and last components begin."""
+    """The first index of the principal, middle and last components."""
     return {0, max(0, (count - rank) // 2), max(0, count - rank)}
 
 
 def _candidate(U: Tensor, values: Tensor, Vh: Tensor, first: int, trained: Triple) -> Triple:
-    """The components from `first` on, filled up with zeros as LyCORIS does; a singular vector's sign is arbitrary, and
-    with that of the trained one the difference of the two stays small."""
+    """The components from `first` on, padded with zeros like LyCORIS. The sign of a singular vector is arbitrary; the
+    trained vector's sign keeps the difference of the two small."""
     B, S, A = trained
     kept = slice(first, first + len(S))
     B0, S0, A0 = (part.to("cpu", torch.float32) for part in (U[:, kept], values[kept], Vh[kept]))
@@ -150,6 +148,6 @@ def _candidate(U: Tensor, values: Tensor, Vh: Tensor, first: int, trained: Tripl
 
 
 def _likeness(trained: Triple, base: Triple) -> float:
-    """The mean cosine between the rows of A and of A0 that are not filled up."""
+    """The mean cosine between the rows of A and A0, without A0's padding."""
     A, A0 = trained[2], base[2]
     return float(F.cosine_similarity(A, A0, dim=1)[A0.any(dim=1)].mean())

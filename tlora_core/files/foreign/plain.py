@@ -1,4 +1,4 @@
-"""Plain LoRAs: a pair of matrices a layer, in the namings of kohya's scripts, PEFT, diffusers and ComfyUI."""
+"""Plain LoRAs: a pair of matrices for each layer, named as in kohya's scripts, PEFT, diffusers or ComfyUI."""
 
 import json
 import math
@@ -17,7 +17,7 @@ MAX_CONFIG = 1_000_000  # bytes
 
 
 def read_plain(contents: Contents, modules: Mapping[str, Parts], matches: Matches, path: Path) -> None:
-    """Adds a LowRank with the scale alpha / rank, or PEFT's, in up. Raises TLoRAError for damaged pairs."""
+    """Adds each pair as a LowRank, with alpha / rank or PEFT's scale in up. Raises TLoRAError for damaged pairs."""
     tensors = contents.tensors
     config = _peft_config(contents.metadata, path)
     for module, parts in modules.items():
@@ -41,7 +41,7 @@ def read_plain(contents: Contents, modules: Mapping[str, Parts], matches: Matche
 
 
 def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """PEFT's settings: in the metadata as diffusers writes them, or in the file that PEFT writes beside its own."""
+    """PEFT's settings, from the metadata that diffusers writes or from PEFT's own file beside the weights."""
     text = metadata.get("lora_adapter_metadata", "{}")
     beside = path.with_name("adapter_config.json")
     if path.stem.startswith("adapter_model") and beside.is_file() and beside.stat().st_size <= MAX_CONFIG:
@@ -57,15 +57,15 @@ def _peft_config(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 
 def _peft_scale(config: Mapping[str, Any], rank: int) -> float:
-    """lora_alpha / r, or over its square root. Raises TLoRAError where it differs from layer to layer."""
+    """lora_alpha / r, or lora_alpha / sqrt(r). Raises TLoRAError when layers have an alpha of their own."""
     alpha = config.get("lora_alpha")
     if alpha is None:
         return 1.0
-    # Compared, as Python reads whole numbers of any length, which no float can hold.
+    # Compared, as Python reads integers of any size and a float cannot represent them all.
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not abs(alpha) <= sys.float_info.max:
-        raise TLoRAError(f"lora_alpha in its PEFT settings is {repr(alpha)[:50]}, which is no number; get it again.")
+        raise TLoRAError(f"lora_alpha in its PEFT settings is {repr(alpha)[:50]}, which is not a number; get it again.")
     if config.get("alpha_pattern"):
         raise TLoRAError(
-            "its PEFT settings give layers an alpha of their own, which is not supported; merge or convert it first."
+            "its PEFT settings set alpha layer by layer, which is not supported; merge or convert it first."
         )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

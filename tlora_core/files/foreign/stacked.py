@@ -1,9 +1,7 @@
-"""Plain LoRAs that were made of an orthogonal T-LoRA by putting its two terms side by side: up = [P, -P0], down = [A;
-A0].
+"""Plain LoRAs converted from an orthogonal T-LoRA by stacking its two terms: up = [P, -P0], down = [A; A0].
 
-That is how converters give B S A - B0 S0 A0 to programs that know nothing of T-LoRA. A mask on the first ranks of such
-a file would switch off the second term alone, which is large, so its components have to be put together again before it
-gets a schedule.
+Converters write B S A - B0 S0 A0 this way for programs without T-LoRA support. In such a file, the mask would
+switch off the second term only, which is large. So its components must be recombined before it gets a schedule.
 """
 
 from collections.abc import Iterator
@@ -18,23 +16,22 @@ from .orthogonal import MIN_LIKENESS, as_low_rank
 Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def put_together(layers: dict[str, LowRank]) -> int:
-    """Replaces layers of two stacked terms by their difference form, where all layers are such, and else leaves all as
-    they are.
-    Returns how many of them are."""
-    found = {name: together for name, layer in layers.items() if (together := _difference(layer)) is not None}
+def recombine(layers: dict[str, LowRank]) -> int:
+    """Replaces the layers by their difference form if all of them stack two terms. Returns the number of stacked
+    layers."""
+    found = {name: combined for name, layer in layers.items() if (combined := _difference(layer)) is not None}
     if len(found) == len(layers):
         layers.update(found)
     return len(found)
 
 
 def _difference(layer: LowRank) -> LowRank | None:
-    """The layer with two columns a component, if it is of two terms: one half of its columns is nearly the other's
-    opposite, as training moves P and A a little from where both terms began. Of a plain LoRA the halves have nothing to
-    do with each other."""
+    """The layer with two columns a component if it stacks two terms, else None. Training moves P and A only a little
+    from the start, so one half of the columns is nearly the opposite of the other. In a plain LoRA the halves are
+    unrelated."""
     for P, P0, A, A0 in _halves(layer):
         sides = F.cosine_similarity(P, P0, dim=0), F.cosine_similarity(A, A0, dim=1)
-        used = P0.any(dim=0) & A0.any(dim=1)  # LyCORIS fills up with zeros
+        used = P0.any(dim=0) & A0.any(dim=1)  # LyCORIS pads with zeros
         likeness = -(sides[0] * sides[1])[used]
         if len(likeness) and likeness.mean() >= MIN_LIKENESS:
             flip = torch.where(sides[1] < 0, -1.0, 1.0)  # the minus may be on either side
@@ -44,7 +41,7 @@ def _difference(layer: LowRank) -> LowRank | None:
 
 
 def _halves(layer: LowRank) -> Iterator[Halves]:
-    """The columns of up and rows of down in two halves: the first and the second, and the odd and the even ones."""
+    """The two ways to halve the columns of up and the rows of down: first and second half, even and odd ones."""
     up, down, half = layer.up.float(), layer.down.float(), layer.up.shape[1] // 2
     if layer.up.shape[1] % 2 == 0:
         yield up[:, :half], up[:, half:], down[:half], down[half:]

@@ -1,4 +1,4 @@
-"""What a foreign file is read for: the model it shall fit, or, without one, what its own names tell."""
+"""The target of a foreign file: the model it must fit, or the model family that its names imply."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -12,25 +12,25 @@ from ...method.layer_name import LayerName
 from ..layer_fit import check_shape
 from ..layer_names import Place, diffusers_name, family_of, is_text_encoder, layer_of, plain_name
 
-# Width of the text that cross-attention reads -> the family of U-Nets that reads it, by ComfyUI's names.
+# Width of the text embedding in cross-attention -> the family of U-Nets, by ComfyUI's names.
 _TEXT_WIDTHS = {768: "sd15", 1024: "sd20", 2048: "sdxl"}
 
 
-# The reference gives FLUX's single blocks the adapters of double blocks too, and saves them, but uses those of to_q,
-# to_k, to_v alone.
+# The reference adds the adapters of double blocks to FLUX's single blocks too and saves them, but only uses those of
+# to_q, to_k and to_v.
 _UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.to_(?:out|[qkv]_proj)$")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model as the readers of foreign files need it.
+    """A model, described for the readers of foreign files.
 
-    names: plain name (`layer_names.plain_name`) of every layer a file may speak of -> layer name, "path" or "path@row".
+    names: plain name (`layer_names.plain_name`) of every layer a file may name -> layer name, "path" or "path@row".
     shapes: path of a linear module -> (out_features, in_features).
-    weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError where the
-        weight cannot be had in full precision.
+    weight: layer name and number of rows -> that part of the weight, float32 [rows, in]. It raises TLoRAError when the
+        weight is not available in full precision.
     base_model, num_timesteps, noise_domain: as in TLoRAFile.
-    device: where to compute with the weights; one that has float64.
+    device: the device for computations with the weights; it must support float64.
     """
 
     names: Mapping[str, LayerName]
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass
 class Matches:
-    """Which of a file's layers were found, and why the rest was not."""
+    """A file's layers found in the target, and the unmatched keys with the reason."""
 
     target: Target | None
     layers: dict[str, LowRank] = field(default_factory=dict)
@@ -60,11 +60,11 @@ class Matches:
         """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is
         none.
 
-        Raises TLoRAError when the model has the layer in another shape: the file was then made for another model.
+        Raises TLoRAError when the model's layer has another shape: the file was made for another model.
         """
         name, reason = self._look_up(module, shape[1])
         if name in self.layers:
-            name, reason = None, f"its layer {name} has an update already"
+            name, reason = None, f"its layer {name} already has an update"
         if name is None:
             self.reject(keys, reason)
         elif self.target is not None:
@@ -73,18 +73,17 @@ class Matches:
 
     def _look_up(self, module: str, in_features: int) -> tuple[LayerName | None, str]:
         if is_text_encoder(module):
-            return None, "it belongs to a text encoder, which a T-LoRA leaves as it is"
+            return None, "it belongs to a text encoder, which a T-LoRA does not change"
         if _UNUSED.search(module):
             return (
                 None,
-                "the T-LoRA authors' code saves it with every single block and never uses it, so it was left out",
+                "the T-LoRA authors' code saves it for every single block but never uses it, so it was left out",
             )
         plain = plain_name(module)
         if self.target is None:
             place = layer_of(plain) or _path_itself(module)
-            return (
-                place and place.layer(in_features)
-            ), "its name is not one of SD1.5, SD2, SDXL or FLUX; connect the model"
+            name = place and place.layer(in_features)
+            return name, "its name does not belong to SD1.5, SD2, SDXL or FLUX; connect the model"
         name = self.target.names.get(plain)
         if name is None:
             return None, "the model has no such layer"
@@ -93,7 +92,7 @@ class Matches:
         return name, ""
 
     def is_linear(self, module: str) -> bool:
-        """Whether the model is known to have a linear layer there."""
+        """Whether the target is known and has a linear layer for this module."""
         if self.target is None:
             return False
         name = self.target.names.get(plain_name(module))
@@ -128,6 +127,6 @@ def model_of_shapes(shapes: Mapping[str, tuple[int, int]]) -> tuple[str, float, 
 
 
 def _path_itself(module: str) -> Place | None:
-    """ComfyUI's own names carry the path as it is."""
+    """The place of a module in ComfyUI's own naming, which holds the path unchanged."""
     prefix = "diffusion_model."
     return Place(module.removeprefix(prefix)) if module.startswith(prefix) else None

@@ -1,4 +1,4 @@
-"""A model that ComfyUI has loaded: its layers, its noise levels, its family, and the names that files give its layers.
+"""A model that ComfyUI has loaded: its layers, noise levels, family, and the names of its layers in files.
 
 Imports no other part of `hosts.comfy`.
 """

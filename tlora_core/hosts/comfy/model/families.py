@@ -1,4 +1,4 @@
-"""Which layers of a model a T-LoRA is trained on, and how: by the names that model families give their layers."""
+"""The layers of a model to train a T-LoRA on, and the default settings, by the layer names of model families."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -16,10 +16,9 @@ from ....method.layer_name import LayerName
 from ....tiny.comfy import TinySDXL
 from .layers import linear_modules
 
-# The parts of a model that see nothing but the text or the timestep are not what learns a subject. Where the text has a
-# stream of its own, what its attention gives is left out too, as in the paper (its settings for FLUX; to_add_out
-# there).
-_LEFT_OUT = re.compile(
+# Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
+# stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
+_EXCLUDED = re.compile(
     r"refiner|txt_in|text_transformer|context_processor|pooler|embedder|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
@@ -31,8 +30,8 @@ _ATTENTION = re.compile(
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
     r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
 )  # AuraFlow, Kandinsky, MM-DiT, Lumina2
-# Query, key and value in one layer, one below the other: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. FLUX's blocks of
-# one stream keep the first layer of their feed-forward below these.
+# Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
+# first layer of the feed-forward is stacked below them.
 _FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
 _FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
 _FEED_FORWARD = re.compile(
@@ -45,7 +44,7 @@ ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A linear layer that gets an adapter, or the `rows` rows from `row` on of one that holds several projections."""
+    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections."""
 
     module: torch.nn.Linear
     row: int
@@ -58,7 +57,7 @@ class TargetLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The layer's own rows as loaded, float32 [rows, in], on the device they lie on."""
+        """The loaded weight of these rows, float32 [rows, in], on its device."""
         weight = self.module.weight.detach()
         weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
         return weight[self.row : self.row + self.rows].float()
@@ -66,11 +65,11 @@ class TargetLayer:
 
 @dataclass(frozen=True)
 class Defaults:
-    """How to train a kind of model: the paper's settings for SDXL and FLUX, and for other models those of the nearer
-    one.
+    """Default training settings for a kind of model: the paper's for SDXL and FLUX; for other models, those of the more
+    similar of the two.
 
-    steps_of: of the methods that learn, and copy, sooner than others because they start at zero. learning_rate:
-    AdamW's; Prodigy finds its own. max_gradient: where the gradient's norm is clipped, 0 for not at all.
+    steps_of: steps of the methods that learn, and overfit, sooner because they start at zero. learning_rate: AdamW's;
+    Prodigy adapts its own. max_gradient: clips the gradient to this norm; 0 turns clipping off.
     """
 
     method: str
@@ -87,10 +86,10 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName
     its layer with others.
 
     which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
-        and the feed-forward layers beside them; or patterns of module paths, one a line or with commas between, such as
-        "*.attn2.*, middle_block.*". A pattern sees a shared layer's name with and without the row.
+        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
+        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
 
-    Raises TLoRAError for a model without such layers and for a pattern that no layer matches.
+    Raises TLoRAError for a model without such layers and for a pattern without a match.
     """
     return layers_among(linear_modules(model), which, type(model.model).__name__)
 
@@ -102,34 +101,34 @@ def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -
         return _matching(which, linear, {**attention, **feed_forward})
     if not attention:
         raise TLoRAError(
-            f"model is a {kind}, whose attention layers T-LoRA does not know by name; give patterns of "
+            f"model is a {kind}, whose attention layers have names unknown to T-LoRA; give patterns of "
             f"layer names instead, or use another model. {_examples(linear)}"
         )
     return attention if which == ATTENTION else {**attention, **feed_forward}
 
 
 def defaults_for(model: ModelPatcher) -> Defaults:
-    """The settings to start from with this kind of model."""
+    """The default settings for this kind of model."""
     network = model.model.diffusion_model
     return defaults_of(model.model.model_config, isinstance(getattr(network, "_orig_mod", network), UNetModel))
 
 
 def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
-    """The same by the host's config of a model. is_unet: whether it is a U-Net of the kind of SDXL's; None where there
-    is no network to ask yet, and the config says it."""
+    """The same from the host's config of a model. is_unet: whether it is a U-Net like SDXL's; None, before the network
+    exists, infers it from the config."""
     if isinstance(config, TinySDXL):
         return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
     if is_unet or (
         is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config
     ):
-        # Text as wide as 768 is SD1's, 1024 SD2's; what is wider was trained on pictures of 1024.
+        # A text width of 768 is SD1's and 1024 is SD2's; models with wider text were trained on pictures of 1024.
         resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
         return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
     return Defaults("vanilla_tlora", 500, 1e-4, "prodigy", 1024, max_gradient=1.0, steps_of={"lora": 400})
 
 
 def is_flux(model: ModelPatcher) -> bool:
-    """Whether guidance is distilled into the model: it is told how much, if it asks, and sampled without a negative
+    """Whether guidance is distilled into the model: it may have a guidance input, and is sampled without a negative
     prompt."""
     return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
 
@@ -137,13 +136,13 @@ def is_flux(model: ModelPatcher) -> bool:
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:
     found = {}
     for path, module in linear.items():
-        if _LEFT_OUT.search(path):
+        if _EXCLUDED.search(path):
             continue
         width, rows = module.in_features, module.out_features
         if _FEED_FORWARD_ROWS.search(path):
             rows = 3 * width
         if _FUSED.search(path):
-            # Keys and values may have fewer heads than queries, which are as many as the layer is wide.
+            # Keys and values may have fewer heads than queries; queries have as many rows as the layer is wide.
             key_value = (rows - width) // 2
             found.update(_slices(path, module, (width, key_value, key_value)))
         elif _FUSED_KEY_VALUE.search(path):
@@ -156,7 +155,7 @@ def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetL
 def _feed_forward(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:
     found = {}
     for path, module in linear.items():
-        if _LEFT_OUT.search(path):
+        if _EXCLUDED.search(path):
             continue
         if _FEED_FORWARD_ROWS.search(path):
             first = 3 * module.in_features
@@ -197,7 +196,7 @@ def _matching(
         }
         if not matched:
             raise TLoRAError(
-                f'layers has the pattern "{pattern}", which no linear layer of this model matches; use '
+                f'layers has the pattern "{pattern}", which matches no linear layer of this model; use '
                 f'"{ATTENTION}", "{WITH_FEED_FORWARD}" or patterns of names. {_examples(linear)}'
             )
         found |= matched
@@ -206,7 +205,5 @@ def _matching(
 
 def _examples(linear: Mapping[str, torch.nn.Linear]) -> str:
     paths = list(linear)
-    return (
-        f"Its layers are named like "
-        f"{', '.join(paths[i] for i in sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1}))}."
-    )
+    chosen = sorted({len(paths) // 4, len(paths) // 2, len(paths) - 1})
+    return f"Its layers are named like {', '.join(paths[i] for i in chosen)}."

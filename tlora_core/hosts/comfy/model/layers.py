@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from ....files.layer_fit import check_fit
 from ....files.tlora_file import TLoRAFile
 
-_modules: WeakKeyDictionary = WeakKeyDictionary()  # model -> its modules, weakly too, as the model is one of them
-TEXT_LAYER = re.compile(
-    r"attn2\.to_[kv]$"
-)  # cross-attention's keys and values in U-Nets: their input is the text, the same at every step
-_COMPILED = "_orig_mod"  # where torch.compile's wrapper keeps the module that it wraps
+# Model -> its modules, by weak references, as the model is one of them.
+_modules: WeakKeyDictionary = WeakKeyDictionary()
+# Cross-attention's keys and values in U-Nets: their input is the text, the same at every step.
+TEXT_LAYER = re.compile(r"attn2\.to_[kv]$")
+_COMPILED = "_orig_mod"  # attribute of torch.compile's wrapper for the wrapped module
 
 
 def modules_by_path(diffusion_model: nn.Module) -> dict[str, nn.Module]:
-    """The model's modules as they are now. Sees through torch.compile's wrappers, of the whole model or of its
-    blocks."""
+    """The model's current modules by path, without torch.compile's wrappers of the whole model or its blocks."""
     model = getattr(diffusion_model, _COMPILED, diffusion_model)
     return {path.replace(f"{_COMPILED}.", ""): module for path, module in model.named_modules()}
 
 
 def diffusion_modules(diffusion_model: nn.Module) -> Mapping[str, nn.Module]:
-    """`modules_by_path`, looked up once a sampling or training: not at every evaluation."""
+    """`modules_by_path`, cached for a sampling or training instead of searched at every evaluation."""
     model = getattr(diffusion_model, _COMPILED, diffusion_model)
     if model not in _modules:
         _modules[model] = WeakValueDictionary(modules_by_path(model))
@@ -36,15 +35,14 @@ def diffusion_modules(diffusion_model: nn.Module) -> Mapping[str, nn.Module]:
 
 
 def forget_modules(patcher: ModelPatcher) -> None:
-    """To be called before and after each sampling and training, as nodes may put other modules into the model in
+    """Clears the cache. Call it before and after each sampling and training, as nodes may replace modules in
     between."""
     model = patcher.model.diffusion_model
     _modules.pop(getattr(model, _COMPILED, model), None)
 
 
 def is_compiled(base, patcher: ModelPatcher) -> bool:
-    """Whether torch.compile has a hand in the model or one of its blocks, be it outside or inside the T-LoRA's
-    wrapper."""
+    """Whether torch.compile wraps the model or one of its blocks, outside or inside the T-LoRA's wrapper."""
     from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
     modules = diffusion_modules(base.diffusion_model).values()
@@ -56,14 +54,14 @@ def is_compiled(base, patcher: ModelPatcher) -> bool:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Also of the host's quantised layers, which are no torch.nn.Linear."""
+    """Whether it is a linear layer; the host's quantised layers are not torch.nn.Linear but count too."""
     return isinstance(module, nn.Linear) or all(
         hasattr(module, name) for name in ("in_features", "out_features", "weight")
     )
 
 
 def is_cast(module: nn.Module) -> bool:
-    """Whether the host makes the weight that is used from another each time, or moves it in just for that."""
+    """Whether the host computes or moves the layer's weight anew for each use."""
     marks = ("comfy_cast_weights", "weight_function", "bias_function")
     return (
         any(getattr(module, mark, False) for mark in marks)
@@ -73,8 +71,8 @@ def is_cast(module: nn.Module) -> bool:
 
 
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The tensors with storages of their own that a weight is made of: itself, or the parts of a quantised one."""
-    data = tensor.data  # held, as a quantised tensor makes it anew each time, and its parts with it
+    """The tensors that store a weight: the weight itself, or the parts of a quantised weight."""
+    data = tensor.data  # kept in a variable, as a quantised tensor creates it and its parts anew at each access
     return (
         [getattr(data, name) for name in data.__tensor_flatten__()[0]]
         if isinstance(data, QuantizedTensor)
@@ -84,8 +82,8 @@ def stored(tensor: Tensor) -> list[Tensor]:
 
 @contextmanager
 def fetched(layer: nn.Module, like: Tensor):
-    """The layer's weight and bias as the host uses them, in the dtype and on the device of `like`. They may be
-    overwritten after the block."""
+    """The layer's weight and bias in the host's current form, in the dtype and on the device of `like`. The host may
+    overwrite them after the block."""
     weight, bias, stream = comfy.ops.cast_bias_weight(
         layer, dtype=like.dtype, device=like.device, bias_dtype=like.dtype, offloadable=True
     )
@@ -96,7 +94,7 @@ def fetched(layer: nn.Module, like: Tensor):
 
 
 def bytes_to_come(patcher: ModelPatcher) -> int:
-    """Of the model's weights that are not on its device yet: the host may move them in only as they are used."""
+    """Bytes of the model's weights that are not on its device yet; the host may move them there only when used."""
     return max(0, patcher.model_size() - patcher.loaded_size())
 
 

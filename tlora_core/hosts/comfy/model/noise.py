@@ -1,6 +1,6 @@
-"""The host's noise parameterisations: sigma to t, and the scale of a model's own output.
+"""The host's noise parameterisations: sigma to t, and the scale of a model's output.
 
-`model_sampling` below is always the one of the model really evaluated: nodes such as ModelSamplingDiscrete replace it.
+`model_sampling` is always that of the evaluated model, as nodes like ModelSamplingDiscrete replace it.
 """
 
 import math
@@ -14,13 +14,12 @@ from ....training.optimizers import flow_density
 
 
 def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
-    """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and that unit's end.
+    """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and the largest timestep.
 
-    Noise and v prediction on discrete timesteps: the host's own timestep, T = 1000. Flow models: the shifted time
-    that the sampler uses, T = 1. EDM: the place of log sigma in the model's range, T = 1. Stable Cascade, Cosmos and
-    continuous v: the model's own time, which goes from 0 to 1, T = 1.
-    A sigma that is not a number gives such a t. Raises TLoRAError for a parameterisation that is none of these: t is
-    never guessed.
+    Noise and v prediction on discrete timesteps: the host's timestep, T = 1000. Flow models: the shifted time of the
+    sampler, T = 1. EDM: the position of log sigma in the model's range, T = 1. Stable Cascade, Cosmos and continuous v:
+    the model's time from 0 to 1, T = 1.
+    A NaN sigma gives a NaN t. Raises TLoRAError for any other parameterisation: t is never guessed.
     """
     m = model_sampling
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
@@ -57,11 +56,11 @@ def domain(model_sampling) -> str:
 
 
 def output_scale(model_sampling, sigma: Tensor) -> Tensor:
-    """-d(denoised) / d(model output): dividing the missing part of a denoised latent by it gives the error in what the
-    model itself predicts (noise, v or flow; for EDM with the other sign), the paper's loss. Without this the loss
-    would be weighted by sigma^2 and come almost wholly from the noisiest timesteps, the ones T-LoRA protects.
+    """-d(denoised) / d(model output). The error of a denoised latent divided by it is the error of the model's
+    prediction (noise, v or flow; for EDM with the opposite sign), which the paper's loss uses. Otherwise sigma^2 would
+    weight the loss, which would come almost entirely from the noisiest timesteps, those that T-LoRA protects.
 
-    sigma [B], any float dtype. Raises TLoRAError for a prediction type that training does not know.
+    sigma [B], any float dtype. Raises TLoRAError for a prediction type that training does not support.
     """
     m = model_sampling
     if isinstance(m, host.X0 | host.IMG_TO_IMG_FLOW):
@@ -84,25 +83,23 @@ def draw_sigmas(
     low: float = 0.0,
     high: float = 1.0,
 ) -> Tensor:
-    """`count` training sigmas, float32 on the CPU: t of the given density over the part low..high of the model's
-    training timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that the model has no use for."""
+    """`count` training sigmas, float32 on the CPU: t from the given density over the range low..high of the model's
+    training timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that does not suit the model."""
     m = model_sampling
     if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
-        place = (
+        level = (
             torch.rand(count, generator=generator) if density == "uniform" else flow_density(density, count, generator)
         )
-        return (low + (high - low) * place).clamp(min=1e-4)
+        return (low + (high - low) * level).clamp(min=1e-4)
     if density != "uniform":
-        raise TLoRAError(
-            f"timestep_density is {density}, which is for flow models such as FLUX and SD3; set it to uniform."
-        )
+        raise TLoRAError(f"timestep_density is {density}, which is for flow models (FLUX, SD3); set it to uniform.")
     first, last = math.floor(low * len(m.sigmas)), math.ceil(high * len(m.sigmas))
-    rows = torch.randint(first, max(last, first + 1), (count,), generator=generator)
-    return m.sigmas.cpu().float()[rows]
+    indices = torch.randint(first, max(last, first + 1), (count,), generator=generator)
+    return m.sigmas.cpu().float()[indices]
 
 
 def min_snr_weight(model_sampling, sigma: Tensor, gamma: float) -> Tensor:
-    """Min-SNR weight of the squared error of the model's own prediction (Hang et al. 2023) at sigma [B].
+    """Min-SNR weight of the squared error of the model's prediction (Hang et al. 2023) at sigma [B].
 
     Raises TLoRAError for models that predict neither noise nor v.
     """

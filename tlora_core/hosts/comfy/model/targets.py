@@ -1,5 +1,4 @@
-"""A loaded model as the readers of foreign files need it: the host's own table of names, shapes, and original
-weights."""
+"""A loaded model as the target of foreign files: the host's table of names, shapes, and original weights."""
 
 from collections.abc import Mapping
 
@@ -36,11 +35,11 @@ def target_of(model: ModelPatcher) -> Target:
 
 def _names(model: ModelPatcher) -> dict[str, LayerName]:
     names = {}
-    for name, place in comfy.lora.model_lora_keys_unet(model.model, {}).items():
+    for name, where in comfy.lora.model_lora_keys_unet(model.model, {}).items():
         key, offset = (
-            (place[0], place[1] if len(place) == 2 else None) if isinstance(place, tuple) else (place, (0, None, None))
+            (where[0], where[1] if len(where) == 2 else None) if isinstance(where, tuple) else (where, (0, None, None))
         )
-        # The host's offsets are (dimension, start, length); a third element would be a change of the weight.
+        # The host's offsets are (dimension, start, length); a third element of the tuple is a function of the weight.
         if offset is None or offset[0] != 0 or not key.startswith(_PREFIX) or not key.endswith(_WEIGHT):
             continue
         path = key[len(_PREFIX) : -len(_WEIGHT)]
@@ -59,7 +58,7 @@ def _original_weight(
     weight = weight.detach()
     if weight.is_meta or not is_plain(weight):
         raise TLoRAError(
-            f"its base term is not stored and cannot be made again, since the model's weight {path} is quantised "
+            f"its base term is not stored and cannot be recomputed, since the model's weight {path} is quantised "
             f"({weight.dtype}); load the model in float16, bfloat16 or float32."
         )
     return weight[row : row + rows].to("cpu", torch.float32)

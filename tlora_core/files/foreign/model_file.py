@@ -1,4 +1,4 @@
-"""A model's checkpoint file as the target of a foreign LoRA, for use without ComfyUI."""
+"""A model file as the target of a foreign LoRA, for use without ComfyUI."""
 
 import re
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from .target import Target
 _PREFIX, _WEIGHT = "model.diffusion_model.", ".weight"
 
 
-def checkpoint_target(path: Path) -> Target:
-    """The diffusion model of SD1.5, SD2, SDXL or FLUX in a safetensors file: a checkpoint in its original layout, as
-    ComfyUI takes it, or the U-Net or transformer of a diffusers pipeline. Weights are read when asked for.
+def model_file_target(path: Path) -> Target:
+    """The diffusion model of SD1.5, SD2, SDXL or FLUX in a safetensors file: a model file in the original layout, which
+    ComfyUI also loads, or the U-Net or transformer of a diffusers pipeline. Weights are read on demand.
 
     Raises TLoRAError, naming the file, when it cannot be read or holds no such model.
     """
@@ -28,14 +28,14 @@ def checkpoint_target(path: Path) -> Target:
         if not path.is_file():
             raise TLoRAError("there is no such file; check the path.")
         if re.search(r"-\d{5}-of-\d{5}", path.name):
-            raise TLoRAError("it is one of several parts of a model; use a checkpoint in one file.")
+            raise TLoRAError("it is one of several parts of a model; use a model in one file.")
         check_header(path)
         with safe_open(path, framework="pt") as opened:
             shapes = _matrix_shapes(opened)
         rows = _original_rows(shapes) or rows_by_path(shapes)
         if not rows:
             raise TLoRAError(
-                "it holds no U-Net or FLUX transformer; use a checkpoint that ComfyUI's Load Checkpoint takes, or the "
+                "it holds no U-Net or FLUX transformer; use a file that ComfyUI's Load Checkpoint can read, or the "
                 "diffusion_pytorch_model.safetensors in the unet or transformer folder of a diffusers pipeline."
             )
     except (OSError, SafetensorError, TLoRAError) as error:
@@ -55,7 +55,7 @@ def _matrix_shapes(opened) -> dict[str, tuple[int, int]]:
 
 
 def _original_rows(shapes: Mapping[str, tuple[int, int]]) -> dict[str, list[Rows]]:
-    """As rows_by_path, where each module is ComfyUI's own."""
+    """Like rows_by_path, for ComfyUI's own modules."""
     return {
         module.removeprefix(_PREFIX): [Rows(0, shape[0], module)]
         for module, shape in shapes.items()
