@@ -276,7 +276,7 @@ def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_hear
         press(page, "Stop and keep")
     assert state.text_content() == said  # that it has ended comes by itself
     press(page, "Checkpoint now")
-    page.get_by_text("The server did not answer").wait_for()
+    page.get_by_text("The server did not respond").wait_for()
     tell(page, RUN | {"sequence": 2, "step": 4})
     wait_for(page, "panel.step === 4")
     assert state.text_content() == said
