@@ -167,7 +167,7 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
     assert cancelled["enabled"] == [False, False]
     assert re.fullmatch(
-        r"Cancelled at step \d+\. Run (goes on from step \d+|trains from the start, .*)\.", cancelled["message"]
+        r"Cancelled at step \d+\. Run (resumes at step \d+|trains from the start, .*)\.", cancelled["message"]
     )
     assert ours(page.complaints) == []
 
