@@ -164,8 +164,8 @@ class LiveRun:
     def finish(
         self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = ""
     ) -> None:
-        """Ends the run; "found" means that an equal run was found and not trained again. `message` is for the user, `file`
-        the name in Load T-LoRA's list."""
+        """Ends the run; "found" means that an equal run was found and not trained again. `message` is for the user,
+        `file` the name in Load T-LoRA's list."""
         with self._lock:
             self._state, self._message, self._file = state, message, file
             self._wishes.discard("checkpoint")
@@ -237,8 +237,8 @@ class LiveRun:
 
 
 def shown_when_it_fails(execute: Callable) -> Callable:
-    """Decorates a node's `execute`, below its @classmethod: shows an error or a cancel that no run has reported, because
-    the page would otherwise still show an older run. The node must have `hidden.unique_id`."""
+    """Decorates a node's `execute`, below its @classmethod: shows an error or a cancel that no run has reported; the
+    page would otherwise still show an older run. The node must have `hidden.unique_id`."""
 
     @functools.wraps(execute)
     def shown(node, *args, **inputs):
