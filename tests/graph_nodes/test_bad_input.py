@@ -455,7 +455,7 @@ def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_u
     path = output / "x_00001_.safetensors"
     assert (
         message.endswith(f'It is saved as "{path}"; move that file to "{loras}".')
-        and "no checkpoint of step 80" in message
+        and "run state of step 80 was not saved" in message
     )
     assert same_tensors(path, straight)
 
