@@ -23,18 +23,20 @@ class LoadTLoRA(io.ComfyNode):
             display_name="Load T-LoRA",
             category=CATEGORY,
             search_aliases=list(SEARCH),
-            description="Loads a T-LoRA file and applies it to a model: ours, the reference's, LyCORIS' or "
-            "SimpleTuner's, "
-            "or a plain LoRA. Rank, minimum rank and alpha come from the file where it holds them.",
+            description="Loads a T-LoRA file and applies it to a model. Reads files of this pack, the T-LoRA "
+            "authors' code, LyCORIS and SimpleTuner, and plain LoRAs. Rank, minimum rank and alpha come "
+            "from the file if it holds them.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=lora_names(), tooltip="A T-LoRA or LoRA in the loras folder or below it."
+                    "file",
+                    options=lora_names(),
+                    tooltip="A T-LoRA or LoRA file in the loras folder or one of its subfolders.",
                 ),
                 strength_input(),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The model to apply it to; leave free to use only the T-LoRA output.",
+                    tooltip="The model to apply it to. Leave unconnected to use only the T-LoRA output.",
                 ),
                 io.Int.Input(
                     "min_rank",
@@ -43,9 +45,8 @@ class LoadTLoRA(io.ComfyNode):
                     max=4096,
                     optional=True,
                     advanced=True,
-                    tooltip="Components that stay on at pure noise. -1: as the file says, or half the rank (none "
-                    "masked for "
-                    "a plain LoRA or what looks like one) where it says nothing.",
+                    tooltip="Components that stay on at pure noise. -1: the file's value. If it has none: half the "
+                    "rank, or no mask for a plain LoRA or a file that looks like one.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -55,13 +56,13 @@ class LoadTLoRA(io.ComfyNode):
                     step=0.05,
                     optional=True,
                     advanced=True,
-                    tooltip="Exponent of the rank schedule. 0: as the file says, or 1 where it says nothing.",
+                    tooltip="Exponent of the rank schedule. 0: the file's value, or 1 if it has none.",
                 ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the T-LoRA."),
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
-                io.String.Output(display_name="report", tooltip="What was matched, what not, and what was assumed."),
+                io.String.Output(display_name="report", tooltip="What matched, what did not, and what was assumed."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -88,11 +89,10 @@ class ApplyTLoRA(io.ComfyNode):
             display_name="Apply T-LoRA",
             category=CATEGORY,
             search_aliases=[*SEARCH, "model patcher"],
-            description="Makes a model sample with a T-LoRA: at each evaluation the ranks of that evaluation's noise "
-            "level "
-            "are on, whatever the sampler and scheduler. The given model itself is not changed.",
+            description="Makes a model sample with a T-LoRA. Each evaluation uses the ranks that are on at its "
+            "noise level, with any sampler and scheduler. The input model is not changed.",
             inputs=[
-                io.Model.Input("model", tooltip="The model it was trained on, or one of the same family."),
+                io.Model.Input("model", tooltip="The model the T-LoRA was trained on, or one of the same family."),
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 strength_input(),
             ],
@@ -117,9 +117,9 @@ class SaveTLoRA(io.ComfyNode):
             display_name="Save T-LoRA",
             category=CATEGORY,
             is_output_node=True,
-            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA; for "
-            "models of which they "
-            "cannot, the node says so, and Export T-LoRA makes a file that they can.",
+            description="Saves a T-LoRA into the loras folder. Other programs load the file as a plain LoRA. For "
+            "models where they cannot, the node says so, and Export T-LoRA writes a file that they can "
+            "load.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 file_name_input(),
@@ -127,10 +127,10 @@ class SaveTLoRA(io.ComfyNode):
                 io.Image.Input(
                     "thumbnail",
                     optional=True,
-                    tooltip="A picture to put into the file, for LoRA managers. All who get the file can see it.",
+                    tooltip="A picture to store in the file for LoRA managers. Everyone who gets the file can see it.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list.")],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name in Load T-LoRA's list.")],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -1,4 +1,4 @@
-"""A T-LoRA as plain LoRA files."""
+"""Saves a T-LoRA as plain LoRA files."""
 
 from comfy_api.latest import io
 
@@ -18,35 +18,42 @@ class BakeTLoRA(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             search_aliases=["lora", "tlora", "export", "convert"],
-            description="Saves a T-LoRA as plain LoRA files for programs without this pack: its mean over an interval "
-            "of "
-            "noise levels, as it is at one of them, or several files to be switched on in turn.",
+            description="Saves a T-LoRA as plain LoRA files for programs without this pack: the mean over an "
+            "interval of noise levels, the ranks at one noise level, or several files to switch on in "
+            "turn.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 io.Combo.Input(
                     "mode",
                     options=["interval", "timestep", "steps"],
                     default="interval",
-                    tooltip="interval: one file, the mean from interval_start to interval_end. timestep: one "
-                    "file, as at noise_level. steps: files to switch on in turn, as the schedule goes.",
+                    tooltip="interval: one file, the mean from interval_start to interval_end. timestep: one file, "
+                    "the ranks at noise_level. steps: several files to switch on in turn, following the "
+                    "schedule.",
                 ),
-                _level_input("interval_start", 1.0, "interval: noise level at which it starts; 1 is pure noise."),
-                _level_input("interval_end", 0.0, "interval: noise level at which it ends; 0 is the finished picture."),
                 _level_input(
-                    "noise_level", 0.5, "timestep: noise level whose ranks go into the file; 1 is pure noise."
+                    "interval_start", 1.0, "interval: noise level where the interval starts; 1 is pure noise."
+                ),
+                _level_input(
+                    "interval_end", 0.0, "interval: noise level where the interval ends; 0 is the finished picture."
+                ),
+                _level_input(
+                    "noise_level", 0.5, "timestep: noise level whose active ranks go into the file; 1 is pure noise."
                 ),
                 io.Int.Input(
                     "parts",
                     default=4,
                     min=1,
                     max=4096,
-                    tooltip="steps: number of files. More follow the schedule more closely.",
+                    tooltip="steps: number of files. More files follow the schedule more closely.",
                 ),
                 file_name_input(),
                 dtype_input(),
             ],
             outputs=[
-                io.String.Output(display_name="files", tooltip="One file a line; with steps also when to switch it on.")
+                io.String.Output(
+                    display_name="files", tooltip="One file per line; with steps, also when to switch it on."
+                )
             ],
         )
 

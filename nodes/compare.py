@@ -1,4 +1,4 @@
-"""Pictures of several settings in one."""
+"""Puts the pictures of several settings into one sheet."""
 
 import torch
 from comfy_api.latest import io
@@ -20,13 +20,13 @@ class CompareTLoRA(io.ComfyNode):
             category=CATEGORY,
             is_input_list=True,
             search_aliases=["xy plot", "grid", "contact sheet"],
-            description="Puts the pictures of two to six settings into one labelled grid: a column for each setting, "
-            "a row "
-            "for each prompt. For LoRA against T-LoRA; with axes, for the pictures of Sweep (T-LoRA).",
+            description="Puts the pictures of two to six settings into one labelled grid, with a column for each "
+            "setting and a row for each prompt. Use it for LoRA against T-LoRA or, with axes, for the "
+            "pictures of Sweep (T-LoRA).",
             inputs=[
                 io.Image.Input(
                     "images_1",
-                    tooltip="The pictures of column 1, one for each row; with axes, all pictures of the sweep.",
+                    tooltip="The pictures of column 1, one for each row. With axes: all pictures of the sweep.",
                 ),
                 *[
                     io.Image.Input(name, optional=True, tooltip=f"The pictures of column {number}, one for each row.")
@@ -36,17 +36,17 @@ class CompareTLoRA(io.ComfyNode):
                     "labels",
                     multiline=True,
                     default="T-LoRA\nwithout",
-                    tooltip="What stands above the columns, one line each; not used with axes.",
+                    tooltip="Headings of the columns, one per line. Not used with axes.",
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="What stands beside the rows, one line each, or connected; empty for nothing. Not used "
-                    "with axes.",
+                    tooltip="Labels of the rows, one per line or from a connected list. Empty: none. Not used with "
+                    "axes.",
                 ),
-                io.String.Input("title", default="", optional=True, tooltip="A line above it all; empty for none."),
+                io.String.Input("title", default="", optional=True, tooltip="A title above the grid. Empty: none."),
                 io.Int.Input(
                     "cell",
                     default=256,
@@ -55,12 +55,12 @@ class CompareTLoRA(io.ComfyNode):
                     step=8,
                     optional=True,
                     advanced=True,
-                    tooltip="Side of a picture in the sheet, in pixels; each is scaled to fit.",
+                    tooltip="Side of each picture in the sheet, in pixels. Pictures are scaled to fit.",
                 ),
                 AXES.Input(
                     "axes",
                     optional=True,
-                    tooltip="From Sweep (T-LoRA): the pictures in images_1 become its grid, with its labels.",
+                    tooltip="From Sweep (T-LoRA): arranges the pictures of images_1 as its grid, with its labels.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="sheet", tooltip="The grid as one picture, for Save Image.")],
@@ -82,7 +82,7 @@ class CompareTLoRA(io.ComfyNode):
 
 
 def _swept(pictures, axes, more):
-    """The columns of a sweep's pictures, which come row after row."""
+    """The sweep's pictures, which come row by row, as columns."""
     if more:
         raise TLoRAError(
             f"{', '.join(more)} cannot be shown together with axes; connect the sweep's pictures to images_1 alone."
@@ -90,19 +90,18 @@ def _swept(pictures, axes, more):
     if len(pictures) != axes.cells:
         raise TLoRAError(
             f"images_1 has {len(pictures)} pictures, but the sweep has {axes.cells} cells; sample each of its models "
-            f"once, "
-            "with one prompt and batch_size 1."
+            "once, with one prompt and batch_size 1."
         )
     return [pictures[column :: len(axes.columns)] for column in range(len(axes.columns))]
 
 
 def _joined(name, batches):
-    """All pictures of one input, which come as a list of batches."""
+    """Concatenates the list of batches of one input into one batch [n, h, w, c]."""
     if len({batch.shape[1:] for batch in batches}) > 1:
         raise TLoRAError(f"{name} has pictures of several sizes; give it pictures of one size.")
     return torch.cat(list(batches))
 
 
 def _lines(texts):
-    """Lines of a widget, or the texts of a connected list."""
+    """The non-empty lines of a text widget or of a connected list of texts."""
     return [line.strip() for text in texts for line in text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""How good a T-LoRA is, measured on the user's own pictures."""
+"""Measures how good a T-LoRA is on the user's own pictures."""
 
 from comfy_api.latest import io
 
@@ -20,42 +20,41 @@ class TLoRAEvaluate(io.ComfyNode):
             category=CATEGORY,
             is_input_list=True,
             search_aliases=["image similarity", "text similarity", "clip score", "dino", "best checkpoint"],
-            description="Measures likeness to the subject (IS), obedience to the prompts (TS) and diversity of "
-            "generated pictures, and "
-            "says which checkpoint to keep. Needs a CLIP model in the layout of transformers in models/clip_vision.",
+            description="Measures how much generated pictures look like the subject (IS), how well they follow the "
+            "prompts (TS) and how diverse they are, and says which T-LoRA file of a training to keep. "
+            "Needs a CLIP model in the transformers layout in models/clip_vision.",
             inputs=[
-                io.Image.Input("images", tooltip="Generated pictures: a batch for each prompt."),
+                io.Image.Input("images", tooltip="Generated pictures, one batch for each prompt."),
                 io.String.Input(
                     "prompts", force_input=True, tooltip="The prompt of each batch, from Prompts (T-LoRA)."
                 ),
-                io.Image.Input("concept", tooltip="The pictures that it was trained on."),
+                io.Image.Input("concept", tooltip="The pictures the T-LoRA was trained on."),
                 io.Combo.Input(
                     "clip_model",
                     options=[*encoder_names(CLIP_TYPES), _NONE],
-                    tooltip=f"A CLIP model's folder in models/{FOLDER}: config.json, model.safetensors or "
+                    tooltip=f"Folder of a CLIP model in models/{FOLDER}: config.json, model.safetensors or "
                     "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32.",
                 ),
                 io.Combo.Input(
                     "dino_model",
                     options=[_NONE, *encoder_names(DINO_TYPES)],
-                    tooltip="A DINO model's folder in the same place, for a second measure of likeness that looks "
-                    "more at "
-                    "details; none leaves it out.",
+                    tooltip="Folder of a DINO model in the same place, for a second measure of likeness that weighs "
+                    "details more. none: no second measure.",
                 ),
                 io.String.Input(
                     "label",
                     default="checkpoint",
-                    tooltip="What these pictures were made with, such as the T-LoRA's file; the best one is named by "
-                    "it, so it has "
-                    "to differ from the others.",
+                    tooltip="Name of what made these pictures, for example the T-LoRA file. It names the best "
+                    "result, so it must differ from the other labels.",
                 ),
-                io.String.Input("token", default="sks", tooltip="Left out of the prompts, since CLIP cannot know it."),
+                io.String.Input(
+                    "token", default="sks", tooltip="Removed from the prompts, because CLIP does not know it."
+                ),
                 io.String.Input(
                     "neutral_prompt",
                     default="",
-                    tooltip='The prompt whose pictures count for IS, such as "a photo of sks dog", so that what other '
-                    "prompts "
-                    "change is not held against it, as in the paper. Empty: all pictures.",
+                    tooltip='The prompt whose pictures count for IS, for example "a photo of sks dog". Changes that '
+                    "other prompts ask for then do not lower IS, as in the paper. Empty: all pictures count.",
                 ),
                 io.Float.Input(
                     "tolerance",
@@ -64,29 +63,28 @@ class TLoRAEvaluate(io.ComfyNode):
                     max=1.0,
                     step=0.005,
                     round=False,
-                    tooltip="The best is the one with the highest TS among those whose IS is at most this much below "
-                    "the highest. "
-                    "More lets obedience count for more, 0 likeness alone.",
+                    tooltip="The best result is the one with the highest TS among those whose IS is at most this "
+                    "far below the highest IS. Higher values favour following the prompt; 0 counts likeness "
+                    "alone.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where the subject is in each batch: the background is grey for IS, as in the paper.",
+                    tooltip="Where the subject is in each batch. The background becomes grey for IS, as in the paper.",
                 ),
-                io.Mask.Input("concept_mask", optional=True, tooltip="The same for the concept's pictures."),
+                io.Mask.Input("concept_mask", optional=True, tooltip="The same for the pictures of concept."),
                 SCORES.Input(
                     "before",
                     optional=True,
-                    tooltip="Scores of another T-LoRA Evaluate node, with which these are compared. Both have to be "
-                    "measured with "
-                    "the same models, prompts, neutral_prompt and concept, and both or neither with masks.",
+                    tooltip="Scores of another T-LoRA Evaluate node to compare with. Both nodes must use the same "
+                    "models, prompts, neutral_prompt and concept; both or neither must use masks.",
                 ),
             ],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A table of all scores, for Preview as Text."),
-                io.String.Output(display_name="best", tooltip="The label of the best checkpoint."),
-                io.Float.Output(display_name="IS", tooltip="Image similarity by CLIP, of these pictures."),
-                io.Float.Output(display_name="TS", tooltip="Text similarity by CLIP, of these pictures."),
+                io.String.Output(display_name="best", tooltip="The label of the best result."),
+                io.Float.Output(display_name="IS", tooltip="CLIP image similarity of these pictures."),
+                io.Float.Output(display_name="TS", tooltip="CLIP text similarity of these pictures."),
                 SCORES.Output(display_name="scores", tooltip="For the next T-LoRA Evaluate."),
             ],
         )

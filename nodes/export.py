@@ -1,4 +1,4 @@
-"""A T-LoRA in the layouts of other programs."""
+"""Saves a T-LoRA in the layout of another program."""
 
 from comfy_api.latest import io
 
@@ -21,29 +21,29 @@ class ExportTLoRA(io.ComfyNode):
             category=CATEGORY,
             is_output_node=True,
             search_aliases=["lora", "tlora", "convert", "diffusers", "kohya"],
-            description="Saves a T-LoRA in another program's layout. All but reference are plain LoRAs, which act "
-            "with the "
-            "same ranks at every noise level: not what a T-LoRA was trained for.",
+            description="Saves a T-LoRA in another program's layout. All layouts except reference are plain LoRAs, "
+            "which use the same ranks at every noise level. A T-LoRA is not trained for that.",
             inputs=[
                 TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load."),
                 io.Combo.Input(
                     "layout",
                     options=list(LAYOUTS),
                     default="diffusers",
-                    tooltip="kohya, diffusers (also PEFT) and comfyui name a plain LoRA's layers as these do. "
-                    "reference: a folder that the T-LoRA authors' code loads, with the schedule; SDXL and FLUX.1 "
-                    "alone.",
+                    tooltip="kohya, diffusers (also PEFT) and comfyui: a plain LoRA with that program's layer "
+                    "names. reference: a folder that the T-LoRA authors' code loads, with the schedule; "
+                    "SDXL and FLUX.1 only.",
                 ),
                 io.Combo.Input(
                     "ranks",
                     options=[FULL, MEAN],
                     default=FULL,
-                    tooltip="full: all ranks. mean: each by the share of the noise levels at which it is on.",
+                    tooltip="full: all ranks at full strength. mean: each rank weighted by the share of noise "
+                    "levels at which it is on.",
                 ),
                 file_name_input(),
                 dtype_input(),
             ],
-            outputs=[io.String.Output(display_name="file", tooltip="The name below the loras folder.")],
+            outputs=[io.String.Output(display_name="file", tooltip="The file's name in the loras folder.")],
         )
 
     @classmethod

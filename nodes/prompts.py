@@ -1,4 +1,4 @@
-"""Several prompts about the subject at once."""
+"""Outputs several prompts about the subject at once."""
 
 from comfy_api.latest import io
 
@@ -16,37 +16,38 @@ class TLoRAPrompts(io.ComfyNode):
             node_id="TLoRAPrompts",
             display_name="Prompts (T-LoRA)",
             category=CATEGORY,
-            description="One prompt a line, as a list: the nodes behind it run once for each. {} stands for the "
-            "subject.",
+            description="Outputs one prompt per line as a list; the nodes behind it run once for each. {} stands "
+            "for the subject.",
             inputs=[
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="a photo of {} on the beach\na photo of {} at night",
-                    tooltip="One prompt a line; empty lines are left out.",
+                    tooltip="One prompt per line; empty lines are skipped.",
                 ),
                 io.String.Input(
-                    "subject", default="sks dog", tooltip="What {} becomes: token and class word, or a trigger phrase."
+                    "subject", default="sks dog", tooltip="Replaces {}: token and class word, or a trigger phrase."
                 ),
                 TLORA.Input(
                     "tlora",
                     display_name="T-LoRA",
                     optional=True,
-                    tooltip="Its token and class word, or its trigger phrase, take the place of subject where its "
-                    "file tells them.",
+                    tooltip="Its token and class word, or its trigger phrase, replace subject if its file holds them.",
                 ),
                 io.Combo.Input(
                     "prompt_set",
                     options=[_OWN, *SETS],
                     default=_OWN,
                     optional=True,
-                    tooltip="own: the text above. live, object: the paper's 31 prompts for animals or for things, and "
-                    "its neutral one.",
+                    tooltip="own: the prompts above. live, object: the paper's 31 prompts for animals or for "
+                    "things, and its neutral prompt.",
                 ),
             ],
             outputs=[
                 io.String.Output(
-                    display_name="prompts", is_output_list=True, tooltip="One after the other, for CLIP Text Encode."
+                    display_name="prompts",
+                    is_output_list=True,
+                    tooltip="The prompts one after the other, for CLIP Text Encode.",
                 )
             ],
         )
@@ -60,5 +61,7 @@ class TLoRAPrompts(io.ComfyNode):
         if not lines:
             raise TLoRAError("prompts is empty; write at least one line.")
         if not subject.strip() and any("{}" in line for line in lines):
-            raise TLoRAError('subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".')
+            raise TLoRAError(
+                'subject is empty, and no T-LoRA provides it; write what {} stands for, such as "sks dog".'
+            )
         return io.NodeOutput([line.replace("{}", subject.strip()) for line in lines])

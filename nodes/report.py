@@ -1,4 +1,4 @@
-"""What a T-LoRA holds."""
+"""Reports the contents of a T-LoRA."""
 
 from comfy_api.latest import io
 
@@ -15,9 +15,8 @@ class TLoRAInfo(io.ComfyNode):
             display_name="T-LoRA Info",
             category=CATEGORY,
             search_aliases=["lora", "tlora", "effective rank"],
-            description="Reports what a T-LoRA holds: its settings, how many of its ranks it really uses, and which "
-            "blocks "
-            "of the model it changes most.",
+            description="Reports a T-LoRA's settings, how many of its ranks it really uses, and which blocks of the "
+            "model it changes most.",
             inputs=[TLORA.Input("tlora", display_name="T-LoRA", tooltip="From Train or Load.")],
             outputs=[
                 io.String.Output(display_name="report", tooltip="The report as text, for Preview as Text."),

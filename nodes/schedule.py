@@ -1,4 +1,4 @@
-"""A picture of the rank schedule."""
+"""Draws the rank schedule."""
 
 from comfy_api.latest import io
 
@@ -17,16 +17,19 @@ class TLoRASchedulePreview(io.ComfyNode):
             node_id="TLoRASchedulePreview",
             display_name="T-LoRA Schedule Preview",
             category=CATEGORY,
-            description="Draws how many ranks are on at each noise level, with the steps of a sampler marked.",
+            description="Draws the number of active ranks at each noise level, with a sampler's steps marked.",
             inputs=[
                 *rank_inputs(),
                 alpha_input(),
-                TLORA.Input("tlora", display_name="T-LoRA", optional=True, tooltip="Takes the schedule from it."),
-                io.Model.Input(
-                    "model", optional=True, tooltip="Says which noise level a sigma is; needed with sigmas."
+                TLORA.Input(
+                    "tlora",
+                    display_name="T-LoRA",
+                    optional=True,
+                    tooltip="Draws this T-LoRA's schedule; rank, min_rank, alpha and curve are then ignored.",
                 ),
+                io.Model.Input("model", optional=True, tooltip="Converts sigmas to noise levels; needed with sigmas."),
                 io.Sigmas.Input(
-                    "sigmas", optional=True, tooltip="A sampler's schedule, for example from BasicScheduler."
+                    "sigmas", optional=True, tooltip="A sampler's sigmas, for example from BasicScheduler."
                 ),
                 curve_input(),
             ],
@@ -40,7 +43,7 @@ class TLoRASchedulePreview(io.ComfyNode):
         if sigmas is not None:
             if model is None:
                 raise TLoRAError("model is not connected; connect the model that the sigmas belong to.")
-            # The last sigma is where the sampler ends: the model is not evaluated there.
+            # The sampler ends at the last sigma and does not evaluate the model there.
             timesteps, T = noise_level(model.get_model_object("model_sampling"), sigmas[:-1])
             steps = [(t / T, schedule.active_rank(t, T)) for t in timesteps.tolist()]
         return io.NodeOutput(to_tensor(schedule_curve(schedule, steps)))

@@ -1,4 +1,4 @@
-"""What the nodes share: the TLORA socket, the category, and inputs that stand on more than one node."""
+"""Shared by the nodes: the socket types, the category, and the inputs that several nodes have."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from ..tlora_core.errors import TLoRAError
 from ..tlora_core.files.dtypes import DTYPES
 
 CATEGORY = "T-LoRA"
-# What people type who look for Train, Load or Apply; web/search.js has these ranked.
+# Search words that find Train, Load and Apply; web/search.js ranks the results.
 SEARCH = ("lora", "t-lora", "tlora", "subject", "single image", "character", "concept")
 TLORA = io.Custom("TLORA")
 IMAGES = io.Custom("TLORA_IMAGES")
@@ -17,13 +17,12 @@ AXES = io.Custom("TLORA_AXES")
 
 
 def unlisted(inputs: Mapping[str, Sequence]) -> dict:
-    """The inputs of a node that takes lists, where each has a single value. Raises TLoRAError, naming the input, for a
-    list."""
+    """Takes the single value out of each input of a node that receives lists. Raises TLoRAError, naming the input, if a
+    list has more or fewer values."""
     for name, values in inputs.items():
         if len(values) != 1:
             raise TLoRAError(
-                f"{name} is a list of {len(values)}; connect a single value, since one training is made of all "
-                f"pictures."
+                f"{name} is a list of {len(values)}; connect a single value, because all pictures go into one training."
             )
     return {name: values[0] for name, values in inputs.items()}
 
@@ -35,8 +34,8 @@ def strength_input(more: str = ""):
         min=-10.0,
         max=10.0,
         step=0.05,
-        tooltip=f"How strongly the T-LoRA acts: 1 as trained, 0 not at all, below 0 away from the subject. "
-        f"{more}".strip(),
+        tooltip="How strongly the T-LoRA acts: 1 as trained, 0 not at all. Above 1 exaggerates the subject; below 0 "
+        f"leads away from it. {more}".strip(),
     )
 
 
@@ -48,16 +47,16 @@ def rank_inputs(rank: int = 64, min_rank: int = 32):
             min=1,
             max=4096,
             tooltip="Components of each adapter. More can hold more detail of the subject and make a larger file; "
-            "fewer take less memory.",
+            "fewer need less memory.",
         ),
         io.Int.Input(
             "min_rank",
             default=min_rank,
             min=0,
             max=4096,
-            tooltip="Components that stay on at pure noise, where pose and layout are decided. Half of rank is the "
-            "paper's choice. Fewer: "
-            "freer scenes, but the subject may be lost. More: closer to the picture. As many as rank: the mask is off.",
+            tooltip="Components that stay on at pure noise, where pose and layout are decided. The paper uses half "
+            "the rank. Fewer: freer scenes, but the subject may be lost. More: closer to the training "
+            "picture. Equal to rank: no mask.",
         ),
     ]
 
@@ -70,8 +69,8 @@ def alpha_input():
         max=10.0,
         step=0.05,
         advanced=True,
-        tooltip="Exponent of the rank schedule. 1 is linear (the paper); above 1 fewer components are on at middle "
-        "noise, below 1 more.",
+        tooltip="Exponent of the rank schedule. 1 is linear, as in the paper. Above 1, fewer components are on at "
+        "medium noise; below 1, more.",
     )
 
 
@@ -81,9 +80,9 @@ def curve_input():
         default="",
         optional=True,
         advanced=True,
-        tooltip="A free curve in place of min_rank and alpha: noise level:rank at some points, 0 clean and 1 pure "
-        "noise, such as "
-        '"0:64, 0.5:48, 1:32"; straight lines between. Higher: more components are on there. Empty: the formula.',
+        tooltip='A free curve instead of min_rank and alpha: points as noise level:rank, such as "0:64, 0.5:48, '
+        '1:32", joined by straight lines. 0 is clean, 1 is pure noise. Higher: more components are on. '
+        "Empty: the formula.",
     )
 
 
@@ -91,8 +90,8 @@ def file_name_input():
     return io.String.Input(
         "file_name",
         default="tlora/my_subject",
-        tooltip="Name of the file in the loras folder, with a sub-folder if you like; a number is added, nothing is "
-        "overwritten.",
+        tooltip="Name of the file in the loras folder, optionally with a subfolder. A number is added, so nothing "
+        "is overwritten.",
     )
 
 
@@ -109,9 +108,8 @@ def mask_input():
     return io.Mask.Input(
         "mask",
         optional=True,
-        tooltip="Where the subject is: the loss counts inside it only, so that nothing of the background is learnt. "
-        "One for all "
-        "pictures or one for each.",
+        tooltip="Where the subject is. Only the loss inside the mask counts, so the background is not learnt. One "
+        "mask for all pictures or one for each.",
     )
 
 
@@ -122,7 +120,6 @@ def captions_input(advanced: bool = False):
         multiline=True,
         optional=True,
         advanced=advanced or None,
-        tooltip="What the pictures show: one line for all, or a line for each. {token} and {class_word} stand for "
-        "these inputs, {} for both. "
-        'Empty: "a photo of {token} {class_word}".',
+        tooltip="What the pictures show: one line for all, or one line for each. {token} and {class_word} stand for "
+        'these inputs, {} for both. Empty: "a photo of {token} {class_word}".',
     )

@@ -1,4 +1,4 @@
-"""One model for each cell of an XY sheet."""
+"""A model for each cell of an XY sheet."""
 
 from comfy_api.latest import io
 
@@ -8,7 +8,7 @@ from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.reports.sweep import FILE, KINDS, NONE, Axis, Sweep
 from .sockets import AXES, CATEGORY, TLORA, strength_input
 
-_FILES = "for file, names of the loras folder, one a line, or a pattern such as run/heart_step*.safetensors."
+_FILES = "for file, file names from the loras folder, one per line, or a pattern such as run/heart_step*.safetensors."
 
 
 class SweepTLoRA(io.ComfyNode):
@@ -19,50 +19,51 @@ class SweepTLoRA(io.ComfyNode):
             display_name="Sweep (T-LoRA)",
             category=CATEGORY,
             search_aliases=["xy plot", "xyz", "grid", "parameter sweep"],
-            description="The model with a T-LoRA under several settings, as a list: the sampler behind it runs once "
-            "for each. One or two "
-            "of strength, min_rank, rank, alpha and file are varied; Compare (T-LoRA) makes the labelled sheet of it.",
+            description="Outputs the model with a T-LoRA under several settings as a list; the sampler behind it "
+            "runs once for each. Varies one or two of strength, min_rank, rank, alpha and file. Compare "
+            "(T-LoRA) makes a labelled sheet of the pictures.",
             inputs=[
-                io.Model.Input("model", tooltip="The model it was trained on, or one of the same family."),
+                io.Model.Input("model", tooltip="The model the T-LoRA was trained on, or one of the same family."),
                 TLORA.Input(
                     "tlora",
                     display_name="T-LoRA",
                     optional=True,
-                    tooltip="From Train or Load. Not used when an axis is file, which brings its own.",
+                    tooltip="From Train or Load. Not used when an axis is file: the files take its place.",
                 ),
                 strength_input("Not used when x or y is strength."),
                 io.Combo.Input(
                     "x",
                     options=list(KINDS),
                     default="strength",
-                    tooltip="What changes from column to column. strength up: more of the subject, then copies of the "
-                    "training "
-                    "picture. min_rank up: closer to it, down: freer. rank down: only the first components are kept, "
-                    "less detail. alpha up: fewer ranks at middle noise. file: other trainings or checkpoints.",
+                    tooltip="The setting that changes from column to column. strength up: more of the subject, then "
+                    "copies of the training picture. min_rank up: closer to it; down: freer. rank down: "
+                    "only the first components are kept, with less detail. alpha up: fewer ranks at medium "
+                    "noise. file: files of other trainings or steps.",
                 ),
                 io.String.Input(
                     "x_values",
                     multiline=True,
                     default="0.5, 0.75, 1, 1.25",
-                    tooltip=f"A column for each: numbers with commas; {_FILES} More make a wider sheet and take "
-                    f"longer.",
+                    tooltip=f"One column per value: numbers separated by commas; {_FILES} More make a wider sheet and "
+                    "take longer.",
                 ),
                 io.Combo.Input(
                     "y",
                     options=[NONE, *KINDS],
                     default=NONE,
-                    tooltip="What changes from row to row, as in x; none for a single row.",
+                    tooltip="The setting that changes from row to row, as in x. none: a single row.",
                 ),
                 io.String.Input(
                     "y_values",
                     multiline=True,
                     default="",
-                    tooltip=f"A row for each: numbers with commas; {_FILES} Columns times rows are at most 64 models.",
+                    tooltip=f"One row per value: numbers separated by commas; {_FILES} Columns times rows: at most "
+                    "64 models.",
                 ),
             ],
             outputs=[
-                io.Model.Output(is_output_list=True, tooltip="A model for each cell, row after row."),
-                AXES.Output(display_name="axes", tooltip="For Compare (T-LoRA): labels of the columns and rows."),
+                io.Model.Output(is_output_list=True, tooltip="One model per cell, row by row."),
+                AXES.Output(display_name="axes", tooltip="Labels of the columns and rows, for Compare (T-LoRA)."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -84,7 +85,7 @@ class SweepTLoRA(io.ComfyNode):
         stamps = []
         for source, kind, values in (("x_values", x, x_values), ("y_values", y, y_values)):
             if kind is None or kind == FILE and values is None:
-                return float("nan")  # connected, so not known yet: never the same
+                return float("nan")  # the value comes from a connected node and is not known yet: always run
             if kind == FILE:
                 found = Axis.from_text(source, kind, values, lora_names()).values
                 stamps += [f"{name} {file_stamp(name)}" for name in found]

@@ -1,4 +1,4 @@
-"""The embedded tiny base model and its sample concepts: everything a first try needs, with nothing to download."""
+"""The bundled tiny base model and its sample concepts, for a first try without a download."""
 
 from pathlib import Path
 
@@ -21,9 +21,9 @@ class TinyBaseModel(io.ComfyNode):
             node_id="TLoRATinyBaseModel",
             display_name="Tiny Base Model (T-LoRA)",
             category=CATEGORY,
-            description="A small text-to-image model of the SDXL family that comes with the pack, for trying T-LoRA "
-            "without "
-            "a download. It draws 64x64 pictures of simple objects; use it with the stock nodes.",
+            description="A small text-to-image model of the SDXL family, included in the pack so that you can try "
+            "T-LoRA without a download. It draws 64x64 pictures of simple objects. Use it with the "
+            "stock nodes.",
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),
                 io.Clip.Output(tooltip="Its text encoder."),
@@ -45,26 +45,31 @@ class TinySampleConcept(io.ComfyNode):
             category=CATEGORY,
             description="A picture of an object that the tiny base model has never seen.",
             inputs=[
-                io.Combo.Input("concept", options=[c.name for c in world.CONCEPTS], tooltip="Which object."),
+                io.Combo.Input("concept", options=[c.name for c in world.CONCEPTS], tooltip="The object to draw."),
                 io.Combo.Input(
-                    "background", options=list(world.BACKGROUNDS), default="meadow", tooltip="Where it stands."
+                    "background",
+                    options=list(world.BACKGROUNDS),
+                    default="meadow",
+                    tooltip="The background behind the object.",
                 ),
                 io.Combo.Input(
-                    "place", options=list(world.PLACES), default="centre", tooltip="Its place in the picture."
+                    "place", options=list(world.PLACES), default="centre", tooltip="Where the object is in the picture."
                 ),
-                io.Int.Input("count", default=1, min=1, max=16, tooltip="Number of pictures, each with another pose."),
+                io.Int.Input(
+                    "count", default=1, min=1, max=16, tooltip="Number of pictures, each with a different pose."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=2**31 - 1,
                     control_after_generate=False,
-                    tooltip="Another seed gives other poses.",
+                    tooltip="A different seed gives different poses.",
                 ),
             ],
             outputs=[
-                io.Image.Output(tooltip="The pictures, 64 x 64."),
-                io.String.Output(display_name="class_word", tooltip="What kind of thing it is."),
+                io.Image.Output(tooltip="The pictures, 64 x 64 pixels."),
+                io.String.Output(display_name="class_word", tooltip="What kind of thing the object is."),
             ],
         )
 

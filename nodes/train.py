@@ -37,18 +37,17 @@ class TrainTLoRAFromImage(io.ComfyNode):
             node_id="TLoRATrainFromImage",
             display_name="Train T-LoRA from Image",
             category=CATEGORY,
-            is_input_list=True,  # one training of a list of pictures, not one of each
-            is_output_node=True,  # it saves a file: a graph may end here
+            is_input_list=True,  # a list of pictures makes one training, not one per picture
+            is_output_node=True,  # it saves a file, so a graph may end here
             search_aliases=[*SEARCH, "lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without "
-            "copying "
-            "that image's pose and background.",
-            # Saved workflows keep values by the order of inputs: a new one comes last.
+            "copying the image's pose and background.",
+            # Saved workflows store values in the order of the inputs, so a new input must come last.
             inputs=[*_models_and_subject(), *_training(), *_data(), *_run()],
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
                 io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler."),
-                io.String.Output(display_name="file", tooltip="The name in Load T-LoRA's list."),
+                io.String.Output(display_name="file", tooltip="The file's name in Load T-LoRA's list."),
                 io.Image.Output(display_name="loss", tooltip="The loss curve."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -56,8 +55,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, rerun=RERUNS[:1], **others):
-        """To the host a graph that has not changed need not be run again; a training that was stopped is to go on all
-        the same."""
+        """Makes the host run an unchanged graph again when rerun is "continue" and a training was stopped since."""
         return stopped_runs() if "continue" in rerun else 0
 
     @classmethod
@@ -162,39 +160,41 @@ def _trained(
 
 
 def _models_and_subject():
-    """What is trained, and on what."""
+    """Required: the model and the subject."""
     return [
         io.Model.Input(
             "model",
-            tooltip="The model to train for. It is trained in place, without a second copy, and "
-            "its own weights stay as they are.",
+            tooltip="The model to train for. It is used in place, without a second copy, and its own weights stay "
+            "unchanged.",
         ),
-        io.Clip.Input("clip", tooltip="The model's text encoder; it is not trained."),
-        io.Vae.Input("vae", tooltip="The model's VAE; it is not trained."),
+        io.Clip.Input("clip", tooltip="The model's text encoder. It is not trained."),
+        io.Vae.Input("vae", tooltip="The model's VAE. It is not trained."),
         io.Image.Input(
             "image",
-            tooltip="One picture of the subject, or a batch or list of several. Its centre square is used; see "
-            "framing.",
+            tooltip="One picture of the subject, or several as a batch or list. The centre square is used unless "
+            "framing says otherwise.",
         ),
-        io.String.Input("token", default="sks", tooltip="A rare word that will stand for the subject in your prompts."),
+        io.String.Input("token", default="sks", tooltip="A rare word that stands for the subject in your prompts."),
         io.String.Input(
-            "class_word", default="dog", tooltip='What kind of thing it is. Prompt later with both: "sks dog".'
+            "class_word",
+            default="dog",
+            tooltip='What kind of thing the subject is. Use both words in your prompts: "sks dog".',
         ),
     ]
 
 
 def _training():
-    """How it is trained: what every training needs."""
+    """Required: the settings of every training."""
     return [
         io.Combo.Input(
             "method",
             options=[*METHODS, "auto"],
             default="auto",
             advanced=True,
-            tooltip="auto: tlora for U-Nets (SD1.5, SD2, SDXL), vanilla_tlora (plain start with the mask) for FLUX, "
-            "SD3 and "
-            "their like. ortho_lora: orthogonal start without the mask. lora: neither. oft, gsoft (rank: their "
-            "blocks), svdiff (no rank): to compare with; large files.",
+            tooltip="auto: the model's default: tlora on U-Nets (SD1.5, SD2, SDXL), vanilla_tlora (plain start with "
+            "the mask) on FLUX, SD3 and similar models. ortho_lora: orthogonal start without the mask. "
+            "lora: neither. oft, gsoft (rank is the number of blocks) and svdiff (no rank): for comparison; "
+            "large files.",
         ),
         *rank_inputs(),
         io.Int.Input(
@@ -202,9 +202,9 @@ def _training():
             default=0,
             min=0,
             max=100000,
-            tooltip="Training steps. 0: the paper's, 800 on U-Nets (lora, vanilla_tlora 500), 500 on FLUX and the "
-            "like (lora 400). "
-            "Fewer may not learn the subject, more may copy the image.",
+            tooltip="Number of training steps. 0: the model's default, from the paper: 800 on U-Nets (lora, "
+            "vanilla_tlora 500), 500 on FLUX and similar models (lora 400). Fewer may not learn the "
+            "subject; more may copy the picture.",
         ),
         io.Float.Input(
             "learning_rate",
@@ -214,9 +214,9 @@ def _training():
             step=1e-6,
             round=False,
             advanced=True,
-            tooltip="Size of the steps; 0: 1e-4 on U-Nets, found by Prodigy on FLUX and the like, where a value of "
-            "your own means AdamW. "
-            "Higher learns faster and breaks sooner; lower needs more steps.",
+            tooltip="Size of each step. 0: the model's default: 1e-4 on U-Nets; on FLUX and similar models Prodigy "
+            "finds it, and any other value selects AdamW. Higher learns faster and diverges sooner; lower "
+            "needs more steps.",
         ),
         io.Int.Input(
             "resolution",
@@ -225,8 +225,8 @@ def _training():
             max=4096,
             step=8,
             advanced=True,
-            tooltip="Side of the square training picture in pixels. 0: the model's own, which is best. "
-            "Lower needs less memory and learns less detail.",
+            tooltip="Side of the square training picture, in pixels. 0: the model's own, which is best. Lower needs "
+            "less memory and learns less detail.",
         ),
         io.Int.Input(
             "seed",
@@ -235,7 +235,7 @@ def _training():
             max=2**32 - 1,
             control_after_generate=False,
             advanced=True,
-            tooltip="The same seed trains the same T-LoRA; another one another.",
+            tooltip="The same seed trains the same T-LoRA. A different seed gives a different T-LoRA.",
         ),
         file_name_input(),
         alpha_input(),
@@ -244,10 +244,9 @@ def _training():
             options=list(STARTS),
             default="last_random",
             advanced=True,
-            tooltip="Where the orthogonal factors come from: the last, middle or principal singular vectors of a "
-            "random "
-            "matrix or of the layer's weight. last_random is the paper's; last_random_published is as its authors' "
-            "code draws it.",
+            tooltip="Source of the orthogonal factors: the last, middle or principal singular vectors of a random "
+            "matrix or of the layer's weight. last_random is as the paper describes it, "
+            "last_random_published as its authors' code draws it.",
         ),
         io.Int.Input(
             "batch_size",
@@ -255,23 +254,23 @@ def _training():
             min=1,
             max=64,
             advanced=True,
-            tooltip="Samples a step, each with its own noise level. More is steadier, slower and needs more memory.",
+            tooltip="Samples per step, each with its own noise level. More is steadier, but slower, and needs more "
+            "memory.",
         ),
     ]
 
 
 def _data():
-    """Optional: more about the data and the adapter."""
+    """Optional: further settings of the data and the adapter."""
     return [
         mask_input(),
         IMAGES.Input(
             "more_images",
             optional=True,
-            tooltip="More pictures of the subject, from T-LoRA Images: of other sizes, with captions or masks of "
-            "their own.",
+            tooltip="More pictures of the subject, from T-LoRA Images, with their own sizes, captions and masks.",
         ),
         OPTIONS.Input(
-            "options", optional=True, tooltip="From T-LoRA Training Options; unconnected, the paper's settings."
+            "options", optional=True, tooltip="From T-LoRA Training Options. Unconnected: the paper's settings."
         ),
         captions_input(advanced=True),
         curve_input(),
@@ -280,9 +279,8 @@ def _data():
             default="attention",
             optional=True,
             advanced=True,
-            tooltip='attention (the paper), "attention+feed-forward", or patterns of layer names such as "*.attn2.*", '
-            "with "
-            "commas between. More layers learn more and copy more.",
+            tooltip='Layers to train: attention (the paper\'s choice), "attention+feed-forward", or patterns of '
+            'layer names separated by commas, such as "*.attn2.*". More layers learn more and copy more.',
         ),
         io.Combo.Input(
             "framing",
@@ -290,29 +288,29 @@ def _data():
             default=FRAMINGS[0],
             optional=True,
             advanced=True,
-            tooltip="centre square: cut square, as in the paper. keep aspect ratio: as much area in the picture's own "
-            "shape, with next to nothing cut off.",
+            tooltip="centre square: crop to a square, as in the paper. keep aspect ratio: keep the picture's shape "
+            "at the same area and crop almost nothing.",
         ),
         io.Boolean.Input(
             "flip",
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Learn from each picture mirrored, too. Not for subjects with writing or a parting on one side.",
+            tooltip="Also learn from each picture mirrored. Not for subjects with writing or other asymmetry.",
         ),
     ]
 
 
 def _run():
-    """Optional: what is seen and kept on the way."""
+    """Optional: what the run shows, saves and resumes."""
     return [
         io.String.Input(
             "validation_prompts",
             default="",
             multiline=True,
             optional=True,
-            tooltip="Prompts to draw while training, one a line; {token} and {class_word} stand for these inputs, {} "
-            "for both.",
+            tooltip="Prompts to draw during training, one per line. {token} and {class_word} stand for these "
+            "inputs, {} for both.",
         ),
         io.Int.Input(
             "validate_every",
@@ -320,7 +318,7 @@ def _run():
             min=0,
             max=100000,
             optional=True,
-            tooltip="Steps between such drawings. More often shows more and takes longer. 0: never.",
+            tooltip="Steps between validation pictures. Fewer show more and take longer. 0: never.",
         ),
         io.Int.Input(
             "checkpoint_every",
@@ -329,23 +327,22 @@ def _run():
             max=100000,
             optional=True,
             advanced=True,
-            tooltip="Steps between checkpoints, from which a training goes on after a cancel, a crash or a restart. "
-            "Fewer: less is "
-            "lost then, and it writes more often. 0: none.",
+            tooltip="Steps between saves of the run state, from which training resumes after a cancel, a crash or a "
+            "restart. Fewer: less is lost, and it writes more often. 0: never.",
         ),
         io.Boolean.Input(
             "checkpoint_files",
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Save a T-LoRA file at each checkpoint too, to compare them later.",
+            tooltip="Also save a T-LoRA file each time the run state is saved, to compare the files later.",
         ),
         io.Boolean.Input(
             "save_on_cancel",
             default=False,
             optional=True,
             advanced=True,
-            tooltip="A cancel saves what has been learnt, as a file and as a checkpoint. Stop and keep always does.",
+            tooltip="On cancel, save what was learnt as a T-LoRA file and as the run state. Stop and keep always does.",
         ),
         io.Combo.Input(
             "rerun",
@@ -353,17 +350,17 @@ def _run():
             default=RERUNS[0],
             optional=True,
             advanced=True,
-            tooltip="When the same training was run before. auto: take its result, or go on with it if it did not end. "
-            "continue: go on also if it was stopped. restart: train anew, once for each change of the graph; then set "
-            "it "
-            "back to auto, as otherwise an interrupted training starts over.",
+            tooltip="What to do if the same training was run before. auto: use its result, or resume it if it did "
+            "not finish. continue: resume it even if it was stopped. restart: train again, once for each "
+            "change of the graph; then set it back to auto, or an interrupted training starts over.",
         ),
         io.Boolean.Input(
             "wandb",
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Send the loss and the drawings to Weights & Biases too; needs the package wandb and your login.",
+            tooltip="Also send the loss and the validation pictures to Weights & Biases. Needs the wandb package "
+            "and your login.",
         ),
         io.Combo.Input(
             "memory",
@@ -371,16 +368,15 @@ def _run():
             default=MEMORY[0],
             optional=True,
             advanced=True,
-            tooltip="fast keeps what a step needs. low computes parts of it again: less memory, more time. "
-            "auto: fast where it fits, else low.",
+            tooltip="fast: keep all that a step needs. low: recompute parts of it (gradient checkpointing), with "
+            "less memory and more time. auto: fast if it fits, otherwise low.",
         ),
         io.Boolean.Input(
             "thumbnail",
             default=True,
             optional=True,
             advanced=True,
-            tooltip="Put the last picture of the first validation prompt into the file, where all who get it can see "
-            "it. A "
-            "training picture is never put there.",
+            tooltip="Store the last picture of the first validation prompt in the file, where everyone who gets the "
+            "file can see it. A training picture is never stored.",
         ),
     ]

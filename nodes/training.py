@@ -1,4 +1,4 @@
-"""What a training may be given beyond the Train node's own inputs: more pictures, and settings."""
+"""Optional inputs of a training beyond the Train node's own: more pictures and more settings."""
 
 from comfy_api.latest import io
 
@@ -19,19 +19,18 @@ class TLoRAImages(io.ComfyNode):
             is_input_list=True,
             search_aliases=["dataset", "caption"],
             description="Pictures with their captions and masks for Train T-LoRA. Chain several of these nodes for "
-            "pictures of "
-            "different sizes.",
+            "pictures of different sizes.",
             inputs=[
-                io.Image.Input(
-                    "image", tooltip="One picture, or several: a batch of one size, or a list of any sizes."
-                ),
+                io.Image.Input("image", tooltip="One picture or several: a batch of one size, or a list of any sizes."),
                 mask_input(),
                 captions_input(),
                 IMAGES.Input(
-                    "before", optional=True, tooltip="Pictures of another T-LoRA Images node, to which these are added."
+                    "before",
+                    optional=True,
+                    tooltip="Pictures of another T-LoRA Images node, to which this node adds its own.",
                 ),
             ],
-            outputs=[IMAGES.Output(display_name="images", tooltip="For Train T-LoRA, or the next T-LoRA Images.")],
+            outputs=[IMAGES.Output(display_name="images", tooltip="For Train T-LoRA or the next T-LoRA Images.")],
         )
 
     @classmethod
@@ -49,22 +48,20 @@ class TLoRATrainingOptions(io.ComfyNode):
             display_name="T-LoRA Training Options",
             category=CATEGORY,
             search_aliases=["optimizer", "learning rate schedule", "prior preservation"],
-            description="Settings of the training that most people never need to change. As they stand they are the "
-            "paper's.",
+            description="Training settings that most people never need to change. The defaults are the paper's.",
             inputs=[
                 io.Combo.Input(
                     "optimizer",
                     options=["auto", *OPTIMIZERS],
                     default="auto",
-                    tooltip="auto: what suits the model. prodigy finds its own learning rate (leave learning_rate at "
-                    "0). "
-                    "adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule.",
+                    tooltip="auto: the model's default. prodigy finds its own learning rate (leave learning_rate at "
+                    "0). adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule.",
                 ),
                 io.Combo.Input(
                     "lr_schedule",
                     options=list(LR_SCHEDULES),
                     default=d.lr_schedule,
-                    tooltip="How the learning rate goes on after the warm-up. constant is the paper's; cosine and "
+                    tooltip="How the learning rate changes after the warm-up. constant is the paper's; cosine and "
                     "linear end gently.",
                 ),
                 io.Int.Input(
@@ -72,7 +69,7 @@ class TLoRATrainingOptions(io.ComfyNode):
                     default=d.warmup_steps,
                     min=0,
                     max=100000,
-                    tooltip="Steps over which the learning rate rises from 0. More is gentler at the start.",
+                    tooltip="Steps over which the learning rate rises from 0. More: a gentler start.",
                 ),
                 io.Float.Input(
                     "weight_decay",
@@ -81,15 +78,15 @@ class TLoRATrainingOptions(io.ComfyNode):
                     max=10.0,
                     step=1e-5,
                     round=False,
-                    tooltip="Pull of the weights towards 0 at each step. More holds the T-LoRA smaller.",
+                    tooltip="Pulls the weights towards 0 at each step. More keeps the T-LoRA's weights smaller.",
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
                     default=d.gradient_accumulation,
                     min=1,
                     max=1024,
-                    tooltip="Batches in one step. As a larger batch_size: steadier and slower, but without more "
-                    "memory.",
+                    tooltip="Batches per step. Like a larger batch_size, more is steadier and slower, but needs no "
+                    "more memory.",
                 ),
                 io.Float.Input(
                     "max_grad_norm",
@@ -97,9 +94,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.1,
-                    tooltip="Limit of the gradients' norm, against single wild steps: 1 is usual, less holds them "
-                    "back more. 0: none; "
-                    "with optimizer auto, 1 on FLUX, SD3 and their like.",
+                    tooltip="Clips gradients to this norm to absorb spikes: 1 is usual, lower clips more. 0: no "
+                    "clipping; with optimizer auto, 1 on FLUX, SD3 and similar models.",
                 ),
                 io.Float.Input(
                     "ema_decay",
@@ -108,9 +104,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                     max=0.9999,
                     step=0.001,
                     round=False,
-                    tooltip="Keeps a moving average of the weights as the result: 0.99 averages over about 100 steps, "
-                    "more "
-                    "over more. 0: off.",
+                    tooltip="Uses a moving average of the weights as the result: 0.99 averages over about 100 "
+                    "steps, higher values over more. 0: off.",
                 ),
                 io.Float.Input(
                     "orthogonality",
@@ -119,9 +114,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                     max=100.0,
                     step=0.001,
                     round=False,
-                    tooltip="Weight of a loss that holds the ranks orthogonal (equation 4 of the paper, its "
-                    "alternative to "
-                    "the orthogonal start). More holds them closer to it. 0: off.",
+                    tooltip="Weight of a loss that keeps the ranks orthogonal (equation 4 of the paper, its "
+                    "alternative to the orthogonal start). More keeps them closer to it. 0: off.",
                 ),
                 io.Float.Input(
                     "min_snr_gamma",
@@ -129,15 +123,14 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.5,
-                    tooltip="Min-SNR weighting of noise levels, 5 is usual: less weight for nearly clean pictures; "
-                    "lower takes more away. "
-                    "For noise and v prediction. 0: off, as in the paper.",
+                    tooltip="Min-SNR weighting of noise levels, which gives nearly clean pictures less weight: 5 is "
+                    "usual, lower gives them even less. For noise and v prediction. 0: off, as in the paper.",
                 ),
                 io.Combo.Input(
                     "timestep_density",
                     options=list(DENSITIES),
                     default=d.timestep_density,
-                    tooltip="How noise levels are drawn. logit_normal and mode prefer the middle and are for flow "
+                    tooltip="How noise levels are drawn. logit_normal and mode favour the middle and are for flow "
                     "models.",
                 ),
                 io.Float.Input(
@@ -146,8 +139,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Cleanest noise level to train on, from 0 (clean) to 1 (pure noise). Higher leaves fine "
-                    "detail out.",
+                    tooltip="Cleanest noise level to train on, from 0 (clean) to 1 (pure noise). Higher leaves out "
+                    "fine detail.",
                 ),
                 io.Float.Input(
                     "noise_to",
@@ -155,15 +148,15 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Noisiest level to train on, from 0 (clean) to 1 (pure noise). Lower leaves out where "
-                    "pose and layout are "
-                    "decided: less of the background is taken over, and less of the subject is learnt.",
+                    tooltip="Noisiest level to train on, from 0 (clean) to 1 (pure noise). Lower leaves out the "
+                    "levels where pose and layout are decided: less of the background is copied, and less "
+                    "of the subject is learnt.",
                 ),
                 io.Boolean.Input(
                     "fresh_latents",
                     default=d.fresh_latents,
-                    tooltip="On: a fresh sample of what the VAE sees at each step, as in the paper. Off: always its "
-                    "mean.",
+                    tooltip="On: draw a new sample from the VAE's distribution at each step, as in the paper. Off: "
+                    "always use its mean.",
                 ),
                 io.Float.Input(
                     "outside_mask",
@@ -171,7 +164,8 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="Weight of the loss outside a picture's mask. 0 learns nothing of it, 1 as much as inside.",
+                    tooltip="Weight of the loss outside a picture's mask. 0: nothing there is learnt. 1: as much as "
+                    "inside.",
                 ),
                 io.Float.Input(
                     "prior_weight",
@@ -179,21 +173,21 @@ class TLoRATrainingOptions(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="Weight of the loss on pictures of the class, so that other dogs stay dogs: 1 is usual, "
-                    "more holds them "
-                    "more. It doubles the time. 0: off.",
+                    tooltip="Weight of the loss on pictures of the class, so that other dogs stay as they are: 1 is "
+                    "usual, more preserves them more. Doubles the training time. 0: off.",
                 ),
                 io.Int.Input(
                     "prior_count",
                     default=d.prior_count,
                     min=1,
                     max=1000,
-                    tooltip="Pictures of the class that the model draws for this itself, where none are connected. "
-                    "More show more kinds of it "
-                    "and take longer.",
+                    tooltip="Pictures of the class that the model draws itself if none are connected. More show "
+                    "more variety and take longer.",
                 ),
                 IMAGES.Input(
-                    "prior_images", optional=True, tooltip="Pictures of the class (not of the subject) for the prior."
+                    "prior_images",
+                    optional=True,
+                    tooltip="Pictures of the class (not of the subject) for prior preservation.",
                 ),
             ],
             outputs=[OPTIONS.Output(display_name="options", tooltip="For Train T-LoRA.")],

@@ -1,17 +1,17 @@
-"""What the pack's templates hold; `make_workflows.py` writes them. Lengths are the graph's pixels.
+"""The contents of the pack's templates, which `make_workflows.py` writes. Lengths are in the graph's pixels.
 
-The interface fits a template into the window when it opens one, and draws no text on nodes that come out too small: on
-a screen of 1366 x 768 a template may be WIDTH x HEIGHT. It is made of columns; a Train node has one for itself, as it
-grows while it trains.
+The interface fits a template into the window when it opens it, and draws no text on nodes that become too small. On a
+screen of 1366 x 768 a template can be WIDTH x HEIGHT at most. It consists of columns; a Train node has a column of its
+own, because it grows during training.
 """
 
-WIDTH, HEIGHT = 1772, 988  # of all nodes, with their titles
-TOP, BOTTOM = 80, 1030  # of nodes below their titles
-GAP, UNDER, FOLDED = 40, 45, 42  # between columns; from a node, or a folded one, to the next
+WIDTH, HEIGHT = 1772, 988  # of all nodes with their titles
+TOP, BOTTOM = 80, 1030  # of the nodes, without their titles
+GAP, UNDER, FOLDED = 40, 45, 42  # between columns; below a node; below a folded node
 TRAIN = (340, 600)
 SAMPLER, TEXT, LATENT, CONCEPT, BASE, LOADER, PICTURE = 275, 105, 120, 220, 100, 126, 350  # heights
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
-# What teaches the tiny base an object.
+# Settings with which the tiny base learns an object.
 TINY = {
     "token": "sks",
     "class_word": "circle",
@@ -38,39 +38,39 @@ FLUX = {
 
 
 class Column:
-    """Nodes below one another."""
+    """A column of nodes."""
 
     def __init__(self, template, x, width, y=TOP):
         self.template, self.x, self.width, self.y, self.top = template, x, width, y, y
 
     @property
     def beside(self):
-        """Where the next column begins."""
+        """x of the next column."""
         return self.x + self.width + GAP
 
     def add(self, class_type, tall, heading="", folded=False, **inputs):
-        tall = 30 if folded else tall  # it grows when it is unfolded, and is reckoned as this tall until then
+        tall = 30 if folded else tall  # a folded node is assumed to be this tall until it is unfolded
         node = self.template.add(class_type, (self.x, self.y), (self.width, tall), heading, folded=folded, **inputs)
         self.y += FOLDED if folded else tall + UNDER
         return node
 
     def rest(self, class_type, heading="", **inputs):
-        """A node that takes what is left of the column."""
+        """Adds a node that fills the rest of the column."""
         return self.add(class_type, BOTTOM - self.y, heading, **inputs)
 
     def note(self, height, text):
         self.template.note((self.x, self.y), (self.width, height), text)
-        self.y += height + UNDER + 45  # with room for a group's title
+        self.y += height + UNDER + 45  # leaves room for a group's title
         self.top = self.y
 
     def group(self, title, color, until=None):
-        """Around what stands below the note, and the columns up to `until`."""
+        """Frames the nodes below the note and the columns up to `until`."""
         right = (until or self).x + (until or self).width
         self.template.group(title, (self.x - 15, self.top - 75, right - self.x + 30, BOTTOM - self.top + 90), color)
 
 
 def _tiny_subject(template, text, height=265):
-    """The tiny base and one picture for it, below the note."""
+    """The note, and below it the tiny base and one picture."""
     column = Column(template, 0, 300)
     column.note(height, text)
     base = column.add("TLoRATinyBaseModel", BASE)
@@ -89,8 +89,8 @@ def _train(template, x, group="", heading="", **inputs):
 
 
 def _sampled(column, base, settings, opened=1, scenes=SCENES, scheduler="simple"):
-    """Prompts, then a sampler for each (label, MODEL), all but the first `opened` folded, down a column: (prompts,
-    latents by label)."""
+    """A column with the prompts and a sampler for each (label, MODEL), all but the first `opened` folded. Returns
+    (prompts, latents by label)."""
     prompts = column.add("TLoRAPrompts", 200, "Scenes", prompts=scenes, subject="sks circle")
     positive = column.add("CLIPTextEncode", TEXT, "Prompts", clip=base["CLIP"], text=prompts["prompts"])
     negative = column.add("CLIPTextEncode", TEXT, "Negative prompt (empty)", folded=True, clip=base["CLIP"])
@@ -117,7 +117,7 @@ def _sampled(column, base, settings, opened=1, scenes=SCENES, scheduler="simple"
 
 
 def _sheet(column, base, prompts, latents, title):
-    """The sheet of all that was sampled."""
+    """The sheet of all latents."""
     decoded = [
         column.add("VAEDecode", 55, f"Decode: {label}", folded=True, samples=each, vae=base["VAE"])
         for label, each in latents.items()
@@ -134,7 +134,7 @@ def _sheet(column, base, prompts, latents, title):
 
 
 def _compared(template, base, settings, x, title, file_name, sheet_width=370):
-    """Prompts, then a sampler and a decoder for each (label, MODEL), and the sheet of all, from `x` on."""
+    """From `x` on: prompts, a sampler and a decoder for each (label, MODEL), and the sheet of all pictures."""
     column = Column(template, x, 260)
     prompts, latents = _sampled(column, base, settings)
     sheets = Column(template, column.beside, sheet_width)
@@ -149,16 +149,15 @@ def quickstart(template):
         430,
         """# T-LoRA quickstart
 
-Press **Run**. While it trains, the panel on *Train T-LoRA* shows the loss and what the model draws. Then the sheet \
-on the right shows \
-a thing the model had never seen, in four new scenes, learnt from the **one** picture above it.
+Press **Run**. During training, the panel on *Train T-LoRA* shows the loss and what the model draws. Then the sheet \
+on the right shows an object the model had never seen, in four new scenes, learnt from the **one** picture above it.
 
 1. *Sample Concept* draws the training picture.
-2. *Train T-LoRA* teaches it to the tiny base model that comes with the pack. The thing becomes **sks circle**.
+2. *Train T-LoRA* teaches it to the tiny base model of the pack. The object becomes **sks circle**.
 3. *Apply T-LoRA* gives the sampler the ranks of each noise level.
-4. The same prompts and seed run with and without it.
+4. The same prompts and seed run with and without the T-LoRA.
 
-With a model and a picture of your own, open *02 SDXL, train on one picture* or *03 FLUX, train on one picture*.""",
+For your own model and picture, open *02 SDXL, train on one picture* or *03 FLUX, train on one picture*.""",
     )
     base = column.add("TLoRATinyBaseModel", BASE)
     concept = column.add("TLoRATinySampleConcept", CONCEPT, concept="lime circle", background="beach")
@@ -202,19 +201,18 @@ def compare_lora_with_tlora(template):
         template,
         """# LoRA against T-LoRA
 
-Press **Run**: two trainings on the **one** picture below, of some minutes in all, then the same prompts with each \
+Press **Run**: two trainings on the **one** picture below, a few minutes in total, then the same prompts with each \
 and with neither.
 
-A plain LoRA has all its ranks on while the picture is still noise, and tends to bring the training picture's pose \
-and background \
-along. A T-LoRA has few of them on there.""",
+A plain LoRA has all its ranks on while the picture is still noise, and tends to copy the training picture's pose \
+and background. A T-LoRA has few ranks on there.""",
     )
     common = {"model": base["MODEL"], "clip": base["CLIP"], "vae": base["VAE"], "image": concept["IMAGE"]}
     first, plain = _train(
         template, column.beside, "", "LoRA", **common, **{**TINY, "method": "lora", "file_name": "tlora/compared_lora"}
     )
     second, masked = _train(template, first.beside, "", "T-LoRA", **common, **TINY, file_name="tlora/compared_tlora")
-    first.group("2  Two methods, else the same", GREEN, second)
+    first.group("2  Two methods, same settings", GREEN, second)
     _compared(
         template,
         base,
@@ -230,13 +228,12 @@ def min_rank_sweep(template):
         template,
         """# How low should min_rank be?
 
-Press **Run**: four trainings that differ in **min_rank** alone, a few minutes in all, then the same prompts with each.
+Press **Run**: four trainings that differ only in **min_rank**, a few minutes in total, then the same prompts with \
+each.
 
-**min_rank** ranks stay on at pure noise. Fewer follow the prompt more freely, too few lose the subject; at 32, the \
-rank, the mask is off. \
-With this small model, which settles most of a picture late, the four come out much alike. Three of the four \
-trainings are folded up: a click on the dot before a \
-title opens one.""",
+**min_rank** ranks stay on at pure noise. Fewer follow the prompt more freely; too few lose the subject. At 32, the \
+rank, the mask is off. This small model decides most of a picture late, so the four results look much alike. Three of \
+the four Train nodes are folded: click the dot before a title to open one.""",
         300,
     )
     common = {"model": base["MODEL"], "clip": base["CLIP"], "vae": base["VAE"], "image": concept["IMAGE"]}
@@ -258,13 +255,11 @@ def xy_sheet(template):
         template,
         """# An XY sheet
 
-Press **Run**: one training of a minute or two, then a picture for each cell: **strength** from left to right, \
-**min_rank** from top to \
-bottom.
+Press **Run**: one training of a minute or two, then a picture for each cell, with **strength** from left to right \
+and **min_rank** from top to bottom.
 
-*Sweep* gives the model of each cell, the sampler runs once for each, and *Compare* takes labels and grid from \
-**axes**. Choose *file* \
-to compare checkpoints.""",
+*Sweep* outputs a model for each cell, the sampler runs once for each, and *Compare* takes labels and grid from \
+**axes**. Choose *file* to compare T-LoRA files.""",
     )
     column, trained = _train(
         template,
@@ -326,13 +321,11 @@ def several_images_with_masks(template):
         280,
         """# Several pictures, with masks
 
-*T-LoRA Images* takes pictures with captions and a mask each; chain one for each size of picture. The loss counts \
-inside the mask \
-only, so nothing of the background is learnt.
+*T-LoRA Images* takes pictures with captions and masks; chain one for each picture size. Only the loss inside the \
+mask counts, so the background is not learnt.
 
-Here both are drawn, so that **Run** needs nothing. With pictures of your own: *Load Image*, right click, **Open in \
-Mask Editor**, \
-paint over the subject, and connect its MASK output.""",
+Here pictures and mask are drawn, so **Run** needs no files. For your own pictures: *Load Image*, right-click, **Open \
+in Mask Editor**, paint over the subject, and connect the MASK output.""",
     )
     base = column.add("TLoRATinyBaseModel", BASE)
     empty = column.add("SolidMask", 120, "Outside the subject", folded=True, value=0.0, width=64, height=64)
@@ -385,19 +378,18 @@ def stop_and_go_on(template):
         template,
         """# Stop, keep, go on
 
-1. Press **Run**, and **Stop and keep** in the training panel when you have seen enough: the sheet is made with what \
-was learnt.
-2. Press **Run** again: with **rerun** on *continue* the training goes on from there to its last step. A cancel, a \
-crash or a power \
-cut costs at most the 50 steps since the last checkpoint.
+1. Press **Run**, then **Stop and keep** in the training panel when you have seen enough. The sheet is made with \
+what was learnt.
+2. Press **Run** again: with **rerun** on *continue*, the training resumes there and runs to its last step. A cancel, \
+a crash or a power cut costs at most the 50 steps since the run state was last saved.
 
-**checkpoint_files** keeps a file of each checkpoint, for *Load T-LoRA*.""",
+**checkpoint_files** also saves a T-LoRA file each time, for *Load T-LoRA*.""",
         300,
     )
     column, trained = _train(
         template,
         column.beside,
-        "2  Train, in as many goes as you like",
+        "2  Train, in as many parts as you like",
         model=base["MODEL"],
         clip=base["CLIP"],
         vae=base["VAE"],
@@ -416,15 +408,15 @@ cut costs at most the 50 steps since the last checkpoint.
         base,
         [("T-LoRA", trained["MODEL"]), ("without", base["MODEL"])],
         column.beside,
-        "So far learnt, same prompts, same seed",
+        "Learnt so far, same prompts, same seed",
         "tlora/stop_and_go_on",
         700,
     )
 
 
 def _real_pictures(template, model, clip, vae, prompts, x, side, latent="EmptyLatentImage", negative=True, **sampling):
-    """Prompts (a text, or a T-LoRA to name in it), sampler and saved pictures on a model of full size, as wide as there
-    is room."""
+    """Prompts (a text, or a T-LoRA whose subject they name), sampler and saved pictures for a full-size model, as wide
+    as the remaining room."""
     column = Column(template, x, 290)
     if not isinstance(prompts, str):
         prompts = column.add(
@@ -491,13 +483,12 @@ def train_sdxl_on_one_image(template):
         """# SDXL, one picture
 
 1. Choose an SDXL checkpoint, and your picture in *Load Image*. The centre square is used; a plain background helps.
-2. Set **class_word** to what it is: dog, mug, person.
+2. Set **class_word** to what the subject is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
-Steps, learning rate and resolution are 0: what suits the model. **rank** 64 and **min_rank** 32 are the paper's. If \
-memory runs out, set \
-**rank** to 32 and **min_rank** to 16; then start ComfyUI with **--fp8_e4m3fn-unet**. It works \
-for SD1.5 and SD2 as well: then set *Empty Latent Image* to 512 or 768.""",
+Steps, learning rate and resolution are 0, the model's defaults. **rank** 64 and **min_rank** 32 are the paper's. If \
+memory runs out, set **rank** to 32 and **min_rank** to 16; then start ComfyUI with **--fp8_e4m3fn-unet**. For SD1.5 \
+and SD2, set *Empty Latent Image* to 512 or 768.""",
         "dog",
     )
     _real_pictures(
@@ -512,11 +503,10 @@ def train_sdxl_on_several_images(template):
         """# SDXL, several pictures with masks
 
 1. Choose an SDXL checkpoint, and your pictures in *Load Image*, of any sizes; two to five are plenty.
-2. In each: right click, **Open in Mask Editor**, paint over the subject, save. The loss then counts inside the mask \
-only. Where you \
-want no mask, unconnect it.
-3. Write what each picture shows besides the subject into its **captions**: what is named there is not taken for the \
-subject.
+2. In each: right-click, **Open in Mask Editor**, paint over the subject, save. Only the loss inside the mask then \
+counts. For no mask, disconnect it.
+3. In **captions**, write what each picture shows besides the subject. What you name there does not become part of \
+the subject.
 4. Set **class_word**, and press **Run**.""",
     )
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
@@ -570,12 +560,11 @@ def train_flux_on_one_image(template):
         """# FLUX, one picture
 
 1. Choose a FLUX.1 dev checkpoint, and your picture in *Load Image*.
-2. Set **class_word** to what it is: dog, mug, person.
+2. Set **class_word** to what the subject is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
-**method** auto is *vanilla_tlora* here, and steps, learning rate and resolution are 0: what suits the model. If \
-memory runs out, \
-set **rank** to 32 and **min_rank** to 16, then **resolution** to 512.""",
+**method** auto is *vanilla_tlora* here. Steps, learning rate and resolution are 0, the model's defaults. If memory \
+runs out, set **rank** to 32 and **min_rank** to 16, then **resolution** to 512.""",
         "dog",
     )
     _real_pictures(
@@ -600,9 +589,8 @@ def generate_with_a_file(template):
         240,
         """# Generate with a T-LoRA file
 
-Choose the checkpoint that it was trained on, and the file in *Load T-LoRA*: it shows the file's picture, its trigger \
-phrase, and \
-how many of its ranks are on at each noise level. While a sampler runs, a dot shows where it is.
+Choose the checkpoint the T-LoRA was trained on, and the file in *Load T-LoRA*. The node shows the file's picture, \
+its trigger phrase, and the active ranks at each noise level. While a sampler runs, a dot marks its current step.
 
 Use the trigger phrase in your prompts; **{}** stands for it.""",
     )
@@ -628,19 +616,17 @@ def use_a_file_from_elsewhere(template):
         260,
         """# A file from elsewhere
 
-*Load T-LoRA* reads the authors' checkpoints, LyCORIS and SimpleTuner files, and plain LoRAs; the report tells what \
-matched and \
-what was assumed. Where a file says no schedule, set **min_rank**: on a plain LoRA it puts a T-LoRA's schedule.
+*Load T-LoRA* reads the authors' files, LyCORIS and SimpleTuner files, and plain LoRAs; the report says what matched \
+and what was assumed. If a file holds no schedule, set **min_rank**; it also gives a plain LoRA a T-LoRA's schedule.
 
-Below, the same T-LoRA is saved as our own file, for another program, and as one plain LoRA, its mean over all noise \
-levels. Delete what \
-you do not need.""",
+The same T-LoRA is then saved as the pack's own file, for another program, and as one plain LoRA, its mean over all \
+noise levels. Delete the nodes you do not need.""",
     )
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
     adapted = column.rest("TLoRALoad", model=loaded["MODEL"], file="")
     column.group("1  A model and a file", BLUE)
     column = Column(template, column.beside, 320)
-    column.add("PreviewAny", 200, "What was matched", source=adapted["report"])
+    column.add("PreviewAny", 200, "What matched", source=adapted["report"])
     info = column.add("TLoRAInfo", 80, tlora=adapted["T-LoRA"])
     column.rest("PreviewImage", "Ranks and blocks", images=info["IMAGE"])
     column.group("2  What it is", PURPLE)
@@ -666,16 +652,13 @@ def which_checkpoint_to_keep(template):
     column = Column(template, 0, 290)
     column.note(
         335,
-        """# Which checkpoint to keep?
+        """# Which saved step to keep?
 
-For a training that kept its checkpoints (**checkpoint_every**, **checkpoint_files**): the same prompts with three of \
-them, and *T-LoRA \
-Evaluate* says which obeys best among those that are about as alike as the most alike one.
+For a training that saved files on the way (**checkpoint_every**, **checkpoint_files**). It runs the same prompts \
+with three files, and *T-LoRA Evaluate* says which follows them best among those with about the highest likeness.
 
-Choose the checkpoint that they were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model \
-in each \
-*T-LoRA Evaluate* (its help says which, and where to put it). Set **neutral_prompt** to the first prompt. For the \
-paper's own prompts \
+Choose the checkpoint the files were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model \
+in each *T-LoRA Evaluate* (see its help). Set **neutral_prompt** to the first prompt. For the paper's own prompts, \
 set **prompt_set** to live or object.""",
     )
     loaded = column.add("CheckpointLoaderSimple", LOADER, models=[SDXL], ckpt_name=SDXL["name"])
@@ -721,14 +704,14 @@ set **prompt_set** to live or object.""",
             **before,
         )
         before, first, x = {"before": scored["scores"]}, first or column, column.x + column.width + 30
-    first.group("3  Three checkpoints", GREEN, column)
+    first.group("3  Three saved steps", GREEN, column)
     column = Column(template, column.beside, WIDTH - column.beside)
     column.add("PreviewAny", 300, "Scores", source=scored["report"])
     column.add("PreviewAny", 140, "Keep this one", source=scored["best"])
     column.group("4  The best", RED)
 
 
-# By the name that the template browser shows: it takes the file's, and lists them in the order of these.
+# Keys: file names, which the template browser shows. It lists the templates in this order.
 TEMPLATES = {
     "01 Quickstart": quickstart,
     "02 SDXL, train on one picture": train_sdxl_on_one_image,

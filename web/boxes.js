@@ -1,7 +1,7 @@
-// Text boxes in the canvas renderer, which gives them neither a name once they are filled nor more than a line on a new node.
+// Text boxes in the canvas renderer, which shows no name on filled boxes and gives new nodes only one line.
 import { app } from "../../scripts/app.js";
 
-const MARGIN = 15; // around the box: as wide as other widgets, and room for a name above
+const MARGIN = 15; // around the box: makes it as wide as other widgets, with room for a name above
 const FONT = "11px sans-serif", BASELINE = 11;
 const LEAST = 3 * 13 + 2 * MARGIN + 6; // three lines
 
@@ -17,14 +17,14 @@ function drawNames(node, boxes, context) {
   context.restore();
 }
 
-/** Gives the node's text boxes their names and height; the other renderer has names of its own. */
+/** Adds names and height to the node's text boxes; the other renderer shows names itself. */
 export function nameBoxes(node) {
   const boxes = (node.widgets ?? []).filter(({ element }) => element instanceof HTMLTextAreaElement);
   if (!boxes.length) return;
   for (const box of boxes) {
     box.options.margin = MARGIN;
     box.options.getMinHeight = () => LEAST;
-    box.element.placeholder = ""; // its name in English
+    box.element.placeholder = ""; // the host's placeholder is the English name
     box.element.setAttribute("aria-label", box.label ?? box.name);
   }
   const own = node.onDrawForeground;

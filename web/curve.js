@@ -1,15 +1,15 @@
-// Bending the rank schedule by hand: points on the chart that are dragged, or moved with the arrow keys.
+// Edits the rank schedule: points on the chart can be dragged or moved with the arrow keys.
 import { html } from "./dom.js";
 import { activeRank } from "./schedule.js";
 import { t } from "./texts.js";
 
-const APART = 0.01; // least distance of two points in noise level
-const STEP = 0.05; // of an arrow key
+const APART = 0.01; // minimum distance of two points in noise level
+const STEP = 0.05; // noise level per arrow key
 
 const between = (low, value, high) => Math.min(Math.max(value, low), high);
 
 export class CurveEditor {
-  /** On a ScheduleChart; `change(points)` is called with the new points, an empty list for none. */
+  /** Works on a ScheduleChart; calls `change(points)` with the new points, an empty list for none. */
   constructor(chart, change) {
     this.chart = chart;
     this.change = change;
@@ -19,7 +19,7 @@ export class CurveEditor {
     chart.drawing.addEventListener("dblclick", (event) => this.add(event));
   }
 
-  /** Follows what the chart shows; `editable` where the schedule is the node's own to change. */
+  /** Updates to the chart's state; `editable` if the node can change its schedule. */
   show(editable) {
     this.editable = editable;
     this.area.title = editable ? t("curve_tip") : "";
@@ -74,7 +74,7 @@ export class CurveEditor {
     this.change(points.length > 1 ? points : []);
   }
 
-  /** A new point where the user has double-clicked; the first one makes a curve of the formula. */
+  /** Adds a point at a double-click; the first one turns the formula into a curve. */
   add(event) {
     const { schedule } = this.chart;
     if (!schedule || !this.editable) return;

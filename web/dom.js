@@ -1,4 +1,4 @@
-// Small helpers to build the widgets' elements. Text goes in as text only, never as markup.
+// Small helpers that build the widgets' elements. Text is inserted as text, never as markup.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -11,7 +11,7 @@ function fill(element, attributes, children) {
   return element;
 }
 
-/** An HTML element; attributes "onclick" and the like are listeners. */
+/** An HTML element; attributes such as "onclick" are listeners. */
 export const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
 
 export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
@@ -24,14 +24,14 @@ export function setText(element, text) {
 }
 
 /**
- * Puts `element` on a node as its last widget, in both renderers. It holds no value: nothing of it is saved or queued.
- * Returns it, and a function `resize` that changes the least height, in pixels of the graph.
+ * Puts `element` on a node as its last widget, in both renderers. It has no value, so nothing is saved or queued.
+ * Returns the widget and a function `resize` that sets its minimum height in pixels of the graph.
  */
 export function addPanel(node, name, element, height) {
   let least = height;
   const setHeight = (pixels) => {
     least = pixels;
-    // The canvas renderer sizes the element, less the margin around it; in the other one it sizes itself.
+    // The canvas renderer sizes the element, without its margin; in the other renderer it sizes itself.
     element.style.minHeight = `${pixels - 2 * MARGIN}px`;
   };
   setHeight(height);
@@ -44,7 +44,7 @@ export function addPanel(node, name, element, height) {
   }
   const resize = (pixels) => {
     if (pixels === least) return;
-    const shrunk = Math.min(pixels - least, 0); // what it gave back, so that a node is not left with a hole
+    const shrunk = Math.min(pixels - least, 0); // shrinks the node by the freed height
     setHeight(pixels);
     const [width, wanted] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), Math.max(wanted, node.size[1] + shrunk)]);

@@ -1,10 +1,10 @@
-// What the server tells of a file in the loras folders: schedule, phrase, thumbnail.
+// The server's description of a file in the loras folders: schedule, phrase, thumbnail.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
 const cards = new Map(); // name -> promise
 
-/** The card of the file that a Load node has chosen, or null where there is none. */
+/** The card of the file chosen on a Load node, or null if there is none. */
 export function cardOf(node) {
   const { value: name, options } = node.widgets.find((widget) => widget.name === "file");
   const choices = typeof options.values === "function" ? options.values() : options.values;
@@ -26,9 +26,9 @@ const listed = () => {
 
 let looking = Promise.resolve();
 
-/** Makes new files known to all lists of the page, as its Refresh does, but without its messages where it can. */
+/** Adds new files to all lists of the page, as Refresh does, if possible without its messages. */
 export function refreshFor(names) {
-  // One after the other: what the look before this one has found need not be looked for again.
+  // One after the other, because an earlier refresh may have found the files already.
   const look = async () => {
     const known = listed();
     if (names.every((name) => known.includes(name))) return;
@@ -38,5 +38,5 @@ export function refreshFor(names) {
   return looking;
 }
 
-/** After a refresh, or when a graph is loaded: a file may have been replaced. */
+/** Call after a refresh or when a graph is loaded, because files may have been replaced. */
 export const forgetCards = () => cards.clear();

@@ -1,25 +1,25 @@
-// Finding one's way in the graph, and hearing of its changes.
+// Finds nodes in the graph and reports its changes.
 import { app } from "../../scripts/app.js";
 
 const watchers = new Set(); // {node, update}
 
-/** Something has changed that panels may show: a run, a value, a link, the graph. */
+/** Call when something has changed that panels show: a run, a value, a link, the graph. */
 export function changed() {
   for (const { update } of [...watchers]) update();
 }
 
-/** Whether a node is in the open graph or in one of its sub-graphs. */
+/** Whether a node is in the open graph or in one of its subgraphs. */
 function isOpen({ graph }) {
   const root = app.rootGraph ?? app.graph;
   return Boolean(graph) && (graph === root || root.subgraphs?.get(graph.id) === graph);
 }
 
-/** When another graph was opened: only the nodes outside its sub-graphs were told that they were removed. */
+/** Call when another graph was opened: the frontend reports the removal of nodes outside subgraphs only. */
 export function forgetClosed() {
   for (const watcher of watchers) if (!isOpen(watcher.node)) watchers.delete(watcher);
 }
 
-/** Calls `f` after the object's own `method`. */
+/** Makes `f` run after the object's own `method`. */
 export function after(object, method, f) {
   const own = object[method];
   object[method] = function (...args) {
@@ -29,7 +29,7 @@ export function after(object, method, f) {
   };
 }
 
-/** The node that the host calls "3:7": number 7 in the sub-graph that node 3 stands for. Null in another workflow. */
+/** The node that the host calls "3:7": node 7 in the subgraph of node 3. Null in another workflow. */
 export function nodeAt({ node, workflow }) {
   let graph = app.rootGraph ?? app.graph;
   if (node == null || (workflow && graph.id && workflow !== graph.id)) return null;
@@ -38,7 +38,7 @@ export function nodeAt({ node, workflow }) {
   return graph?.getNodeById(ids.at(-1)) ?? null;
 }
 
-/** What `nodeAt` finds the node by: of a sub-graph that is used several times, the first use. Null in no open graph. */
+/** The id for `nodeAt`; of a subgraph that is used several times, the first use. Null outside the open graph. */
 export function pathOf({ id, graph }) {
   const root = app.rootGraph ?? app.graph;
   const within = (inner) => {
@@ -52,19 +52,19 @@ export function pathOf({ id, graph }) {
   return within(root)?.join(":") ?? null;
 }
 
-/** What the node's widgets hold, by name. */
+/** The values of the node's widgets by name. */
 export const values = (node) => Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value]));
 
-/** Whether an input's value comes from another node and not from its widget. */
+/** Whether an input's value comes from another node instead of its widget. */
 export function isLinked(node, inputName) {
   const slot = slotOf(node, inputName);
   return slot >= 0 && node.isInputConnected(slot);
 }
 
-/** An input's number; -1 where there is none, and while the node is in no graph and so has no links either. */
+/** An input's index; -1 if there is none, or while the node is in no graph and so has no links. */
 const slotOf = (node, inputName) => (node.graph && node.inputs?.findIndex(({ name }) => name === inputName)) ?? -1;
 
-/** The node at the other end of an input's link, seen through reroutes; null where nothing is connected. */
+/** The node connected to an input, through reroutes; null if there is none. */
 export function source(node, inputName) {
   let slot = slotOf(node, inputName);
   for (let hops = 0; slot >= 0 && hops < 100; hops++) {
@@ -75,7 +75,7 @@ export function source(node, inputName) {
   return null;
 }
 
-/** Follows a node's values and links from now on, also when it comes back after it was removed. */
+/** Watches a node's values and links from now on, even after it is removed and added again. */
 export function followNode(node, update) {
   const watcher = { node, update };
   if (node.graph) watchers.add(watcher);

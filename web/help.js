@@ -1,7 +1,7 @@
-// Help pages link to further pages of the pack by its usual place.
+// Help pages link to further pages under the pack's usual path.
 const PLACE = "/extensions/ComfyUI-T-LoRA/docs/";
 
-/** Points such links to where the pack is really served from. */
+/** Redirects such links to the path from which the pack is really served. */
 export function mendLinks() {
   document.addEventListener("click", ({ target }) => {
     const link = target.closest?.(`a[href^="${PLACE}"]`);

@@ -1,8 +1,8 @@
-// A picture as large as the window allows; arrow keys turn pages, Escape closes.
+// Shows a picture as large as the window allows; arrow keys turn pages, Escape closes.
 import { html, setText } from "./dom.js";
 import { t } from "./texts.js";
 
-/** `pages` are {source, title, caption}; opens at number `at`. */
+/** `pages` are {source, title, caption}; opens the page with index `at`. */
 export function showLarge(pages, at) {
   const picture = html("img"), title = html("strong"), caption = html("span");
   const turn = (by) => {
@@ -20,7 +20,7 @@ export function showLarge(pages, at) {
   const dialog = html("dialog", { class: "tlora tlora-large", "aria-label": t("validation") }, picture,
                       html("div", { class: "tlora-row" }, before, after, title, caption, close));
   dialog.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // the graph has shortcuts of its own
+    event.stopPropagation(); // the graph has its own shortcuts
     if (event.key === "ArrowLeft") turn(-1);
     if (event.key === "ArrowRight") turn(1);
   });

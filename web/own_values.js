@@ -1,9 +1,9 @@
-// A new node's values are its own.
+// Protects a new node's values.
 import { after, values } from "./graph.js";
 
-/** The interface keeps values by graph, node id and widget name, and after Clear Workflow hands them to a new node of that id, so that
- * one node type would get the value of an input of another type with that name. Called when a node is made: what it holds until it
- * is first in a graph, its defaults or what it was configured with, is what it holds there. */
+/** The interface stores values by graph, node id and widget name. After Clear Workflow it gives them to a new node with
+ * the same id, even of another type. Call this when a node is created: the values that it has before it is added to a
+ * graph (its defaults or its configuration) are restored there. */
 export function keepOwnValues(node) {
   let own = values(node);
   after(node, "onConfigure", () => { own &&= values(node); });

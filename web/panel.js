@@ -1,4 +1,4 @@
-// The training panel of the Train node: loss, pace, time left, memory, validation pictures, and the two buttons.
+// The training panel of the Train node: loss, speed, time left, memory, validation pictures, and the two buttons.
 import { addPanel, html, path, setText, svg } from "./dom.js";
 import { drawsElements, keepShort, toggleAdvanced } from "./fold.js";
 import { followNode } from "./graph.js";
@@ -7,9 +7,9 @@ import { planOf } from "./plan.js";
 import { ask, mark, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
 
-const WIDTH = 1000, HEIGHT = 300; // of the chart's own coordinates, stretched to the element
+const WIDTH = 1000, HEIGHT = 300; // the chart's coordinates, stretched to the element
 const HEIGHT_IDLE = 122, HEIGHT_RUN = 128, HEIGHT_STRIP = 96, HEIGHT_LINE = 16; // pixels
-const MOST_LINES = 6, CHARACTERS = 46; // of a message; more of it is scrolled. Characters fit a line of the usual node.
+const MOST_LINES = 6, CHARACTERS = 46; // of a message, beyond which it scrolls; of a line on a node of usual width
 
 export function duration(seconds) {
   const whole = Math.round(seconds);
@@ -22,7 +22,7 @@ const memory = (megabytes) => (megabytes >= 1024 ? `${(megabytes / 1024).toFixed
 
 const short = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
 
-/** Loss of each step, faint, and its running mean, strong, against all the steps to come. */
+/** The loss of each step (faint) and its running mean (strong), over all steps of the run. */
 class LossChart {
   constructor() {
     this.raw = svg("path", { class: "tlora-raw" });
@@ -45,7 +45,7 @@ class LossChart {
   show(run) {
     this.run = run;
     const points = run?.points ?? [];
-    // As in the loss picture: one step at a quiet timestep can be many times the rest.
+    // As in the loss picture: single steps can have many times the usual loss.
     const ordered = points.map(([, loss]) => loss).sort((a, b) => a - b);
     const top = Math.max(ordered[Math.floor(0.98 * (ordered.length - 1))] ?? 0, ...points.map((p) => p[2]), 1e-12) * 1.05;
     const x = (step) => (step / run.steps) * WIDTH, y = (loss) => HEIGHT - (Math.min(loss, top) / top) * HEIGHT;
@@ -91,7 +91,7 @@ class LossChart {
   }
 }
 
-/** The validation pictures: one shown, the others under a slider; a click enlarges. */
+/** The validation pictures: one is shown, a slider selects it, a click enlarges it. */
 class Strip {
   constructor() {
     this.picture = html("img", { alt: "" });
@@ -101,7 +101,7 @@ class Strip {
     this.caption = html("div", { class: "tlora-caption" });
     this.element = html("div", { class: "tlora-strip" }, this.button,
                         html("div", { class: "tlora-beside" }, html("div", {}, this.step), this.slider, this.caption));
-    this.chosen = null; // index of the picture; null follows the newest
+    this.chosen = null; // index of the picture; null shows the newest
   }
 
   show(run) {
@@ -175,7 +175,7 @@ export class TrainingPanel {
   }
 
   async tellPlan() {
-    const at = (this.latest = {}); // answers may overtake one another
+    const at = (this.latest = {}); // answers may arrive out of order
     const { text, isWrong } = await planOf(this.node);
     if (at !== this.latest) return;
     setText(this.plan, text);

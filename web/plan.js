@@ -1,4 +1,4 @@
-// What the Train node's inputs stand for, where 0 and auto leave it to the model: asked of the server before the run.
+// Shows the values behind the Train node's defaults (0 and auto), which the server computes before the run.
 import { api } from "../../scripts/api.js";
 import { isLinked, source, values } from "./graph.js";
 import { t } from "./texts.js";
@@ -7,9 +7,9 @@ const LOADERS = { CheckpointLoaderSimple: "ckpt_name", UNETLoader: "unet_name", 
 const INPUTS = ["token", "class_word", "method", "rank", "min_rank", "alpha", "curve", "start", "resolution", "layers", "steps", "learning_rate",
                 "batch_size", "seed"];
 
-const answers = new Map(); // what was asked -> promise
+const answers = new Map(); // request -> promise
 
-/** The node that loads the model which comes in, seen through nodes that change it; null where there is none that is known. */
+/** The node that loads the connected model, through nodes that change it; null if it is unknown. */
 function loaderOf(node) {
   for (let hops = 0; node && hops < 30; hops++) {
     node = source(node, "model");
@@ -25,7 +25,7 @@ function asked(node) {
   const optimizer = options ? values(options).optimizer : "auto";
   if (!optimizer || INPUTS.some((name) => all[name] === undefined)) return null;
   const own = Object.fromEntries(INPUTS.map((name) => [name, all[name]]));
-  // A list from which nothing is chosen has no value.
+  // A list without a selection has no value.
   return JSON.stringify({ ...own, optimizer, loader: loader.type, file: (file && values(loader)[file]) ?? "" });
 }
 
@@ -38,7 +38,7 @@ function ask(body) {
   return answers.get(body);
 }
 
-/** Weights, adapters and the optimizer's state, which no setting makes less of; what a step keeps besides is known when it runs. */
+/** Memory of weights, adapters and optimizer state, which is certain; the rest of a step is only known when it runs. */
 function memoryOf({ least_bytes: least, device_bytes: there }) {
   const gib = (bytes) => Number((bytes / 2 ** 30).toPrecision(2));
   return t(least > there ? "plan_too_large" : "plan_memory", { least: gib(least), there: gib(there) });

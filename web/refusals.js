@@ -1,14 +1,14 @@
-// Prompts that the server refuses before they run: our sentence in the panel, and marks on the inputs that it names only.
+// For prompts that the server refuses to run: shows our sentence in the panel and marks only the inputs that it names.
 import { api } from "../../scripts/api.js";
 import { nodeAt } from "./graph.js";
 import { refused } from "./runs.js";
 
-const KIND = "custom_validation_failed"; // a node's own check, which the host puts on each input that the check looked at
+const KIND = "custom_validation_failed"; // a node's own check; the host reports it for each input that was checked
 
-/** The sentence in an error of that kind: its details are "input - sentence". */
+/** The sentence in such an error, whose details are "input - sentence". */
 const sentenceOf = ({ details }) => details.slice(details.indexOf(" - ") + 3);
 
-/** Whether a sentence names an input, other than in what the user has written. */
+/** Whether a sentence names an input outside the user's own text. */
 const names = (sentence, input) => new RegExp(`\\b${input}\\b`).test(sentence.replace(/"[^"]*"/g, ""));
 
 function look(nodeErrors) {
@@ -23,7 +23,7 @@ function look(nodeErrors) {
   }
 }
 
-/** Begins to look at the server's answers, before the page shows them. */
+/** Starts to inspect the server's answers before the page shows them. */
 export function followRefusals() {
   const own = api.queuePrompt;
   api.queuePrompt = async function (...args) {

@@ -1,12 +1,12 @@
-// The rank schedule as a picture: r(t) over the noise level, from noise on the left to the picture on the right.
+// Draws the rank schedule r(t) by noise level, from noise on the left to the picture on the right.
 import { html, path, setText, svg } from "./dom.js";
 import { t } from "./texts.js";
 
 const WIDTH = 1000, HEIGHT = 200;
 const SAMPLES = 200;
-const DOT_SECONDS = 3; // for which the place of the last evaluation is shown
+const DOT_SECONDS = 3; // how long the last evaluation stays marked
 
-/** r(t) at noise level 0..1, as RankSchedule.active_rank has it. */
+/** r(t) at noise level 0..1, as in RankSchedule.active_rank. */
 export function activeRank({ rank, min_rank, alpha, points }, level) {
   if (!points?.length) return Math.floor((rank - min_rank) * (1 - level) ** alpha) + min_rank;
   let [left, low] = points[0];
@@ -18,7 +18,7 @@ export function activeRank({ rank, min_rank, alpha, points }, level) {
   return low;
 }
 
-/** The points of "0:64, 0.5:48, 1:32" as [[level, rank], ...]; null where the text is no curve, [] where it is empty. */
+/** The points of "0:64, 0.5:48, 1:32" as [[level, rank], ...]; null if the text is not a curve, [] if it is empty. */
 export function pointsOf(text) {
   const pairs = text.split(/[,;]/).filter((part) => part.trim()).map((part) => part.split(":"));
   const points = pairs.map(([level, rank]) => [Number.parseFloat(level), Number.parseInt(rank, 10)]);
@@ -29,7 +29,7 @@ export function pointsOf(text) {
 
 export const textOf = (points) => points.map(([level, rank]) => `${Number(level.toFixed(2))}:${rank}`).join(", ");
 
-/** What is wrong with a schedule, as a text's key, or null. */
+/** The text key of a schedule's error, or null. */
 function problem({ rank, min_rank: least, points }) {
   if (points === null) return "curve_unclear";
   if (points?.some(([, active]) => active > rank)) return "curve_above";
@@ -61,7 +61,7 @@ export class ScheduleChart {
     this.pointed = this.live = this.schedule = null;
   }
 
-  /** Shows {rank, min_rank, alpha, points}, or `reason`, a text, where there is none. */
+  /** Shows {rank, min_rank, alpha, points}, or the text `reason` if there is none. */
   show(schedule, reason = "") {
     const wrong = schedule && problem(schedule);
     this.schedule = wrong ? null : schedule;
@@ -76,14 +76,14 @@ export class ScheduleChart {
       const points = [];
       for (let i = 0; i <= SAMPLES; i++) {
         const [x, y] = this.place(1 - i / SAMPLES, activeRank(schedule, 1 - i / SAMPLES));
-        if (points.length) points.push([x, points.at(-1)[1]]); // a rank holds until the next
+        if (points.length) points.push([x, points.at(-1)[1]]); // a rank stays until the next one
         points.push([x, y]);
       }
       this.line.setAttribute("d", path(points));
       this.area.setAttribute("d", `${path(points)}L${WIDTH} ${HEIGHT}L0 ${HEIGHT}Z`);
       setText(this.high, String(rank));
       setText(this.low, least === rank ? "" : String(least));
-      this.low.classList.toggle("tlora-below", least > rank / 3); // below the line, where there is room
+      this.low.classList.toggle("tlora-below", least > rank / 3); // below the line if there is room
       this.low.style.bottom = `${(100 * least) / this.top}%`;
       const some = [1, 0.75, 0.5, 0.25, 0].map((level) => `${level}: ${activeRank(schedule, level)}`).join(", ");
       this.drawing.setAttribute("aria-label", schedule.points?.length ? t("curve_label", { curve: textOf(schedule.points), some })
@@ -100,13 +100,13 @@ export class ScheduleChart {
     return [(1 - level) * WIDTH, HEIGHT * (1 - rank / this.top)];
   }
 
-  /** Where a point is, for an element over the drawing: left and top in percent. */
+  /** Position of a point for an element over the drawing: left and top in percent. */
   share(level, rank) {
     const [x, y] = this.place(level, rank);
     return [`${(100 * x) / WIDTH}%`, `${(100 * y) / HEIGHT}%`];
   }
 
-  /** Where a sampler is: {level, rank, steps: [[level, rank], ...]}. */
+  /** Shows a sampler's position: {level, rank, steps: [[level, rank], ...]}. */
   sampling(live) {
     this.live = live;
     this.marks.replaceChildren();

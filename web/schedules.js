@@ -12,9 +12,9 @@ const MASKED = ["auto", "tlora", "vanilla_tlora"];
 const DECIDING = ["file", "method", "rank", "min_rank", "alpha", "curve"]; // inputs
 
 const panels = new WeakMap(); // node -> SchedulePanel
-const told = new WeakMap(); // node -> the schedule that its last sampling had
+const told = new WeakMap(); // node -> schedule of its last sampling
 
-/** The first input that decides on the schedule and has its value from another node. */
+/** The first input that affects the schedule and gets its value from another node. */
 const linkedOf = (node) => DECIDING.find((name) => isLinked(node, name));
 
 function trainedSchedule(node) {
@@ -23,14 +23,14 @@ function trainedSchedule(node) {
   return { rank, min_rank, alpha, points: pointsOf(curve ?? "") };
 }
 
-/** The file's schedule with what the node sets in its place. */
+/** The file's schedule, with the node's own settings applied. */
 function loadedSchedule(node, file) {
   if (!file?.schedule) return null;
   const { min_rank: least, alpha } = values(node), formula = least >= 0 || alpha > 0 ? { points: [] } : {};
   return { ...file.schedule, ...formula, ...(least >= 0 && { min_rank: least }), ...(alpha > 0 && { alpha }) };
 }
 
-/** The schedule of the T-LoRA that comes out of a node, or null where it is not known. */
+/** The schedule of a node's output T-LoRA, or null if it is unknown. */
 async function scheduleOf(node) {
   if (node && linkedOf(node)) return null;
   if (node?.type === "TLoRATrainFromImage") return trainedSchedule(node);
@@ -70,13 +70,13 @@ class SchedulePanel {
       curve.callback?.(curve.value);
     });
     const { widget } = addPanel(node, "tlora_schedule", this.element, HEIGHT_CHART + (this.card ? HEIGHT_CARD : 0));
-    if (curve) widget.options.advanced = true; // with the inputs that bend it
+    if (curve) widget.options.advanced = true; // folded together with min_rank and alpha
     panels.set(node, this);
     followNode(node, () => this.update());
   }
 
   async update() {
-    const at = (this.latest = {}); // answers may overtake one another
+    const at = (this.latest = {}); // answers may arrive out of order
     const { node } = this, linked = linkedOf(node);
     const file = this.card && !isLinked(node, "file") ? await cardOf(node) : null;
     const known = await scheduleOf(node.comfyClass === "TLoRAApply" ? source(node, "tlora") : node);

@@ -1,4 +1,4 @@
-// The widgets' words, from locales/<language>/main.json by way of the host, which serves all languages at once.
+// The widgets' texts from locales/<language>/main.json; the host serves all languages at once.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 

@@ -28,7 +28,7 @@ app.registerExtension({
   setup() {
     followSampling();
     followRefusals();
-    // Nodes that write files tell their names; a training that was stopped tells it when it ends.
+    // Nodes that write files report their names; a stopped training reports it when it ends.
     api.addEventListener("executed", ({ detail }) => {
       const names = detail.output?.tlora_names ?? [], node = nodeAt(detail);
       if (node?.comfyClass === TRAIN && names.length) remembered(node, names[0]);

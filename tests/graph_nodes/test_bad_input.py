@@ -174,7 +174,7 @@ BAD = {
     ),
     "model of another family": (
         bad_training(model=diffusion_transformer),
-        "model could not be run on .* clip and vae of one checkpoint",
+        "model failed on .* clip and vae of the same model",
     ),
     "clip of a model-only checkpoint": (
         bad_training(clip=part_of_a_model_only_checkpoint(1)),
@@ -208,18 +208,18 @@ BAD = {
     ),
     "clip that changes over a sampling": (
         bad_training(clip=clip_that_changes_over_a_sampling),
-        "clip reads prompts in 2 ways",
+        "clip gives 2 scheduled encodings of a prompt",
     ),
     "training into a folder above": (bad_training(file_name="../x"), r'file_name is "\.\./x", which leaves the loras'),
     "file in a folder above": (saving_as("../x"), "which leaves the loras folder"),
     "file at an absolute path": (saving_as(str(OUTSIDE / "x")), "which leaves the loras folder"),
     "file up and down again": (saving_as("a/../../x"), "which leaves the loras folder"),
     "file without a name": (saving_as("tests/"), 'file_name is "tests/"; give a name'),
-    "file with a name that no disk takes": (saving_as("x" * 240), 'file_name is "x+", which cannot be made here'),
-    "training into such a file": (bad_training(file_name="x" * 300), 'file_name is "x+", which cannot be made here'),
+    "file with a name that no disk takes": (saving_as("x" * 240), 'file_name is "x+", which cannot be created here'),
+    "training into such a file": (bad_training(file_name="x" * 300), 'file_name is "x+", which cannot be created here'),
     "file in a file": (
         saving_as("tests/plain.safetensors/x"),
-        'file_name is "tests/plain.safetensors/x", which cannot be made here',
+        'file_name is "tests/plain.safetensors/x", which cannot be created here',
     ),
     "baking into a folder above": (baking(file_name="../x"), "which leaves the loras folder"),
     "baking without a name": (baking(mode="steps", file_name="tests/"), 'file_name is "tests/"; give a name'),
@@ -383,7 +383,7 @@ def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, 
         left = files_below(folder)
     if (what, obstacle) == ("training", small_disk):
         assert re.match(
-            r'The disk of ".+/small_disk_training" has .+ free and the training needs .+ there for the T-LoRA file; '
+            r'The disk of ".+/small_disk_training" has .+ free, but the training needs .+ there for the T-LoRA file; '
             r"free",
             message,
         )
@@ -433,9 +433,8 @@ def test_disk_that_fills_up_during_a_training_loses_nothing_and_run_again_only_w
         )
         (message,) = server.run(graph, check=False, listener=filling).errors
         assert re.search(
-            r'"x_00001_\.safetensors" was not saved .* The training is kept in "x-\w+"; when there is room, .* press '
-            r"Run again, "
-            r"which only writes the file\.$",
+            r'"x_00001_\.safetensors" was not saved .* The training is kept in "x-\w+"\. Free some space .* press '
+            r"Run again: it only writes the file\.$",
             message,
         )
         filling.ballast.unlink()
@@ -455,8 +454,8 @@ def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_u
         ).errors
     path = output / "x_00001_.safetensors"
     assert (
-        message.endswith(f'It is kept as "{path}"; move that file to "{loras}".')
-        and "no checkpoint of step 80" in message
+        message.endswith(f'It is saved as "{path}"; move that file to "{loras}".')
+        and "run state of step 80 was not saved" in message
     )
     assert same_tensors(path, straight)
 
@@ -471,7 +470,6 @@ def test_folder_that_cannot_be_written_to_is_told_before_any_step(server, loras,
         message = server.run(graph, check=False, listener=none).errors[0].partition(": ")[2]
     assert none.last_step == 0 and "\n" not in message
     assert (
-        message
-        == f'file_name is "{folder.name}/x", but nothing may be written to "{folder.name}" in the loras folder; '
+        message == f'file_name is "{folder.name}/x", but "{folder.name}" in the loras folder is not writable; '
         f"choose another folder."
     )

@@ -49,7 +49,7 @@ def test_a_folder_of_pictures_with_texts_and_masks_is_one_training(server, loras
 def test_lists_that_do_not_fit_are_told_in_one_sentence(server, loras, folder):
     cases = {
         "captions": "captions has 3 texts for 1 picture; give one for all or one for each.",
-        "class_word": "class_word is a list of 3; connect a single value, since one training is made of all pictures.",
+        "class_word": "class_word is a list of 3; connect a single value, because all pictures go into one training.",
     }
     for name, words in cases.items():
         graph, before = TinyGraph(), files_below(loras)

@@ -269,7 +269,7 @@ def test_prompts_take_a_foreign_files_trigger_phrase_and_the_subject_where_it_ha
     graph.add("PreviewAny", source=graph.add("TLoRAPrompts", prompts="a photo of {}", subject=" ", tlora=tlora)[0])
     assert (
         error_of(server, graph)
-        == 'subject is empty, and no T-LoRA tells it; write what {} stands for, such as "sks dog".'
+        == 'subject is empty, and no T-LoRA provides it; write what {} stands for, such as "sks dog".'
     )
 
 

@@ -65,7 +65,7 @@ def test_schedule_of_apply_follows_train_and_a_link_to_an_input_is_seen(page, re
         const train = window.app.graph.nodes.find(node => node.type === "TLoRATrainFromImage");
         number.connect(0, train, train.inputs.findIndex(input => input.name === "rank"));
     }""")
-    page.wait_for_function(shown, arg="Follows the schedule of the T-LoRA that is connected.")
+    page.wait_for_function(shown, arg="Uses the schedule of the connected T-LoRA.")
     assert ours(page.complaints) == []
 
 

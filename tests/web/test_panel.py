@@ -167,7 +167,7 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     cancelled = wait_for(page, "panel.state === 'cancelled'", inside)
     assert cancelled["enabled"] == [False, False]
     assert re.fullmatch(
-        r"Cancelled at step \d+\. Run (goes on from step \d+|trains from the start, .*)\.", cancelled["message"]
+        r"Cancelled at step \d+\. Run (resumes at step \d+|trains from the start, .*)\.", cancelled["message"]
     )
     assert ours(page.complaints) == []
 
@@ -276,7 +276,7 @@ def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_hear
         press(page, "Stop and keep")
     assert state.text_content() == said  # that it has ended comes by itself
     press(page, "Checkpoint now")
-    page.get_by_text("The server did not answer").wait_for()
+    page.get_by_text("The server did not respond").wait_for()
     tell(page, RUN | {"sequence": 2, "step": 4})
     wait_for(page, "panel.step === 4")
     assert state.text_content() == said

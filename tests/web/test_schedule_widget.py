@@ -179,7 +179,7 @@ def test_curve_follows_the_values_of_train_and_apply_follows_train(graph):
         for node_type in ("TLoRATrainFromImage", "TLoRAApply"):
             wait_for(graph, node_type, [label(**values), True])
     graph.evaluate(SET, ["TLoRATrainFromImage", {"min_rank": 17}])
-    wait_for(graph, "TLoRATrainFromImage", ["min_rank is 17, above the rank, which is 16.", False])
+    wait_for(graph, "TLoRATrainFromImage", ["min_rank is 17, which is above rank (16).", False])
     for method, traits in METHODS.items():
         graph.evaluate(SET, ["TLoRATrainFromImage", {"min_rank": 4, "method": method}])
         wait_for(graph, "TLoRATrainFromImage", [label(16, 4 if traits.is_masked else 16, 1.0), True])
@@ -272,9 +272,9 @@ def test_no_curve_is_drawn_of_values_that_come_from_another_node(graph):
         wait_for(
             graph,
             "TLoRATrainFromImage",
-            [f"{name} comes from the connected node, so the ranks are not known here.", False],
+            [f"{name} comes from a connected node, so the ranks are unknown here.", False],
         )
-        wait_for(graph, "TLoRAApply", ["Follows the schedule of the T-LoRA that is connected.", False])
+        wait_for(graph, "TLoRAApply", ["Uses the schedule of the connected T-LoRA.", False])
         graph.evaluate(
             "() => window.app.graph.remove(window.app.graph.nodes.find(node => node.type === 'PrimitiveInt'))"
         )

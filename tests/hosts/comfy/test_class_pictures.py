@@ -94,7 +94,7 @@ def test_a_full_disk_and_a_model_that_cannot_be_known_again_keep_none_and_end_no
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(os, "replace", full)
         first = run(base, asked())
-    assert "A class picture is not kept" in caplog.text and not files(output)
+    assert "A class picture was not saved" in caplog.text and not files(output)
     unknown = base[0].clone()
     unknown.model_options["sampler_cfg_function"] = lambda args: args["cond"]
     run((unknown, *base[1:]), asked())

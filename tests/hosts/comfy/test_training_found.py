@@ -59,9 +59,7 @@ def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(b
     (unfinished / "run.json").write_text(json.dumps({**kept, "state": "cancelled", "files": {}}))
     again = run(base)
     assert len(folders(output)) == 2 and again.losses == whole.losses and same(again.tlora, whole.tlora)
-    assert said == [
-        "Its first 3 steps were trained by an older version, which this one cannot go on from: it is trained anew."
-    ]
+    assert said == ["The first 3 steps were trained by an older version and cannot be resumed; training starts again."]
 
 
 def test_a_finished_run_of_the_first_version_is_found(base, output, monkeypatch):

@@ -90,7 +90,7 @@ def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypat
         len(stopped.losses) == 3 and stopped.tlora.training["steps_done"] == 3 and record(output)["state"] == "stopped"
     )
     assert run(base, file_name="run/heart").file == stopped.file, "a stopped run is taken as it is"
-    assert shown() == ("found", "Stopped at step 3 of 6; set rerun to continue to go on.")
+    assert shown() == ("found", "Stopped at step 3 of 6; set rerun to continue to resume.")
     went_on = run(base, rerun="continue")
     assert went_on.losses == whole.losses and same(went_on.tlora, whole.tlora)
     run(base)
@@ -325,10 +325,10 @@ def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_sa
     with monkeypatch.context() as patch:
         no_file(patch, output / "loras" / "run")
         Wish(patch, 3, lambda live: live.request("stop"))
-        does = "goes on from step 3" if more else "only writes the file"
+        does = "resumes at step 3" if more else "only writes the file"
         press = '"auto" and press' if rerun == "restart" else "press"
         with pytest.raises(
-            TLoRAError, match=f"the disk is full. The training is kept in .*{press} Run again, which {does}.$"
+            TLoRAError, match=f"the disk is full. The training is kept in .*{press} Run again: it {does}.$"
         ):
             run(base, rerun=rerun)
     trained, train = [], Personalization.train
@@ -372,12 +372,12 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
     assert end == "cancel" or str(raised.value) in message
     kept = [*output.glob("*.safetensors"), *temp.glob("*.safetensors")]
     if taken == "none":
-        assert not kept and "so it is not kept; free some space" in message
+        assert not kept and "and is lost; free some space" in message
         return
     (path,) = kept
     assert path == (output if taken == "output" else temp) / "heart_00001_.safetensors"
-    told = f'It is kept as "{path}"; move that file to "{output / "loras"}"'
-    assert told + ("." if taken == "output" else " before ComfyUI is closed, which empties that folder.") in message
+    told = f'It is saved as "{path}"; move that file to "{output / "loras"}"'
+    assert told + ("." if taken == "output" else " before you close ComfyUI, which empties that folder.") in message
     assert TLoRAFile.load(path).training["steps_done"] == {"done": 6, "divergence": 25}.get(end, 3)
 
 
@@ -434,7 +434,7 @@ def test_place_that_will_not_take_the_training_is_told_before_its_first_step(bas
                 room, "os", SimpleNamespace(fsync=os.fsync, stat=lambda path: SimpleNamespace(st_dev=is_there(path)))
             )
             wanted = (
-                f'^The disk of "{output}/{place}.* has 64 KiB free and the training needs [0-9.]+ [KM]iB there '
+                f'^The disk of "{output}/{place}.* has 64 KiB free, but the training needs [0-9.]+ [KM]iB there '
                 f"for .*; free some space, or "
             )
         advice = {
@@ -508,7 +508,7 @@ def test_a_link_to_another_disk_is_saved_to_as_the_list_reads_it(output, tmp_pat
             new_lora_path(climbing)
     (loras / "gone").symlink_to(disk / "unplugged")
     with pytest.raises(
-        TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which is not there; connect that disk'
+        TLoRAError, match='"gone/dog", but ".*gone" is a link to ".*unplugged", which does not exist; connect that disk'
     ):
         new_lora_path("gone/dog")
     assert not (disk / "unplugged").exists() and not (disk.parent / "dog_00001_.safetensors").exists()
@@ -542,7 +542,7 @@ def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, 
     (saved,) = [p for p in (output / "loras" / "run").iterdir() if "heart" in p.name]
     assert TLoRAFile.load(saved).training["steps_done"] == 3
     assert shown()[0] == record(output)["state"] == {"stop": "stopped", "cancel": "cancelled"}[end]
-    assert shown()[1].endswith("There is no checkpoint of step 3 to go on from: the disk is full.")
+    assert shown()[1].endswith("The run state of step 3 was not saved: the disk is full.")
 
 
 def test_validation_changes_nothing_and_is_kept(base, output):
@@ -704,7 +704,7 @@ def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another
         scale = torch.full((1,), 1.1)
     patched.set_model_attn2_output_patch(lambda output, options: output * scale)
     with pytest.raises(
-        TLoRAError, match="model has a patch on it that cannot be trained through .* connect the model from before"
+        TLoRAError, match="model has a patch that cannot be trained through .* connect the model from before"
     ):
         run((patched, *base[1:]))
     assert run(base).file
@@ -719,8 +719,7 @@ def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, o
     if broken == "vae":
         monkeypatch.setattr(vae.first_stage_model, "encode", lambda pixels: encode(pixels) * float("nan"))
         message = (
-            "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect "
-            "another VAE."
+            "vae encodes a picture into NaN or infinite values; start ComfyUI with --fp32-vae, or connect another VAE."
         )
     else:
         monkeypatch.setattr(
@@ -729,7 +728,7 @@ def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, o
             lambda tokens: [x * float("inf") for x in encode_text(tokens)],
         )
         message = (
-            'clip turns "a photo of sks heart" into values that are no numbers; start ComfyUI with '
+            'clip encodes "a photo of sks heart" into NaN or infinite values; start ComfyUI with '
             "--fp32-text-enc, or connect another CLIP."
         )
     with pytest.raises(TLoRAError) as raised:

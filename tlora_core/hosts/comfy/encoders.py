@@ -1,4 +1,4 @@
-"""CLIP and DINO models in the host's clip_vision folders, in the layout of transformers: a folder each."""
+"""CLIP and DINO models in the host's clip_vision folders, each a folder in the transformers layout."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,17 +13,17 @@ FOLDER = "clip_vision"
 
 
 def encoder_names(types: Sequence[str]) -> list[str]:
-    """Folders directly below the clip_vision folders whose config.json names one of `types`."""
+    """Names of the folders directly in the clip_vision folders whose config.json names one of `types`."""
     return sorted({folder.name for folder in _folders() if model_type(folder) in types})
 
 
 def load_encoder(name: str, types: Sequence[str]) -> ImageEncoder:
-    """On the host's device. Raises TLoRAError when `name` is none of the listed folders, which also keeps any path
-    out."""
+    """Loads an encoder to the host's device. Raises TLoRAError if `name` is not a listed folder, so no other path can
+    be opened."""
     found = next((folder for folder in _folders() if folder.name == name and model_type(folder) in types), None)
     if found is None:
         raise TLoRAError(
-            f'"{name}" is not in the folder models/{FOLDER} any more; press R to refresh the list and choose another.'
+            f'"{name}" is no longer in the folder models/{FOLDER}; press R to refresh the list and choose another.'
         )
     device = comfy.model_management.get_torch_device()
     size = sum(file.stat().st_size for file in (*found.glob("*.safetensors"), *found.glob("*.bin")))

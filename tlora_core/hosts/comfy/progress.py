@@ -1,4 +1,4 @@
-"""Progress of a long node: the host's bar, and a line of text with the time left."""
+"""Shows the progress of a slow node: the host's bar and a line with the time left."""
 
 import time
 from collections.abc import Callable
@@ -15,15 +15,15 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str, node_id: str | None) -> None:
-    """Shows text on the node, where there is one and a page to show it on."""
+    """Shows text on the node, if there are a node and a server."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
 
 
 def counting(what: str, node_id: str | None) -> Callable[[int, int], None]:
-    """A callback (done, total) that shows how far the node is, from its first call on, which tells done = 0. It raises
-    the host's interrupt when the user has pressed cancel."""
+    """A callback (done, total) that shows the node's progress. Its first call must have done = 0. It raises the host's
+    interrupt after a cancel."""
     bar, began, said = None, 0.0, 0.0
 
     def update(done: int, total: int) -> None:

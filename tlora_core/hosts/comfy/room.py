@@ -1,4 +1,4 @@
-"""Whether the disks will take what a training leaves, asked before its first step."""
+"""Checks before the first step that the disks can store what a training writes."""
 
 import errno
 import os
@@ -9,14 +9,20 @@ from pathlib import Path
 
 from ...errors import TLoRAError
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # by the folder, whatever the name
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)  # independent of the file's name
 LORAS_ADVICE = "choose another folder with file_name"
 RUNS_ADVICE = "start ComfyUI with another --output-directory"
 
 
 @dataclass(frozen=True)
 class Need:
-    """What will be written to a folder that is there: `size` bytes of `what`. advice: what helps, but for free
+    """A training will write `size` bytes of `what` to the existing `folder`. advice: what to do, apart from freeing
     space."""
 
     folder: Path
@@ -26,15 +32,15 @@ class Need:
 
 
 def refusal(folder: Path, error: OSError, advice: str) -> TLoRAError:
-    """The error for a folder that takes no files."""
+    """The error for a folder that cannot be written to."""
     return TLoRAError(
         f'The folder "{folder}" cannot be written to ({error.strerror or error}); make it writable, or {advice}.'
     )
 
 
 def require_writable(folder: Path, advice: str) -> None:
-    """Makes a file in `folder`, which is there, and removes it: permissions, mounts and quotas say less. Raises
-    TLoRAError."""
+    """Writes a temporary file to the existing `folder` and removes it; permissions, mounts and quotas tell less. Raises
+    TLoRAError if that fails."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".tlora-", suffix=".tmp") as file:
             file.write(b"\0")
@@ -45,7 +51,7 @@ def require_writable(folder: Path, advice: str) -> None:
 
 
 def require_room(needs: list[Need]) -> None:
-    """Raises TLoRAError, naming the folder, what is needed and what is free, where a disk lacks room for all that goes
+    """Raises TLoRAError, with the folder, the space needed and the space free, if a disk lacks room for all that goes
     there."""
     disks: dict[int, list[Need]] = {}
     for need in needs:
@@ -54,11 +60,10 @@ def require_room(needs: list[Need]) -> None:
     for parts in disks.values():
         total, _, free = shutil.disk_usage(parts[0].folder)
         size = sum(part.size for part in parts)
-        if total and size > free:  # some network disks tell nothing, and that as 0
+        if total and size > free:  # some network disks report a size of 0
             raise TLoRAError(
-                f'The disk of "{parts[0].folder}" has {_in_words(free)} free and the training needs {_in_words(size)} '
-                f"there for "
-                f"{' and '.join(part.what for part in parts)}; free some space, or "
+                f'The disk of "{parts[0].folder}" has {_in_words(free)} free, but the training needs {_in_words(size)} '
+                f"there for {' and '.join(part.what for part in parts)}; free some space, or "
                 f"{', or '.join(part.advice for part in parts)}."
             )
 

@@ -1,4 +1,4 @@
-"""What the browser is told while a training or a sampler runs.
+"""Tells the browser about running trainings and samplers.
 
 Imports `model`.
 """

@@ -1,5 +1,5 @@
-"""Sends events to the pages that can take them. A page that is still loading knows none of ours, and complains of
-each."""
+"""Sends events to the pages that listen. A page that is still loading does not know our events and would log an error
+for each."""
 
 import threading
 from typing import Any
@@ -7,12 +7,12 @@ from typing import Any
 from server import PromptServer
 
 _lock = threading.Lock()
-_listening: dict[str, Any] = {}  # by client id, the socket; one that is opened again after a reload is another
+_listening: dict[str, Any] = {}  # client id -> socket; a reload opens a new socket
 
 
 def listen(client: str | None) -> None:
-    """From now on `tell` reaches this page, until its socket closes. `client` is the id that the host knows it by;
-    without a socket of that id nothing happens."""
+    """Makes `tell` reach this page until its socket closes. `client` is the host's id of the page; without a socket of
+    that id nothing happens."""
     sockets = getattr(getattr(PromptServer, "instance", None), "sockets", {})
     with _lock:
         for gone in [known for known, socket in _listening.items() if sockets.get(known) is not socket]:
@@ -22,7 +22,7 @@ def listen(client: str | None) -> None:
 
 
 def tell(event: str, data: dict[str, Any]) -> None:
-    """Queues the event, whose data are JSON values, for each page that listens. Does nothing without a server."""
+    """Queues the event for each page that listens; `data` holds JSON values. Does nothing without a server."""
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return

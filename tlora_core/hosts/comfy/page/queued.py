@@ -1,4 +1,4 @@
-"""The workflow that is being run, as the page sent it along with the prompt."""
+"""The running workflow, as the page sent it with the prompt."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from comfy_execution.utils import get_executing_context
 from server import PromptServer
 
-OWNER = "tlora_run"  # the property in which web/runs.js keeps whose runs a node shows
+OWNER = "tlora_run"  # the node property by which web/runs.js knows a node's runs
 
 
 def queued_workflow() -> dict[str, Any]:
-    """In the page's own format; empty where the prompt came without, as from a script."""
+    """The running workflow in the page's format; empty if the prompt came without one, as from a script."""
     context, server = get_executing_context(), getattr(PromptServer, "instance", None)
     if context is None or server is None:
         return {}
@@ -22,14 +22,13 @@ def queued_workflow() -> dict[str, Any]:
 
 
 def workflow_id() -> str | None:
-    """Of the workflow that is being run: node ids are unique only within one. None where the prompt came without."""
+    """Id of the running workflow, within which node ids are unique; None if the prompt came without a workflow."""
     return queued_workflow().get("id")
 
 
 def owner_of(workflow: Mapping[str, Any], node_id: str | None) -> str | None:
-    """What the page has written into a node of `workflow` to know its runs by, as ids alone are the same in each copy
-    of a template. `node_id` is the host's, "3:7" in a sub-graph. None where it wrote nothing, or nothing that it would
-    write."""
+    """The mark by which the page knows a node's runs, because ids are the same in each copy of a template. `node_id` is
+    the host's, "3:7" in a subgraph. None if the node in `workflow` has no valid mark."""
     try:
         inner, node = workflow, {}
         subgraphs = {each["id"]: each for each in workflow.get("definitions", {}).get("subgraphs", [])}
@@ -37,6 +36,6 @@ def owner_of(workflow: Mapping[str, Any], node_id: str | None) -> str | None:
             node = next(each for each in inner["nodes"] if str(each["id"]) == part)
             inner = subgraphs.get(node["type"], {})
         owner = node["properties"][OWNER]
-    except (KeyError, TypeError, AttributeError, StopIteration):  # a workflow is data, and may be a stranger's
+    except (KeyError, TypeError, AttributeError, StopIteration):  # the workflow is untrusted data
         return None
     return owner if isinstance(owner, str) else None

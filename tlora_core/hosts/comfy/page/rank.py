@@ -1,4 +1,4 @@
-"""Tells the page which ranks are on while a sampler runs."""
+"""Tells the page the active rank while a sampler runs."""
 
 import time
 import uuid
@@ -14,12 +14,12 @@ from .pages import tell
 from .queued import workflow_id
 
 EVENT = "tlora.sampling"
-EVENT_EVERY = 0.1  # seconds; evaluations in between are not looked at
+EVENT_EVERY = 0.1  # seconds; evaluations in between are skipped
 
 
 def show_active_rank(model: ModelPatcher, schedule: RankSchedule, node_id: str | None) -> ModelPatcher:
-    """Adds to `model`, which must be the caller's own clone, and returns it. Without a page to tell, nothing is
-    added."""
+    """Makes `model`, which must be the caller's own clone, report its active rank, and returns it. Adds nothing without
+    a node or a server."""
     if node_id is not None and getattr(PromptServer, "instance", None) is not None:
         teller = _Teller(schedule, node_id, workflow_id())
         model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, f"tlora-live-{uuid.uuid4()}", teller)
@@ -48,7 +48,7 @@ class _Teller:
         if sigmas is None:
             self._steps = []
         elif sigmas is not self._sigmas:
-            # The last sigma is where the sampler ends: the model is not evaluated there.
+            # The sampler ends at the last sigma and does not evaluate the model there.
             self._sigmas, self._steps = sigmas, self._ranks(sampling, sigmas[:-1])
         tell(
             EVENT,
@@ -68,5 +68,5 @@ class _Teller:
 
 
 def _options(args, kwargs) -> dict:
-    """APPLY_MODEL's transformer_options; the host passes it as the fourth after the sigma, or by name."""
+    """transformer_options of APPLY_MODEL, which the host passes as the fourth argument after sigma or by name."""
     return kwargs.get("transformer_options") or (args[3] if len(args) > 3 else {})

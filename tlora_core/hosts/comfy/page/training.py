@@ -1,9 +1,9 @@
-"""Training runs as the page sees them: where a run stands, and what the user wants of it.
+"""Training runs as the page sees them: their progress, and the user's requests to them.
 
-The latest run of each node is kept here while the server lives, of RUNS_KEPT nodes at most, with its loss curve and
-validation pictures, so that a page that is opened later, or again, can be told all of it; see `routes.training` for how
-a page asks. Training runs in the host's prompt thread and the routes in its event loop, so a run locks itself. Without
-a server a run only keeps its record.
+While the server runs, this module keeps the latest run of each node, of RUNS_KEPT nodes at most, with its loss curve
+and validation pictures, so that a page that is opened later or reloaded can show all of it; `routes.training` answers
+the page. Training runs in the host's prompt thread and the routes in its event loop, so a run locks itself. Without a
+server a run only keeps its record.
 """
 
 import functools
@@ -28,7 +28,7 @@ from .queued import owner_of, queued_workflow
 
 EVENT = "tlora.training"
 EVENT_EVERY = 0.25  # seconds
-RATE_OVER = 10.0  # seconds of steps that make the steps per second
+RATE_OVER = 10.0  # seconds over which steps per second are averaged
 RUNS_KEPT = 6
 PICTURES_KEPT = 50
 PICTURE_SIDE = 768  # pixels of one validation picture; larger ones are shrunk
@@ -40,8 +40,7 @@ Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 @dataclass(frozen=True)
 class ValidationPicture:
-    """A picture of `step` as a page gets it: the bytes of a PNG or JPEG, and what its prompts were, from left to
-    right."""
+    """A picture of `step` for the page: the bytes of a PNG or JPEG, and its prompts from left to right."""
 
     step: int
     captions: tuple[str, ...]
@@ -50,8 +49,8 @@ class ValidationPicture:
 
 
 class LiveRun:
-    """One training run. The trainer's side: `report` after each step, then `finish`; it looks at `stop_requested` and
-    `take_checkpoint_request`. The page's side: `state`, `picture`, `request`."""
+    """One training run. The training calls `report` after each step, reads `stop_requested` and
+    `take_checkpoint_request`, and calls `finish` at the end. The page's routes call `state`, `picture`, `request`."""
 
     _registry_lock = threading.Lock()
     _runs: dict[str, "LiveRun"] = {}  # oldest first
@@ -64,8 +63,8 @@ class LiveRun:
         self._state: State = "running"
         self._step = self._first_step = first_step
         self._points: list[Point] = []
-        self._sent = 0  # points that events have told
-        self._sequence = 0  # of events, so that a page can tell old from new
+        self._sent = 0  # number of points already sent in events
+        self._sequence = 0  # number of the event, so that a page can order them
         self._event_at = -math.inf
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), first_step)])
         self._pictures: dict[int, ValidationPicture] = {}
@@ -75,8 +74,8 @@ class LiveRun:
 
     @classmethod
     def begin(cls, node_id: str | None, steps: int, first_step: int = 0, title: str = "") -> "LiveRun":
-        """A new run of `steps` steps in all, of which `first_step` are already done. It takes the place of the node's
-        earlier one. `node_id` is the host's, "3:7" in a sub-graph; None keeps a run without a node."""
+        """A new run of `steps` steps in total, of which `first_step` are already done. It replaces the node's earlier
+        run. `node_id` is the host's, "3:7" in a subgraph; None for a run without a node."""
         run = cls(node_id, queued_workflow(), steps, first_step, title)
         with cls._registry_lock:
             for old in [r for r in cls._runs.values() if r.place == run.place]:
@@ -85,14 +84,14 @@ class LiveRun:
             for old_id in list(cls._runs)[:-RUNS_KEPT]:
                 del cls._runs[old_id]
         device = comfy.model_management.get_torch_device()
-        if device.type == "cuda":  # and not where ComfyUI leaves a GPU alone: it would be woken, and hold memory
+        if device.type == "cuda":  # only if ComfyUI uses the GPU: the call would initialise it and take memory
             torch.cuda.reset_peak_memory_stats(device)
         run._tell()
         return run
 
     @property
     def place(self) -> tuple[str | None, ...]:
-        """The node in the graph that ran it: each has one run here, its latest."""
+        """Identifies the node that ran it; each node keeps only its latest run."""
         return self.node_id, self.workflow_id, self.owner
 
     @classmethod
@@ -103,19 +102,19 @@ class LiveRun:
 
     @classmethod
     def states(cls) -> list[dict[str, Any]]:
-        """`state` of every kept run, oldest first."""
+        """`state` of all kept runs, oldest first."""
         with cls._registry_lock:
             runs = list(cls._runs.values())
         return [run.state() for run in runs]
 
     def report(self, step: int, loss: float) -> None:
-        """After each step, counted from 1: its loss; those up to `first_step` may be told too, for the curve. Cheap:
-        pages hear of it a few times a second."""
+        """Records the loss of a step, counted from 1; steps up to `first_step` may be reported too, for the curve.
+        Cheap: pages are told a few times a second."""
         now = time.monotonic()
         with self._lock:
             self._step = max(step, self._first_step)
-            if math.isfinite(loss):  # JSON has no other numbers
-                # The same running mean as the loss picture's at the training's end.
+            if math.isfinite(loss):  # JSON has no NaN or infinity
+                # The same running mean as in the loss picture at the end.
                 window = min(len(self._points) + 1, max(self.steps // 20, 1))
                 mean = self._points[-1][2] if self._points else loss
                 self._points.append((step, loss, mean + (loss - mean) / window))
@@ -128,7 +127,7 @@ class LiveRun:
             self._tell()
 
     def validation(self, step: int, picture: Image.Image, captions: Sequence[str]) -> None:
-        """A picture sampled with the state of `step`; it may show several prompts side by side, a caption for each."""
+        """Adds a validation picture of `step`. It may show several prompts side by side, with a caption for each."""
         shrunk = picture.convert("RGB")
         shrunk.thumbnail((PICTURE_SIDE * max(len(captions), 1), PICTURE_SIDE))
         kind = "PNG" if max(shrunk.size) <= 256 else "JPEG"
@@ -139,24 +138,24 @@ class LiveRun:
             self._pictures[self._pictures_made] = made
             self._pictures_made += 1
             if len(self._pictures) > PICTURES_KEPT:
-                # Every second one, so that the strip still spans the whole training; the first and the newest stay.
+                # Drop every second one, but not the first and the newest, so that they still span the whole training.
                 for index in list(self._pictures)[1:-1:2]:
                     del self._pictures[index]
         self._tell()
 
     def note(self, message: str) -> None:
-        """A line for the panel, such as where a checkpoint was saved."""
+        """Shows a line on the panel, such as where a file was saved."""
         with self._lock:
             self._message = message
         self._tell()
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the user wants the training to end now and its result to be kept."""
+        """Whether the user has pressed Stop and keep."""
         return "stop" in self._wishes
 
     def take_checkpoint_request(self) -> bool:
-        """Whether the user wants a checkpoint; the next call says no, until he asks again."""
+        """Whether the user has pressed Checkpoint now since the last call."""
         with self._lock:
             asked = "checkpoint" in self._wishes
             self._wishes.discard("checkpoint")
@@ -165,15 +164,15 @@ class LiveRun:
     def finish(
         self, state: Literal["done", "found", "stopped", "cancelled", "failed"], message: str = "", file: str = ""
     ) -> None:
-        """The end, "found" being that of a run that was not trained again: `message` for the user, `file` as Load
-        T-LoRA lists it."""
+        """Ends the run; "found" means that an equal run was found and not trained again. `message` is for the user,
+        `file` the name in Load T-LoRA's list."""
         with self._lock:
             self._state, self._message, self._file = state, message, file
             self._wishes.discard("checkpoint")
         self._tell()
 
     def request(self, wish: Literal["stop", "checkpoint"]) -> bool:
-        """The page's Stop and keep, or Checkpoint now; False when the run has ended already."""
+        """The page's Stop and keep or Checkpoint now. False if the run has already ended."""
         with self._lock:
             if self._state != "running":
                 return False
@@ -182,31 +181,31 @@ class LiveRun:
         return True
 
     def picture(self, index: int) -> ValidationPicture | None:
-        """By the index that `state` tells of it; None for one that was thinned out."""
+        """The picture with this index from `state`; None if it was dropped."""
         with self._lock:
             return self._pictures.get(index)
 
     def state(self) -> dict[str, Any]:
-        """All that a page shows, as JSON values; the loss curve thinned to at most CURVE_POINTS points."""
+        """All that the page shows, as JSON values, with at most CURVE_POINTS points of the loss curve."""
         with self._lock:
             return self._as_json(thinned(self._points))
 
     @classmethod
     def of(cls, node_id: str | None) -> "LiveRun | None":
-        """The newest run of this node in the workflow that is being run."""
+        """The newest run of this node in the running workflow."""
         workflow = queued_workflow()
         place = node_id, workflow.get("id"), owner_of(workflow, node_id)
         with cls._registry_lock:
             return next((run for run in reversed(cls._runs.values()) if run.place == place), None)
 
     def _tell(self) -> None:
-        """One event to all pages, with the points since the last one."""
+        """Sends one event to all pages, with the points since the last event."""
         with self._lock:
             self._sequence += 1
             state = self._as_json(self._points[self._sent :])
             self._sent = len(self._points)
             self._event_at = time.monotonic()
-            # Only queued there; inside the lock, so that events leave in order.
+            # This only queues the event; inside the lock, so that events stay in order.
             tell(EVENT, state)
 
     def _as_json(self, points: Sequence[Point]) -> dict[str, Any]:
@@ -238,8 +237,8 @@ class LiveRun:
 
 
 def shown_when_it_fails(execute: Callable) -> Callable:
-    """For a node's `execute`, below its @classmethod: what ends it before a run begins, or past the run's own notice,
-    is that node's run to the page too, which would else show an older one. The node has `hidden.unique_id`."""
+    """Decorates a node's `execute`, below its @classmethod: shows an error or a cancel that no run has reported; the
+    page would otherwise still show an older run. The node must have `hidden.unique_id`."""
 
     @functools.wraps(execute)
     def shown(node, *args, **inputs):
@@ -265,14 +264,14 @@ def _end_of(node_id: str | None, before: LiveRun | None, state: State, message: 
 
 
 def thinned(points: Sequence[Point], most: int = CURVE_POINTS) -> list[Point]:
-    """At most `most` of the points, evenly chosen, the last one among them."""
+    """At most `most` evenly chosen points, including the last one."""
     if len(points) <= most:
         return list(points)
     return [points[(i + 1) * len(points) // most - 1] for i in range(most)]
 
 
 def _memory() -> tuple[str, float]:
-    """What the number is, and MB (2^20 bytes): the device's peak since the run began, or what the process holds now."""
+    """(kind, MB of 2^20 bytes): the GPU's peak since the run began, or else the memory that the process holds now."""
     device = comfy.model_management.get_torch_device()
     if device.type == "cuda":
         return "device peak", torch.cuda.max_memory_allocated(device) / 2**20

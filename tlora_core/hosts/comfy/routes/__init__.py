@@ -1,4 +1,4 @@
-"""The addresses at which the browser asks for plans, trainings and files.
+"""The HTTP routes for plans, trainings and files.
 
 Imports all other parts of `hosts.comfy`; only `nodes/` imports it.
 """

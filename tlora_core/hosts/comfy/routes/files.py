@@ -1,5 +1,4 @@
-"""The routes by which a page asks what a file in the loras folders is. A name is only ever looked up in the host's
-list."""
+"""Routes that describe a file in the loras folders. Names are only looked up in the host's list."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from ..files import lora_names, lora_path
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
-    """Adds to the host's routes; it serves each of them also below /api."""
+    """Adds to the host's routes; the host also serves each of them below /api."""
 
     @routes.get("/tlora/files")
     async def card(request):
@@ -28,14 +27,14 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
 
 async def _read(request: web.Request, read: Callable[[Path], object]):
-    """What `read` makes of the file named in the query, in a thread, as files may lie on slow disks."""
+    """Calls `read` on the file named in the query, in a thread because disks can be slow."""
     name = request.query.get("name", "")
     if name not in await asyncio.to_thread(lora_names):
         raise web.HTTPNotFound(text="There is no such file in the loras folders.")
     try:
         return await asyncio.to_thread(lambda: read(lora_path(name)))
     except (TLoRAError, OSError) as error:
-        # Of the name, the page knows already; of the folder, it need not know.
+        # The page knows the name already and must not learn the folder.
         reason = (
             str(error) if isinstance(error, TLoRAError) else "it cannot be read; check the disk and its permissions."
         )

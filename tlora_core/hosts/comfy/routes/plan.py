@@ -1,4 +1,4 @@
-"""What the Train node's inputs stand for, before the run: from the model's file, of which only the header is read."""
+"""Fills in the Train node's defaults before the run, from the header of the model file."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from ....training.optimizers import STATE_SIZES
 from ..model.families import Defaults, defaults_of, layers_among
 from ..training.personalize import completed
 
-# The host's loaders whose file is the model itself: {node: (folder, input)}.
+# The host's loaders of model files: {node: (folder, input)}.
 LOADERS = {"CheckpointLoaderSimple": ("checkpoints", "ckpt_name"), "UNETLoader": ("diffusion_models", "unet_name")}
 TINY = "TLoRATinyBaseModel"
 _MOST_HEADER = 1 << 27  # bytes; a header is a few hundred KB
@@ -30,8 +30,8 @@ _MOST_HEADER = 1 << 27  # bytes; a header is a few hundred KB
 
 @dataclass(frozen=True)
 class KnownModel:
-    """defaults: how its kind is trained. linear: its linear layers by module path, on the meta device. weight_bytes: of
-    all its weights, those of float32 counted as the two bytes that a GPU gets of them."""
+    """defaults: of its kind. linear: its linear layers by module path, on the meta device. weight_bytes: size of all
+    its weights, with at most two bytes per number, because a GPU gets float32 weights in half precision."""
 
     defaults: Defaults
     linear: Mapping[str, nn.Linear]
@@ -39,11 +39,12 @@ class KnownModel:
 
 
 def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a training of these inputs is to be, as JSON values; None where the model cannot be known from its loader.
+    """The settings and the least memory of a training with these inputs, as JSON values. None if the loader does not
+    tell the model.
 
-    loader, file: the node that the model comes from, and what it loads. fields, config: as `personalize.filled_in`
-        takes them.
-    Raises TLoRAError for inputs that cannot be.
+    loader, file: the node that the model comes from, and the file that it loads. fields, config: as in
+        `personalize.filled_in`.
+    Raises TLoRAError for invalid inputs.
     """
     path = _path_of(loader, file)
     known = None if path is None else _known(path, path.stat().st_mtime_ns, loader == TINY)
@@ -69,8 +70,8 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
 
 
 def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, optimizer: str) -> int:
-    """What adapters of layers of these shapes hold in a step: float32 factors, their gradients, the optimizer's state
-    and, for an orthogonal start, that start. Of methods whose blocks are of another kind nothing is counted."""
+    """Bytes that the adapters of layers of these shapes hold in a step: float32 factors, their gradients, the
+    optimizer's state and, for an orthogonal start, the start. 0 for methods that are not low-rank."""
     if METHODS[method].of_weight:
         return 0
     orthogonal = METHODS[method].is_orthogonal
@@ -79,7 +80,7 @@ def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, opt
 
 
 def _path_of(loader: str, file: str) -> Path | None:
-    """A name is only ever looked up in the host's lists."""
+    """The model file's path. Names are only looked up in the host's lists."""
     if loader == TINY:
         return Path(tiny.__file__).parent / "weights" / "tiny_base.safetensors"
     folder, _ = LOADERS.get(loader, ("", ""))
@@ -106,7 +107,7 @@ def _known(path: Path, _changed: int, is_tiny: bool) -> KnownModel | None:
 
 
 def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """The file's tensors, without their numbers, and their bytes. Empty for what is no safetensors file."""
+    """(tensors on the meta device, their sizes in bytes), both by name. Empty if it is not a safetensors file."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -122,7 +123,7 @@ def _header(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
 
 
 def asked_plan(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer to a page that sends a node's inputs, and its loader: the plan, {} where it cannot be known, or
+    """The answer to a page that sends a node's inputs and its loader: the plan, {} if the model is unknown, or
     {"wrong": sentence}."""
     try:
         names = ("token", "class_word", "method", "rank", "min_rank", "alpha", "curve", "start", "resolution", "layers")

@@ -1,5 +1,4 @@
-"""The routes by which a page asks for training runs and has its say in them. Nothing that a page sends is used as a
-path."""
+"""Routes that show and control training runs. Nothing that a page sends is used as a path."""
 
 import asyncio
 
@@ -13,11 +12,11 @@ RUN = "/tlora/runs/{run_id}"
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
-    """Adds to the host's routes; it serves each of them also below /api."""
+    """Adds to the host's routes; the host also serves each of them below /api."""
 
     @routes.get("/tlora/runs")
     async def runs(request):
-        listen(request.query.get("client"))  # before it is told what there is, so that it misses nothing
+        listen(request.query.get("client"))  # before the answer, so that the page misses no event
         return web.json_response(LiveRun.states())
 
     @routes.post("/tlora/plan")
@@ -52,9 +51,9 @@ def _run(request: web.Request) -> LiveRun:
 
 
 def _from_our_page(request: web.Request) -> bool:
-    """True, or 403: another site's page may not steer a training. Scripts send neither header."""
+    """True, or raises 403: another site's page must not control a training. Scripts send neither header."""
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    # Browsers send the first only where they trust the connection, and the second may be named anew by a proxy.
+    # Browsers send the first only over trusted connections, and a proxy may rewrite the second.
     ours = site in ("same-origin", "none") if site else origin is None or origin.split("://")[-1] == request.host
     if not ours:
         raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")

@@ -1,5 +1,4 @@
-"""What can be known to be wrong with a node's inputs before the graph runs: the page then marks the inputs, and nothing
-runs."""
+"""Checks a node's inputs before the graph runs. If one is wrong, the page marks it and nothing runs."""
 
 import os
 from collections.abc import Mapping
@@ -14,13 +13,13 @@ AUTO = "auto"
 
 
 def given(value: Any) -> Any:
-    """An input as the host hands it to validate_inputs, alone or in a list of one; None where it comes from another
-    node."""
+    """The value of an input as the host passes it to validate_inputs, alone or in a list of one. None if it comes from
+    another node."""
     return (value[0] if value else None) if isinstance(value, list | tuple) else value
 
 
 def wrong_file_name(file_name: Any) -> str | None:
-    """The sentence about a file_name that cannot be, or None."""
+    """The error sentence about an unusable file_name, or None."""
     name = given(file_name)
     if name is None:
         return None
@@ -29,18 +28,15 @@ def wrong_file_name(file_name: Any) -> str | None:
     except TLoRAError as error:
         return str(error)
     if not os.access(folder, os.W_OK):
-        return (
-            f'file_name is "{name}", but nothing may be written to "{folder.name}" in the loras folder; choose '
-            f"another folder."
-        )
+        return f'file_name is "{name}", but "{folder.name}" in the loras folder is not writable; choose another folder.'
     return None
 
 
 def wrong_training(inputs: Mapping[str, Any]) -> str | None:
-    """The sentence about the first of the Train node's inputs that cannot be, or None.
+    """The error sentence about the first wrong input of the Train node, or None.
 
-    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; what is
-    None is not known yet and is left to the run.
+    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; an
+    input that is None is not known yet and is checked by the run.
     """
     known = {name: given(value) for name, value in inputs.items()}
     try:
@@ -60,5 +56,5 @@ def _check_request(known: Mapping[str, Any]) -> None:
     if None in deciding.values():
         deciding = {"method": AUTO, "rank": 1, "min_rank": 1}
     if deciding["method"] == AUTO:
-        deciding["method"] = "tlora"  # any that has a mask, as what the model suggests has one
+        deciding["method"] = "tlora"  # a method with a mask, as the models' defaults are
     TrainRequest(**fields, **deciding)

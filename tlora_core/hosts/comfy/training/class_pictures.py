@@ -1,7 +1,7 @@
-"""Pictures of the subject's class for prior preservation (Ruiz et al. 2023), which the model draws itself.
+"""Class pictures for prior preservation (Ruiz et al. 2023), which the model draws itself.
 
-They take minutes on a large model. So they are kept, and a training that is taken up, or another one of the same class
-on the same model, has them at once.
+Drawing them takes minutes on a large model. They are saved, so that a resumed training, or another training of the same
+class on the same model, can reuse them.
 """
 
 import logging
@@ -28,7 +28,7 @@ PROMPT = "a photo of {class_word}"
 
 
 class ClassPictures:
-    """folder: they are kept below it, None to keep none. node_id: of the node that shows how far they are."""
+    """folder: where to save the pictures; None: nowhere. node_id: the node that shows the progress."""
 
     def __init__(self, folder: Path | None = None, node_id: str | None = None):
         self.folder, self.node_id = folder, node_id
@@ -36,23 +36,23 @@ class ClassPictures:
     def of(
         self, model: ModelPatcher, clip: CLIP, vae: VAE, class_word: str, resolution: int, seeds: Sequence[int]
     ) -> list[TrainingImage]:
-        """One for each seed, [resolution, resolution, 3]. Lets the host's interrupt through; what has been drawn by
-        then is kept."""
+        """One picture [resolution, resolution, 3] for each seed. Lets the host's interrupt through; pictures drawn by
+        then stay saved."""
         folder = self._folder_for(
             class_word, __version__, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
         )
         paths = [folder and folder / f"{seed}.png" for seed in seeds]
-        pictures = [path and _kept(path, resolution) for path in paths]
+        pictures = [path and _loaded(path, resolution) for path in paths]
         for i, seed in enumerate(seeds):
             if pictures[i] is None:
                 self._tell(i, len(seeds))
                 [drawn] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, seed)
-                pictures[i] = _keep(drawn, paths[i])
+                pictures[i] = _saved(drawn, paths[i])
         self._tell(len(seeds), len(seeds))
         return [TrainingImage(picture, PROMPT) for picture in pictures]
 
     def _folder_for(self, class_word: str, *drawn_by) -> Path | None:
-        """None where nothing is to be kept, or what draws them cannot be known again."""
+        """The folder of these class pictures. None to save none, or if the model has no stable fingerprint."""
         if self.folder is None or (key := fingerprint(*drawn_by)) != fingerprint(*drawn_by):
             return None
         return self.folder / f"{as_file_name(class_word[:40], 'class')}-{key[:16]}"
@@ -62,33 +62,32 @@ class ClassPictures:
             f"drawing class picture {done + 1} of {total}" if done < total else f"{total} class pictures are ready",
             self.node_id,
         )
-        ProgressBar(total, node_id=self.node_id).update_absolute(
-            done
-        )  # raises the host's interrupt when the user has pressed cancel
+        # Raises the host's interrupt after a cancel.
+        ProgressBar(total, node_id=self.node_id).update_absolute(done)
 
 
-def _kept(path: Path, resolution: int) -> Tensor | None:
-    """What `_keep` has written; None where nothing whole is there."""
+def _loaded(path: Path, resolution: int) -> Tensor | None:
+    """The picture [h, w, 3] that `_saved` wrote; None if there is no intact file."""
     try:
         with Image.open(path) as picture:
             pixels = to_tensor(picture)[0]
     except FileNotFoundError:
         return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's of damaged files
-        logging.warning("[T-LoRA] %s is drawn again: %s", path, error)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for damaged files
+        logging.warning("[T-LoRA] %s is damaged and drawn again: %s", path, error)
         return None
     return pixels if pixels.shape[:2] == (resolution, resolution) else None
 
 
-def _keep(drawn: Tensor, path: Path | None) -> Tensor:
-    """The picture as the file gives it, so that a training goes the same whether it was drawn for it or not."""
+def _saved(drawn: Tensor, path: Path | None) -> Tensor:
+    """Saves the picture and returns it in the file's 8 bits, so that new and reused pictures train alike."""
     if not drawn.isfinite().all():
-        return drawn  # which the encoder refuses
+        return drawn  # the encoder refuses it
     picture = to_picture(drawn)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda temporary: picture.save(temporary, "PNG"))
-        except (OSError, TLoRAError) as error:  # a full disk ends no training
-            logging.warning("[T-LoRA] A class picture is not kept: %s", error)
+        except (OSError, TLoRAError) as error:  # a full disk does not end the training
+            logging.warning("[T-LoRA] A class picture was not saved: %s", error)
     return to_tensor(picture)[0]

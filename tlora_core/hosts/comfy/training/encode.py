@@ -1,4 +1,4 @@
-"""Training pictures and captions as the model takes them, made by the host's own VAE and CLIP."""
+"""Encodes training pictures and captions for the model with the host's VAE and CLIP."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +14,12 @@ from ....training.dataset import Framed, loss_weights
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One training picture: the mean [C, ..., h, w] of the VAE's posterior and its standard deviation (None where the
-    VAE is deterministic), in the VAE's scale, on the CPU; the loss's weights [h, w] or None; its CONDITIONING."""
+    """One training picture.
+
+    mean: of the VAE's posterior, [C, ..., h, w]. deviation: its standard deviation, of the same shape; None if the VAE
+        is deterministic. Both in the VAE's scale, on the CPU.
+    weights: of the loss, [h, w], or None. conditioning: the caption's CONDITIONING.
+    """
 
     mean: Tensor
     deviation: Tensor | None
@@ -24,12 +28,12 @@ class Sample:
 
     @property
     def shape(self) -> torch.Size:
-        """The latent's, without a batch's dimension."""
+        """Shape of the latent, without the batch dimension."""
         return self.mean.shape
 
 
 class Encoder:
-    """outside: the loss's weight outside a mask; see TrainConfig. told: what the model is told besides, such as FLUX's
+    """outside: weight of the loss outside a mask; see TrainConfig. told: further conditioning values, such as FLUX's
     guidance."""
 
     def __init__(self, clip: CLIP, vae: VAE, outside: float = 0.0, told: Mapping[str, float] | None = None):
@@ -38,25 +42,24 @@ class Encoder:
         self._texts: dict[str, list] = {}
 
     def check_resolution(self, resolution: int) -> None:
-        """Raises TLoRAError unless it is a multiple of the VAE's cell, both in pixels."""
+        """Raises TLoRAError unless `resolution` (pixels) is a multiple of the VAE's cell."""
         if resolution % self.unit:
-            raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit}, as this VAE needs.")
+            raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit} for this VAE.")
 
     def sample(self, picture: Framed, caption: str) -> Sample:
-        """Raises TLoRAError when VAE or CLIP make values of it that are no numbers, or its mask leaves nothing to
-        learn."""
+        """Raises TLoRAError if VAE or CLIP return NaN or infinite values, or if the mask leaves nothing to learn."""
         mean, deviation = posterior(self.vae, picture.pixels[None])
-        # Here, as all that a training sees of it is a loss that is no number.
+        # Checked here, because the training would only see a NaN loss.
         if not _is_finite(mean, deviation):
             raise TLoRAError(
-                "vae turns a picture into values that are no numbers; start ComfyUI with --fp32-vae, or connect "
+                "vae encodes a picture into NaN or infinite values; start ComfyUI with --fp32-vae, or connect "
                 "another VAE."
             )
         weights = None if picture.mask is None else loss_weights(picture.mask, mean.shape[-2:], self.outside)
         return Sample(mean, deviation, weights, self.conditioning(picture, caption))
 
     def conditioning(self, picture: Framed, caption: str) -> list:
-        """CONDITIONING of the caption with what SDXL is told of sizes; models that ask for none ignore it."""
+        """CONDITIONING of the caption, with the sizes (pixels) for SDXL; other models ignore them."""
         if caption not in self._texts:
             self._texts[caption] = self._encoded(caption)
         (width, height), (left, top), (now_wide, now_high) = picture.original, picture.crop, picture.size
@@ -75,14 +78,13 @@ class Encoder:
         texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
         if len(texts) > 1:
             raise TLoRAError(
-                f"clip reads prompts in {len(texts)} ways, each for a part of a sampling, and a training needs one; "
-                f"switch "
+                f"clip gives {len(texts)} scheduled encodings of a prompt, but training needs a single one; switch "
                 "schedule_clip off in Set CLIP Hooks, or connect the CLIP from before that node."
             )
         if not all(_is_finite(tensor, options.get("pooled_output")) for tensor, options in texts):
             raise TLoRAError(
-                f'clip turns "{caption}" into values that are no numbers; start ComfyUI with --fp32-text-enc, or '
-                f"connect another CLIP."
+                f'clip encodes "{caption}" into NaN or infinite values; start ComfyUI with --fp32-text-enc, or connect '
+                "another CLIP."
             )
         return texts
 
@@ -92,8 +94,8 @@ def _is_finite(*tensors: Tensor | None) -> bool:
 
 
 def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(mean, standard deviation) [C, ..., h, w] of what the VAE makes of pixels [1, h, w, 3]; None for a deterministic
-    VAE, and where the host had to encode in tiles for want of memory."""
+    """(mean, standard deviation), each [C, ..., h, w], of the VAE's posterior for pixels [1, h, w, 3] in 0..1. The
+    deviation is None for a deterministic VAE, and if the host ran short of memory and encoded in tiles."""
     seen: list[Tensor] = []
     regularization = getattr(vae.first_stage_model, "regularization", None)
     hook: Callable[[], None] = lambda: None  # noqa: E731
@@ -110,9 +112,9 @@ def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
-    """Rows of the samples that fit into a batch: of one shape, with texts of one length, as not every model pads
-    them."""
-    rows: dict[tuple, list[int]] = {}
-    for row, sample in enumerate(samples):
-        rows.setdefault((sample.shape, sample.conditioning[0][0].shape), []).append(row)
-    return list(rows.values())
+    """Groups the samples' indices by what can share a batch: one shape and one text length, because not every model
+    pads texts."""
+    groups: dict[tuple, list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault((sample.shape, sample.conditioning[0][0].shape), []).append(index)
+    return list(groups.values())

@@ -1,8 +1,8 @@
-"""What a training run depends on, as one hash, so that a finished run is found again and never made twice.
+"""Hashes everything that a training run depends on, so that a finished run is found again and never repeated.
 
-Pictures and their masks are hashed whole. Weights are told apart by their names, shapes, dtypes and a few values of
-each, which takes a moment where hashing gigabytes would take as long as training some steps. Something in a graph that
-cannot be told apart makes the hash one of a kind.
+Pictures and masks are hashed completely. Of a weight only name, shape, dtype and a few values are hashed, because
+hashing gigabytes would take as long as some training steps. A part of the graph that cannot be identified makes the
+hash unique, so the run is never found.
 """
 
 import hashlib
@@ -19,15 +19,15 @@ from ..model.layers import stored
 from ..sampling import SamplingPatch
 from .denoiser import training_options
 
-WHOLE = 1 << 16  # elements up to which a weight is hashed whole
-TAKEN = 64  # elements taken of a larger one
+WHOLE = 1 << 16  # a weight of at most so many elements is hashed completely
+TAKEN = 64  # about so many elements of a larger one are hashed
 _PLAIN = (str, int, float, bool, type(None))
 
 
 @dataclass(frozen=True)
 class AsTrained:
-    """Stands for a model without what acts only while sampling, such as a node's guidance: no training depends on
-    it."""
+    """A model without the patches that act only while sampling, such as guidance: training does not depend on
+    them."""
 
     model: ModelPatcher
 
@@ -54,7 +54,7 @@ def _add(digest, value) -> None:
     elif isinstance(value, SamplingPatch):
         _add(digest, ("tlora", value.strength, value.schedule, dict(value.layers)))
     elif isinstance(value, torch.nn.Module):
-        # The constants of a noise schedule are partly plain attributes.
+        # Some constants of a noise schedule are plain attributes.
         plain = {k: v for k, v in vars(value).items() if isinstance(v, _PLAIN)}
         _add(digest, (type(value).__mro__[1].__name__, plain, value.state_dict()))
     elif isinstance(value, TrainingImage):
@@ -72,7 +72,7 @@ def _add(digest, value) -> None:
         digest.update(f"{len(value)} items;".encode())
         for item in sorted(value, key=str) if isinstance(value, set | frozenset) else value:
             _add(digest, item)
-    elif hasattr(value, "weights") and hasattr(value, "loaded_keys"):  # the host's weight adapters: LoRA and its like
+    elif hasattr(value, "weights") and hasattr(value, "loaded_keys"):  # the host's weight adapters, such as LoRA
         _add(digest, (type(value).__name__, value.weights))
     else:
         digest.update(uuid.uuid4().bytes)
@@ -82,7 +82,7 @@ def _add_tensor(digest, tensor: Tensor, whole: bool = False) -> None:
     digest.update(f"{list(tensor.shape)} {tensor.dtype};".encode())
     flat = tensor.detach().reshape(-1)
     if len(flat) > WHOLE and not whole:
-        flat = flat[:: len(flat) // TAKEN | 1]  # odd, not to go down a single column
+        flat = flat[:: len(flat) // TAKEN | 1]  # an odd stride, so that it does not stay in one column
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
@@ -94,9 +94,8 @@ def _as_loaded(model, key, tensor):
 
 def _add_patches(digest, patches) -> None:
     for strength, patch, strength_model, offset, _ in patches:
-        if isinstance(
-            patch, list
-        ):  # another model's weight, as merging nodes give it, with how the host reads it; and that one's patches
+        # From a merging node: another model's weight with the host's way to read it, then that weight's patches.
+        if isinstance(patch, list):
             (weight, _), *others = patch
             for part in stored(weight):
                 _add(digest, part)
@@ -106,7 +105,7 @@ def _add_patches(digest, patches) -> None:
 
 
 def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, transformer: Mapping | None = None) -> None:
-    """Weights as they were loaded, even where patches are written into them just now, and what is patched."""
+    """Adds the weights as loaded, even while patches are written into them, and then the patches."""
     for key, tensor in model.model_state_dict().items():
         digest.update(key.encode())
         for part in stored(_as_loaded(model, key, tensor)):
@@ -118,5 +117,5 @@ def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, tran
     _add(digest, (options, {k: v for k, v in transformer.items() if v and k != "wrappers"}, model.object_patches))
     wrappers = [keyed for keyed in transformer["wrappers"].values() if keyed]
     _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in wrappers])
-    # Which nobody can look into: a bypass LoRA's strength and file are in no place but its functions.
+    # These are opaque: only a bypass LoRA's functions hold its strength and file.
     _add(digest, [injection for injections in model.injections.values() for injection in injections])

@@ -1,4 +1,4 @@
-"""One image in, a T-LoRA out: encode with the host's VAE and CLIP, train on its MODEL, pack the result."""
+"""From one image to a T-LoRA: encodes with the host's VAE and CLIP, trains on its MODEL, packs the result."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,20 +31,20 @@ from .encode import Encoder
 from .memory import should_checkpoint
 from .session import checkpointed, training_session
 
-# "fast" keeps what the backward pass needs; "low" computes it again, block by block; "auto" is fast where that
-# fits into the memory that is free.
+# "fast" keeps what the backward pass needs; "low" recomputes it block by block (gradient checkpointing); "auto" is
+# "fast" if that fits into free memory, otherwise "low".
 MEMORY = ("auto", "fast", "low")
-_OF_A_FILE, _OF_A_LAYER = 8192, 1024  # bytes of a file's header, at most
+_OF_A_FILE, _OF_A_LAYER = 8192, 1024  # at most so many bytes: a file's header, a layer's entry in it
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What the user asks for: all that, with the pictures and the model, determines the result.
+    """What the user asks for. Together with the pictures and the model it determines the result.
 
-    layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: every picture mirrored too.
-    curve: see RankSchedule.from_text; "" for the formula. Of white space in token and class_word a single space is
-        left, as in captions.
-    Raises TLoRAError when a field is out of its range.
+    layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: also trains on each picture mirrored.
+    curve: see RankSchedule.from_text; "" for the formula. token, class_word: runs of white space become one space, as
+        in captions.
+    Raises TLoRAError if a field is out of range.
     """
 
     token: str
@@ -64,7 +64,7 @@ class TrainRequest:
     def __post_init__(self) -> None:
         for name in ("token", "class_word"):
             word = " ".join(getattr(self, name).split())
-            check_line(name, word)  # which the file asks for as well, but only when all steps are done
+            check_line(name, word)  # the file checks this too, but only after the last step
             object.__setattr__(self, name, word)
         if not self.token and not self.class_word:
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
@@ -74,7 +74,7 @@ class TrainRequest:
 
     @property
     def schedule(self) -> RankSchedule:
-        """Methods without a mask have all ranks on at every timestep."""
+        """The rank schedule; methods without a mask keep all ranks on at every timestep."""
         if not METHODS[self.method].is_masked:
             return RankSchedule(self.rank, self.rank)
         return RankSchedule.from_text(self.rank, self.min_rank, self.alpha, self.curve)
@@ -92,16 +92,16 @@ class TrainRequest:
 
 
 def filled_in(model: ModelPatcher, config: Mapping, **fields) -> TrainRequest:
-    """A TrainRequest whose method or optimizer "auto", and whose steps, learning_rate or resolution 0, are what suits
-    the model; where the optimizer is, so is the clipping of gradients."""
+    """A TrainRequest with the model's defaults for a method or optimizer of "auto" and for steps, learning_rate or
+    resolution of 0. With the optimizer "auto", max_grad_norm 0 takes the model's default too."""
     return completed(defaults_for(model), config, **fields)
 
 
 def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
-    """As filled_in, with what is usual for a kind of model."""
+    """As filled_in, with the defaults `usual` of a kind of model."""
     config = dict(config)
     if config.get("optimizer", "auto") == "auto":
-        # A rate that the user chose is one for AdamW: Prodigy's is a factor of what it finds itself.
+        # The user's own learning rate is meant for AdamW; for Prodigy it would be a factor of the rate it finds.
         config["optimizer"] = "adamw" if config.get("learning_rate") else usual.optimizer
         config["max_grad_norm"] = config.get("max_grad_norm") or usual.max_gradient
     config["learning_rate"] = config.get("learning_rate") or (
@@ -114,11 +114,11 @@ def completed(usual: Defaults, config: Mapping, **fields) -> TrainRequest:
 
 
 class Personalization:
-    """A T-LoRA in training on the host's model, which is as it was whenever `train` is not running.
+    """A T-LoRA in training on the host's model, which is unchanged whenever `train` is not running.
 
-    images: the subject's pictures. prior: pictures of its class; where the request weighs a prior and there are none,
-    they come from class_pictures. memory: one of MEMORY. Raises TLoRAError for input that cannot work, before the model
-    is touched.
+    images: the subject's pictures. prior: pictures of its class; if there are none and the request has a prior_weight,
+    class_pictures provides them. memory: one of MEMORY. Raises TLoRAError for unusable input, before it touches the
+    model.
     """
 
     def __init__(
@@ -134,17 +134,15 @@ class Personalization:
     ):
         require_choice("memory", memory, MEMORY)
         self.memory = memory
-        self.checkpointing = (
-            None if memory == "auto" else memory == "low"
-        )  # None: to be decided when the model is loaded
+        # None: decided once the model is loaded.
+        self.checkpointing = None if memory == "auto" else memory == "low"
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
         self._check_config()
-        encoder = Encoder(
-            clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None
-        )  # as the reference trains it
+        # The reference trains FLUX with guidance 1.
+        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
             seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
@@ -154,14 +152,14 @@ class Personalization:
         self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
-        # Nodes run in inference mode, whose tensors autograd refuses.
+        # Nodes run in inference mode; autograd refuses tensors made in it.
         with torch.inference_mode(False), torch.enable_grad():
             self.adapters = self._adapters(layers)
             self.trainer = Trainer(self.adapters, request.config)
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
-        """Up to step `until`; see Trainer.run, whose errors it raises. Where memory runs out, "auto" goes on with
-        checkpointing; otherwise, and where an update ended half-way, that is a TLoRAError."""
+        """Trains up to step `until`; see Trainer.run, whose errors it raises. If memory runs out, "auto" continues with
+        gradient checkpointing. Otherwise, or if an update was cut short, raises TLoRAError."""
         while True:
             try:
                 return self._train(until, on_step)
@@ -170,10 +168,10 @@ class Personalization:
                     raise
                 if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
                     raise TLoRAError(self._out_of_memory()) from error
-            # Out here, where the error no longer holds what filled the memory. The step that failed has changed
-            # nothing.
+            # Outside the handler, where the error no longer keeps the tensors alive that filled the memory. The failed
+            # step has changed nothing.
             self.checkpointing = True
-            logging.warning("[T-LoRA] memory ran out in step %d; going on with checkpointing", self.trainer.step + 1)
+            logging.warning("[T-LoRA] memory ran out in step %d; using gradient checkpointing", self.trainer.step + 1)
 
     def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
         with training_session(self.model), ExitStack() as stack:
@@ -189,23 +187,20 @@ class Personalization:
             except RuntimeError as error:
                 if self.trainer.step or ran_out_of_memory(error):
                     raise
-                if "nference tensors cannot" in str(
-                    error
-                ):  # torch's words for what another node has made, when it is to be trained through
+                # torch's message when gradients pass through a tensor that another node made in inference mode
+                if "nference tensors cannot" in str(error):
                     raise TLoRAError(
-                        f"model has a patch on it that cannot be trained through ({one_line(error)}); connect the "
-                        f"model from before the "
-                        "node that puts it there, and let that node come after Train."
+                        f"model has a patch that cannot be trained through ({one_line(error)}); connect the model from "
+                        "before the node that adds the patch, and put that node after Train."
                     ) from error
                 raise TLoRAError(
-                    f"model could not be run on what clip and vae made of image and prompt ({one_line(error)}); "
-                    f"connect model, clip "
-                    "and vae of one checkpoint."
+                    f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
+                    "model, clip and vae of the same model."
                 ) from error
 
     def _out_of_memory(self) -> str:
-        """What helps most comes first, as benchmarks/README.md counts it; beside checkpointing a lower resolution does
-        little."""
+        """The error message. What saves most memory comes first (counted in benchmarks/README.md); with gradient
+        checkpointing a lower resolution saves little."""
         request, batch = self.request, self.request.config.batch_size
         ways = [
             *([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
@@ -218,24 +213,24 @@ class Personalization:
 
     @property
     def schedule(self) -> RankSchedule:
-        """The request's; for a method without ranks of its own, all of the widest layer's at every timestep."""
+        """The request's schedule; for a method without ranks, all ranks of the widest layer at every timestep."""
         if not METHODS[self.request.method].of_weight:
             return self.request.schedule
         widest = max(adapter.rank for adapter in self.adapters.values())
         return RankSchedule(widest, widest)
 
     def file_bytes(self, dtype: torch.dtype) -> int:
-        """How many bytes the T-LoRA's file takes in dtype, or a few less."""
+        """An upper bound of the size in bytes of the T-LoRA's file in dtype."""
         values = sum(adapter.group * adapter.rank * sum(self.shapes[name]) for name, adapter in self.adapters.items())
         return values * dtype.itemsize + _OF_A_LAYER * len(self.adapters) + _OF_A_FILE
 
     def go_on_from(self, state: Mapping) -> None:
-        """Takes up a run of the same request from its checkpoint; see Trainer.load_state_dict."""
+        """Resumes a run of the same request from its run state; see Trainer.load_state_dict."""
         with torch.inference_mode(False):
             self.trainer.load_state_dict(state)
 
     def tlora(self) -> TLoRAFile:
-        """The T-LoRA as it stands, in float32 on the CPU."""
+        """The current T-LoRA, in float32 on the CPU."""
         request = self.request
         with torch.inference_mode(False), torch.no_grad(), self.trainer.result() as adapters:
             layers = {path: adapter.detach().to("cpu") for path, adapter in adapters.items()}
@@ -264,11 +259,11 @@ class Personalization:
         )
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
-        """Pictures [N, H, W, 3] by the T-LoRA as it stands."""
+        """Pictures [n, h, w, 3] in 0..1 that the current T-LoRA draws, one for each prompt."""
         return draw(apply_tlora(self.model, self.tlora()), self.clip, self.vae, prompts, self.request.resolution, seed)
 
     def _check_config(self) -> None:
-        """Settings that this model has no use for are refused now and not in the middle of a step."""
+        """Raises TLoRAError for settings that this model cannot use, now instead of in the middle of a step."""
         config = self.request.config
         if config.orthogonality and METHODS[self.request.method].of_weight:
             raise TLoRAError(f"orthogonality is for low-rank methods; set it to 0 with {self.request.method}.")
@@ -304,8 +299,8 @@ class Personalization:
 
 
 class _Weights(Mapping):
-    """The weight of each layer, made when it is asked for: all of them in float32 would take more memory than the model
-    has left."""
+    """The weight of each layer, made on access: all of them in float32 would not fit into the memory beside the
+    model."""
 
     def __init__(self, layers: Mapping[str, TargetLayer]):
         self.layers = layers
@@ -321,6 +316,7 @@ class _Weights(Mapping):
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """As the host judges it, which knows more than one class of error; ComfyUI 0.16.3 only the one."""
+    """Whether the host takes `error` for an out-of-memory error. ComfyUI 0.16.3 knows one class of them, later versions
+    know several."""
     judge = getattr(comfy.model_management, "is_oom", None)
     return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)

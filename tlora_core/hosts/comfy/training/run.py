@@ -1,5 +1,4 @@
-"""A training run as a person goes through it: watched, paused for pictures and checkpoints, stopped, taken up, found
-again."""
+"""A training run as the user sees it: watched, paused for pictures and saves, stopped, resumed, found again."""
 
 import hashlib
 import logging
@@ -34,22 +33,23 @@ from .fingerprint import AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
-# the version since which equal requests give equal results; another one would find no run of an earlier version
+# the version since which equal requests give equal results; changing it makes all earlier runs unfindable
 RESULTS_OF = "0.1.0"
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """What a run leaves behind on its way; none of it changes the result.
+    """What a run shows and saves; none of it changes the result.
 
-    validation_prompts: drawn every `validate_every` steps (0: never), with {token} and {class_word} in their places.
-    checkpoint_every: steps between checkpoints to go on from (0: none). checkpoint_files: a T-LoRA file at each, too.
-    save_on_cancel: a cancel leaves a checkpoint and a T-LoRA file.
-    rerun: what becomes of an equal run that was there before. "auto" takes a finished or stopped one as it is and goes
-        on with an unfinished one; "continue" goes on with a stopped one too; "restart" trains anew.
-    wandb: the record goes to Weights & Biases too. memory: see personalize.MEMORY.
-    thumbnail: the first of the last validation pictures goes into the files, small; never a training picture.
+    validation_prompts: drawn every `validate_every` steps (0: never), with {token} and {class_word} filled in.
+    checkpoint_every: steps between saves of the run state, from which the run can resume (0: never).
+    checkpoint_files: each such save also writes a T-LoRA file.
+    save_on_cancel: a cancel saves the run state and a T-LoRA file.
+    rerun: what to do if an equal run exists. "auto" uses a finished or stopped run as it is and resumes an unfinished
+        one; "continue" also resumes a stopped one; "restart" trains again.
+    wandb: also sends the record to Weights & Biases. memory: see personalize.MEMORY.
+    thumbnail: stores the first of the last validation pictures in the files, scaled down; never a training picture.
     """
 
     validation_prompts: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Keeping:
                 raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
         if self.validate_every and not self.validation_prompts:
             raise TLoRAError(
-                f"validate_every is {self.validate_every}, but validation_prompts is empty; write a prompt a line."
+                f"validate_every is {self.validate_every}, but validation_prompts is empty; write one prompt per line."
             )
         if self.wandb:
             required("wandb", "The input wandb")
@@ -77,7 +77,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The T-LoRA as its file gives it, the file's name in the loras list, the loss of each step."""
+    """The T-LoRA as read from its file, the file's name in the loras list, and the loss of each step."""
 
     tlora: TLoRAFile
     file: str
@@ -95,13 +95,13 @@ def train_or_find(
     node_id: str | None = None,
     prior: Sequence[TrainingImage] = (),
 ) -> Outcome:
-    """Train a T-LoRA and save it under `file_name`, unless an equal run has made it already.
+    """Trains a T-LoRA and saves it under `file_name`, or returns the result of an equal finished run.
 
-    Raises TLoRAError, and lets the host's interrupt through; `model` is as it was in every case.
+    Raises TLoRAError, and lets the host's interrupt through. `model` is unchanged in every case.
     """
     _check_parts(clip, vae)
-    path = new_lora_path(file_name)  # a name that cannot be is refused before any work
-    draws = request.config.prior_weight and not prior  # pictures of the class, with the sampler
+    path = new_lora_path(file_name)  # refuses an invalid name before any work
+    draws = request.config.prior_weight and not prior  # the model draws class pictures with the sampler
     base = model if draws else AsTrained(model)
     key = fingerprint(RESULTS_OF, base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
     found = None if keeping.rerun == "restart" else RunFolder.find(runs_folder(), key)
@@ -119,8 +119,8 @@ def train_or_find(
     remark = ""
     if state is not None and state.get("format") != STATE_FORMAT:
         remark = (
-            f"Its first {state['step']} steps were trained by an older version, which this one cannot go on "
-            f"from: it is trained anew."
+            f"The first {state['step']} steps were trained by an older version and cannot be resumed; training starts "
+            "again."
         )
         logging.warning("[T-LoRA] %s", remark)
         state = None
@@ -136,27 +136,27 @@ def train_or_find(
 
 
 def _without_counter(name: str) -> str:
-    """A new file's name without the number that `new_lora_path` put behind it; a number or a dot of the user's own
-    stays."""
+    """A new file's name without the number that `new_lora_path` appended. The user's own numbers and dots stay."""
     return re.sub(r"_\d{5,}_$", "", name)
 
 
 def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
-    """The host's loaders give None, or a VAE without a network, for what a checkpoint file does not hold."""
+    """Raises TLoRAError for a part that the model file does not hold: the host's loaders give None, or a VAE without a
+    network."""
     for name, part, node in (("clip", clip, "Load CLIP"), ("vae", vae, "Load VAE")):
         if getattr(part, "patcher", None) is None:
             raise TLoRAError(
-                f"{name} is empty, as the checkpoint file holds none; connect the {name} of a {node} node."
+                f"{name} is empty, because the model file holds none; connect the {name} of a {node} node."
             )
 
 
 def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken_up: RunFolder | None) -> list[Need]:
-    """What the rest of a training writes: its file at `path`, and checkpoints. taken_up: the run whose checkpoint it
-    goes on from."""
+    """The disk space for the rest of a training: its T-LoRA files beside `path`, and its run states. taken_up: the run
+    that it resumes, or None."""
     trainer, every = personalization.trainer, keeping.checkpoint_every
     to_come = (personalization.request.config.steps - 1) // every - trainer.step // every if every else 0
     files = 1 + (to_come if keeping.checkpoint_files else 0)
-    # One takes the place of the other when it is written whole, so that for a while there are two.
+    # A new run state replaces the old one only once it is complete, so two exist for a while.
     checkpoints = min(to_come, 2 if taken_up is None else 1)
     return [
         Need(
@@ -165,13 +165,12 @@ def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken
             "the T-LoRA file" if files == 1 else "T-LoRA files",
             LORAS_ADVICE,
         ),
-        Need(runs_folder(), checkpoints * trainer.state_bytes, "checkpoints", "set checkpoint_every to 0"),
+        Need(runs_folder(), checkpoints * trainer.state_bytes, "the run state", "set checkpoint_every to 0"),
     ]
 
 
 def stopped_runs() -> int:
-    """How many runs have been stopped before their last step since the host started: a number that changes when one
-    is."""
+    """How many runs the user has stopped since the host started. The number changes with each stop."""
     return TrainingRun.stopped
 
 
@@ -180,12 +179,12 @@ def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) ->
     live = LiveRun.begin(node_id, steps, done, str(request))
     for step, loss in enumerate(outcome.losses, 1):
         live.report(step, loss)
-    hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to go on."
+    hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to resume."
     live.finish("found", " ".join(filter(None, (hint, outcome.tlora.note))), outcome.file)
 
 
 def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
-    """The result of a run that need not be trained, under the name now asked for; None where it must."""
+    """The result of a run that needs no more training, under `file_name`; None if it must be trained."""
     wanted = ("done",) if keeping.rerun == "continue" else ("done", "stopped")
     if run.record["state"] not in wanted:
         return None
@@ -206,12 +205,12 @@ def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | Non
 
 
 def _hashes(run: RunFolder) -> set[str]:
-    """Of the files of its result, which may or may not hold a thumbnail."""
+    """SHA-256 of the files of the run's result, with and without a thumbnail."""
     return {run.record["sha256"], *run.record.get("sha256_also", ())}
 
 
 def _hash(name: str) -> str:
-    """SHA-256 of a file of the loras folders; empty where it is gone."""
+    """SHA-256 of a file in the loras folders; empty if the file is gone."""
     try:
         return _file_hash(lora_path(name))
     except (TLoRAError, OSError):
@@ -228,9 +227,9 @@ def _file_hash(path: Path) -> str:
 
 
 class TrainingRun:
-    """One run from where it stands to its end."""
+    """One run from its current step to its end."""
 
-    stopped = 0  # runs of this process
+    stopped = 0  # runs that the user has stopped, in this process
 
     def __init__(
         self,
@@ -254,22 +253,20 @@ class TrainingRun:
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
         self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
-        self.picture: bytes | None = None  # for the files: of the last validation
-        # Of a run that was at its end but for its file, or that the user had stopped.
+        self.picture: bytes | None = None  # thumbnail for the files, from the last validation
+        # The run is trained, or the user has stopped it, and only its file is missing.
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
-        self.checkpoint_step = first  # of the last state on disk; 0 where there is none
+        self.checkpoint_step = first  # step of the run state on disk; 0 if there is none
         if first:
             remark = (
-                f"going on from step {first} of an earlier run"
-                if not self.is_over
-                else "writing the file of an earlier run"
+                f"resuming an earlier run at step {first}" if not self.is_over else "writing the file of an earlier run"
             )
         if remark:
             self.live.note(remark)
 
     def go(self) -> Outcome:
-        """Trains to the end, or until the user stops it, and saves. Raises TLoRAError and what else ended it, all of it
-        on record, and lets the host's interrupt through."""
+        """Trains to the last step, or until the user stops it, and saves. Records every error and raises it; lets the
+        host's interrupt through."""
         try:
             while not self.is_over and self.trainer.step < self.steps and not self.live.stop_requested:
                 self.personalization.train(self._next_pause(), self._on_step)
@@ -293,7 +290,7 @@ class TrainingRun:
     def _on_step(self, step: int, loss: float) -> bool:
         self.recorder.loss(step, loss)
         self.live.report(step, loss)
-        self.bar.update_absolute(step, self.steps)  # raises the host's interrupt when the user has pressed cancel
+        self.bar.update_absolute(step, self.steps)  # raises the host's interrupt after a cancel
         self.asked_checkpoint = self.asked_checkpoint or self.live.take_checkpoint_request()
         return self.live.stop_requested or self.asked_checkpoint
 
@@ -310,15 +307,14 @@ class TrainingRun:
             self._checkpoint(self._checkpoint_state)
         if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
             self._validate()
-        if self.asked_checkpoint or (
-            due and keeping.checkpoint_files
-        ):  # after the pictures, one of which it is to hold
+        # After the pictures, because the file holds one of them.
+        if self.asked_checkpoint or (due and keeping.checkpoint_files):
             self._checkpoint(self._checkpoint_file)
         self.asked_checkpoint = False
 
     def _checkpoint(self, save: Callable[[], str]) -> None:
-        """A disk that is full ends no training: the user is told, and the final save may find room. `save` gives what
-        to tell."""
+        """Calls `save` and shows the message that it returns. A full disk does not end the training: the user is told,
+        and the final save may find room."""
         try:
             message = save()
         except TLoRAError as error:
@@ -332,21 +328,21 @@ class TrainingRun:
 
     def _checkpoint_state(self) -> str:
         self._save_state()
-        return f"checkpoint at step {self.trainer.step}"
+        return f"run state saved at step {self.trainer.step}"
 
     def _checkpoint_file(self) -> str:
         path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
         self._write(path)
-        return f"checkpoint at step {self.trainer.step}, saved as {name_of(path)}"
+        return f"step {self.trainer.step} saved as {name_of(path)}"
 
     def _write(self, path: Path) -> TLoRAFile:
-        """The T-LoRA as it stands, as the file at `path`."""
+        """Saves the current T-LoRA to `path` and returns it."""
         tlora = self.personalization.tlora()
         tlora.save(path, DTYPE, self.picture)
         return tlora
 
     def _validate(self) -> None:
-        """Pictures that cannot be drawn or saved end no training either."""
+        """Draws the validation pictures. A failure to draw or save them does not end the training."""
         step = self.trainer.step
         try:
             drawn = self.personalization.draw(self.prompts)
@@ -362,7 +358,7 @@ class TrainingRun:
             self.live.note(f"no validation pictures at step {step}: {one_line(error)}")
 
     def _save(self) -> tuple[str, str]:
-        """(name of the file, what to tell the user about it)."""
+        """Saves the T-LoRA. Returns (name of the file, note for the user)."""
         path = new_lora_path(self.file_name)
         tlora, name = self._write(path), name_of(path)
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
@@ -374,8 +370,8 @@ class TrainingRun:
         return name, tlora.note
 
     def _note_down(self, write: Callable[[], None]) -> None:
-        """What a file that is there can do without: where the disk has no more room, this run is not found again, and
-        no more is lost."""
+        """Writes a record that the saved file does not need. On a full disk only the record is lost, and the run is not
+        found again."""
         try:
             write()
         except TLoRAError as error:
@@ -384,7 +380,7 @@ class TrainingRun:
     def _end(self, state: str, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
-            message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
+            message = f"{message} {self._checkpoint_of_the_end()}".strip()  # so that the user can resume it
         try:
             name, note = self._save()
         except TLoRAError as error:
@@ -395,18 +391,17 @@ class TrainingRun:
         try:
             if state == "done":
                 self.folder.forget_checkpoint()
-                if (
-                    self.keeping.validate_every
-                ):  # only now, as whoever cancels the last pictures is to keep the training
+                # After the save, so that cancelling the last pictures does not lose the training.
+                if self.keeping.validate_every:
                     self._validate()
                     self._note_down(lambda: self._renew_picture(name))
         finally:
             self.live.finish(state, message, name)
-        # What the file gives, not what it was made from: the next run of the graph finds the file.
+        # Read from the file, because the next run of the graph also reads the file.
         return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
 
     def _renew_picture(self, name: str) -> None:
-        """Puts the last validation picture into the finished file, which is whole and known by the record at every
+        """Puts the last validation picture into the finished file. The file is complete and matches the record at every
         moment."""
         path = lora_path(name)
 
@@ -418,12 +413,11 @@ class TrainingRun:
             write_whole(path, write)
 
     def _kept(self, ended: str) -> str:
-        """Keeps a T-LoRA that the loras folder has not taken, for the same graph to take up where a disk takes the
-        run's state, else as a file in another folder; says where. ended: the state in which the training has."""
+        """Saves a T-LoRA that could not be written to the loras folder: as the run state, for the same graph to resume,
+        or else as a file in another folder. Returns a sentence that says where. ended: the run's final state."""
         missing = ""
-        if (
-            ended != "failed"
-        ):  # after a divergence the last state stays: the optimizer is not at the step that the adapters went back to
+        # After a divergence the optimizer is not at the step that the adapters went back to: the last run state stays.
+        if ended != "failed":
             missing = self._checkpoint_of_the_end()
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
             if not missing:
@@ -438,13 +432,12 @@ class TrainingRun:
             self._note_down(lambda: self.folder.update(unsaved=step))
         press = 'set rerun to "auto" and press Run again' if rerun == "restart" else "press Run again"
         return (
-            f'The training is kept in "{self.folder.path.name}"; when there is room, or with another file_name, '
-            f"{press}, which "
-            f"{'only writes the file' if only_writes else f'goes on from step {step}'}."
+            f'The training is kept in "{self.folder.path.name}". Free some space or change file_name, then {press}: it '
+            f"{'only writes the file' if only_writes else f'resumes at step {step}'}."
         )
 
     def _saved_all_the_same(self, message: str) -> str:
-        """The last good state of a training that has failed, in a file where the disk takes it; says which."""
+        """Saves the last good state of a failed training. Returns a sentence with the file or the error."""
         try:
             return f"It is saved as {self._end('failed', message).file}."
         except Exception as error:
@@ -452,14 +445,14 @@ class TrainingRun:
             return str(error)
 
     def _checkpoint_of_the_end(self) -> str:
-        """Where the disk takes no checkpoint, it may still take the T-LoRA's file, which is a fraction of it; says so
-        then."""
+        """Saves the run state. Returns "" or, if that fails, a sentence about it; the much smaller T-LoRA file may
+        still fit on the disk."""
         try:
             self._save_state()
             return ""
         except TLoRAError as error:
             logging.warning("[T-LoRA] %s", error)
-            return f"There is no checkpoint of step {self.trainer.step} to go on from: {error}"
+            return f"The run state of step {self.trainer.step} was not saved: {error}"
 
     def _cancelled(self) -> None:
         step, file, missing = self.trainer.step, "", ""
@@ -476,12 +469,12 @@ class TrainingRun:
 
     def _what_run_does(self) -> str:
         if self.keeping.rerun == "restart":
-            return "Run trains from the start, as rerun is restart."
+            return "Run trains from the start, because rerun is restart."
         if not self.checkpoint_step:
-            return "Run trains from the start, as there was no checkpoint yet."
-        return f"Run goes on from step {self.checkpoint_step}."
+            return "Run trains from the start, because no run state was saved yet."
+        return f"Run resumes at step {self.checkpoint_step}."
 
     def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
-        """The page first, as the disk may be what has failed."""
+        """Tells the page first, because the disk may be the cause."""
         self.live.finish(state, message, file)
         self._note_down(lambda: self.folder.update(state=state, message=message, **more))
