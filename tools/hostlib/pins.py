@@ -60,6 +60,22 @@ def test_pins() -> tuple[str, ...]:
     return tuple(read_pins()["tests"])
 
 
+def fast_pins() -> tuple[str, ...]:
+    """What the pack's code needs without ComfyUI; what names no version here takes that of the hosts' constraints."""
+    return tuple(read_pins()["fast"])
+
+
+def fast_constraints() -> tuple[str, ...]:
+    """Versions for the environment without ComfyUI: the hosts' own, but for PyTorch."""
+    pins = read_pins()
+    return tuple(pins["constraints"] + pins["pack"])
+
+
+def lint_pins() -> tuple[str, ...]:
+    """The formatter and linter, and the type checker."""
+    return tuple(read_pins()["lint"])
+
+
 def lone_test_pins() -> tuple[str, ...]:
     """Test packages to install without what they require: the host has it, torch for one, in the version it wants."""
     return tuple(read_pins()["tests_without_dependencies"])
