@@ -107,7 +107,9 @@ def _read_torch(path: Path) -> Contents:
                 raise TLoRAError("it is a compressed archive, not a file of torch.save; unpack it first.")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise TLoRAError("it is an archive whose parts overlap, not a file of torch.save; get it again.")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Not the path: PyTorch 2.13 takes a file that is named *.safetensors for one, whatever is in it.
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (TLoRAError, OSError):
         raise
     except Exception as error:  # damaged pickles end in nearly any exception

@@ -157,9 +157,9 @@ def ensure_test_packages(python: Path) -> Path:
 
 def ensure_fast_tests() -> Path:
     """The interpreter of the environment without ComfyUI: PyTorch, the pack's requirements and the test packages."""
-    pins, constraints = (*fast_pins(), *test_pins()), fast_constraints()
+    pins, lone, constraints = (*fast_pins(), *test_pins()), lone_test_pins(), fast_constraints()
     requirements = REPO / "requirements.txt"
-    key = key_of(pins=pins, constraints=constraints, requirements=requirements.read_text(encoding="utf-8"))
+    key = key_of(pins=pins, lone=lone, constraints=constraints, requirements=requirements.read_text(encoding="utf-8"))
 
     def build(folder: Path) -> None:
         print(f"Setting up the tests without ComfyUI in {folder} (once; some minutes) ...", flush=True)
@@ -168,6 +168,7 @@ def ensure_fast_tests() -> Path:
         file.write_text("\n".join(constraints) + "\n", encoding="utf-8")
         options = ["-r", str(requirements), "-c", str(file)]
         pip(python, "install", *pins, *options, purpose="install what the tests without ComfyUI need")
+        pip(python, "install", "--no-deps", *lone, purpose="install the test packages")
 
     return venv_python(build_once(cache_root() / f"fast-{key}", build) / "venv")
 

@@ -77,5 +77,5 @@ def lint_pins() -> tuple[str, ...]:
 
 
 def lone_test_pins() -> tuple[str, ...]:
-    """Test packages to install without what they require: the host has it, torch for one, in the version it wants."""
+    """Test packages to install without what they require: what the tests need of it, as torch, is there already."""
     return tuple(read_pins()["tests_without_dependencies"])
