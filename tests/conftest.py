@@ -59,11 +59,11 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter, config):
     """Say at the end what was not tested: the tests left out of a fast run, and the browser's without Chromium."""
     if config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} tests need ComfyUI and were left out.", yellow=True)
+        terminalreporter.write_line(f"Tests left out because they need ComfyUI: {config.stash[LEFT_OUT]}.", yellow=True)
     reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
     without_browser = sum(ABSENT in reason for reason in reasons)
     if without_browser:
-        terminalreporter.write_line(f"{without_browser} browser tests were SKIPPED. {ABSENT}", yellow=True)
+        terminalreporter.write_line(f"Browser tests SKIPPED: {without_browser}. {ABSENT}", yellow=True)
 
 
 @pytest.fixture(scope="session")
