@@ -263,10 +263,11 @@ def _read(path: Path) -> TLoRAFile:
 
 def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
     """The schedule in what read_content gives. Raises TLoRAError when it is none."""
-    return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
+    rank, min_rank, alpha = (_field(content, name) for name in ("rank", "min_rank", "alpha"))
+    return RankSchedule(rank, min_rank, alpha, _points(content))
 
 
-def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
+def _points(content: Mapping[str, Any]) -> tuple[tuple[float, int], ...]:
     points = content.get("points", [])
     number = (int, float)
     if not isinstance(points, list) or not all(
@@ -316,7 +317,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
+def _field(content: Mapping[str, Any], name: str, kind: type = object) -> Any:
     if not isinstance(content.get(name), kind) or name not in content:
         raise TLoRAError(f'its T-LoRA metadata has no valid "{name}"; get the file again.')
     return content[name]

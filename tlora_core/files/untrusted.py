@@ -125,7 +125,7 @@ def _read_torch(path: Path) -> Contents:
     return Contents({key: value.detach() for key, value in tensors.items()}, others=others)
 
 
-def _is_plain(value: object, size: int) -> bool:
+def _is_plain(value: Any, size: int) -> bool:
     """A dense tensor no larger than its file: strides of 0 make tensors of any size from a few bytes."""
     if (
         not isinstance(value, Tensor)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, difference_form
 
-Kept = tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]  # what a branch needs to go back: Ax, up, down, on
+Kept = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # what a branch needs to go back: Ax, up, down, on
 
 
 class Branch(NamedTuple):

@@ -20,16 +20,16 @@ def add_low_rank(
     Returns [B, ..., n], leaving output as it is. Gradients flow to all four. Raises ValueError when active does not
     fit.
     """
-    if isinstance(active, Tensor):
-        if active.dim() and active.shape != x.shape[:1]:
-            raise ValueError(f"active has shape {list(active.shape)} for x of shape {list(x.shape)}.")
-        kept = torch.arange(down.shape[0], device=x.device) < group * active.to(x.device)[..., None]
-        hidden = F.linear(x, down) * kept.to(x.dtype).view(*active.shape, *[1] * (x.dim() - 2), -1)
-    else:
+    if isinstance(active, int):
         columns = group * active
         if not 0 <= columns <= down.shape[0]:
             raise ValueError(f"active is {active}; this adapter has {down.shape[0] // group} components.")
         hidden, up = F.linear(x, down[:columns]), up[:, :columns]
+    else:
+        if active.dim() and active.shape != x.shape[:1]:
+            raise ValueError(f"active has shape {list(active.shape)} for x of shape {list(x.shape)}.")
+        kept = torch.arange(down.shape[0], device=x.device) < group * active.to(x.device)[..., None]
+        hidden = F.linear(x, down) * kept.to(x.dtype).view(*active.shape, *[1] * (x.dim() - 2), -1)
     if output.shape[-1] != up.shape[0]:
         return output + F.pad(F.linear(hidden, up), (row, output.shape[-1] - row - up.shape[0]))
     # One fused product and sum: the update is never written out by itself.

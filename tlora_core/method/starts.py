@@ -131,7 +131,9 @@ def _random_starts(
     with ThreadPoolExecutor(1) as pool:
         values = pool.submit(_all_singular_values, start.part, chi, rank)
         B = _all_frames([_Side(*shape, start.completed) for shape in shapes], rank, generators, device, rows=False)
-        A = _all_frames([_Side(*shape[::-1], start.completed) for shape in shapes], rank, generators, device, rows=True)
+        A = _all_frames(
+            [_Side(shape[1], shape[0], start.completed) for shape in shapes], rank, generators, device, rows=True
+        )
     S = [(std * s).to(device) for s in values.result()]
     return list(zip(B, S, A))
 
@@ -179,8 +181,8 @@ def _all_frames(
 def exact_device(device: str | torch.device) -> torch.device:
     """The device itself, or the CPU where it may have no float64: Apple's GPUs have none, nor many of Intel's and
     DirectML's."""
-    device = torch.device(device)
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    exact = torch.device(device)
+    return exact if exact.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _haar_frames(

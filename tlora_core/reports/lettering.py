@@ -159,7 +159,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
 def font_files() -> tuple[Path, ...]:
     """Noto Sans, and those of SYSTEM_FONTS that the system has."""
     noto = importlib.util.find_spec("fontpkg_noto_sans")
-    first = sorted(Path(noto.origin).parent.glob("files/NotoSans[[]*.ttf")) if noto else []
+    first = sorted(Path(noto.origin).parent.glob("files/NotoSans[[]*.ttf")) if noto and noto.origin else []
     wanted = {name.lower() for name in SYSTEM_FONTS}
     found: dict[str, Path] = {}
     for folder in _font_folders():

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..files.layer_names import split_name
 from ..files.tlora_file import TLoRAFile
 from ..method.adapters import METHODS, Adapter
+from ..method.bank import BankAdapter
 from .plot import bar_chart, schedule_curve, stacked
 
 SHARE = 0.95  # of the sum of singular values: the paper's measure of effective rank (its Figure 4)
@@ -42,9 +43,9 @@ def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Singular values, float64 on the CPU, in descending order, of a matrix [m, n] or of the product of (up [m, k],
     down [k, n]). Those of a plain matrix are exact to 1e-8 of the largest, as they come from its smaller Gram
     matrix."""
-    if isinstance(matrix, Tensor):
-        matrix = _exact(matrix)
-        gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
+    if not isinstance(matrix, tuple):
+        exact = _exact(matrix)
+        gram = exact.T @ exact if exact.shape[0] >= exact.shape[1] else exact @ exact.T
         return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
     up, down = map(_exact, matrix)
     # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 change no singular value.
@@ -68,13 +69,15 @@ def effective_rank(matrix_or_factors: Tensor | tuple[Tensor, Tensor], share: flo
 def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
     """The effective rank of each adapter's learnt factor B [out, r] alone, by layer name, as in the paper's Figure 4.
     Methods that are not of low rank have none."""
-    return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if hasattr(adapter, "B")}
+    return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if isinstance(adapter, BankAdapter)}
 
 
 def block_name(layer: str) -> str:
     """The block of the model that a layer of a T-LoRA belongs to: "input_blocks.4", "middle_block",
     "double_blocks.3"."""
-    return _BLOCK.match(split_name(layer)[0])[0]
+    path = split_name(layer)[0]
+    found = _BLOCK.match(path)
+    return found[0] if found else path
 
 
 def blocks(tlora: TLoRAFile) -> list[Block]:

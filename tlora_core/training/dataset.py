@@ -119,8 +119,8 @@ def _dealt_masks(masks: Sequence[Tensor], images: Sequence[Tensor]) -> list[Tens
 
 def _dealt(values: Sequence, images: Sequence[Tensor]) -> list[list]:
     """One value for each picture, as lists for each batch."""
-    values = iter(values)
-    return [list(itertools.islice(values, len(batch))) for batch in images]
+    left = iter(values)
+    return [list(itertools.islice(left, len(batch))) for batch in images]
 
 
 def _pictures(count: int) -> str:

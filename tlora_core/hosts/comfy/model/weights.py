@@ -6,6 +6,7 @@ another strength than the rest. They all go through methods of the model's patch
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from comfy.model_patcher import ModelPatcher
 
@@ -25,7 +26,8 @@ def _refusing(kind: type[ModelPatcher]) -> type[ModelPatcher]:
     return type(kind.__name__, (_WithoutWeights, kind), {})
 
 
-class _WithoutWeights:
+# Mixed into a patcher's own class, whatever that is.
+class _WithoutWeights(ModelPatcher if TYPE_CHECKING else object):
     """Comes before the class of a patcher. Whether T-LoRAs of strength 0 alone are on it, nobody asks: they leave no
     mark."""
 

@@ -4,6 +4,7 @@ list."""
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -27,7 +28,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
         return web.Response(body=picture, content_type="image/jpeg")
 
 
-async def _read(request: web.Request, read: Callable[[Path], object]):
+async def _read(request: web.Request, read: Callable[[Path], Any]):
     """What `read` makes of the file named in the query, in a thread, as files may lie on slow disks."""
     name = request.query.get("name", "")
     if name not in await asyncio.to_thread(lora_names):

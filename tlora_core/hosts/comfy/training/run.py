@@ -27,7 +27,7 @@ from ....training.run_folder import Recorder, RunFolder
 from ....training.trainer import STATE_FORMAT, TrainingDiverged
 from ..draw import strip
 from ..files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder, save_elsewhere
-from ..page.training import LiveRun
+from ..page.training import Ended, LiveRun
 from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 from .class_pictures import ClassPictures
 from .fingerprint import AsTrained, fingerprint
@@ -128,7 +128,7 @@ def train_or_find(
     if state is not None:
         personalization.go_on_from(state)
     require_room(_needs(personalization, keeping, path, found if state else None))
-    if state is None:
+    if found is None or state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), _without_counter(stem_of(path)), key, request.config.steps, settings)
     else:
@@ -221,11 +221,9 @@ def _hash(name: str) -> str:
 
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        file_digest = getattr(hashlib, "file_digest", None)  # from Python 3.11 on
+        digest = hashlib.sha256(file.read()) if file_digest is None else file_digest(file, "sha256")
+        return digest.hexdigest()
 
 
 class TrainingRun:
@@ -382,7 +380,7 @@ class TrainingRun:
         except TLoRAError as error:
             logging.warning("[T-LoRA] %s", error)
 
-    def _end(self, state: str, message: str = "") -> Outcome:
+    def _end(self, state: Ended, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
             message = f"{message} {self._checkpoint_of_the_end()}".strip()  # for those who change their mind
@@ -482,7 +480,7 @@ class TrainingRun:
             return "Run trains from the start, as there was no checkpoint yet."
         return f"Run goes on from step {self.checkpoint_step}."
 
-    def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
+    def _ended_badly(self, state: Ended, message: str, file: str = "", **more) -> None:
         """The page first, as the disk may be what has failed."""
         self.live.finish(state, message, file)
         self._note_down(lambda: self.folder.update(state=state, message=message, **more))
