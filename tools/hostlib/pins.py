@@ -66,9 +66,10 @@ def fast_pins() -> tuple[str, ...]:
 
 
 def fast_constraints() -> tuple[str, ...]:
-    """Versions for the environment without ComfyUI: the hosts' own, but for PyTorch."""
+    """Versions for the environment without ComfyUI: the hosts' own, but for what `fast_pins` pins otherwise."""
     pins = read_pins()
-    return tuple(pins["constraints"] + pins["pack"])
+    own = {pin.split("==")[0] for pin in pins["fast"] if "==" in pin}
+    return tuple(pin for pin in pins["constraints"] + pins["pack"] if pin.split("==")[0] not in own)
 
 
 def lint_pins() -> tuple[str, ...]:

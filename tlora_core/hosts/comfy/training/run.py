@@ -30,12 +30,10 @@ from ..files import class_pictures_folder, lora_path, name_of, new_lora_path, ru
 from ..page.training import Ended, LiveRun
 from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 from .class_pictures import ClassPictures
-from .fingerprint import AsTrained, fingerprint
+from .fingerprint import RESULTS_OF, AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
-# the version since which equal requests give equal results; another one would find no run of an earlier version
-RESULTS_OF = "0.1.0"
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
