@@ -2,7 +2,6 @@
 
 from comfy_api.latest import ComfyExtension
 from server import PromptServer
-from typing_extensions import override
 
 from ..tlora_core.hosts.comfy.routes import files as file_routes
 from ..tlora_core.hosts.comfy.routes import training as live_routes
@@ -21,7 +20,6 @@ from .training import TLoRAImages, TLoRATrainingOptions
 
 
 class TLoRAExtension(ComfyExtension):
-    @override
     async def get_node_list(self):
         return [
             TrainTLoRAFromImage,

@@ -76,7 +76,7 @@ class SweepTLoRA(io.ComfyNode):
         of_files = {name: load_lora(name, model, cls.hidden.unique_id).tlora for name in sweep.files}
         models = []
         for cell in sweep.cells():
-            variant = sweep.variant(of_files[cell[FILE]] if of_files else tlora, cell)
+            variant = sweep.variant(of_files[cell[FILE]] if tlora is None or of_files else tlora, cell)
             models.append(apply_tlora(model, variant, cell.get("strength", strength)))
         return io.NodeOutput(models, sweep.labels)
 

@@ -19,6 +19,10 @@ from hostlib.server import Server
 
 REPO = Path(__file__).resolve().parents[1]
 NEEDS_HOST = "This test needs ComfyUI; run it with: python3 tools/host.py test"
+# Set by `python3 tools/host.py test --fast`: the environment holds no ComfyUI, and every test that asks for the fixture
+# `host`, itself or through another fixture, is left out.
+FAST = os.environ.get("TLORA_FAST") == "1"
+LEFT_OUT = pytest.StashKey[int]()
 
 # `python -m pytest` puts the current folder there.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
@@ -40,6 +44,26 @@ class CoreFinder(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.append(CoreFinder())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests that need ComfyUI out of a fast run."""
+    if not FAST:
+        return
+    needy = [item for item in items if "host" in item.fixturenames]
+    items[:] = [item for item in items if "host" not in item.fixturenames]
+    config.hook.pytest_deselected(items=needy)
+    config.stash[LEFT_OUT] = len(needy)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say at the end what was not tested: the tests left out of a fast run, and the browser's without Chromium."""
+    if config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"Tests left out because they need ComfyUI: {config.stash[LEFT_OUT]}.", yellow=True)
+    reasons = [str(report.longrepr) for report in terminalreporter.stats.get("skipped", [])]
+    without_browser = sum(ABSENT in reason for reason in reasons)
+    if without_browser:
+        terminalreporter.write_line(f"Browser tests SKIPPED: {without_browser}. {ABSENT}", yellow=True)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +93,7 @@ def newest_frontend_server(host, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["pinned", "newest"])
-def frontend(request):
+def frontend(request, host):
     """The server with the host's own interface, then the one with the newest."""
     return request.getfixturevalue("server" if request.param == "pinned" else "newest_frontend_server")
 

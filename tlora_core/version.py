@@ -1,3 +1,3 @@
 """The pack's version, written into every file it saves."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -269,7 +269,7 @@ def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
     return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
 
 
-def _points(content: dict[str, Any]) -> tuple[tuple[float, int], ...]:
+def _points(content: Mapping[str, Any]) -> tuple[tuple[float, int], ...]:
     points = content.get("points", [])
     number = (int, float)
     if not isinstance(points, list) or not all(
@@ -319,7 +319,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _field(content: dict[str, Any], name: str, kind: type = object) -> Any:
+def _field(content: Mapping[str, Any], name: str, kind: type = object) -> Any:
     if not isinstance(content.get(name), kind) or name not in content:
         raise TLoRAError(f'its T-LoRA metadata has no valid "{name}"; get the file again.')
     return content[name]

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def make_adapters(
 def _in_banks(
     shapes: Mapping[str, tuple[int, int]],
     starts: Sequence[Sequence[Tensor]],
-    make: Callable[[Sequence[Sequence[Tensor]]], Bank],
+    make: Callable[[Sequence[Any]], Bank],
 ) -> Adapters:
     """The adapters with these starts; layers of one shape share a bank."""
     members: dict[tuple[int, int], dict[str, Sequence[Tensor]]] = defaultdict(dict)
@@ -83,5 +84,5 @@ def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
 
 
 def _shape(layer: tuple[int, int] | Tensor) -> tuple[int, int]:
-    out_features, in_features = layer.shape if isinstance(layer, Tensor) else layer
+    out_features, in_features = layer if isinstance(layer, Sequence) else layer.shape
     return out_features, in_features

@@ -130,7 +130,9 @@ def _random_starts(
     with ThreadPoolExecutor(1) as pool:
         values = pool.submit(_all_singular_values, start.part, chi, rank)
         B = _all_frames([_Side(*shape, start.completed) for shape in shapes], rank, generators, device, rows=False)
-        A = _all_frames([_Side(*shape[::-1], start.completed) for shape in shapes], rank, generators, device, rows=True)
+        A = _all_frames(
+            [_Side(shape[1], shape[0], start.completed) for shape in shapes], rank, generators, device, rows=True
+        )
     S = [(std * s).to(device) for s in values.result()]
     return list(zip(B, S, A))
 

@@ -158,7 +158,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
 def font_files() -> tuple[Path, ...]:
     """Noto Sans, and the installed fonts of SYSTEM_FONTS."""
     noto = importlib.util.find_spec("fontpkg_noto_sans")
-    first = sorted(Path(noto.origin).parent.glob("files/NotoSans[[]*.ttf")) if noto else []
+    first = sorted(Path(noto.origin).parent.glob("files/NotoSans[[]*.ttf")) if noto and noto.origin else []
     wanted = {name.lower() for name in SYSTEM_FONTS}
     found: dict[str, Path] = {}
     for folder in _font_folders():

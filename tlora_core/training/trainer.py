@@ -71,7 +71,7 @@ class Trainer:
         self.device = self.parameters[0].device
         self.optimizer = make_optimizer(self.parameters, config)
         self.lr_schedule = make_lr_schedule(self.optimizer, config)
-        self.scaler: torch.amp.GradScaler | None = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema_decay else None
         self.step, self.is_whole = 0, True
         self.losses: list[float] = []
@@ -92,7 +92,7 @@ class Trainer:
             raise TLoRAError(
                 f"Step {self.step + 1} failed half-way; resume from the last run state, or train again from the start."
             )
-        if self.scaler is None:
+        if self.step == 0:
             self.scaler = torch.amp.GradScaler(self.device.type, enabled=denoiser.needs_loss_scaling)
         batches = Batches(denoiser.buckets, self.config.batch_size, self.config.seed)
         pending: Reading | None = None
@@ -218,7 +218,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "lr_schedule": None if self.lr_schedule is None else self.lr_schedule.state_dict(),
-            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

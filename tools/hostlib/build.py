@@ -14,7 +14,18 @@ from pathlib import Path, PurePosixPath
 
 from .cache import build_once, cache_root, is_complete, key_of
 from .errors import HostError
-from .pins import REPO, HostPins, host_pins, lone_test_pins, newest_frontend_pin, pack_pins, test_pins
+from .pins import (
+    REPO,
+    HostPins,
+    fast_constraints,
+    fast_pins,
+    host_pins,
+    lint_pins,
+    lone_test_pins,
+    newest_frontend_pin,
+    pack_pins,
+    test_pins,
+)
 from .pip import create_venv, pip, site_folders, venv_python
 
 # NVIDIA, AMD, Intel and AMD, and whatever Windows lends to its Linux subsystem.
@@ -142,6 +153,35 @@ def ensure_test_packages(python: Path) -> Path:
         )
 
     return build_once(folder, build) / "site"
+
+
+def ensure_fast_tests() -> Path:
+    """The interpreter of the environment without ComfyUI: PyTorch, the pack's requirements and the test packages."""
+    pins, lone, constraints = (*fast_pins(), *test_pins()), lone_test_pins(), fast_constraints()
+    requirements = REPO / "requirements.txt"
+    key = key_of(pins=pins, lone=lone, constraints=constraints, requirements=requirements.read_text(encoding="utf-8"))
+
+    def build(folder: Path) -> None:
+        print(f"Setting up the tests without ComfyUI in {folder} (once; some minutes) ...", flush=True)
+        python = create_venv(folder / "venv")
+        file = folder / "constraints.txt"
+        file.write_text("\n".join(constraints) + "\n", encoding="utf-8")
+        options = ["-r", str(requirements), "-c", str(file)]
+        pip(python, "install", *pins, *options, purpose="install what the tests without ComfyUI need")
+        pip(python, "install", "--no-deps", *lone, purpose="install the test packages")
+
+    return venv_python(build_once(cache_root() / f"fast-{key}", build) / "venv")
+
+
+def ensure_lint() -> Path:
+    """The folder with the commands of the linter and the type checker."""
+    pins = lint_pins()
+
+    def build(folder: Path) -> None:
+        print(f"Setting up the linter in {folder} (once) ...", flush=True)
+        pip(create_venv(folder / "venv"), "install", *pins, purpose="install the linter")
+
+    return venv_python(build_once(cache_root() / f"lint-{key_of(pins=pins)}", build) / "venv").parent
 
 
 def ensure_newest_frontend(python: Path) -> Path:

@@ -6,7 +6,7 @@ import os
 import shutil
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-ABSENT = f"Chromium was not found: set CHROMIUM to its path, or install one of {', '.join(NAMES)}."
+ABSENT = "Chromium was not found: install it (Debian: apt install chromium), or set CHROMIUM to a browser's path."
 
 
 def find_chromium() -> str | None:

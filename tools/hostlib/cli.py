@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--newest-frontend", action="store_true", help="with the newest interface and not the host's own"
     )
-    add("test", commands.test, "run the tests; further arguments go to pytest")
+    test = add("test", commands.test, "run the tests; further arguments go to pytest")
+    test.add_argument("--fast", action="store_true", help="only those that need no ComfyUI, and without setting it up")
+    lint = subparsers.add_parser(
+        "lint", help="check style, format and types", description="Check style, format and types.", allow_abbrev=False
+    )
+    lint.add_argument("--fix", action="store_true", help="mend what can be mended by itself, and write the format")
+    lint.set_defaults(command=commands.lint)
     bench = add("bench", commands.bench, "run benchmarks/NAME.py with the host importable")
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the benchmark")

@@ -8,12 +8,21 @@ import sys
 import time
 from pathlib import Path
 
-from .build import Host, ensure_host, ensure_newest_frontend, ensure_test_packages, user_host
+from .build import (
+    Host,
+    ensure_fast_tests,
+    ensure_host,
+    ensure_lint,
+    ensure_newest_frontend,
+    ensure_test_packages,
+    user_host,
+)
 from .cache import cache_root
 from .chromium import ABSENT, find_chromium
 from .errors import HostError
 from .overrides import parse_sets
 from .pins import REPO
+from .pip import venv_python
 from .process import run_foreground
 from .progress import ProgressLine, format_time
 from .results import OutputFile, RunResult
@@ -110,6 +119,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def test(args: argparse.Namespace) -> int:
+    if args.fast:
+        return _fast_test(args)
     host = chosen_host(args)
     env = script_environment(host)
     # Not the pack's own root: its nodes/ must never be importable as `nodes`. tests/conftest.py makes tlora_core
@@ -121,16 +132,46 @@ def test(args: argparse.Namespace) -> int:
         env["TLORA_NEWEST_FRONTEND"] = str(ensure_newest_frontend(host.python))
     else:
         _say(f"{ABSENT} The browser tests will be SKIPPED.")
-    arguments = list(args.arguments)
+    return _run_tests(host.python, args.arguments, env, f"Tests on ComfyUI {host.version}")
+
+
+def _fast_test(args: argparse.Namespace) -> int:
+    """The tests that need no ComfyUI, in an environment that has none."""
+    if args.comfyui or args.python or args.host_version:
+        raise HostError("--fast runs without ComfyUI; it cannot be combined with an option that chooses one.")
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TLORA_COMFYUI")}
+    return _run_tests(ensure_fast_tests(), args.arguments, {**env, "TLORA_FAST": "1"}, "Tests without ComfyUI")
+
+
+def _run_tests(python: Path, arguments: list[str], env: dict[str, str], name: str) -> int:
+    arguments = list(arguments)
     if not _names_tests(arguments):
         arguments.append(str(TESTS))
     started = time.monotonic()
-    status = run_foreground([str(host.python), "-m", "pytest", *arguments], env)
-    _say(
-        f"Tests on ComfyUI {host.version} {'passed' if status == 0 else 'FAILED'} in "
-        f"{format_time(time.monotonic() - started)}."
-    )
+    status = run_foreground([str(python), "-m", "pytest", *arguments], env)
+    _say(f"{name} {'passed' if status == 0 else 'FAILED'} in {format_time(time.monotonic() - started)}.")
     return status
+
+
+def lint(args: argparse.Namespace) -> int:
+    """The linter, the formatter and the type checker, each also when one before it finds something."""
+    commands = ensure_lint()
+    checks = [
+        ["ruff", "check", "."],
+        ["ruff", "format", ".", *([] if args.fix else ["--check"])],
+        ["pyright", "--pythonpath", str(commands / venv_python(Path()).name)],
+    ]
+    if args.fix:
+        checks[0].append("--fix")
+    # The Python package that starts pyright would tell of newer versions; this one is pinned.
+    env = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
+    failed = []
+    for name, *arguments in checks:
+        _say(f"{name} {' '.join(arguments)}")
+        if run_foreground([str(commands / name), *arguments], env, cwd=REPO):
+            failed.append(name)
+    _say(f"Lint FAILED: {', '.join(failed)}." if failed else "Lint passed.")
+    return 1 if failed else 0
 
 
 def _names_tests(arguments: list[str]) -> bool:

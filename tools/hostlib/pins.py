@@ -60,6 +60,23 @@ def test_pins() -> tuple[str, ...]:
     return tuple(read_pins()["tests"])
 
 
+def fast_pins() -> tuple[str, ...]:
+    """What the pack's code needs without ComfyUI; what names no version here takes that of the hosts' constraints."""
+    return tuple(read_pins()["fast"])
+
+
+def fast_constraints() -> tuple[str, ...]:
+    """Versions for the environment without ComfyUI: the hosts' own, but for what `fast_pins` pins otherwise."""
+    pins = read_pins()
+    own = {pin.split("==")[0] for pin in pins["fast"] if "==" in pin}
+    return tuple(pin for pin in pins["constraints"] + pins["pack"] if pin.split("==")[0] not in own)
+
+
+def lint_pins() -> tuple[str, ...]:
+    """The formatter and linter, and the type checker."""
+    return tuple(read_pins()["lint"])
+
+
 def lone_test_pins() -> tuple[str, ...]:
-    """Test packages to install without what they require: the host has it, torch for one, in the version it wants."""
+    """Test packages to install without what they require: what the tests need of it, as torch, is there already."""
     return tuple(read_pins()["tests_without_dependencies"])

@@ -109,7 +109,7 @@ def test_the_tiny_base_is_what_the_run_takes(base):
 
 
 @pytest.mark.parametrize("method", ["tlora", "lora"])
-def test_bytes_of_adapters_are_those_that_a_training_holds(method):
+def test_bytes_of_adapters_are_those_that_a_training_holds(comfy, method):
     from tlora_core.hosts.comfy.routes.plan import adapter_bytes
     from tlora_core.method.factory import make_adapters
 

@@ -31,7 +31,7 @@ def test_curve_is_trained_with_and_told_by_the_file(base, output):
     assert done.tlora.schedule.points == ((0.0, 4), (0.5, 4), (1.0, 1)) and done.tlora.schedule.min_rank == 1
 
 
-def test_methods_without_a_mask_need_no_min_rank():
+def test_methods_without_a_mask_need_no_min_rank(comfy):
     from tlora_core.hosts.comfy.training.personalize import TrainRequest
 
     assert [TrainRequest("sks", "dog", method=method, rank=8).schedule.min_rank for method in ("lora", "oft")] == [8, 8]

@@ -67,8 +67,8 @@ def _read_layer(tensors: Mapping[str, Tensor], module: str, parts: Parts, matche
         name = matches.find(module, parts.values(), (out_features, in_features))
     else:
         name = matches.find(module, parts.values(), (out_features, in_features))
-        base = name and _recompute_base(name, trained, matches)
-    if name is not None:
+        base = None if name is None else _recompute_base(name, trained, matches)
+    if name is not None and base is not None:
         scale = scale_of(tensors, parts, trained[2].shape[0])
         matches.layers[name] = as_low_rank(_scaled(trained, scale), _scaled(base, scale))
 

@@ -113,7 +113,7 @@ def _require_target(prefix: str, folder: Path) -> None:
 
 def _cannot_be_made(prefix: str, folder: Path, error: Exception) -> TLoRAError:
     reason = getattr(error, "strerror", None) or error
-    if getattr(error, "errno", None) in REFUSED:
+    if isinstance(error, OSError) and error.errno in REFUSED:
         return refusal(folder, error, LORAS_ADVICE)
     return TLoRAError(
         f'file_name is "{prefix[:300]}", which cannot be created here ({reason}); give a short name such as '

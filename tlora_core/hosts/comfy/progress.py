@@ -36,6 +36,7 @@ def counting(what: str, node_id: str | None) -> Callable[[int, int], None]:
             said = now
             left = (now - began) / done * (total - done)
             say(f"step {done} of {total}, {what}, {duration(left)} left", node_id)
-        bar.update_absolute(done, total)
+        if bar is not None:
+            bar.update_absolute(done, total)
 
     return update

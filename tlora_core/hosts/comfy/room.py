@@ -68,7 +68,7 @@ def require_room(needs: list[Need]) -> None:
             )
 
 
-def _in_words(size: int) -> str:
+def _in_words(size: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

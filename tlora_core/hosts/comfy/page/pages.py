@@ -17,7 +17,7 @@ def listen(client: str | None) -> None:
     with _lock:
         for gone in [known for known, socket in _listening.items() if sockets.get(known) is not socket]:
             del _listening[gone]
-        if client in sockets:
+        if client is not None and client in sockets:
             _listening[client] = sockets[client]
 
 

@@ -34,7 +34,8 @@ PICTURES_KEPT = 50
 PICTURE_SIDE = 768  # pixels of one validation picture; larger ones are shrunk
 CURVE_POINTS = 1000
 
-State = Literal["running", "done", "found", "stopped", "cancelled", "failed"]
+Ended = Literal["done", "found", "stopped", "cancelled", "failed"]
+State = Literal["running"] | Ended
 Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 
@@ -255,7 +256,7 @@ def shown_when_it_fails(execute: Callable) -> Callable:
     return shown
 
 
-def _end_of(node_id: str | None, before: LiveRun | None, state: State, message: str) -> None:
+def _end_of(node_id: str | None, before: LiveRun | None, state: Ended, message: str) -> None:
     run = LiveRun.of(node_id)
     if run is None or run is before:
         run = LiveRun.begin(node_id, steps=0)

@@ -19,10 +19,9 @@ from ....files.atomic import write_whole
 from ....training.dataset import TrainingImage, caption_of
 from ....training.images import to_picture, to_tensor
 from ....training.run_folder import as_file_name
-from ....version import __version__
 from ..draw import draw
 from ..progress import say
-from .fingerprint import fingerprint
+from .fingerprint import RESULTS_OF, fingerprint
 
 PROMPT = "a photo of {class_word}"
 
@@ -39,7 +38,7 @@ class ClassPictures:
         """One picture [resolution, resolution, 3] for each seed. Lets the host's interrupt through; pictures drawn by
         then stay saved."""
         folder = self._folder_for(
-            class_word, __version__, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
+            class_word, RESULTS_OF, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
         )
         paths = [folder and folder / f"{seed}.png" for seed in seeds]
         pictures = [path and _loaded(path, resolution) for path in paths]

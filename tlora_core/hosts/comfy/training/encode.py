@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from comfy.ldm.modules.distributions.distributions import DiagonalGaussianDistribution
@@ -89,7 +90,7 @@ class Encoder:
         return texts
 
 
-def _is_finite(*tensors: Tensor | None) -> bool:
+def _is_finite(*tensors: Any) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor))
 
 
@@ -97,7 +98,7 @@ def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     """(mean, standard deviation), each [C, ..., h, w], of the VAE's posterior for pixels [1, h, w, 3] in 0..1. The
     deviation is None for a deterministic VAE, and if the host ran short of memory and encoded in tiles."""
     seen: list[Tensor] = []
-    regularization = getattr(vae.first_stage_model, "regularization", None)
+    regularization: Any = getattr(vae.first_stage_model, "regularization", None)
     hook: Callable[[], None] = lambda: None  # noqa: E731
     if isinstance(regularization, torch.nn.Module):
         hook = regularization.register_forward_hook(lambda module, args, output: seen.append(args[0])).remove

@@ -111,7 +111,7 @@ def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, tran
         for part in stored(_as_loaded(model, key, tensor)):
             _add(digest, part)
         _add_patches(digest, model.patches.get(key, ()))
-    if options is None:
+    if options is None or transformer is None:
         options = {k: v for k, v in model.model_options.items() if k != "transformer_options"}
         transformer = {**model.model_options.get("transformer_options", {}), "wrappers": model.wrappers}
     _add(digest, (options, {k: v for k, v in transformer.items() if v and k != "wrappers"}, model.object_patches))

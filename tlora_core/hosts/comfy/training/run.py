@@ -26,10 +26,10 @@ from ....training.run_folder import Recorder, RunFolder
 from ....training.trainer import STATE_FORMAT, TrainingDiverged
 from ..draw import strip
 from ..files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder, save_elsewhere
-from ..page.training import LiveRun
+from ..page.training import Ended, LiveRun
 from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 from .class_pictures import ClassPictures
-from .fingerprint import AsTrained, fingerprint
+from .fingerprint import RESULTS_OF, AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
@@ -127,7 +127,7 @@ def train_or_find(
     if state is not None:
         personalization.go_on_from(state)
     require_room(_needs(personalization, keeping, path, found if state else None))
-    if state is None:
+    if found is None or state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), _without_counter(stem_of(path)), key, request.config.steps, settings)
     else:
@@ -219,11 +219,9 @@ def _hash(name: str) -> str:
 
 def _file_hash(path: Path) -> str:
     with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(file.read()).hexdigest()
-        )
+        file_digest = getattr(hashlib, "file_digest", None)  # from Python 3.11 on
+        digest = hashlib.sha256(file.read()) if file_digest is None else file_digest(file, "sha256")
+        return digest.hexdigest()
 
 
 class TrainingRun:
@@ -377,7 +375,7 @@ class TrainingRun:
         except TLoRAError as error:
             logging.warning("[T-LoRA] %s", error)
 
-    def _end(self, state: str, message: str = "") -> Outcome:
+    def _end(self, state: Ended, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
             message = f"{message} {self._checkpoint_of_the_end()}".strip()  # so that the user can resume it
