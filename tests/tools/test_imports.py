@@ -19,11 +19,10 @@ MAY_IMPORT_THE_HOST = (f"{CORE}.hosts.comfy", f"{CORE}.tiny.comfy", "nodes")
 CORE_ORDER = (
     ("errors", "version"),
     ("packages",),
-    ("method",),
+    ("method", "tiny"),
     ("layers", "files"),
     ("training",),
     ("reports",),
-    ("tiny",),
     ("hosts",),
     ("cli",),
     ("__main__",),

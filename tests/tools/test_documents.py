@@ -1,0 +1,50 @@
+"""CONTRIBUTING and docs/ARCHITECTURE.md name files, commands and names that are there."""
+
+import re
+import shlex
+
+import pytest
+from hostlib import cli
+from places import REPO
+
+DOCUMENTS = ["CONTRIBUTING.md", "docs/ARCHITECTURE.md"]
+CORE = REPO / "tlora_core"
+COMFY = CORE / "hosts" / "comfy"
+# A document may leave out the folders that its paragraph is about.
+STARTS = [REPO, CORE, COMFY, COMFY / "training"]
+
+
+def quoted(document):
+    return re.findall(r"`([^`\n]+)`", (REPO / document).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_and_folders_are_there(document):
+    named = [text for text in quoted(document) if re.fullmatch(r"[\w./-]+(/|\.(py|json|yml|toml))", text)]
+    assert len(named) > 15
+    assert [text for text in named if not any((start / text).exists() for start in STARTS)] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    path = REPO / document
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_in_capitals_are_defined(document):
+    names = {text for text in quoted(document) if re.fullmatch(r"_?[A-Z][A-Z_]+", text)} - {"REGISTRY_ACCESS_TOKEN"}
+    folders = [CORE, REPO / "tools", REPO / "tests"]
+    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
+
+
+@pytest.mark.parametrize(
+    "command", sorted({text for name in DOCUMENTS for text in quoted(name) if text.startswith("python3 tools/host.py")})
+)
+def test_commands_are_understood(command):
+    arguments = shlex.split(command)[2:]
+    parsed = cli.parse(arguments)
+    for path in [getattr(parsed, "script", None), *(text for text in arguments if text.startswith("tests/"))]:
+        assert path is None or (REPO / path).exists()
