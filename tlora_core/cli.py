@@ -15,7 +15,7 @@ from .files.bake import bake, save_all
 from .files.dtypes import DTYPES
 from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
-from .files.foreign.checkpoint import checkpoint_target
+from .files.foreign.model_file import model_file_target
 from .reports.report import blocks, report_text
 from .version import __version__
 

@@ -241,7 +241,8 @@ def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], na
         weight = linears[part.module].weight.detach()
         if weight.is_meta or not is_plain(weight):
             raise TLoRAError(
-                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is quantised or "
+                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is "
+                f"quantised or "
                 f"offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without offloading."
             )
         pieces.append(weight[first : first + wanted.stop - wanted.start].float())

@@ -121,7 +121,7 @@ def _random_starts(
     generators: Sequence[Generator],
     std: float | None,
     device: str | torch.device,
-) -> list[Factors]:
+) -> list[StartFactors]:
     for shape in shapes:
         require_rank(rank, shape)
     std = 1 / rank if std is None else std

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..files.tlora_file import TLoRAFile
 from ..method.adapters import METHODS, Adapter
-from ..method.bank import BankAdapter
 from .plot import bar_chart, schedule_curve, stacked
 
 SHARE = 0.95  # of the sum of singular values: the paper's measure of effective rank (its Figure 4)

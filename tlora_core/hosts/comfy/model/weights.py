@@ -6,7 +6,6 @@ different strength. They all call methods of the model's patcher.
 """
 
 from functools import cache
-from typing import TYPE_CHECKING
 
 from comfy.model_patcher import ModelPatcher
 

@@ -24,6 +24,10 @@ TAKEN = 64  # about so many elements of a larger one are hashed
 _PLAIN = (str, int, float, bool, type(None))
 
 
+# The version since which equal requests give equal results; changing it makes all earlier runs unfindable.
+RESULTS_OF = "0.1.0"
+
+
 @dataclass(frozen=True)
 class AsTrained:
     """A model without the patches that act only while sampling, such as guidance: training does not depend on

@@ -33,8 +33,6 @@ from .fingerprint import RESULTS_OF, AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
-# the version since which equal requests give equal results; changing it makes all earlier runs unfindable
-RESULTS_OF = "0.1.0"
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
