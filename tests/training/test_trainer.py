@@ -425,3 +425,32 @@ def test_what_an_optimizer_cannot_do_is_said():
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))
+
+
+class Scalars(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the numbers that are read out of tensors, for each of which a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.read += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+def test_an_optimizer_reads_as_many_numbers_for_a_hundred_layers_as_for_two(optimizer):
+    read = []
+    for layers in (2, 100):
+        adapters = make_adapters("tlora", "last_random", {f"layer.{i}": (6, 6) for i in range(layers)}, 4, 0)
+        trainer = Trainer(
+            adapters, TrainConfig(optimizer=optimizer, learning_rate=1.0 if optimizer == "prodigy" else 0.02)
+        )
+        for parameter in trainer.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        for _ in range(2):
+            with Scalars() as scalars:
+                trainer.optimizer.step()
+        read.append(scalars.read)
+    assert len(trainer.parameters) == 3 and read[0] == read[1]
