@@ -12,6 +12,6 @@ class TLoRAError(ValueError):
 
 
 def require_choice(name: str, value: str, choices: Collection[str]) -> None:
-    """Raises TLoRAError when the value of the input called `name` is none of `choices`."""
+    """Raises TLoRAError when the value of the input `name` is not one of `choices`."""
     if value not in choices:
         raise TLoRAError(f'{name} is "{value}"; choose one of {", ".join(choices)}.')

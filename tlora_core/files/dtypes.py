@@ -1,12 +1,12 @@
-"""The dtypes that T-LoRA files are stored in, and in which a model's weights can be read as they are."""
+"""The dtypes of T-LoRA files, which are also those of weights that can be read directly."""
 
 import torch
 
 from ..errors import TLoRAError
 
-# By the name that a user chooses.
+# By the name in inputs and options.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-HEADER_DTYPES = ("F16", "BF16", "F32")  # the same by their names in the header of a safetensors file
+HEADER_DTYPES = ("F16", "BF16", "F32")  # their names in the header of a safetensors file
 
 
 def require_dtype(dtype: torch.dtype) -> None:
@@ -16,6 +16,6 @@ def require_dtype(dtype: torch.dtype) -> None:
 
 
 def is_plain(weight: torch.Tensor) -> bool:
-    """Whether the numbers of a weight are stored as they are, in one of DTYPES: not quantised, not in a subclass that
-    makes them when they are used."""
+    """Whether a weight is stored directly in one of DTYPES: not quantised, and not in a tensor subclass that computes
+    its values on use."""
     return type(weight.data) is torch.Tensor and weight.dtype in DTYPES.values()

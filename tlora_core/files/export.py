@@ -27,7 +27,7 @@ _FUSED = {"qkv": (1, 1, 1), "linear1": (1, 1, 1, 4)}
 
 
 def export(tlora: TLoRAFile, path: str | Path, layout: str, dtype: torch.dtype = torch.float16) -> Path:
-    """Writes tlora in a layout, one of LAYOUTS, in dtype, one of DTYPES' values; returns the path of the weights.
+    """Writes tlora in a layout of LAYOUTS and a dtype of DTYPES; returns the path of the weights.
 
     "reference" makes the folder of the reference's trainer, named like path without ".safetensors":
     checkpoint-<steps>/ with the weights, and logs/hparams.yml with the schedule. The other layouts write the file path.
@@ -103,7 +103,7 @@ def _model_part(name: str) -> str:
 
 
 def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
-    """Layers by module path: those of one fused module joined into one update of all of it."""
+    """Layers by module path; the parts of a fused module are joined into one update of the whole module."""
     parts: dict[str, list[LayerName]] = {}
     for name in tlora.layers:
         parts.setdefault(name.path, []).append(name)
@@ -139,7 +139,7 @@ def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> in
 
 
 def _split(tlora: TLoRAFile) -> dict[LayerName, LowRank]:
-    """Layers by name, with updates of a whole fused module cut into its parts."""
+    """Layers by name; an update of a whole fused module of FLUX is split into its parts."""
     split = {}
     for name, layer in tlora.layers.items():
         widths = _FUSED.get(name.rpartition(".")[2]) if family_of(name) == "flux" else None

@@ -1,4 +1,4 @@
-"""Whether the layers of a file fit a model."""
+"""Checks that the layers of a file fit a model."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ _ADVICE = "use the kind of model it was trained on"
 
 
 def check_fit(tlora: TLoRAFile, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raises TLoRAError when one of the T-LoRA's layers is missing in the model or has another shape there.
+    """Raises TLoRAError when a layer of the T-LoRA is missing in the model or has another shape there.
 
     shapes: path of each of the model's linear modules -> (out_features, in_features).
     """
@@ -28,8 +28,8 @@ def check_fit(tlora: TLoRAFile, shapes: Mapping[str, tuple[int, int]]) -> None:
 def check_shape(
     name: LayerName, have: tuple[int, int], want: tuple[int, int], made: str = "it was made for another model"
 ) -> None:
-    """Raises TLoRAError, which begins with `made`, when an update of shape `have` does not go onto a module of shape
-    `want`, by the name of its layer."""
+    """Raises TLoRAError, beginning with `made`, when the layer's update of shape `have` does not fit a module of shape
+    `want`."""
     fits = have == want if not name.is_part else have[1] == want[1] and name.row + have[0] <= want[0]
     if not fits:
         raise TLoRAError(

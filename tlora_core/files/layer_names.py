@@ -224,9 +224,9 @@ def layer_key(name: str) -> str:
 
 
 def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[str, str]:
-    """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name
-    that other programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers
-    reads no mixture."""
+    """Each layer's name in the file. Whole modules have kohya's names. Kohya has no names for parts of fused modules:
+    they have those of other programs. Beside parts of FLUX's modules, whole modules have OneTrainer's names, since
+    diffusers cannot read a mixture."""
     if not any(name.is_part for name in layers):
         return {name: layer_key(name) for name in layers}
     return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}

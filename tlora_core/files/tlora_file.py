@@ -173,8 +173,8 @@ def _check_layers(file: TLoRAFile) -> None:
     for name in file.layers:
         if name.is_part and name.path in file.layers:
             raise TLoRAError(
-                f'There is an update of all of the layer "{name.path}" and one of its rows from {name.row} on; keep '
-                "one of them."
+                f'The layer "{name.path}" has an update of all of the layer and one of its rows from {name.row} on; '
+                "keep one."
             )
     largest = max(layer.rank for layer in file.layers.values())
     if largest != file.schedule.rank:

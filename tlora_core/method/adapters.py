@@ -121,7 +121,7 @@ class Adapter:
 
 
 class Adapters(Mapping[LayerName, Adapter]):
-    """The trainable adapters of a model by the names of their layers, and the modules that hold their parameters."""
+    """The trainable adapters of a model by layer name, and the modules that hold their parameters."""
 
     def __init__(self, by_name: Mapping[str, Adapter]):
         self._by_name = {LayerName(name): adapter for name, adapter in by_name.items()}

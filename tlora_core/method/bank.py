@@ -1,7 +1,7 @@
-"""Trainable adapters of one shape in stacked parameters, and what each adds beside its layer in one evaluation.
+"""Trainable adapters of one shape in stacked parameters, and the branch of each adapter beside its layer.
 
-A model has hundreds of adapters of a dozen shapes. Stacked, one operation prepares the factors of all adapters of a
-shape, an optimizer sees a dozen large tensors, and autograd leads the gradients of the layers back into the stacks.
+A model has hundreds of adapters of a dozen shapes. With stacks, one operation prepares the factors of all adapters of a
+shape, an optimizer sees a dozen large tensors, and autograd propagates the gradients of the layers to the stacks.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ Starts = tuple[Tensor, Tensor, Tensor]  # B0 [n, out, r], S0 [n, 1, r], A0 [n, r
 
 
 class Branch(NamedTuple):
-    """What one adapter adds beside its layer in one evaluation: up M_t down x, in the dtype of x.
+    """One adapter's branch beside its layer in an evaluation of the model: up M_t down x, in the dtype of x.
 
-    up [out, g * c]: the factor as it is applied, without gradient; c components with g columns each.
-    down [g * c, in]: likewise. On a text, which all layers of a bank share: M down x [tokens, g * c] instead.
-    P [out, c], A [c, in] (on a text M A x [tokens, c]): autograd leads their gradients back to the parameters. The
-        gradient given for P is that of B S, the one for A that of A, over both halves of up and down.
-    on [B, 1, 1, c]: ones for the components that each sample has on; None where all samples have all c.
+    up [out, g * c], down [g * c, in]: the applied factors, without gradients; c components with g columns each. On a
+        text, which all layers of a bank share, down is M down x [tokens, g * c] instead.
+    P [out, c], A [c, in] (on a text M A x [tokens, c]): autograd connects them to the parameters. The gradient for P is
+        that of B S and the gradient for A that of A, over both halves of up and down.
+    on [B, 1, 1, c]: ones for the active components of each sample; None if all are active.
     """
 
     P: Tensor
@@ -33,11 +33,11 @@ class Branch(NamedTuple):
 
 
 class Bank(nn.Module):
-    """The adapters of n layers of one shape; `bank[i]` is the i-th of them.
+    """The adapters of n layers of one shape; `bank[i]` is the adapter of layer i.
 
-    Without starts: B A of LoRA and Vanilla T-LoRA. With them: B S A - B0 S0 A0 of Ortho-LoRA and T-LoRA (equation 6);
-    S has a dimension for B's rows, so that it scales B's columns as it is. The starts are buffers outside the state
-    dict, since a seed or a weight makes them again.
+    Without starts: B A of LoRA and Vanilla T-LoRA. With starts: B S A - B0 S0 A0 of Ortho-LoRA and T-LoRA (equation 6);
+    S has a dimension for B's rows, so that it broadcasts over B's columns. The starts are buffers outside the state
+    dict, since they follow from a seed or a weight.
     """
 
     A: nn.Parameter
@@ -45,7 +45,7 @@ class Bank(nn.Module):
     B: nn.Parameter
 
     def __init__(self, B: Tensor, S: Tensor | None, A: Tensor):
-        """B [n, out, r], S [n, 1, r] or None, A [n, r, in]; an orthogonal start is all three."""
+        """B [n, out, r], S [n, 1, r] or None, A [n, r, in]; an orthogonal start has all three."""
         super().__init__()
         self.group = 1 if S is None else 2
         for name, start in (("A", A), ("S", S), ("B", B)):
@@ -69,7 +69,7 @@ class Bank(nn.Module):
     def branches(
         self, columns: int, dtype: torch.dtype, on: Tensor | None = None, text: Tensor | None = None
     ) -> list[Branch]:
-        """Each adapter's branch with its first `columns` components. text [B, tokens, in]: what all its layers get."""
+        """Each adapter's branch with the first `columns` components. text [B, tokens, in]: the input of all layers."""
         stacks = _Branches.apply(self.B, self.S, self.A, self.starts, columns, dtype, on, text)
         return [Branch(*each, on) for each in zip(*(stack.unbind() for stack in stacks))]
 
@@ -103,8 +103,8 @@ class BankAdapter(Adapter):
 class _Branches(torch.autograd.Function):
     """P, up, A and down of all branches of a bank, or on a text P, up, M A x and M down x.
 
-    up = [P, P - P0] with P = B S, and down = [A - A0; A0], as P (A - A0) + (P - P0) A0 is the update: small
-    differences of factors, where a half precision format would lose all digits in B S A - B0 S0 A0.
+    up = [P, P - P0] with P = B S, and down = [A - A0; A0]. The update is P (A - A0) + (P - P0) A0: it uses small
+    differences of factors, where B S A - B0 S0 A0 would lose all digits in half precision.
     """
 
     @staticmethod
@@ -124,7 +124,7 @@ class _Branches(torch.autograd.Function):
         A, A0 = A[:, :columns], None if starts is None else starts[2][:, :columns]
         up = _up(B, S, starts, columns, dtype)
         if tokens is not None:
-            # In full precision: this difference of products has its digits, and down is not made at all.
+            # In full precision, this difference of products keeps its digits, and down need not be formed.
             Ax = tokens @ A.mT
             hidden = Ax if A0 is None else torch.cat((Ax - (A0x := tokens @ A0.mT), A0x), -1)
             Ax, down = (masked(each.to(dtype, copy=True), on, columns) for each in (Ax, hidden))
@@ -137,7 +137,7 @@ class _Branches(torch.autograd.Function):
             down[:, columns:] = A0
             Ax = down[:, :columns]
         ctx.mark_non_differentiable(up, down)
-        ctx.set_materialize_grads(False)  # or there would be zeros for all of up and down
+        ctx.set_materialize_grads(False)  # no zeros for the unused gradients of up and down
         return up[..., :columns], up, Ax, down
 
     @staticmethod
@@ -146,19 +146,18 @@ class _Branches(torch.autograd.Function):
         grad_B = grad_S = grad_A = None
         if grad_P is not None:
             columns = grad_P.shape[2]
-            grad_B = _room_for(B, columns, B.shape[2])
+            grad_B = _empty_grad(B, columns, B.shape[2])
             own = grad_B[..., :columns]
             if S is None:
                 own.copy_(grad_P)
             else:
-                # The products whose sum is the gradient of S lie for a moment where that of B goes: this may be the
-                # step's peak in memory.
+                # This may be the step's memory peak, so the terms of S's gradient use the memory of B's gradient first.
                 torch.mul(grad_P, B[..., :columns], out=own)
                 grad_S = grad_B.sum(1, keepdim=True)
                 torch.mul(grad_P, S[..., :columns], out=own)
         if grad_Ax is not None:
             columns = grad_Ax.shape[1 if tokens is None else 2]
-            grad_A = _room_for(A, columns, A.shape[1])
+            grad_A = _empty_grad(A, columns, A.shape[1])
             grad_A[:, :columns] = grad_Ax if tokens is None else grad_Ax.mT.to(A.dtype) @ tokens
         return grad_B, grad_S, grad_A, None, None, None, None, None
 
@@ -175,25 +174,25 @@ def _up(B: Tensor, S: Tensor | None, starts: Starts | None, columns: int, dtype:
 
 
 def masked(hidden: Tensor, on: Tensor | None, columns: int) -> Tensor:
-    """Zeroes what each sample's own rank leaves out of hidden [..., B * tokens, g * columns], in place."""
+    """Zeroes the inactive components of each sample in hidden [..., B * tokens, g * columns], in place."""
     if on is not None:
         hidden.view(*hidden.shape[:-2], len(on), -1, hidden.shape[-1] // columns, columns).mul_(on)
     return hidden
 
 
-def _room_for(parameter: Tensor, columns: int, rank: int) -> Tensor:
-    """A tensor for the gradient of a parameter whose first `columns` components of `rank` were on: zero for the
-    rest."""
+def _empty_grad(parameter: Tensor, columns: int, rank: int) -> Tensor:
+    """Memory for a parameter's gradient, with zeros if only the first `columns` of its `rank` components were
+    active."""
     return torch.empty_like(parameter) if columns == rank else torch.zeros_like(parameter)
 
 
 def lora_bank(starts: Sequence[tuple[Tensor, Tensor]]) -> Bank:
-    """Of (B [out, r], A [r, in]) of layers of one shape."""
+    """A bank from the starts (B [out, r], A [r, in]) of layers of one shape."""
     B, A = (torch.stack(each) for each in zip(*starts))
     return Bank(B, None, A)
 
 
 def ortho_bank(starts: Sequence[Starts]) -> Bank:
-    """Of (B0 [out, r], S0 [r], A0 [r, in]) of layers of one shape."""
+    """A bank from the starts (B0 [out, r], S0 [r], A0 [r, in]) of layers of one shape."""
     B0, S0, A0 = (torch.stack(each) for each in zip(*starts))
     return Bank(B0, S0[:, None], A0)

@@ -1,10 +1,10 @@
-"""The name of a layer that an adapter belongs to."""
+"""The name of an adapted layer."""
 
 
 class LayerName(str):
     """A module's path, or "path@row" for some rows of a module that holds several projections.
 
-    path: the module's. row: the first of the layer's rows in it. is_part: whether the name tells the row.
+    path: of the module. row: the layer's first row in the module. is_part: whether the name contains a row.
     """
 
     path: str
@@ -21,5 +21,5 @@ class LayerName(str):
 
     @classmethod
     def of_rows(cls, path: str, row: int) -> "LayerName":
-        """The layer that is the rows of a module from `row` on."""
+        """The name of the layer in a module's rows from `row` on."""
         return cls(f"{path}@{row}")

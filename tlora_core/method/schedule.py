@@ -128,9 +128,9 @@ class RankSchedule:
     def active_of_layers(
         self, layer_ranks: Iterable[int], timesteps: Tensor, num_timesteps: float
     ) -> dict[int, int | LongTensor]:
-        """How many components of layers of each rank are on at timesteps [B], as `Overlay` takes it: one number where
-        all agree, else int64 [B] on their device."""
-        times, active = timesteps.tolist(), {}  # from a GPU once, not for each number
+        """Rank of layers -> the number of their active components at timesteps [B], for `Overlay`: an int if all
+        samples agree, else int64 [B] on the device of timesteps."""
+        times, active = timesteps.tolist(), {}  # .tolist() reads a GPU once, for all ranks
         for rank in layer_ranks:
             schedule = self if rank == self.rank else self.for_rank(rank)
             ranks = [schedule.active_rank(t, num_timesteps) for t in times]

@@ -70,8 +70,7 @@ def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
 
 
 def block_name(layer: str) -> str:
-    """The block of the model that a layer of a T-LoRA belongs to: "input_blocks.4", "middle_block",
-    "double_blocks.3"."""
+    """The model's block of a layer: "input_blocks.4", "middle_block" or "double_blocks.3"."""
     return _BLOCK.match(layer)[0]
 
 

@@ -57,8 +57,7 @@ class Matches:
         self.unmatched.update(dict.fromkeys(keys, reason))
 
     def find(self, module: str, keys: Iterable[str], shape: tuple[int, int]) -> LayerName | None:
-        """The layer of a foreign module whose update is `shape` = (out, in); None, with a reason noted, if there is
-        none.
+        """The layer of a foreign module with an update of `shape` = (out, in); without one None, and a reason is noted.
 
         Raises TLoRAError when the model's layer has another shape: the file was made for another model.
         """
@@ -100,7 +99,7 @@ class Matches:
 
 
 def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
-    """Target.names of a model of SD1.5, SD2, SDXL or FLUX, from the shapes of its linear modules by ComfyUI's path."""
+    """Target.names of SD1.5, SD2, SDXL or FLUX. shapes: of the linear modules, by ComfyUI's path."""
     names = {plain_name(path): LayerName(path) for path in shapes}
     for path, (_, in_features) in shapes.items():
         for part in (None, 0, 1, 2, 3):
@@ -110,7 +109,7 @@ def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
 
 
 def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:
-    """(base_model, num_timesteps, noise_domain), as far as layers tell by their names and shapes."""
+    """(base_model, num_timesteps, noise_domain), inferred from the names and shapes of layers."""
     return model_of_shapes({name: layer.shape for name, layer in layers.items()})
 
 

@@ -82,8 +82,8 @@ class Defaults:
 
 
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
-    """The layers a T-LoRA is trained on. A key is a module path, or "path@row" for the rows of a projection that shares
-    its layer with others.
+    """The layers to train a T-LoRA on. A key is a module path, or "path@row" for a projection in a layer that holds
+    several.
 
     which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
         and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
@@ -95,7 +95,7 @@ def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:
-    """As target_layers, among a model's linear layers by module path; `kind` names the model in errors."""
+    """Like target_layers, given a model's linear layers by module path; `kind` names the model in errors."""
     attention, feed_forward = _attention(linear), _feed_forward(linear)
     if which not in (ATTENTION, WITH_FEED_FORWARD):
         return _matching(which, linear, {**attention, **feed_forward})
@@ -176,7 +176,7 @@ def _slices(path: str, module: torch.nn.Linear, sizes: Iterable[int]) -> dict[La
 def _matching(
     which: str, linear: Mapping[str, torch.nn.Linear], known: Mapping[LayerName, TargetLayer]
 ) -> dict[LayerName, TargetLayer]:
-    """Layers in which several projections lie are met by their parts, the others whole."""
+    """The layers that patterns match: layers with several projections by their parts, all others as a whole."""
     shared = {name.path for name in known if name.is_part}
     layers = {name: layer for name, layer in known.items() if name.is_part}
     layers |= {

@@ -25,10 +25,10 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     if isinstance(m, host.StableCascadeSampling | host.ModelSamplingCosmosRFlow | host.ModelSamplingContinuousV):
         t, T = m.timestep(sigma).clamp(0, 1), 1.0
     elif isinstance(m, host.ModelSamplingDiscrete):
-        # By the base class, which gives the place in the table of sigmas: a subclass may report a log sigma instead.
-        # Distilled models have every twentieth timestep or so in their table, the last one among them.
-        place = host.ModelSamplingDiscrete.timestep(m, sigma)
-        t, T = (place + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
+        # Calls the base class, which returns the index in the table of sigmas; a subclass may return a log sigma.
+        # A distilled model's table has, for example, every twentieth timestep, including the last one.
+        index = host.ModelSamplingDiscrete.timestep(m, sigma)
+        t, T = (index + 1) * (m.num_timesteps / len(m.sigmas)) - 1, float(m.num_timesteps)
     elif isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
         t, T = sigma.clamp(0, 1), 1.0
     elif isinstance(m, host.ModelSamplingContinuousEDM):
@@ -43,7 +43,7 @@ def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
 
 
 def num_timesteps(model_sampling) -> float:
-    """T of the model's parameterisation. Raises TLoRAError as `noise_level` does."""
+    """T of the model's parameterisation. Raises like `noise_level`."""
     return noise_level(model_sampling, model_sampling.sigma_max.reshape(1))[1]
 
 

@@ -19,7 +19,7 @@ _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
 
 
 def target_of(model: ModelPatcher) -> Target:
-    """Raises TLoRAError when the timestep of the model's sigmas is unknown."""
+    """The Target of a loaded model. Raises TLoRAError for an unknown noise parameterisation."""
     linear = linear_modules(model)
     sampling = model.get_model_object("model_sampling")
     return Target(
@@ -50,7 +50,7 @@ def _names(model: ModelPatcher) -> dict[str, LayerName]:
 def _original_weight(
     model: ModelPatcher, linear: Mapping[str, torch.nn.Module], name: LayerName, rows: int
 ) -> torch.Tensor:
-    """The layer's weight as loaded, float32 [rows, in] on the CPU, without the patches that lie on it now."""
+    """The layer's weight as loaded, float32 [rows, in] on the CPU, without its current patches."""
     path, row = name.path, name.row
     key = f"{_PREFIX}{path}{_WEIGHT}"
     patched = model.backup.get(key)
