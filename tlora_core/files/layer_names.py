@@ -223,7 +223,7 @@ def layer_key(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
 
 
-def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[str, str]:
+def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[LayerName, str]:
     """The name in the file of each layer: kohya's, but kohya's have none for parts of fused modules, which get the name
     that other programs have for them; and beside parts of FLUX's, its whole modules get OneTrainer's, since diffusers
     reads no mixture."""
