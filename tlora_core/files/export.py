@@ -108,7 +108,8 @@ def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
     for name in tlora.layers:
         parts.setdefault(name.path, []).append(name)
     return {
-        path: tlora.layers[path] if names == [path] else _joined(tlora, path, names) for path, names in parts.items()
+        path: tlora.layers[names[0]] if names == [path] else _joined(tlora, path, names)
+        for path, names in parts.items()
     }
 
 

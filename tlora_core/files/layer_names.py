@@ -223,7 +223,7 @@ def layer_key(name: str) -> str:
     return "lora_unet_" + name.replace(".", "_").replace("@", "__row_")
 
 
-def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[str, str]:
+def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[LayerName, str]:
     """Each layer's name in the file. Whole modules have kohya's names. Kohya has no names for parts of fused modules:
     they have those of other programs. Beside parts of FLUX's modules, whole modules have OneTrainer's names, since
     diffusers cannot read a mixture."""

@@ -84,7 +84,7 @@ class TLoRAFile:
 
     def schedule_of(self, name: str) -> RankSchedule:
         """The schedule of one layer, whose rank may be smaller than the file's."""
-        return self.schedule.for_rank(self.layers[name].rank)
+        return self.schedule.for_rank(self.layers[LayerName(name)].rank)
 
     @property
     def note(self) -> str:
@@ -266,7 +266,8 @@ def _read(path: Path) -> TLoRAFile:
 
 def read_schedule(content: Mapping[str, Any]) -> RankSchedule:
     """The schedule in read_content's table. Raises TLoRAError when it is not valid."""
-    return RankSchedule(*(_field(content, name) for name in ("rank", "min_rank", "alpha")), _points(content))
+    rank, min_rank, alpha = (_field(content, name) for name in ("rank", "min_rank", "alpha"))
+    return RankSchedule(rank, min_rank, alpha, _points(content))
 
 
 def _points(content: Mapping[str, Any]) -> tuple[tuple[float, int], ...]:

@@ -121,7 +121,7 @@ def _read_torch(path: Path) -> Contents:
     return Contents({key: value.detach() for key, value in tensors.items()}, non_tensors=non_tensors)
 
 
-def _is_plain(value: object, size: int) -> bool:
+def _is_plain(value: Any, size: int) -> bool:
     """Whether it is a dense tensor no larger than its file; strides of 0 make a tensor of any size from a few bytes."""
     if (
         not isinstance(value, Tensor)

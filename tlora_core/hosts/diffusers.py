@@ -114,7 +114,9 @@ class _Patched:
     _NAME = "_tlora"  # of the denoiser's attribute that holds this
 
     def __init__(self, denoiser: nn.Module):
-        self.kind = _kind(denoiser)
+        kind = _kind(denoiser)
+        assert kind is not None  # `_denoiser_of` has looked
+        self.kind = kind
         self.applied: list[_Applied] = []
         self.evaluation = ExitStack()
         self.hooks = (
@@ -166,17 +168,18 @@ def _denoiser_of(pipe: Any) -> nn.Module:
         raise TLoRAError(
             "pipe's model is compiled, and the ranks change from step to step; use it without torch.compile."
         )
-    if _kind(denoiser) is None:
+    kind = _kind(denoiser)
+    if denoiser is None or kind is None:
         raise TLoRAError(
             f"pipe is a {type(pipe).__name__}, whose model T-LoRA does not know; use a pipeline of SD1.5, SD2, SDXL "
             f"or FLUX."
         )
-    if any(_is_fused(module, _kind(denoiser)) for module in denoiser.modules()):
+    if any(_is_fused(module, kind) for module in denoiser.modules()):
         raise TLoRAError("pipe's attention projections are fused; call pipe.unfuse_qkv_projections() first.")
     return denoiser
 
 
-def _is_fused(module: nn.Module, kind: str | None) -> bool:
+def _is_fused(module: nn.Module, kind: str) -> bool:
     """Whether q, k and v come from one layer beside those that the names speak of. The U-Net's attention leaves its
     flag on when they are separate again, so there the processor tells."""
     if type(getattr(module, "processor", None)).__name__.startswith("Fused"):

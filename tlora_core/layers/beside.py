@@ -36,7 +36,7 @@ def add_low_rank(
     Returns a new tensor [B, ..., n]. Gradients flow to all four tensors. Raises ValueError for an active of the wrong
     range or shape.
     """
-    if isinstance(active, Tensor):
+    if not isinstance(active, int):
         if active.dim() and active.shape != x.shape[:1]:
             raise ValueError(f"active has shape {list(active.shape)} for x of shape {list(x.shape)}.")
         on = torch.arange(down.shape[0], device=x.device) < group * active.to(x.device)[..., None]

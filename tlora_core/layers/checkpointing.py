@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..method.bank import Branch
 from .overlay import replaced_forward
 from .trained import Trained, branches_of
 
@@ -54,12 +55,13 @@ class _Call:
     def noted(self) -> tuple[Any, list[Tensor | None]]:
         """Makes the call without gradients. Gives its output, and the tensors of all branches that its layers have
         used, as inputs of the block like any other."""
+        calls: list[tuple[Trained, list[tuple[bool, list[Branch]]]]] = [(layer, []) for layer in self.trained]
         try:
-            for layer in self.trained:
-                layer.used = []
+            for layer, used in calls:
+                layer.used = used
             output = self(_tensors(self.arguments))
-            self.used = [(layer, is_text, len(each)) for layer in self.trained for is_text, each in layer.used]
-            branches = [each for layer in self.trained for _, each in layer.used]
+            self.used = [(layer, is_text, len(each)) for layer, used in calls for is_text, each in used]
+            branches = [each for _, used in calls for _, each in used]
         finally:
             for layer in self.trained:
                 layer.used = None
@@ -128,13 +130,13 @@ def _tensors(value) -> list[Tensor]:
     return found
 
 
-def _replaced(value, tensors: Iterable[Tensor]):
+def _replaced(value, tensors: Iterable[Tensor]) -> Any:
     """`value` with other tensors in their places, in new containers."""
     following = iter(tensors)
     return _walk(value, lambda _: next(following))
 
 
-def _walk(value, change: Callable):
+def _walk(value, change: Callable) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):

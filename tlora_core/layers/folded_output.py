@@ -20,9 +20,9 @@ class _Output:
     """What a layer makes of one text: alone, each adapter's down x, and the sum with the overlays in `folded`."""
 
     alone: Tensor
+    total: Tensor
     hidden: dict[LowRank, Tensor] = field(default_factory=dict)
-    folded: list[Overlay] | None = None
-    total: Tensor | None = None
+    folded: list[Overlay] = field(default_factory=list)
 
 
 class FoldedOutput(Folded):
@@ -34,7 +34,8 @@ class FoldedOutput(Folded):
             return Beside(self._alone, self.wanted).forward(x)
         output = text.outputs.get(self)
         if output is None:
-            output = text.outputs[self] = _Output(self._alone(x))
+            alone = self._alone(x)
+            output = text.outputs[self] = _Output(alone, total=alone)
         if output.folded != self.wanted:
             self._fold(output, x)
         return output.total.clone()  # what gets it may change it in place
@@ -45,10 +46,11 @@ class FoldedOutput(Folded):
     def _fold(self, output: _Output, x: Tensor) -> None:
         total = output.alone.clone()
         known, output.hidden = output.hidden, {}
-        for _, adapter, active, row in self.wanted:
-            up = adapter.up
-            hidden = known[adapter] if adapter in known else F.linear(x, adapter.down)
-            output.hidden[adapter], columns = hidden, active * adapter.group
+        for overlay in self.wanted:
+            update, row = overlay.update, overlay.row
+            up = update.up
+            hidden = known[update] if update in known else F.linear(x, update.down)
+            output.hidden[update], columns = hidden, overlay.active * update.group
             part = total[..., row : row + up.shape[0]]
             product = torch.addmm(part.flatten(0, -2), hidden[..., :columns].flatten(0, -2), up[:, :columns].t())
             part.copy_(product.view(part.shape))

@@ -49,34 +49,33 @@ class FoldedWeight(Folded):
 
     def _follow(self) -> None:
         """Adds and takes away what has changed since the last evaluation."""
-        before, after = ({(o.adapter, o.row): o.active for o in each} for each in (self._folded, self.wanted))
-        for adapter, row in before | after:
-            _add(self.weight, adapter, row, before.get((adapter, row), 0), after.get((adapter, row), 0))
+        before, after = ({(o.update, o.row): o.active for o in each} for each in (self._folded, self.wanted))
+        for update, row in before | after:
+            _add(self.weight, update, row, before.get((update, row), 0), after.get((update, row), 0))
         self._steps += 1
 
     def _rebuild(self, x: Tensor) -> None:
         own = self.fetch(self.layer, x) if self.fetch else nullcontext((self.source, self.layer.bias))
         with own as (weight, bias):
             self.bias = bias.clone() if self.fetch and bias is not None else bias
-            if self.weight is None:
-                self.weight = torch.empty_like(weight)
+            folded = self.weight = torch.empty_like(weight) if self.weight is None else self.weight
             self._steps = 0
             only = self.wanted[0] if len(self.wanted) == 1 else None
-            if only and only.adapter.up.shape[0] == self.weight.shape[0]:
-                _add(self.weight, only.adapter, 0, 0, only.active, weight)
+            if only and only.update.up.shape[0] == folded.shape[0]:
+                _add(folded, only.update, 0, 0, only.active, weight)
                 return
             # More than one: sum up in float32, as the host does, so that half precision is rounded once here too.
             total = weight.detach().to(torch.float32, copy=True)
-            for _, adapter, active, row in self.wanted:
-                _add(total, adapter.to(dtype=torch.float32), row, 0, active)
-            self.weight.copy_(total)
+            for overlay in self.wanted:
+                _add(total, overlay.update.to(dtype=torch.float32), overlay.row, 0, overlay.active)
+            folded.copy_(total)
 
 
-def _add(weight: Tensor, adapter: LowRank, row: int, before: int, after: int, source: Tensor | None = None) -> None:
-    """Move `weight`, which holds the first `before` components of an adapter in the rows from `row` on, to the first
+def _add(weight: Tensor, update: LowRank, row: int, before: int, after: int, source: Tensor | None = None) -> None:
+    """Move `weight`, which holds the first `before` components of an update in the rows from `row` on, to the first
     `after`. Where a `source` is given, what is moved is that, and `weight` only receives the result."""
-    up, down = adapter.up, adapter.down
+    up, down = update.up, update.down
     rows = slice(row, row + up.shape[0])
-    first, last = sorted((before * adapter.group, after * adapter.group))
+    first, last = sorted((before * update.group, after * update.group))
     base = (weight if source is None else source)[rows]
     torch.addmm(base, up[:, first:last], down[first:last], alpha=1 if after >= before else -1, out=weight[rows])

@@ -32,6 +32,12 @@ class Overlay(NamedTuple):
     active: int | LongTensor
     row: int = 0
 
+    @property
+    def update(self) -> LowRank:
+        """The adapter, where it is folded: those in training never are, since their factors change."""
+        assert isinstance(self.adapter, LowRank)
+        return self.adapter
+
 
 class Folded:
     """Common part of the ways that keep what they computed from one evaluation to the next. `wanted`: what is on."""

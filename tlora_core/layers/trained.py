@@ -181,7 +181,11 @@ class _AddBranches(torch.autograd.Function):
         is_recorded: bool,
         *factors: Tensor | None,
     ):
-        output = layer.frozen.output(x, text) if base is None else base.clone()
+        if base is None:
+            assert layer.frozen is not None  # else its forward has given the base
+            output = layer.frozen.output(x, text)
+        else:
+            output = base.clone()
         tokens, outputs, saved = x.flatten(0, -2), output.view(-1, output.shape[-1]), [x]
         for rows, (P, up, A, down, on) in zip(layer.rows, branches_of(factors)):
             columns = P.shape[1]

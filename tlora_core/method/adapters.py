@@ -128,7 +128,7 @@ class Adapters(Mapping[LayerName, Adapter]):
         self.modules = list({id(adapter.module): adapter.module for adapter in by_name.values()}.values())
 
     def __getitem__(self, name: str) -> Adapter:
-        return self._by_name[name]
+        return self._by_name[LayerName(name)]
 
     def __iter__(self) -> Iterator[LayerName]:
         return iter(self._by_name)

@@ -71,7 +71,7 @@ class Bank(nn.Module):
     ) -> list[Branch]:
         """Each adapter's branch with the first `columns` components. text [B, tokens, in]: the input of all layers."""
         stacks = _Branches.apply(self.B, self.S, self.A, self.starts, columns, dtype, on, text)
-        return [Branch(*each, on) for each in zip(*(stack.unbind() for stack in stacks))]
+        return [Branch(P, up, A, down, on) for P, up, A, down in zip(*(stack.unbind() for stack in stacks))]
 
 
 class BankAdapter(Adapter):
@@ -90,14 +90,14 @@ class BankAdapter(Adapter):
         return self.bank.B[self.index]
 
     @property
-    def S(self) -> Tensor:
-        return self.bank.S[self.index, 0]
+    def S(self) -> Tensor | None:
+        return None if self.bank.S is None else self.bank.S[self.index, 0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        bank, i = self.bank, self.index
-        if bank.S is None:
+        bank, i, starts = self.bank, self.index, self.bank.starts
+        if bank.S is None or starts is None:
             return bank.B[i], bank.A[i]
-        return difference_form((bank.B[i], bank.S[i], bank.A[i]), tuple(start[i] for start in bank.starts))
+        return difference_form((bank.B[i], bank.S[i], bank.A[i]), tuple(start[i] for start in starts))
 
 
 class _Branches(torch.autograd.Function):

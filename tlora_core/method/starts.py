@@ -179,8 +179,8 @@ def _all_frames(
 
 def exact_device(device: str | torch.device) -> torch.device:
     """The device itself, or the CPU if it may lack float64: Apple's GPUs do, and many of Intel's and DirectML's."""
-    device = torch.device(device)
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    exact = torch.device(device)
+    return exact if exact.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def _haar_frames(

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..files.tlora_file import TLoRAFile
 from ..method.adapters import METHODS, Adapter
+from ..method.bank import BankAdapter
+from ..method.layer_name import LayerName
 from .plot import bar_chart, schedule_curve, stacked
 
 SHARE = 0.95  # of the sum of singular values: the paper's measure of effective rank (its Figure 4)
@@ -40,13 +42,13 @@ class Block:
 def singular_values(matrix: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     """Singular values, float64 on the CPU, in descending order, of a matrix [m, n] or of the product of (up [m, k],
     down [k, n]). For a plain matrix they come from its smaller Gram matrix and are exact to 1e-8 of the largest."""
-    if isinstance(matrix, Tensor):
-        matrix = _exact(matrix)
-        gram = matrix.T @ matrix if matrix.shape[0] >= matrix.shape[1] else matrix @ matrix.T
-        return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-    up, down = map(_exact, matrix)
-    # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 do not change singular values.
-    return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+    if isinstance(matrix, tuple):
+        up, down = map(_exact, matrix)
+        # With up = Q1 R1 and down^T = Q2 R2 the product is Q1 (R1 R2^T) Q2^T, and Q1, Q2 do not change singular values.
+        return torch.linalg.svdvals(torch.linalg.qr(up, mode="r").R @ torch.linalg.qr(down.T, mode="r").R.T)
+    exact = _exact(matrix)
+    gram = exact.T @ exact if exact.shape[0] >= exact.shape[1] else exact @ exact.T
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 def _exact(matrix: Tensor) -> Tensor:
@@ -63,22 +65,24 @@ def effective_rank(matrix_or_factors: Tensor | tuple[Tensor, Tensor], share: flo
     return _rank_holding(singular_values(matrix_or_factors), share)
 
 
-def effective_rank_of_b(adapters: Mapping[str, Adapter]) -> dict[str, int]:
+def effective_rank_of_b(adapters: Mapping[LayerName, Adapter]) -> dict[str, int]:
     """The effective rank of each adapter's trained factor B [out, r], by layer name, as in the paper's Figure 4. Empty
     for methods that are not of low rank."""
-    return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if hasattr(adapter, "B")}
+    return {name: effective_rank(adapter.B) for name, adapter in adapters.items() if isinstance(adapter, BankAdapter)}
 
 
 def block_name(layer: str) -> str:
     """The model's block of a layer: "input_blocks.4", "middle_block" or "double_blocks.3"."""
-    return _BLOCK.match(layer)[0]
+    found = _BLOCK.match(layer)
+    assert found is not None  # `TLoRAFile` has checked that it is a path
+    return found[0]
 
 
 def blocks(tlora: TLoRAFile) -> list[Block]:
     """The blocks of the model that the T-LoRA changes, sorted by name and number."""
     recorded = tlora.training.get(B_KEY)
     recorded = recorded if isinstance(recorded, Mapping) else {}
-    members: dict[str, list[str]] = {}
+    members: dict[str, list[LayerName]] = {}
     for name in tlora.layers:
         members.setdefault(block_name(name), []).append(name)
     made = []

@@ -120,8 +120,8 @@ def _masks_by_batch(masks: Sequence[Tensor], images: Sequence[Tensor]) -> list[T
 
 def _by_batch(values: Sequence, images: Sequence[Tensor]) -> list[list]:
     """Splits values, one for each picture, into a list for each batch."""
-    values = iter(values)
-    return [list(itertools.islice(values, len(batch))) for batch in images]
+    following = iter(values)
+    return [list(itertools.islice(following, len(batch))) for batch in images]
 
 
 def _pictures(count: int) -> str:

@@ -31,11 +31,16 @@ class Denoiser(Protocol):
 
     device: torch.device
     needs_loss_scaling: bool  # True if gradients pass through float16
-    buckets: Sequence[Sequence[int]]  # indices of the pictures, grouped by shape
+
+    @property
+    def buckets(self) -> Sequence[Sequence[int]]:
+        """Indices of the pictures, grouped by shape."""
+        ...
 
     def losses(self, indices: list[int], generator: torch.Generator, /) -> Iterator[Tensor]:
         """The scalar parts of one batch's loss. Each part is computed after the backward pass of the one before, to
         reuse its memory. Random numbers come from `generator` on the CPU, so they are equal on every device."""
+        ...
 
 
 class TrainingDiverged(TLoRAError):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import TLoRAError
 from ...method.adapters import LowRank, difference_form
+from ...method.layer_name import LayerName
 from ..untrusted import Contents
 from .modules import Parts, is_convolution, matrix, number, require, scale_of
 from .target import Matches
@@ -90,7 +91,7 @@ def _scaled(triple: Triple, scale: float) -> Triple:
     return B, S * scale, A
 
 
-def _recompute_base(name: str, trained: Triple, matches: Matches) -> Triple:
+def _recompute_base(name: LayerName, trained: Triple, matches: Matches) -> Triple:
     """The decomposition of the model's weight from which the layer was trained, with the file's signs.
 
     Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor

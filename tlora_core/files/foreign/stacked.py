@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...method.adapters import LowRank
+from ...method.layer_name import LayerName
 from .orthogonal import MIN_LIKENESS, as_low_rank
 
 Halves = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def recombine(layers: dict[str, LowRank]) -> int:
+def recombine(layers: dict[LayerName, LowRank]) -> int:
     """Replaces the layers by their difference form if all of them stack two terms. Returns the number of stacked
     layers."""
     found = {name: combined for name, layer in layers.items() if (combined := _difference(layer)) is not None}

@@ -50,7 +50,7 @@ class Matches:
     """A file's layers found in the target, and the unmatched keys with the reason."""
 
     target: Target | None
-    layers: dict[str, LowRank] = field(default_factory=dict)
+    layers: dict[LayerName, LowRank] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
 
     def reject(self, keys: Iterable[str], reason: str) -> None:
@@ -108,7 +108,7 @@ def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
     return names
 
 
-def model_of(layers: Mapping[str, LowRank]) -> tuple[str, float, str]:
+def model_of(layers: Mapping[LayerName, LowRank]) -> tuple[str, float, str]:
     """(base_model, num_timesteps, noise_domain), inferred from the names and shapes of layers."""
     return model_of_shapes({name: layer.shape for name, layer in layers.items()})
 

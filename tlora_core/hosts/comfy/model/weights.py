@@ -6,10 +6,13 @@ different strength. They all call methods of the model's patcher.
 """
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 from comfy.model_patcher import ModelPatcher
 
 from ....errors import TLoRAError
+
+_Patcher = ModelPatcher if TYPE_CHECKING else object  # what it is mixed into has these methods
 
 
 def without_weights(model: ModelPatcher) -> ModelPatcher:
@@ -24,7 +27,7 @@ def _refusing(kind: type[ModelPatcher]) -> type[ModelPatcher]:
     return type(kind.__name__, (_WithoutWeights, kind), {})
 
 
-class _WithoutWeights:
+class _WithoutWeights(_Patcher):
     """A mixin before the class of a patcher. It stays unused if all T-LoRAs have strength 0, which have no effect."""
 
     def clone(self, *args, **kwargs):

@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from aiohttp import web
 
 from ....errors import TLoRAError
 from ....files.card import read_card, read_thumbnail
 from ..files import lora_names, lora_path
+
+_Read = TypeVar("_Read")
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
@@ -26,7 +29,7 @@ def add_routes(routes: web.RouteTableDef) -> None:
         return web.Response(body=picture, content_type="image/jpeg")
 
 
-async def _read(request: web.Request, read: Callable[[Path], object]):
+async def _read(request: web.Request, read: Callable[[Path], _Read]) -> _Read:
     """Calls `read` on the file named in the query, in a thread because disks can be slow."""
     name = request.query.get("name", "")
     if name not in await asyncio.to_thread(lora_names):

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from typing import Any
 from weakref import WeakValueDictionary
 
 import comfy.sampler_helpers
@@ -23,7 +24,7 @@ from ..sampling import TimestepAwarePatch, place
 from .encode import Sample, buckets
 
 
-def normal(value, made: dict[int, Tensor]):
+def normal(value: Any, made: dict[int, Tensor]) -> Any:
     """`value` with inference tensors cloned, as conditioning from other nodes is made of them; each once: `made` holds
     the clones by the identity of what they were made from."""
     if isinstance(value, Tensor):
@@ -95,7 +96,8 @@ class HostDenoiser:
         self.needs_loss_scaling = self.base.get_dtype_inference() == torch.float16
         self.adapter_bytes = sum(p.nbytes for p in adapters.parameters())
         made: dict[int, Tensor] = {}
-        self.samples, self.prior = normal(list(samples), made), normal(list(prior), made)
+        self.samples: list[Sample] = normal(list(samples), made)
+        self.prior: list[Sample] = normal(list(prior), made)
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
         # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.
         self.levels = copy.deepcopy(self.sampling).cpu()

@@ -16,6 +16,7 @@ from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import check_line, one_line
 from ....method.adapters import METHODS, Adapters
 from ....method.factory import make_adapters
+from ....method.layer_name import LayerName
 from ....method.schedule import RankSchedule
 from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
@@ -284,9 +285,9 @@ class Personalization:
                 samples.append(encoder.sample(mirrored, caption))
         return samples
 
-    def _adapters(self, layers: Mapping[str, TargetLayer]) -> Adapters:
+    def _adapters(self, layers: Mapping[LayerName, TargetLayer]) -> Adapters:
         request, device = self.request, self.model.load_device
-        shapes = {name: layer.shape for name, layer in layers.items()}
+        shapes: dict[str, tuple[int, int]] = {name: layer.shape for name, layer in layers.items()}
         method = METHODS[request.method]
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(
@@ -302,11 +303,11 @@ class _Weights(Mapping):
     """The weight of each layer, made on access: all of them in float32 would not fit into the memory beside the
     model."""
 
-    def __init__(self, layers: Mapping[str, TargetLayer]):
+    def __init__(self, layers: Mapping[LayerName, TargetLayer]):
         self.layers = layers
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.layers[name].weight
+        return self.layers[LayerName(name)].weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)

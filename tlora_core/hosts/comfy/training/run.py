@@ -408,7 +408,7 @@ class TrainingRun:
         if self.picture is not None:
             write_whole(path, write)
 
-    def _kept(self, ended: str) -> str:
+    def _kept(self, ended: Ended) -> str:
         """Saves a T-LoRA that could not be written to the loras folder: as the run state, for the same graph to resume,
         or else as a file in another folder. Returns a sentence that says where. ended: the run's final state."""
         missing = ""
@@ -470,7 +470,7 @@ class TrainingRun:
             return "Run trains from the start, because no run state was saved yet."
         return f"Run resumes at step {self.checkpoint_step}."
 
-    def _ended_badly(self, state: str, message: str, file: str = "", **more) -> None:
+    def _ended_badly(self, state: Ended, message: str, file: str = "", **more) -> None:
         """Tells the page first, because the disk may be the cause."""
         self.live.finish(state, message, file)
         self._note_down(lambda: self.folder.update(state=state, message=message, **more))

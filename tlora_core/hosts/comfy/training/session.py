@@ -124,7 +124,7 @@ def _leave_inference_mode(module: nn.Module) -> None:
             module._buffers[name] = _same_storage(buffer)
     # Of a LoRA that the host adds beside the layer (its bypass LoRA).
     lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
-    if isinstance(weights := getattr(lora, "weights", None), tuple | list):
+    if lora is not None and isinstance(weights := getattr(lora, "weights", None), tuple | list):
         lora.weights = type(weights)(
             _same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights
         )
