@@ -105,7 +105,9 @@ def _read_torch(path: Path) -> Contents:
                 raise TLoRAError("it is a compressed archive, not a file of torch.save; unpack it first.")
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise TLoRAError("it is an archive with overlapping parts, not a file of torch.save; get it again.")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Not the path: PyTorch 2.13 reads a file that is named *.safetensors as one, whatever it contains.
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (TLoRAError, OSError):
         raise
     except Exception as error:  # damaged pickles raise nearly any exception
