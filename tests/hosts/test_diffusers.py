@@ -254,7 +254,11 @@ def test_a_pipeline_or_t_lora_of_another_kind_is_refused(twins, comfy):
         tlora_core.apply(None, tlora)
     other = next(iter(tlora.layers.values()))
     name = "blocks.0.attn.qkv"
-    with pytest.raises(TLoRAError, match=f"made for another model .* its layer {name} layers are not in this one"):
+    with pytest.raises(
+        TLoRAError,
+        match=rf"made for another model .* layers are not in this one, the first being "
+        rf"{name}",
+    ):
         tlora_core.apply(twins.pipe, with_layers(tlora, {name: other}))
     name = next(iter(tlora.layers))
     small = tlora_core.LowRank(other.up[:-1], other.down, other.group)

@@ -156,7 +156,7 @@ def _number(kind: Callable[[str], Any], source: str, word: str, called: str, exa
         return kind(word)
     except ValueError as error:
         raise TLoRAError(
-            f'{source} has "{word}", which is no {called}; write numbers with commas, such as {examples}.'
+            f'{source} has "{word}", which is not a {called}; write numbers with commas, such as {examples}.'
         ) from error
 
 
