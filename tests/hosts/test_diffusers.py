@@ -262,7 +262,7 @@ def test_a_pipeline_or_t_lora_of_another_kind_is_refused(twins, comfy):
         tlora_core.apply(twins.pipe, with_layers(tlora, {name: other}))
     name = next(iter(tlora.layers))
     small = tlora_core.LowRank(other.up[:-1], other.down, other.group)
-    with pytest.raises(TLoRAError, match=f"its layer {name} is .* and pipe's .*; use a pipeline of the kind"):
+    with pytest.raises(TLoRAError, match=f"its layer {name} is .* and the model's .*; use the kind of model"):
         tlora_core.apply(twins.pipe, with_layers(tlora, {name: small}))
     assert is_bare(twins.denoiser)
 
