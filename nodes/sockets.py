@@ -100,7 +100,8 @@ def dtype_input():
         "dtype",
         options=list(DTYPES),
         default="float16",
-        tooltip="Precision of the stored numbers. float16 and bfloat16 halve the file; float16 is the more exact of the two.",
+        tooltip="Precision of the stored numbers. float16 and bfloat16 halve the file; float16 is the more exact of "
+        "the two.",
     )
 
 

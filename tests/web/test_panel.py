@@ -196,6 +196,11 @@ def test_the_panel_says_what_zero_stands_for_before_the_run(page):
     assert ours(page.complaints) == []
 
 
+# Whether the interface has stored the open graph with a text, as it does some time after a change.
+IS_KEPT = (
+    "text => Object.values({...localStorage, ...sessionStorage}).some(kept => kept.replaceAll('\\\\', "
+    "'').includes(text))"
+)
 MARKED = """() => window.app.graph.nodes
     .flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
 
@@ -223,6 +228,7 @@ def test_what_is_wrong_is_said_in_the_panel_and_marks_the_inputs_that_it_is_abou
     page.get_by_test_id("queue-button").click()
     failed = wait_for(page, "panel.state === 'failed' && panel.message.includes('97')")
     assert failed["message"].startswith("rank is 97, but the layer") and failed["enabled"] == [False, False]
+    page.wait_for_function(IS_KEPT, arg='"tlora_run"')
     page.reload()
     assert wait_for(page, "panel.state === 'failed'")["message"] == failed["message"]
     set_widgets(page, {"rank": 4})
