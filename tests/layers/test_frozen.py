@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tlora_core import add_low_rank
+from tlora_core.layers.checkpointing import Checkpointed
 from tlora_core.layers.overlay import Overlay, overlaid
 from tlora_core.layers.text_memo import Text, TextMemo
 from tlora_core.layers.trained import Frozen
@@ -173,6 +174,32 @@ def test_what_a_layer_makes_of_the_text_is_computed_once(layer):
     torch.testing.assert_close(first, add_low_rank(own(text.value), text.value, *a.factors(), 2, 2))
 
 
+@pytest.mark.parametrize("text_first", [True, False])
+def test_a_checkpointed_block_that_calls_a_layer_on_the_text_and_on_more_gives_each_call_its_own(layer, text_first):
+    text = Text(torch.randn(2, 3, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    x = torch.randn(2, 3, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    layer.forward, a = Frozen(layer).forward, adapter("ortho")
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, text):
+            first, second = (text, x) if text_first else (x, text)
+            return self.layer(first) * 2 + self.layer(second).sin()
+
+    plain, block = Block(), Block()
+    block.forward = Checkpointed(block).forward
+    found = []
+    for one in (plain, block, block):  # on the first call a block finds out what it overwrites
+        with overlaid([Overlay(layer, a, 3)], text=text):
+            found.append(gradients(lambda x, one=one: one(x, text.value), x, leaves_of(a)))
+    for others in found[1:]:
+        for ours, wanted in zip(others, found[0]):
+            torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+
+
 def test_a_memo_finds_equal_texts_and_none_that_was_written_to():
     memo, given = TextMemo(), torch.randn(2, 3)
     with torch.inference_mode():
@@ -182,7 +209,8 @@ def test_a_memo_finds_equal_texts_and_none_that_was_written_to():
     assert memo.find(given, cpu, torch.float16) is not text and memo.find(given + 1, cpu, torch.float32) is not text
     assert memo.find(given, cpu, torch.float32) is text
     text.value += 1
-    assert memo.find(given, cpu, torch.float32) is not text
+    for now in (given, text.value.clone(), text.value):  # what layers keep of it is of what it was
+        assert memo.find(now, cpu, torch.float32) is not text
     for i in range(5):
         memo.find(given * (i + 2), cpu, torch.float32)
     assert len(memo.texts) == 4
