@@ -252,16 +252,18 @@ def small(family: str, **options):
     return _filled(getattr(supported, name)(dict(size)), **options)
 
 
-def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
+def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, ops=None):
     """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
     on the device "meta" without any numbers.
 
     dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
-    with layers quantised as the host's files have them, to be used instead of random weights.
+    with layers quantised as the host's files have them, to be used instead of random weights. ops: classes of layers
+    other than those that the host would choose.
     """
+    config.custom_operations = ops
     device = device or comfy.model_management.get_torch_device()
     config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
-    config.quant_config = {"mixed_ops": True} if quantised else None
+    config.quant_config = {"mixed_ops": True} if quantised and ops is None else None
     # SD2's files give away by this gain which of them predict v.
     base = config.get_model(
         {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device

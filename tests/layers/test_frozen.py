@@ -1,6 +1,6 @@
 """The backward passes written out, against autograd's own in float64. Plain torch."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -164,6 +164,8 @@ def test_what_a_layer_makes_of_the_text_is_computed_once(layer):
     layer.forward = lambda x: calls.append(x) or own(x)
     layer.forward = Frozen(layer).forward
     a, text = adapter("ortho"), Text(torch.randn(2, 3, IN, dtype=torch.float64))
+    layer(text.value)  # the first call of all finds out whether the layer writes to its input
+    calls.clear()
     for _ in range(2):
         with overlaid([Overlay(layer, a, 2)], text=text):
             first, again = layer(text.value), layer(text.value)
@@ -232,6 +234,27 @@ def test_gradients_of_layers_whose_inputs_differ_in_dtype_are_each_its_own():
     )
     for one, other in zip(ours, torch.autograd.grad(plain, leaves)):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("stands_in", ["adapters", "nothing"])
+def test_a_layer_that_writes_to_its_input_gets_a_copy_at_every_call(layer, stands_in):
+    """Autograd may have kept the input for the backward pass of another layer."""
+    own = layer.forward
+    layer.forward = lambda x: own(x.clamp_(-0.5, 0.5) if not torch.is_grad_enabled() else x.clamp(-0.5, 0.5))
+    layer.forward = Frozen(layer, lambda *_: nullcontext((layer.weight, layer.bias))).forward
+    overlays = [Overlay(layer, adapter("ortho"), 2)] if stands_in == "adapters" else []
+    for _ in range(2):
+        x = torch.randn(2, 3, IN, dtype=torch.float64, requires_grad=True)
+        before = x.detach().clone()
+        with overlaid(overlays):
+            output = (x * x).sum() + layer(x).sum()
+        gradient = torch.autograd.grad(output, x)[0]
+        assert torch.equal(x, before)
+        down = layer.weight.sum(0)
+        if overlays:
+            up, factor = overlays[0].adapter.factors()
+            down = down + (up[:, :4] @ factor[:4]).sum(0)
+        torch.testing.assert_close(gradient, 2 * x + down)
 
 
 def test_frozen_layer_called_with_more_than_a_tensor_is_the_layer_itself(comfy):

@@ -30,14 +30,28 @@ class Frozen:
     """
 
     def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
-        self.layer, self.fetch, self.run = layer, fetch, layer.forward
+        self.layer, self.fetch, self._forward = layer, fetch, layer.forward
+        self._overwrites: bool | None = None  # whether it writes to its input; known after the first call
+
+    def run(self, x: Tensor, **options) -> Tensor:
+        """The layer's own forward. Some layers write to their input, such as the host's fp8 product, which clamps it in
+        place. These get a copy, because autograd may have kept the input for another layer's backward pass. A call on a
+        copy finds them out, before anything is recorded: copies differ from inputs in their strides, and so do the last
+        bits of what a layer makes of them."""
+        if self._overwrites is None:
+            with torch.no_grad():
+                given = x.detach().clone()
+                before = given._version
+                self._forward(given, **options)
+            self._overwrites = given._version != before
+        return self._forward(x.clone() if self._overwrites else x, **options)
 
     def forward(self, x: Tensor, **options) -> Tensor:
         if options or self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
             return self.run(x, **options)
-        if isinstance(self.layer, nn.Linear) or _is_simple_convolution(self.layer):
+        if hasattr(self.layer, "out_features") or _is_simple_convolution(self.layer):
             return _FrozenLayer.apply(x, self)
-        return _Rerun.apply(x, self.run)
+        return _Rerun.apply(x, self)
 
     def output(self, x: Tensor, text: Text | None) -> Tensor:
         """The layer's output without gradient, in a tensor of its own. Of a text it is computed once."""
@@ -85,16 +99,16 @@ class _Rerun(torch.autograd.Function):
     """For layers without a backward pass of their own here, such as norms: runs them again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, run) -> Tensor:
-        ctx.run = run
+    def forward(ctx, x: Tensor, frozen: Frozen) -> Tensor:
+        ctx.frozen = frozen
         ctx.save_for_backward(x)
-        return run(x)
+        return frozen.run(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         with torch.enable_grad():
             x = ctx.saved_tensors[0].detach().requires_grad_()
-            return torch.autograd.grad(ctx.run(x), x, gradient)[0], None
+            return torch.autograd.grad(ctx.frozen.run(x), x, gradient)[0], None
 
 
 class Prepared:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import comfy.model_management
 import comfy.supported_models_base
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -14,7 +15,7 @@ from torch import Tensor
 from ....errors import TLoRAError
 from ....method.layer_name import LayerName
 from ....tiny.comfy import TinySDXL
-from .layers import linear_modules
+from .layers import fetched, linear_modules
 
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
@@ -57,10 +58,10 @@ class TargetLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The loaded weight of these rows, float32 [rows, in], on its device."""
-        weight = self.module.weight.detach()
-        weight = weight.dequantize() if hasattr(weight, "dequantize") and type(weight) is not Tensor else weight
-        return weight[self.row : self.row + self.rows].float()
+        """The weight of these rows as the host computes with it, float32 [rows, in], on the device of the model."""
+        device = comfy.model_management.get_torch_device()
+        with fetched(self.module, torch.empty(0, device=device)) as (weight, _):
+            return weight[self.row : self.row + self.rows].clone()
 
 
 @dataclass(frozen=True)

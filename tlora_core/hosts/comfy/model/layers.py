@@ -70,20 +70,32 @@ def is_cast(module: nn.Module) -> bool:
     )
 
 
+def is_quantized(tensor: Tensor) -> bool:
+    """Whether it is of the host's class for quantised weights."""
+    return isinstance(tensor.data, QuantizedTensor)
+
+
 def stored(tensor: Tensor) -> list[Tensor]:
-    """The tensors that store a weight: the weight itself, or the parts of a quantised weight."""
+    """The plain tensors that store a weight: the weight itself, the parts of a quantised weight, or the packed bytes of
+    a weight whose class another node pack defines."""
     data = tensor.data  # kept in a variable, as a quantised tensor creates it and its parts anew at each access
-    return (
-        [getattr(data, name) for name in data.__tensor_flatten__()[0]]
-        if isinstance(data, QuantizedTensor)
-        else [tensor]
-    )
+    if isinstance(data, QuantizedTensor):
+        return [getattr(data, name) for name in data.__tensor_flatten__()[0]]
+    return [tensor if type(data) is Tensor else data.as_subclass(Tensor)]
 
 
 @contextmanager
 def fetched(layer: nn.Module, like: Tensor):
     """The layer's weight and bias in the host's current form, in the dtype and on the device of `like`. The host may
-    overwrite them after the block."""
+    overwrite them after the block.
+
+    A layer with a `cast_bias_weight` of its own is asked instead of the host: only its pack can unpack the weight. The
+    layers of ComfyUI-GGUF have one.
+    """
+    of_layer = getattr(layer, "cast_bias_weight", None)
+    if of_layer is not None:
+        yield of_layer(like)
+        return
     weight, bias, stream = comfy.ops.cast_bias_weight(
         layer, dtype=like.dtype, device=like.device, bias_dtype=like.dtype, offloadable=True
     )

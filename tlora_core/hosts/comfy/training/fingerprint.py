@@ -90,6 +90,14 @@ def _add_tensor(digest, tensor: Tensor, whole: bool = False) -> None:
     digest.update(flat.cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
+def _of_module(root: torch.nn.Module, key: str) -> Tensor | None:
+    path, _, name = key.rpartition(".")
+    try:
+        return getattr(root.get_submodule(path), name, None)
+    except AttributeError:
+        return None
+
+
 def _as_loaded(model, key, tensor):
     if key in model.hook_backup:
         return model.hook_backup[key][0]
@@ -112,7 +120,9 @@ def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, tran
     """Adds the weights as loaded, even while patches are written into them, and then the patches."""
     for key, tensor in model.model_state_dict().items():
         digest.update(key.encode())
-        for part in stored(_as_loaded(model, key, tensor)):
+        if tensor.is_meta:  # the layers of ComfyUI-GGUF give stand-ins, some of weights that do not exist
+            tensor = _of_module(model.model, key)
+        for part in () if tensor is None else stored(_as_loaded(model, key, tensor)):
             _add(digest, part)
         _add_patches(digest, model.patches.get(key, ()))
     if options is None or transformer is None:

@@ -1,7 +1,7 @@
 """The MODEL that the host has loaded, made fit for training without a second copy of its weights."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import comfy.model_management
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
 from ....layers.trained import Frozen
-from ..model.layers import fetched, forget_modules, is_cast
+from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 
 
 @contextmanager
@@ -22,10 +22,11 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
     """The model loaded in full and fit for autograd; leaves its weights bit-identical, whatever happens inside.
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
-    storage: no copy, and they stay valid for later sampling. checkpointing: see `checkpointed`.
+    storage: no copy, and they stay valid for later sampling. A compiled model runs uncompiled, because each step has
+    forwards and ranks of its own, and would be compiled anew. checkpointing: see `checkpointed`.
     """
     was_training = comfy.model_management.in_training
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
         comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
         network = model.model.diffusion_model
         forget_modules(model)
@@ -46,6 +47,12 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
             _move_off(model)
             forget_modules(model)
             comfy.model_management.soft_empty_cache()
+
+
+def _uncompiled() -> AbstractContextManager:
+    """Within the block no torch.compile takes effect, whichever node has applied it."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def _move_off(model: ModelPatcher) -> None:
@@ -114,14 +121,16 @@ def _checkpoint(network: nn.Module, replace: Replace) -> None:
 
 def _leave_inference_mode(module: nn.Module) -> None:
     for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_inference():
+        if _is_of_inference(parameter):
             fresh = module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
-            vars(fresh).update(
-                vars(parameter)
-            )  # what the host notes there, such as the dtype that it moves the weight in as
+            # The host's notes on it, for example the dtype that it moves the weight in.
+            vars(fresh).update(vars(parameter))
     for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.is_inference():
+        if _is_of_inference(buffer):
             module._buffers[name] = _same_storage(buffer)
+    for name in _RESIDENT:
+        if _is_of_inference(vars(module).get(name)):
+            setattr(module, name, _same_storage(vars(module)[name]))
     # Of a LoRA that the host adds beside the layer (its bypass LoRA).
     lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
     if lora is not None and isinstance(weights := getattr(lora, "weights", None), tuple | list):
@@ -130,8 +139,19 @@ def _leave_inference_mode(module: nn.Module) -> None:
         )
 
 
+# Attributes in which the host's dynamic VRAM keeps a layer's cast weight and bias from one use to the next.
+_RESIDENT = ("_v_weight", "_v_bias")
+
+
+def _is_of_inference(tensor: Tensor | None) -> bool:
+    """Whether it must be wrapped anew. Classes of tensors that other node packs define, for example for GGUF files, are
+    left alone: only their pack knows what belongs to them. Their layers fetch a plain weight; see `fetched`."""
+    known = isinstance(tensor, Tensor) and (type(tensor) in (Tensor, nn.Parameter) or is_quantized(tensor))
+    return known and tensor.is_inference()
+
+
 def _same_storage(tensor: Tensor) -> Tensor:
-    if isinstance(tensor.data, QuantizedTensor):
+    if is_quantized(tensor):
         data = tensor.data  # held: it is made anew at each call, and the marks of its parts with it
         names, rest = data.__tensor_flatten__()
         inner = {name: _same_storage(getattr(data, name)) for name in names}
