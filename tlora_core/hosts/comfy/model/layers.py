@@ -105,6 +105,11 @@ def fetched(layer: nn.Module, like: Tensor):
         comfy.ops.uncast_bias_weight(layer, weight, bias, stream)
 
 
+def is_dynamic(patcher: ModelPatcher) -> bool:
+    """Whether the host decides at each use of a weight where it is, its default for NVIDIA cards."""
+    return getattr(patcher, "is_dynamic", bool)()
+
+
 def bytes_to_come(patcher: ModelPatcher) -> int:
     """Bytes of the model's weights that are not on its device yet; the host may move them there only when used."""
     return max(0, patcher.model_size() - patcher.loaded_size())

@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ....layers.overlay import replaced_forward
 from ....training.optimizers import STATE_SIZES
-from ..model.layers import bytes_to_come, stored
+from ..model.layers import is_dynamic, stored
 from .denoiser import HostDenoiser
 from .session import blocks
 
@@ -19,10 +20,26 @@ _MARGIN = 1.25
 
 
 class Need(NamedTuple):
-    """Bytes that a step keeps for its backward pass, as it is and with checkpointing."""
+    """Bytes that a step keeps for its backward pass, as it is and with gradient checkpointing."""
 
     plain: int
     checkpointed: int
+
+
+class Fit(NamedTuple):
+    """How a training uses the memory of its device: with gradient checkpointing or without, and with the whole model
+    loaded or only what fits beside `room` bytes; see `session.training_session`."""
+
+    checkpointing: bool
+    room: int | None = None
+
+    def __str__(self) -> str:
+        if not self.checkpointing:
+            return "fast"
+        return "low" if self.room is None else "lowest"
+
+
+FAST, LOW = Fit(False), Fit(True)
 
 
 def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
@@ -43,21 +60,50 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
             denoiser.output_error([sample], latents, latents, sigmas)
         cells.append(shape[-2] * shape[-1])
         measured.append(kept.need())
+    gc.collect()  # the measurement leaves cycles behind, and they hold factors
     if cells[0] == cells[1]:
         return Need(*(batch * each for each in measured[1]))
     grown = (height * width - cells[0]) / (cells[1] - cells[0])
     return Need(*(int(batch * (small + grown * (large - small))) for small, large in zip(*measured)))
 
 
-def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
-    """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters'
-    gradients and the optimizer's state are there too."""
-    need = (
-        _MARGIN * training_memory(denoiser, batch).plain
-        + (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
-    )
-    gc.collect()  # what was measured leaves cycles behind, and they hold factors
-    return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
+def state_bytes(denoiser: HostDenoiser) -> int:
+    """Of the adapters' gradients and the optimizer's state, which are there from the second step on."""
+    return (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
+
+
+def fastest_fit(denoiser: HostDenoiser, batch: int) -> Fit:
+    """The fastest way to train that fits. Activations, gradients and the optimizer come first; the weights get the
+    rest. Inside a training session without checkpointing."""
+    need, model = training_memory(denoiser, batch), denoiser.model
+    plain, checkpointed = (int(_MARGIN * each) + state_bytes(denoiser) for each in need)
+    left = available(model) - model.model_size()
+    if plain <= left:
+        return FAST
+    return LOW if checkpointed <= left else leanest_fit(model, checkpointed)
+
+
+def leanest_fit(model: ModelPatcher, room: int) -> Fit:
+    """With checkpointing, and with only those weights on the device that fit beside `room` bytes. The CPU has nothing
+    to stream from; with dynamic VRAM the host streams by itself whatever does not fit, however a model is loaded."""
+    is_streamed = comfy.model_management.is_device_cpu(model.load_device) or is_dynamic(model)
+    return LOW if is_streamed else Fit(True, room)
+
+
+def checkpointed_room(denoiser: HostDenoiser, batch: int) -> int:
+    """Bytes that a training with checkpointing needs beside the weights."""
+    return int(_MARGIN * training_memory(denoiser, batch).checkpointed) + state_bytes(denoiser)
+
+
+def available(model: ModelPatcher) -> int:
+    """Bytes that the model's weights and its training can have together: the free memory, and that of all models that
+    the host has loaded, as it moves the others off. With dynamic VRAM these count as used although each allocation can
+    take their place."""
+    device, free = model.load_device, comfy.model_management.get_free_memory(model.load_device)
+    if comfy.model_management.is_device_cpu(device):
+        return free + model.model_size()  # its weights are in RAM already, and stay there
+    loaded = {id(each.model): each for each in (*comfy.model_management.loaded_models(), model)}
+    return free + sum(each.loaded_size() for each in loaded.values() if each.load_device == device)
 
 
 class _Kept:

@@ -18,16 +18,22 @@ from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 
 
 @contextmanager
-def training_session(model: ModelPatcher, checkpointing: bool = False):
-    """The model loaded in full and fit for autograd; leaves its weights bit-identical, whatever happens inside.
+def training_session(model: ModelPatcher, checkpointing: bool = False, room: int | None = None):
+    """The model loaded and fit for autograd; leaves its weights bit-identical, whatever happens inside.
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
     storage: no copy, and they stay valid for later sampling. A compiled model runs uncompiled, because each step has
-    forwards and ranks of its own, and would be compiled anew. checkpointing: see `checkpointed`.
+    forwards and ranks of its own, and would be compiled anew.
+
+    checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
+        that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
+        again in the backward pass. None loads the model in full.
     """
     was_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
-        comfy.model_management.load_models_gpu([model], memory_required=1e20, force_full_load=True)
+        comfy.model_management.load_models_gpu(
+            [model], memory_required=1e20 if room is None else room, force_full_load=room is None
+        )
         network = model.model.diffusion_model
         forget_modules(model)
         for module in network.modules():
