@@ -1,10 +1,12 @@
 """Trainings on the tiny base as the Train node makes them. Import inside tests that use `comfy`."""
 
 import json
+import weakref
 from contextlib import nullcontext
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 def images(count=1, size=64):
@@ -86,3 +88,30 @@ class OutOfMemory(TorchDispatchMode):
         if self.left == -1:
             raise torch.OutOfMemoryError("injected")
         return func(*args, **(kwargs or {}))
+
+
+class Made(TorchDispatchMode):
+    """Within the block, notes the memory of tensors that come into being. `alive`: the sizes of what is still held."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.known = [], set()
+
+    @property
+    def alive(self):
+        return [tuple(shape) for held, shape in self.made if held() is not None]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._note((args, kwargs), is_new=False)
+        result = func(*args, **(kwargs or {}))
+        self._note(result, is_new=True)
+        return result
+
+    def _note(self, values, is_new):
+        for tensor in (t for t in tree_leaves(values) if isinstance(t, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                weakref.finalize(storage, self.known.discard, storage._cdata)
+                if is_new:
+                    self.made.append((weakref.ref(storage), tensor.shape))

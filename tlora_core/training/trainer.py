@@ -130,6 +130,7 @@ class Trainer:
             for loss in denoiser.losses(batches[part], generator_for(self.config.seed, part)):
                 self.scaler.scale(loss / accumulation).backward()
                 total += loss.detach() / accumulation
+                del loss  # what its graph holds of the model would live on while the next part is computed
         if self.config.orthogonality:
             self.scaler.scale(self.config.orthogonality * orthogonality(self.adapters)).backward()
         return total

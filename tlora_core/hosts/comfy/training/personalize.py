@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
-import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
@@ -29,6 +28,7 @@ from ..sampling import apply_tlora
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .encode import Encoder
+from .failure import forget_failed_step, ran_out_of_memory
 from .memory import should_checkpoint
 from .session import checkpointed, training_session
 
@@ -164,13 +164,13 @@ class Personalization:
         while True:
             try:
                 return self._train(until, on_step)
-            except RuntimeError as error:
+            except BaseException as error:
+                forget_failed_step(error)
                 if not ran_out_of_memory(error):
                     raise
                 if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
                     raise TLoRAError(self._out_of_memory()) from error
-            # Outside the handler, where the error no longer keeps the tensors alive that filled the memory. The failed
-            # step has changed nothing.
+            # The failed step has changed nothing.
             self.checkpointing = True
             logging.warning("[T-LoRA] memory ran out in step %d; using gradient checkpointing", self.trainer.step + 1)
 
@@ -198,6 +198,8 @@ class Personalization:
                     f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
                     "model, clip and vae of the same model."
                 ) from error
+            finally:
+                self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
 
     def _out_of_memory(self) -> str:
         """The error message. What saves most memory comes first (counted in benchmarks/README.md); with gradient
@@ -314,10 +316,3 @@ class _Weights(Mapping):
 
     def __len__(self) -> int:
         return len(self.layers)
-
-
-def ran_out_of_memory(error: Exception) -> bool:
-    """Whether the host takes `error` for an out-of-memory error. ComfyUI 0.16.3 knows one class of them, later versions
-    know several."""
-    judge = getattr(comfy.model_management, "is_oom", None)
-    return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)

@@ -1,0 +1,31 @@
+"""What is done about a step that fails: nothing of it stays in memory."""
+
+import gc
+import traceback
+
+import comfy.model_management
+import torch
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether the host takes `error` for an out-of-memory error. ComfyUI 0.16.3 knows one class of them, later versions
+    know several."""
+    judge = getattr(comfy.model_management, "is_oom", None)
+    return judge(error) if judge is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
+
+
+def forget_failed_step(error: BaseException) -> None:
+    """Frees what a failed step still holds, while its error is being handled. The traceback stays, without variables.
+
+    The variables of the functions that failed hold the step's tensors for as long as the error lives. Autograd holds
+    others: a backward pass that fails on the CPU leaves its nodes in the thread's queue until the next backward pass,
+    and the graph with them.
+    """
+    failed: BaseException | None = error
+    while failed is not None:
+        traceback.clear_frames(failed.__traceback__)
+        failed = failed.__cause__ or failed.__context__
+    with torch.inference_mode(False), torch.enable_grad():
+        pass
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
