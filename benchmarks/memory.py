@@ -1,11 +1,13 @@
 """What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
 
-    python3 tools/host.py bench memory [--model sdxl|flux] [--size 128] [--rank 64] [--json]
+    python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|qwen-image] [--weights bf16 fp8]
+        [--memory fast low lowest] [--pixels 1024] [--rank 64] [--json]
 
 A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
 long as it lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest
 sum, weights of the diffusion model included; "kernels" the operations that a GPU would be given for a step's forward
-and backward pass. Not counted: CUDA's own memory (about half a gigabyte), workspaces of convolutions, what the
+and backward pass. With "lowest" no weight stays on the device that the host can stream from RAM: its peak is the least
+with which the model trains, and includes the two buffers through which the host streams on a GPU. Not counted: CUDA's own memory (about half a gigabyte), workspaces of convolutions, what the
 allocator loses, text encoders and VAE, which the host moves off. Attention is taken to keep its inputs and output, as
 the kernels do that GPUs have for it.
 """
@@ -24,7 +26,10 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 META = torch.device("meta")
-MODELS = {"sdxl": 77, "flux": 512}  # their texts' tokens
+# Their texts' tokens.
+MODELS = {"sdxl": 77, "flux": 512, "klein": 512, "z-image": 256, "qwen-image": 256}
+STORAGES = {"bf16": None, "fp16": None, "fp8": torch.float8_e4m3fn}
+STREAMS = 2  # as many copies to the device does the host make at once
 _NO_KERNELS = {
     "view",
     "t",
@@ -59,7 +64,10 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = self.kernels = 0
         self._storages = set()
-        for tensor in known:
+        self.note(known)
+
+    def note(self, tensors):
+        for tensor in tensors:
             self._note(tensor)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -106,7 +114,7 @@ def host_on_meta():
     from tlora_core.training.trainer import Reading, Trainer
 
     stand_ins = [
-        (management, "load_models_gpu", lambda *args, **kwargs: None),
+        (management, "load_models_gpu", _load),
         (
             management,
             "get_free_memory",
@@ -122,6 +130,12 @@ def host_on_meta():
     ]
     with _replaced(stand_ins):
         yield
+
+
+def _load(models, memory_required=0, force_full_load=False):
+    """As the host's, with no room for any weight that can stay in RAM."""
+    if not force_full_load:
+        models[0].partially_load(META, 0.1)
 
 
 def _prodigy_reads():
@@ -149,6 +163,22 @@ def move(model):
     model.model.model_sampling, model.model.device, model.load_device = levels, META, META
 
 
+def to_ram(model):
+    """All weights of a MODEL on META to RAM, which is taken only as it is written to, and nothing writes to it."""
+    for module in model.model.diffusion_model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                fresh = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+                module._parameters[name] = torch.nn.Parameter(fresh, requires_grad=False)
+    model.offload_device = torch.device("cpu")
+
+
+def stream_buffers(model):
+    """Bytes of the buffers through which the host streams: each as large as the largest weight that it streams."""
+    in_ram = [w.nbytes for w in model.model.diffusion_model.parameters() if w.device.type == "cpu"]
+    return STREAMS * max(in_ram, default=0)
+
+
 def adapters_on_meta(model, method, rank):
     from tlora_core.hosts.comfy.model.families import target_layers
     from tlora_core.method.adapters import Adapters
@@ -165,10 +195,10 @@ def adapters_on_meta(model, method, rank):
     return Adapters(made)
 
 
-def step(model, tokens, size, rank, checkpointing):
+def step(model, tokens, size, rank, memory):
     """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to
     the run (own): weights, adapters, starts, gradients, the optimizer that the model's training has by default. Then
-    the kernels."""
+    the kernels. memory: "fast", "low" or "lowest", as the Train node's."""
     import random_models
 
     from tlora_core import RankSchedule
@@ -180,10 +210,11 @@ def step(model, tokens, size, rank, checkpointing):
     from tlora_core.training.trainer import Trainer
 
     move(model)
+    if memory == "lowest":
+        to_ram(model)
     base = model.model
     usual = defaults_for(model)
     adapters = adapters_on_meta(model, usual.method, rank)
-    weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
     trainer = Trainer(adapters, TrainConfig(steps=9, optimizer=usual.optimizer))
     trainer.step = 1  # the first loss of all is read
     tensors = [*trainer.parameters, *adapters.buffers()]
@@ -201,7 +232,11 @@ def step(model, tokens, size, rank, checkpointing):
             update()
 
     trainer._update = counted_update
-    with training_session(model, checkpointing), Counter([*weights, *tensors]) as counter:
+    with training_session(model, memory != "fast", 0 if memory == "lowest" else None), Counter(tensors) as counter:
+        weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
+        weights = [weight for weight in weights if weight.is_meta]
+        counter.note(weights)
+        buffers = stream_buffers(model)
         denoiser = HostDenoiser(model, adapters, RankSchedule(rank, rank), [sample], trainer.config)
         base.model_sampling.to(META)
         trainer.run(denoiser, 2)
@@ -219,7 +254,7 @@ def step(model, tokens, size, rank, checkpointing):
         for t in (*weights, *tensors, *state, *(p.grad for p in trainer.parameters))
     }
     return {
-        "peak": counter.peak,
+        "peak": counter.peak + buffers,
         "after": counter.live,
         "own": sum(own.values()),
         "kernels": kernels[-1],
@@ -230,15 +265,17 @@ def step(model, tokens, size, rank, checkpointing):
 def measure(args):
     import random_models
 
-    rows = []
-    for storage in (None, torch.float8_e4m3fn):
-        for checkpointing in (False, True):
-            model = getattr(random_models, args.model)(dtype=torch.bfloat16, storage=storage, device=META)
-            counted = step(model, MODELS[args.model], args.size, args.rank, checkpointing)
+    rows, make = [], getattr(random_models, args.model.replace("-", "_"))
+    for weights in args.weights:
+        for memory in args.memory:
+            dtype = torch.float16 if weights == "fp16" else torch.bfloat16
+            model = make(dtype=dtype, storage=STORAGES[weights], device=META)
+            size = args.pixels // model.model.latent_format.spacial_downscale_ratio
+            counted = step(model, MODELS[args.model], size, args.rank, memory)
             rows.append(
                 {
-                    "weights": "bf16" if storage is None else "fp8",
-                    "checkpointing": checkpointing,
+                    "weights": weights,
+                    "memory": memory,
                     **{f"{name}_mb": round(counted[name] / 2**20) for name in ("weights", "own", "after", "peak")},
                     "kernels": counted["kernels"],
                 }
@@ -249,7 +286,9 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="sdxl")
-    parser.add_argument("--size", type=int, default=128, help="of the latents; 128 is a picture of 1024 pixels")
+    parser.add_argument("--weights", choices=STORAGES, nargs="+", default=["bf16", "fp8"], help="what they are stored in")
+    parser.add_argument("--memory", choices=("fast", "low", "lowest"), nargs="+", default=["fast", "low", "lowest"])
+    parser.add_argument("--pixels", type=int, default=1024, help="the side of the picture")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
@@ -259,7 +298,7 @@ def main():
     comfy.options.enable_args_parsing()
     with host_on_meta():
         rows = measure(args)
-    show(rows, args.json, model=args.model, size=args.size, rank=args.rank)
+    show(rows, args.json, model=args.model, pixels=args.pixels, rank=args.rank)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,46 @@ FLUX = {
     "guidance_embed": True,
     "txt_ids_dims": [],
 }
+FLUX2_KLEIN_9B = {
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "patch_size": 1,
+    "context_in_dim": 12288,
+    "vec_in_dim": None,
+    "hidden_size": 4096,
+    "mlp_ratio": 3.0,
+    "num_heads": 32,
+    "depth": 8,
+    "depth_single_blocks": 24,
+    "axes_dim": [32, 32, 32, 32],
+    "theta": 2000,
+    "qkv_bias": False,
+    "ops_bias": False,
+    "guidance_embed": False,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "txt_ids_dims": [3],
+}
+Z_IMAGE = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 3840,
+    "cap_feat_dim": 2560,
+    "n_layers": 30,
+    "qk_norm": True,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512],
+    "rope_theta": 256.0,
+    "ffn_dim_multiplier": 8 / 3,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+}
+QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
 _UNET = {
     "image_size": 32,
     "in_channels": 4,
@@ -246,6 +286,21 @@ def flux(hidden: int = 3072, blocks: tuple[int, int] = (19, 38), context: int = 
     return _filled(supported.Flux({**FLUX, **size}), **options)
 
 
+def klein(**options):
+    """FLUX.2 Klein 9B's transformer."""
+    return _filled(supported.Flux2(dict(FLUX2_KLEIN_9B)), **options)
+
+
+def z_image(**options):
+    """Z-Image's transformer, 6 billion parameters."""
+    return _filled(supported.ZImage(dict(Z_IMAGE)), **options)
+
+
+def qwen_image(**options):
+    """Qwen-Image's transformer, 20 billion parameters."""
+    return _filled(supported.QwenImage(dict(QWEN_IMAGE)), **options)
+
+
 def small(family: str, **options):
     """The family's model at a size for tests."""
     name, size = SMALL[family]
@@ -335,6 +390,8 @@ def random_tlora(
 def conditioning(model, tokens: int = 77, seed: int = 0) -> list:
     """CONDITIONING of the widths that the model takes."""
     config, generator = model.model.model_config.unet_config, torch.Generator().manual_seed(seed)
+    if config.get("image_model") == "qwen_image":
+        config = {"joint_attention_dim": 3584, **config}
     embedder = config.get("context_embedder_config", {}).get("params", {}).get("in_features")
     names = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim", "text_dim")
     context = next((config[name] for name in names if name in config), embedder)

@@ -47,29 +47,78 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
     assert sum(held.values()) < 1.1 * said.checkpointed < said.plain
 
 
-def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
-    import comfy.model_management
-    import random_models
+class TestFit:
+    """The way to train that `fit_for` chooses on a device with so much memory."""
 
-    from tlora_core.hosts.comfy.training.memory import should_checkpoint, training_memory
-    from tlora_core.hosts.comfy.training.session import training_session
+    @pytest.fixture
+    def model(self, comfy, monkeypatch):
+        import comfy.model_management
+        import random_models
 
-    model = random_models.flux(256, (1, 1), 64, 32)
-    with training_session(model):
-        denoiser = denoiser_for(model, 16, 32)
-        need = training_memory(denoiser, 1).plain + 3 * denoiser.adapter_bytes
-        for free, wanted in ((2 * need, False), (need, True)):
-            monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
-            assert should_checkpoint(denoiser, 1) is wanted
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1.25 * need)
-        assert not should_checkpoint(denoiser, 1)
-        assert should_checkpoint(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), (
-            "which keeps twice as much as AdamW"
-        )
-        # Weights that the host moves in only as they are used take room too.
-        model.partially_unload(torch.device("cpu"), 1e9)
-        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * need)
-        assert should_checkpoint(denoiser, 1)
+        # As on a GPU, where weights that do not fit stay in RAM.
+        monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+        return random_models.flux(256, (1, 1), 64, 32)
+
+    def fit(self, monkeypatch, model, free, **config):
+        import comfy.model_management
+
+        from tlora_core.hosts.comfy.training.memory import fit_for
+
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: int(free))
+        return fit_for(denoiser_for(model, 16, 32, **config), 1)
+
+    @pytest.fixture
+    def need(self, model):
+        """Bytes of a plain and of a checkpointed training with AdamW, beside the weights."""
+        from tlora_core.hosts.comfy.training.memory import training_memory
+        from tlora_core.hosts.comfy.training.session import training_session
+
+        with training_session(model):
+            denoiser = denoiser_for(model, 16, 32)
+            return [1.25 * each + 3 * denoiser.adapter_bytes for each in training_memory(denoiser, 1)]
+
+    @pytest.mark.parametrize("loaded", [True, False])
+    def test_the_fastest_that_fits_is_chosen(self, model, need, monkeypatch, loaded):
+        from tlora_core.hosts.comfy.training.session import training_session
+
+        with training_session(model):
+            if not loaded:
+                model.partially_unload(torch.device("cpu"), 1e9)
+            weights = model.model_size() - model.loaded_size()
+            assert (weights > 0) is not loaded
+            chosen = [
+                self.fit(monkeypatch, model, each + weights + more) for each in need for more in (1 << 16, -(1 << 16))
+            ]
+            assert [str(each) for each in chosen] == ["fast", "low", "low", "lowest"]
+            assert chosen[-1].room == pytest.approx(need[1], rel=1e-6)
+            assert str(self.fit(monkeypatch, model, need[0] + weights + 65536, optimizer="prodigy")) == "low", (
+                "which keeps twice as much as AdamW"
+            )
+
+    def test_what_dynamic_vram_can_push_out_counts_as_free(self, model, need, monkeypatch):
+        import comfy.model_management
+        import random_models
+
+        from tlora_core.hosts.comfy.training.session import training_session
+
+        other = random_models.flux(256, (1, 1), 64, 32)
+        with training_session(model):
+            monkeypatch.setattr(comfy.model_management, "loaded_models", lambda: [model, other])
+            monkeypatch.setattr(other, "loaded_size", lambda: 1 << 22)
+            assert str(self.fit(monkeypatch, model, need[0] - (1 << 21))) == "fast"
+            monkeypatch.setattr(other, "loaded_size", lambda: 1 << 20)
+            assert str(self.fit(monkeypatch, model, need[0] - (1 << 21))) == "low"
+
+    def test_the_host_streams_by_itself_with_dynamic_vram_and_not_at_all_to_the_cpu(self, model, monkeypatch):
+        import comfy.model_management
+
+        from tlora_core.hosts.comfy.training.memory import leanest_fit
+
+        assert str(leanest_fit(model, 5)) == "lowest"
+        monkeypatch.setattr(model, "is_dynamic", lambda: True, raising=False)
+        assert str(leanest_fit(model, 5)) == "low"
+        monkeypatch.undo()
+        assert comfy.model_management.is_device_cpu(model.load_device) and str(leanest_fit(model, 5)) == "low"
 
 
 def out_of_memory_once(monkeypatch, base, step, error=None):
@@ -165,7 +214,7 @@ def test_auto_takes_checkpointing_beforehand_where_memory_is_short(base, output,
     with torch.inference_mode():
         p = Personalization(*base, images(), request(2))
         p.train(2)
-    assert p.checkpointing is expected and len(p.trainer.losses) == 2
+    assert p.fit.checkpointing is expected and len(p.trainer.losses) == 2
 
 
 @pytest.mark.parametrize("memory", ["auto", "low", "fast"])

@@ -69,18 +69,18 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
 
 def state_bytes(denoiser: HostDenoiser) -> int:
     """Of the adapters' gradients and the optimizer's state, which are there from the second step on."""
-    return (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
+    return int((1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes)
 
 
-def fastest_fit(denoiser: HostDenoiser, batch: int) -> Fit:
-    """The fastest way to train that fits. Activations, gradients and the optimizer come first; the weights get the
-    rest. Inside a training session without checkpointing."""
+def fit_for(denoiser: HostDenoiser, batch: int, leanest: bool = False) -> Fit:
+    """The fastest way to train that fits, or the leanest. Activations, gradients and the optimizer come first; the
+    weights get the rest. Inside a training session without checkpointing."""
     need, model = training_memory(denoiser, batch), denoiser.model
     plain, checkpointed = (int(_MARGIN * each) + state_bytes(denoiser) for each in need)
     left = available(model) - model.model_size()
-    if plain <= left:
-        return FAST
-    return LOW if checkpointed <= left else leanest_fit(model, checkpointed)
+    if leanest or checkpointed > left:
+        return leanest_fit(model, checkpointed)
+    return FAST if plain <= left else LOW
 
 
 def leanest_fit(model: ModelPatcher, room: int) -> Fit:
@@ -88,11 +88,6 @@ def leanest_fit(model: ModelPatcher, room: int) -> Fit:
     to stream from; with dynamic VRAM the host streams by itself whatever does not fit, however a model is loaded."""
     is_streamed = comfy.model_management.is_device_cpu(model.load_device) or is_dynamic(model)
     return LOW if is_streamed else Fit(True, room)
-
-
-def checkpointed_room(denoiser: HostDenoiser, batch: int) -> int:
-    """Bytes that a training with checkpointing needs beside the weights."""
-    return int(_MARGIN * training_memory(denoiser, batch).checkpointed) + state_bytes(denoiser)
 
 
 def available(model: ModelPatcher) -> int:
@@ -112,7 +107,7 @@ class _Kept:
     def __init__(self, network: nn.Module):
         self.network = network
         self.counted = {
-            t.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers()) for t in stored(p)
+            t.untyped_storage()._cdata for p in (*network.parameters(), *network.buffers()) for t in stored(p)
         }
         self.outside, self.inputs, self.inside = 0, 0, []
         self.depth = 0
@@ -149,8 +144,8 @@ class _Kept:
     def _pack(self, tensor: Tensor) -> Tensor:
         for part in stored(tensor):
             storage = part.untyped_storage()
-            if storage.data_ptr() not in self.counted:
-                self.counted.add(storage.data_ptr())
+            if storage._cdata not in self.counted:
+                self.counted.add(storage._cdata)
                 if self.depth:
                     self.inside[-1] += storage.nbytes()
                 else:

@@ -1,8 +1,8 @@
 """From one image to a T-LoRA: encodes with the host's VAE and CLIP, trains on its MODEL, packs the result."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -29,12 +29,12 @@ from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .encode import Encoder
 from .failure import forget_failed_step, ran_out_of_memory
-from .memory import should_checkpoint
-from .session import checkpointed, training_session
+from .memory import FAST, LOW, Fit, fit_for, leanest_fit
+from .session import training_session
 
-# "fast" keeps what the backward pass needs; "low" recomputes it block by block (gradient checkpointing); "auto" is
-# "fast" if that fits into free memory, otherwise "low".
-MEMORY = ("auto", "fast", "low")
+# "fast" keeps everything that the backward pass needs; "low" recomputes it block by block (gradient checkpointing);
+# "lowest" also leaves in RAM the weights that do not fit beside the rest; "auto" is the fastest of them that fits.
+MEMORY = ("auto", "fast", "low", "lowest")
 _OF_A_FILE, _OF_A_LAYER = 8192, 1024  # at most so many bytes: a file's header, a layer's entry in it
 
 
@@ -135,8 +135,9 @@ class Personalization:
     ):
         require_choice("memory", memory, MEMORY)
         self.memory = memory
-        # None: decided once the model is loaded.
-        self.checkpointing = None if memory == "auto" else memory == "low"
+        # None: decided by a measurement on the model.
+        self.fit: Fit | None = {"fast": FAST, "low": LOW}.get(memory)
+        self._leanest = memory == "lowest"
         self.model, self.clip, self.vae, self.request = model, clip, vae, request
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
@@ -160,7 +161,7 @@ class Personalization:
 
     def train(self, until: int, on_step: Callable[[int, float], bool | None] = lambda step, loss: None) -> bool:
         """Trains up to step `until`; see Trainer.run, whose errors it raises. If memory runs out, "auto" continues with
-        gradient checkpointing. Otherwise, or if an update was cut short, raises TLoRAError."""
+        what takes less. If nothing does, or an update was cut short, raises TLoRAError."""
         while True:
             try:
                 return self._train(until, on_step)
@@ -168,45 +169,57 @@ class Personalization:
                 forget_failed_step(error)
                 if not ran_out_of_memory(error):
                     raise
-                if self.memory != "auto" or self.checkpointing or not self.trainer.is_whole:
+                if self.memory != "auto" or not self.trainer.is_whole or not self._can_take_less():
                     raise TLoRAError(self._out_of_memory()) from error
             # The failed step has changed nothing.
-            self.checkpointing = True
-            logging.warning("[T-LoRA] memory ran out in step %d; using gradient checkpointing", self.trainer.step + 1)
+            self.fit, self._leanest = (LOW, False) if self.fit == FAST else (None, True)
+            logging.warning(
+                '[T-LoRA] memory ran out in step %d; going on with "%s"', self.trainer.step + 1, self.fit or "lowest"
+            )
 
     def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
-        with training_session(self.model), ExitStack() as stack:
-            denoiser = HostDenoiser(
-                self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior
-            )
-            try:
-                if self.checkpointing is None:
-                    self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
-                if self.checkpointing:
-                    stack.enter_context(checkpointed(self.model))
-                return self.trainer.run(denoiser, until, on_step)
-            except RuntimeError as error:
-                if self.trainer.step or ran_out_of_memory(error):
-                    raise
-                # torch's message when gradients pass through a tensor that another node made in inference mode
-                if "nference tensors cannot" in str(error):
-                    raise TLoRAError(
-                        f"model has a patch that cannot be trained through ({one_line(error)}); connect the model from "
-                        "before the node that adds the patch, and put that node after Train."
-                    ) from error
+        try:
+            if self.fit is None:
+                self.fit = self._measured()
+            with training_session(self.model, *self.fit):
+                return self.trainer.run(self._denoiser(), until, on_step)
+        except RuntimeError as error:
+            if self.trainer.step or ran_out_of_memory(error):
+                raise
+            # torch's message when gradients pass through a tensor that another node made in inference mode
+            if "nference tensors cannot" in str(error):
                 raise TLoRAError(
-                    f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
-                    "model, clip and vae of the same model."
+                    f"model has a patch that cannot be trained through ({one_line(error)}); connect the model from "
+                    "before the node that adds the patch, and put that node after Train."
                 ) from error
-            finally:
-                self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
+            raise TLoRAError(
+                f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
+                "model, clip and vae of the same model."
+            ) from error
+        finally:
+            self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
+
+    def _denoiser(self) -> HostDenoiser:
+        return HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+
+    def _measured(self) -> Fit:
+        """How to train, found by a measurement on small latents."""
+        batch = self.request.config.batch_size
+        largest = max((sample.mean.shape for sample in self.samples), key=math.prod)
+        # Enough for the measurement: what the host takes one evaluation to need.
+        with training_session(self.model, room=self.model.memory_required([batch, *largest])):
+            return fit_for(self._denoiser(), batch, self._leanest)
+
+    def _can_take_less(self) -> bool:
+        return self.fit == FAST or (self.fit == LOW and leanest_fit(self.model, 0) != LOW)
 
     def _out_of_memory(self) -> str:
         """The error message. What saves most memory comes first (counted in benchmarks/README.md); with gradient
         checkpointing a lower resolution saves little."""
         request, batch = self.request, self.request.config.batch_size
+        leaner = "lowest" if self.fit == LOW else "low" if self.memory == "auto" else "auto"
         ways = [
-            *([] if self.checkpointing else [f'set memory to "{"low" if self.memory == "auto" else "auto"}"']),
+            *([f'set memory to "{leaner}"'] if self._can_take_less() else []),
             *([f"lower batch_size (now {batch})"] if batch > 1 else []),
             *([f"lower rank (now {request.rank}) and min_rank"] if request.rank > 1 else []),
             *(["start ComfyUI with --fp8_e4m3fn-unet"] if self.model.model_dtype().itemsize > 1 else []),

@@ -152,8 +152,9 @@ _RESIDENT = ("_v_weight", "_v_bias")
 def _is_of_inference(tensor: Tensor | None) -> bool:
     """Whether it must be wrapped anew. Classes of tensors that other node packs define, for example for GGUF files, are
     left alone: only their pack knows what belongs to them. Their layers fetch a plain weight; see `fetched`."""
-    known = isinstance(tensor, Tensor) and (type(tensor) in (Tensor, nn.Parameter) or is_quantized(tensor))
-    return known and tensor.is_inference()
+    if not isinstance(tensor, Tensor) or not tensor.is_inference():
+        return False
+    return type(tensor) in (Tensor, nn.Parameter) or is_quantized(tensor)
 
 
 def _same_storage(tensor: Tensor) -> Tensor:
