@@ -29,6 +29,7 @@ META = torch.device("meta")
 # Their texts' tokens.
 MODELS = {"sdxl": 77, "flux": 512, "klein": 512, "z-image": 256, "qwen-image": 256}
 STORAGES = {"bf16": None, "fp16": None, "fp8": torch.float8_e4m3fn}
+_BUDGET = 0.1  # bytes of weights that "lowest" keeps on the device
 STREAMS = 2  # as many copies to the device does the host make at once
 _NO_KERNELS = {
     "view",
@@ -133,9 +134,9 @@ def host_on_meta():
 
 
 def _load(models, memory_required=0, force_full_load=False):
-    """As the host's, with no room for any weight that can stay in RAM."""
+    """As the host's, with room for _BUDGET bytes of weights."""
     if not force_full_load:
-        models[0].partially_load(META, 0.1)
+        models[0].partially_load(META, _BUDGET)
 
 
 def _prodigy_reads():
@@ -219,7 +220,7 @@ def step(model, tokens, size, rank, memory):
     trainer.step = 1  # the first loss of all is read
     tensors = [*trainer.parameters, *adapters.buffers()]
     sample = Sample(
-        torch.zeros(base.latent_format.latent_channels, size, size),
+        random_models.latent(model, size)[0],
         None,
         None,
         random_models.conditioning(model, tokens),
@@ -286,7 +287,9 @@ def measure(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="sdxl")
-    parser.add_argument("--weights", choices=STORAGES, nargs="+", default=["bf16", "fp8"], help="what they are stored in")
+    parser.add_argument(
+        "--weights", choices=STORAGES, nargs="+", default=["bf16", "fp8"], help="what they are stored in"
+    )
     parser.add_argument("--memory", choices=("fast", "low", "lowest"), nargs="+", default=["fast", "low", "lowest"])
     parser.add_argument("--pixels", type=int, default=1024, help="the side of the picture")
     parser.add_argument("--rank", type=int, default=64)

@@ -40,7 +40,7 @@ class Setting:
         return torch.randn(*shape, generator=self.generator, dtype=DOUBLE)
 
     @contextmanager
-    def session(self, checkpointing=False):
+    def session(self, checkpointing=False, room=None):
         import random_models
 
         from tlora_core import RankSchedule
@@ -49,7 +49,7 @@ class Setting:
         from tlora_core.hosts.comfy.training.session import training_session
         from tlora_core.training.config import TrainConfig
 
-        with training_session(self.model, checkpointing):
+        with training_session(self.model, checkpointing, room):
             samples = [
                 Sample(latent, None, None, random_models.conditioning(self.model, 5, seed))
                 for seed, latent in enumerate(self.latents)

@@ -47,11 +47,12 @@ class Frozen:
         return self._forward(x.clone() if self._overwrites else x, **options)
 
     def forward(self, x: Tensor, **options) -> Tensor:
-        if options or self.fetch is None or not (x.requires_grad and torch.is_grad_enabled()):
+        if options or not (x.requires_grad and torch.is_grad_enabled()):
             return self.run(x, **options)
-        if hasattr(self.layer, "out_features") or _is_simple_convolution(self.layer):
+        # A linear layer takes this way even if it need not, so that it rounds alike wherever its weight is.
+        if hasattr(self.layer, "out_features") or (self.fetch and _is_simple_convolution(self.layer)):
             return _FrozenLayer.apply(x, self)
-        return _Rerun.apply(x, self)
+        return _Rerun.apply(x, self) if self.fetch else self.run(x)
 
     def output(self, x: Tensor, text: Text | None) -> Tensor:
         """The layer's output without gradient, in a tensor of its own. Of a text it is computed once."""
