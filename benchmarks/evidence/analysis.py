@@ -32,8 +32,8 @@ TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer 
 @dataclass(frozen=True)
 class Point:
     """One checkpoint. is_: 0 what the bare base draws, 1 the concept seen through the autoencoder. ts: share of asked
-    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind; by_attribute: of each
-    attribute, over all prompts that ask for it. copied_background, copied_place: share of pictures that show the
+    attributes that are right, each kind of prompt weighing the same; by_attribute: of each attribute, over all prompts
+    that ask for it. copied_background, copied_place: share of pictures that show the
     training picture's where the prompt leaves it open. spread: mean distance of the places in neutral pictures from
     their middle, in half-widths. control: share of attributes right in prompts without the concept."""
 
@@ -41,7 +41,6 @@ class Point:
     step: int
     is_: float
     ts: float
-    by_kind: dict[str, float]
     by_attribute: dict[str, float]
     copied_background: float
     copied_place: float
@@ -98,15 +97,14 @@ def _point(cell, record, reference, without):
         {**row, "asked": {name: value for name, value in row["asked"].items() if (cell.concept, name) not in without}}
         for row in record["rows"]
     ]
-    by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
+    shares = [_right([row for row in rows if row["kind"] == kind]) for kind in KINDS]
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
         cell,
         record["step"],
         (base - _distance(record)) / (base - top),
-        _mean(by_kind.values()),
-        by_kind,
+        _mean(share for share in shares if share is not None),
         _by_attribute(rows),
         _copied(record["rows"], training, "background"),
         _copied(record["rows"], training, "place"),
