@@ -112,7 +112,7 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
 def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evaluation(unet, tmp_path):
     import sampling_runs as runs
 
-    from tlora_core.hosts.comfy.model.targets import target_of
+    from tlora_core.hosts.comfy.model.description import describe_model
 
     module = "mid_block.attentions.0.transformer_blocks.0.attn1"
     path = "middle_block.1.transformer_blocks.0.attn1"
@@ -123,7 +123,7 @@ def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evalua
         key = reference_key(f"{module}.{projection}")
         layers[name] = state[key + "up.weight"], state[key + "down.weight"] = up * 0.1, down * 0.1
     save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
-    tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", target_of(unet)).tlora
+    tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", describe_model(unet)).tlora
     whole = TLoRAFile(
         {name: LowRank(*pair, 1) for name, pair in layers.items()}, "lora", RankSchedule(4, 4), 1000, "discrete", "sdxl"
     )
@@ -221,7 +221,7 @@ def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(
     import comfy.utils
     import random_models
 
-    from tlora_core.hosts.comfy.model.targets import target_of
+    from tlora_core.hosts.comfy.model.description import describe_model
 
     model = random_models.flux(256, (1, 1), 64, 32)
     layers = pairs(
@@ -235,7 +235,7 @@ def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(
         key = reference_key(name.replace("blocks.3", "blocks.0"), flux=True)
         state |= {key + "up.weight": up, key + "down.weight": down}
     torch.save(state | unused_of_single_blocks(state), tmp_path / "lora.pt")
-    tlora = load_any(tmp_path / "lora.pt", target_of(model)).tlora
+    tlora = load_any(tmp_path / "lora.pt", describe_model(model)).tlora
     assert (tlora.base_model, tlora.noise_domain, tlora.num_timesteps) == ("flux", "flow", 1.0)
     assert tlora.layers.keys() == layers.keys()
     # Saved by us and loaded by the host's own loader it is the full-rank update of the same rows.

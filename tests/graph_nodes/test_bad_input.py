@@ -96,7 +96,7 @@ def diffusion_transformer(graph):
     return graph.add("UNETLoader", unet_name="tests_sd3.safetensors", weight_dtype="default")[0]
 
 
-def part_of_a_model_only_checkpoint(slot):
+def part_of_a_model_only_file(slot):
     return lambda graph: graph.add("CheckpointLoaderSimple", ckpt_name="tests_model_only.safetensors")[slot]
 
 
@@ -176,12 +176,12 @@ BAD = {
         bad_training(model=diffusion_transformer),
         "model failed on .* clip and vae of the same model",
     ),
-    "clip of a model-only checkpoint": (
-        bad_training(clip=part_of_a_model_only_checkpoint(1)),
+    "clip of a model-only file": (
+        bad_training(clip=part_of_a_model_only_file(1)),
         "^clip is empty, .* connect the clip of a Load CLIP node",
     ),
-    "vae of a model-only checkpoint": (
-        bad_training(vae=part_of_a_model_only_checkpoint(2)),
+    "vae of a model-only file": (
+        bad_training(vae=part_of_a_model_only_file(2)),
         "^vae is empty, .* connect the vae of a Load VAE node",
     ),
     "file for another model": (load_of("tests/plain.safetensors"), '"plain.safetensors": none of its 2 keys fits'),

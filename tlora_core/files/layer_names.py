@@ -5,8 +5,8 @@ transformer differently from the original models, which ComfyUI follows. `plain_
 `layer_of` translates the third, and `diffusers_name` is the inverse of `layer_of`.
 
 The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. Other models need the host's
-table of names (see `foreign.target`). `part_key` is the name of a part of a fused module in programs that load plain
-LoRAs.
+table of names (see `foreign.model_description`). `part_key` is the name of a part of a fused module in programs that
+load plain LoRAs.
 """
 
 import re

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import TLoRAError
 from ..files.dtypes import is_plain
-from ..files.foreign import Target, load_any
-from ..files.foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
+from ..files.foreign import ModelDescription, load_any
+from ..files.foreign.diffusers_layout import Rows, describe_layout, overlap, rows_by_path
 from ..files.layer_fit import check_fit
 from ..files.tlora_file import TLoRAFile
 from ..layers.overlay import Overlay, overlaid
@@ -42,7 +42,7 @@ def load(
     pipe: the diffusers pipeline that it shall fit; LyCORIS files need it. The rest is as in `foreign.load_any`.
     Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or does not fit.
     """
-    loaded = load_any(path, None if pipe is None else _target_of(_denoiser_of(pipe)), min_rank, alpha, progress)
+    loaded = load_any(path, None if pipe is None else _describe(_denoiser_of(pipe)), min_rank, alpha, progress)
     if loaded.unmatched or loaded.notes:
         logging.getLogger(__name__).warning("%s\n%s", Path(path).name, loaded.report)
     return loaded.tlora
@@ -230,12 +230,12 @@ def _shapes(linears: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
 
 
-def _target_of(denoiser: nn.Module) -> Target:
+def _describe(denoiser: nn.Module) -> ModelDescription:
     linears = _linears(denoiser)
     shapes = _shapes(linears)
     rows = rows_by_path(shapes)
     device = exact_device(next(denoiser.parameters()).device)
-    return target_of_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
+    return describe_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
 
 
 def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], name: LayerName, count: int) -> Tensor:

@@ -168,10 +168,10 @@ def test_page_gets_runs_and_pictures_and_404_for_what_is_not_there(live):
 
 def test_stop_and_checkpoint_reach_the_training_and_only_while_it_runs(live):
     run = live.LiveRun.begin("7", steps=10)
-    assert not run.stop_requested and not run.take_checkpoint_request()
+    assert not run.stop_requested and not run.take_save_request()
     path = f"/tlora/runs/{run.id}"
     assert [a[0] for a in ask(("POST", path + "/checkpoint", {}), ("POST", path + "/stop", {}))] == [200, 200]
-    assert run.stop_requested and run.take_checkpoint_request() and not run.take_checkpoint_request()
+    assert run.stop_requested and run.take_save_request() and not run.take_save_request()
     run.finish("stopped")
     assert [a[0] for a in ask(("POST", path + "/checkpoint", {}), ("POST", path + "/stop", {}))] == [409, 409]
     assert [a[0] for a in ask(("POST", "/tlora/runs/other/stop", {}), ("GET", path + "/stop", {}))] == [404, 405]

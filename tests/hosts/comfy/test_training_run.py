@@ -1,4 +1,4 @@
-"""A training run on the tiny base as the Train node makes it: checkpoints, stop, cancel, resume, and their record."""
+"""A training run on the tiny base as the Train node makes it: run states, stop, cancel, resume, and their record."""
 
 import csv
 import io
@@ -98,7 +98,7 @@ def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypat
 
 
 @pytest.mark.parametrize("save", [False, True])
-def test_cancel_leaves_the_last_checkpoint_or_saves_when_asked(base, output, monkeypatch, save):
+def test_cancel_leaves_the_last_run_state_or_saves_when_asked(base, output, monkeypatch, save):
     import comfy.model_management
 
     whole = run(base, file_name="run/whole", rerun="restart")
@@ -244,14 +244,14 @@ def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
     assert len(folders(output)) == 1
 
 
-def test_checkpoint_that_cannot_be_written_ends_no_training(base, output, monkeypatch):
+def test_run_state_that_cannot_be_written_ends_no_training(base, output, monkeypatch):
     from tlora_core import TLoRAError
     from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
         raise TLoRAError("the disk is full.")
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    monkeypatch.setattr(RunFolder, "save_state", full)
     assert len(run(base, checkpoint_every=2).losses) == 6
 
 
@@ -352,11 +352,11 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
     from tlora_core.training.run_folder import RunFolder
 
     def full(*args):
-        raise TLoRAError("no checkpoint, the disk is full.")
+        raise TLoRAError("no run state, the disk is full.")
 
     temp = tmp_path / "temp"
     monkeypatch.setattr(folder_paths, "temp_directory", str(temp))
-    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    monkeypatch.setattr(RunFolder, "save_state", full)
     no_file(monkeypatch, output / "loras" / "run", *{"output": [], "temp": [output], "none": [output, temp]}[taken])
     wishes = {"stop": lambda live: live.request("stop"), "cancel": cancel}
     if end in wishes:
@@ -385,7 +385,7 @@ def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_th
 @pytest.mark.parametrize(
     "config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str
 )
-def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, output, monkeypatch, method, config):
+def test_sizes_of_file_and_run_state_are_known_before_the_first_step(base, output, monkeypatch, method, config):
     from tlora_core.hosts.comfy.training import run as training_run
 
     asked, told = training_run._needs, []
@@ -393,14 +393,14 @@ def test_sizes_of_file_and_checkpoint_are_known_before_the_first_step(base, outp
     forget = []
     monkeypatch.setattr(
         training_run.RunFolder,
-        "forget_checkpoint",
+        "remove_state",
         lambda folder: forget.append((folder.path / "checkpoint.pt").stat().st_size),
     )
     done = run(base, request(3, method=method, config=config), checkpoint_every=2)
-    file, checkpoint = told
+    file, state = told
     size = (output / "loras" / done.file).stat().st_size
     assert size <= file.size <= 1.02 * size + 200_000
-    assert forget[0] <= checkpoint.size <= 1.02 * forget[0] + 1_500_000
+    assert forget[0] <= state.size <= 1.02 * forget[0] + 1_500_000
 
 
 @pytest.mark.parametrize("place", ["loras", "tlora_runs"])
@@ -448,7 +448,7 @@ def test_place_that_will_not_take_the_training_is_told_before_its_first_step(bas
 
 
 @pytest.mark.parametrize("missing", ["clip", "vae"])
-def test_checkpoint_file_without_clip_or_vae_is_told_before_any_step(base, output, missing):
+def test_model_file_without_clip_or_vae_is_told_before_any_step(base, output, missing):
     from tlora_core.errors import TLoRAError
 
     model, clip, vae = base
@@ -523,7 +523,7 @@ def test_dates_in_a_file_name_are_filled_in_folder_by_folder(output):
 
 
 @pytest.mark.parametrize("end", ["stop", "cancel"])
-def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, output, monkeypatch, end):
+def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_run_state(base, output, monkeypatch, end):
     import comfy.model_management
 
     from tlora_core import TLoRAError, TLoRAFile
@@ -532,7 +532,7 @@ def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_checkpoint(base, 
     def full(*args):
         raise TLoRAError("the disk is full.")
 
-    monkeypatch.setattr(RunFolder, "save_checkpoint", full)
+    monkeypatch.setattr(RunFolder, "save_state", full)
     Wish(monkeypatch, 3, cancel if end == "cancel" else lambda live: live.request("stop"))
     if end == "stop":
         assert run(base, rerun="restart").tlora.training["steps_done"] == 3
@@ -565,8 +565,8 @@ def test_validation_changes_nothing_and_is_kept(base, output):
         assert [float(row["loss"]) for row in csv.DictReader(file)] == plain.losses
     from tlora_core import TLoRAFile
 
-    (checkpoint,) = (output / "loras" / "run").glob("heart_step000003*")
-    assert TLoRAFile.load(checkpoint).training["steps_done"] == 3
+    (saved,) = (output / "loras" / "run").glob("heart_step000003*")
+    assert TLoRAFile.load(saved).training["steps_done"] == 3
 
 
 def colour_of_thumbnail(path):
@@ -764,7 +764,7 @@ print("done", done.losses, flush=True)
 """
 
 
-def test_kill_at_any_moment_loses_at_most_the_steps_since_the_checkpoint(host, tmp_path):
+def test_kill_at_any_moment_loses_at_most_the_steps_since_the_run_state(host, tmp_path):
     # The core alone: beside it lies `nodes/`, which would hide the host's module of that name.
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "tlora_core").symlink_to(REPO / "tlora_core")

@@ -40,7 +40,7 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> int:
     return int(batch * (small + growth * (large - small)))
 
 
-def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
+def needs_checkpointing(denoiser: HostDenoiser, batch: int) -> bool:
     """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters'
     gradients and the optimizer's state are there too."""
     need = (
