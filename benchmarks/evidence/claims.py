@@ -115,7 +115,7 @@ def of_likeness(given: Sequence[Point]) -> list[Claim]:
         found = difference(*(at_level(lines, REPRODUCED, lambda point: point.ts) for lines in (a, b)))
         made.append(
             _claim(
-                f"{who} obeys better than LoRA where both first reach IS {REPRODUCED:g}",
+                f"{who} follows prompts better than LoRA where both first reach IS {REPRODUCED:g}",
                 Differences(found, found, a.keys() & b.keys()),
             )
         )
@@ -189,72 +189,100 @@ def _is(cell, changes):
 
 def _comparisons():
     """(text, ours, others): ours obeys better at equal IS."""
-    yield f"Tables 1, 2: T-LoRA obeys better than LoRA (rank {RANK})", _TLORA, _LORA
+    yield f"Tables 1, 2: T-LoRA follows prompts better than LoRA (rank {RANK})", _TLORA, _LORA
     for rank in RANKS[-2::-1]:
-        yield f"Table 1: T-LoRA obeys better than LoRA (rank {rank})", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
-    yield f"Table 1: Vanilla T-LoRA (mask without start) obeys better than LoRA (rank {RANK})", _VANILLA, _LORA
-    yield "Tables 1, 2: T-LoRA obeys better than LoRA at half its learning rate", _TLORA, _SLOW_LORA
+        yield (
+            f"Table 1: T-LoRA follows prompts better than LoRA (rank {rank})",
+            {**_TLORA, "rank": rank},
+            {**_LORA, "rank": rank},
+        )
     yield (
-        "Table 1: Vanilla T-LoRA obeys better than LoRA at half its learning rate, which is about Vanilla's",
+        f"Table 1: Vanilla T-LoRA (mask without start) follows prompts better than LoRA (rank {RANK})",
+        _VANILLA,
+        _LORA,
+    )
+    yield "Tables 1, 2: T-LoRA follows prompts better than LoRA at half its learning rate", _TLORA, _SLOW_LORA
+    yield (
+        "Table 1: Vanilla T-LoRA follows prompts better than LoRA at half its learning rate, which is about Vanilla's",
         _VANILLA,
         _SLOW_LORA,
     )
-    yield "Table 3: T-LoRA obeys better than Vanilla T-LoRA at the highest rank", _TLORA, _VANILLA
-    yield "Table 3, figure 6: T-LoRA obeys better than Ortho-LoRA (start without mask; r_min 100%)", _TLORA, _ORTHO
+    yield "Table 3: T-LoRA follows prompts better than Vanilla T-LoRA at the highest rank", _TLORA, _VANILLA
+    yield (
+        "Table 3, figure 6: T-LoRA follows prompts better than Ortho-LoRA (start without mask; r_min 100%)",
+        _TLORA,
+        _ORTHO,
+    )
     for other in ("oft", "gsoft", "svdiff"):
-        yield f"Table 2: T-LoRA obeys better than {other.upper()}", _TLORA, {"method": other}
-    yield "Table 4: T-LoRA with one picture obeys better than LoRA with two", _TLORA, {**_LORA, "images": 2}
-    yield "Table 4: T-LoRA with one picture obeys better than LoRA with three", _TLORA, {**_LORA, "images": 3}
+        yield f"Table 2: T-LoRA follows prompts better than {other.upper()}", _TLORA, {"method": other}
+    yield "Table 4: T-LoRA with one picture follows prompts better than LoRA with two", _TLORA, {**_LORA, "images": 2}
+    yield "Table 4: T-LoRA with one picture follows prompts better than LoRA with three", _TLORA, {**_LORA, "images": 3}
     for rank in (RANK, *SMALL):
         lora = {**_LORA, **_FLOW, "rank": rank}
         yield (
-            f"Table 5: T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})",
+            f"Table 5: T-LoRA follows prompts better than LoRA on a flow-matching base (rank {rank})",
             {**_TLORA, **_FLOW, "rank": rank},
             lora,
         )
         yield (
-            f"Table 5: Vanilla T-LoRA obeys better than LoRA on a flow-matching base (rank {rank})",
+            f"Table 5: Vanilla T-LoRA follows prompts better than LoRA on a flow-matching base (rank {rank})",
             {**_VANILLA, **_FLOW, "rank": rank},
             lora,
         )
     yield (
-        "Table 5, figure 6: T-LoRA with r_min 0% obeys better than LoRA on a flow-matching base",
+        "Table 5, figure 6: T-LoRA with r_min 0% follows prompts better than LoRA on a flow-matching base",
         {**_TLORA, **_FLOW, "min_share": 0.0},
         {**_LORA, **_FLOW},
     )
-    yield "Figure 2: LoRA trained on t < 500 alone obeys better than on all", {**_LORA, "noise_to": 0.5}, _LORA
-    yield "Figure 2: LoRA trained on t < 800 alone obeys better than on all", {**_LORA, "noise_to": 0.8}, _LORA
-    yield "Figure 2: LoRA trained on t >= 800 alone obeys worse than on all", _LORA, {**_LORA, "noise_from": 0.8}
     yield (
-        "Figure 2: LoRA trained on t < 500 alone obeys better than on all, on a flow-matching base",
+        "Figure 2: LoRA trained on t < 500 alone follows prompts better than on all t",
+        {**_LORA, "noise_to": 0.5},
+        _LORA,
+    )
+    yield (
+        "Figure 2: LoRA trained on t < 800 alone follows prompts better than on all t",
+        {**_LORA, "noise_to": 0.8},
+        _LORA,
+    )
+    yield (
+        "Figure 2: LoRA trained on t >= 800 alone follows prompts worse than on all t",
+        _LORA,
+        {**_LORA, "noise_from": 0.8},
+    )
+    yield (
+        "Figure 2: LoRA trained on t < 500 alone follows prompts better than on all t, on a flow-matching base",
         {**_LORA, **_FLOW, "noise_to": 0.5},
         {**_LORA, **_FLOW},
     )
     for start in PAPERS_STARTS:
         if start != DEFAULT_START:
-            yield f"Figure 5: {DEFAULT_START} obeys better than {start}", _ORTHO, {**_ORTHO, "start": start}
+            yield f"Figure 5: {DEFAULT_START} follows prompts better than {start}", _ORTHO, {**_ORTHO, "start": start}
     yield (
-        f"Beyond the paper: T-LoRA from {PUBLISHED_START} obeys better than from {DEFAULT_START}",
+        f"Beyond the paper: T-LoRA from {PUBLISHED_START} follows prompts better than from {DEFAULT_START}",
         {**_TLORA, "start": PUBLISHED_START},
         _TLORA,
     )
-    yield "Figure 6: r_min 50% obeys better than 0%", _TLORA, {**_TLORA, "min_share": 0.0}
-    yield "Figure 6: r_min 50% obeys better than 25%", _TLORA, {**_TLORA, "min_share": 0.25}
+    yield "Figure 6: r_min 50% follows prompts better than 0%", _TLORA, {**_TLORA, "min_share": 0.0}
+    yield "Figure 6: r_min 50% follows prompts better than 25%", _TLORA, {**_TLORA, "min_share": 0.25}
     for alpha in ALPHAS:
         yield (
-            f"Beyond the paper: r(t) with alpha {alpha:g} obeys better than with 1",
+            f"Beyond the paper: r(t) with alpha {alpha:g} follows prompts better than with 1",
             {**_TLORA, "alpha": alpha},
             _TLORA,
         )
     for curve in FREE:
-        yield f"Beyond the paper: r(t) as {curve} obeys better than the paper's", {**_TLORA, "curve": curve}, _TLORA
+        yield (
+            f"Beyond the paper: r(t) as {curve} follows prompts better than the paper's",
+            {**_TLORA, "curve": curve},
+            _TLORA,
+        )
 
 
 def _comparisons_at_the_end():
     """(text, ours, others, value): value is higher for ours after the last step."""
     for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
         yield (
-            f"Figure 2: LoRA trained on {part} alone is less like the concept in the end (IS) than on all",
+            f"Figure 2: LoRA trained on {part} alone is less like the concept in the end (IS) than on all t",
             _LORA,
             {**_LORA, **changes},
             lambda point: point.is_,
@@ -275,30 +303,38 @@ def _copying():
         ("the mask alone (Vanilla)", _VANILLA),
         ("the start alone (Ortho-LoRA)", _ORTHO),
     ):
-        yield f"{who} below LoRA", ours, _LORA
-        yield f"{who} below LoRA at half its learning rate", ours, _SLOW_LORA
-    yield "LoRA at half its learning rate below LoRA", _SLOW_LORA, _LORA
+        yield f"{who} copies it less than LoRA", ours, _LORA
+        yield f"{who} copies it less than LoRA at half its learning rate", ours, _SLOW_LORA
+    yield "LoRA at half its learning rate copies it less than LoRA", _SLOW_LORA, _LORA
     for rank in RANKS[-2::-1]:
-        yield f"T-LoRA below LoRA at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
-    yield "T-LoRA with r_min 0% below T-LoRA with 50%", {**_TLORA, "min_share": 0.0}, _TLORA
-    yield "T-LoRA with r_min 0% below LoRA at half its learning rate", {**_TLORA, "min_share": 0.0}, _SLOW_LORA
+        yield f"T-LoRA copies it less than LoRA at rank {rank}", {**_TLORA, "rank": rank}, {**_LORA, "rank": rank}
+    yield "T-LoRA with r_min 0% copies it less than T-LoRA with 50%", {**_TLORA, "min_share": 0.0}, _TLORA
+    yield (
+        "T-LoRA with r_min 0% copies it less than LoRA at half its learning rate",
+        {**_TLORA, "min_share": 0.0},
+        _SLOW_LORA,
+    )
     for part, changes in (("t < 800", {"noise_to": 0.8}), ("t < 500", {"noise_to": 0.5})):
-        yield f"LoRA trained on {part} alone below LoRA on all", {**_LORA, **changes}, _LORA
-    yield "LoRA on all below LoRA trained on t >= 800 alone", _LORA, {**_LORA, "noise_from": 0.8}
+        yield f"LoRA trained on {part} alone copies it less than LoRA trained on all t", {**_LORA, **changes}, _LORA
+    yield (
+        "LoRA trained on all t copies it less than LoRA trained on t >= 800 alone",
+        _LORA,
+        {**_LORA, "noise_from": 0.8},
+    )
     for rank in (RANK, *SMALL):
         for who, ours in (("T-LoRA", _TLORA), ("Vanilla T-LoRA", _VANILLA)):
             yield (
-                f"on the flow-matching base, {who} below LoRA at rank {rank}",
+                f"on the flow-matching base, {who} copies it less than LoRA at rank {rank}",
                 {**ours, **_FLOW, "rank": rank},
                 {**_LORA, **_FLOW, "rank": rank},
             )
     yield (
-        "on the flow-matching base, T-LoRA with r_min 0% below LoRA",
+        "on the flow-matching base, T-LoRA with r_min 0% copies it less than LoRA",
         {**_TLORA, **_FLOW, "min_share": 0.0},
         {**_LORA, **_FLOW},
     )
     yield (
-        "on the flow-matching base, LoRA trained on t < 500 alone below LoRA on all",
+        "on the flow-matching base, LoRA trained on t < 500 alone copies it less than LoRA trained on all t",
         {**_LORA, **_FLOW, "noise_to": 0.5},
         {**_LORA, **_FLOW},
     )

@@ -9,7 +9,7 @@ import pytest
 from places import REPO
 
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, plots, record_files, report, run, study, tables  # noqa: E402
+from evidence import analysis, claims, plots, record_files, report, run, sections, sheets, study, tables, verdicts  # noqa: E402
 
 
 def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
@@ -284,7 +284,9 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
                 changes = {"min_share": 1.0} if method == "lora" else {}
                 records += [base(concept, seed), record(concept, seed, method, 200, 0.1, copied=copied, **changes)]
     place, fresh = [
-        c for c in claims.of_copying(analysis.points(records)) if c.text.startswith("place: T-LoRA below LoRA")
+        c
+        for c in claims.of_copying(analysis.points(records))
+        if c.text.startswith("place: T-LoRA copies it less than LoRA")
     ][:2]
     assert (
         place.verdict == fresh.verdict == "confirmed"
@@ -362,7 +364,7 @@ def test_each_row_is_compared_with_the_one_that_differs_only_in_what_the_table_i
         lines = analysis.curves(made, table.variant)
         others = {name: table.other(units) for name, units in lines.items()}
         assert others.items() >= wanted[table.name].items() and set(others.values()) <= set(lines), table.name
-        assert report._in_order(lines).keys() == lines.keys()
+        assert sections.in_order(lines).keys() == lines.keys()
     assert len(tables.TABLES) == len(wanted)
 
 
@@ -424,11 +426,9 @@ def test_report_says_what_was_run_and_what_was_not(tmp_path):
     (tmp_path / "results" / "pilot.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     report.write(tmp_path / "results", tmp_path)
     text = (tmp_path / "EVIDENCE.md").read_text()
-    assert "2 trainings, 4 checkpoints" in text
-    assert (
-        "Drawn after 40, 80, 120, 180, 260 steps; what learns too fast or too slowly for these also after 100, 200"
-        in text
-    )
+    assert "2 trainings with 4 measured steps" in text
+    assert "measured after 40, 80, 120, 180, 260 steps, and trainings that learn too fast" in text
+    assert "or too slowly for these also after 100, 200." in text
     assert (
         "scale `pilot`" in text
         and "| tlora | 1 | 100% |" in text
@@ -453,11 +453,8 @@ def test_report_begins_with_what_is_settled_and_draws_its_intervals(tmp_path, mo
         (tmp_path / "EVIDENCE.md").read_text().split("## ")[1],
         len(claims.of_paper(given) + claims.of_the_end(given)) - 1,
     )
-    assert (
-        short.startswith("In short")
-        and f": 1 confirmed, {others} not tested. Confirmed: Tables 1, 2: T-LoRA obeys better than LoRA (rank 32)."
-        in short
-    )
+    assert short.startswith("In short") and f": 1 confirmed, {others} not tested." in short
+    assert "Confirmed: Tables 1, 2: T-LoRA follows prompts better than LoRA (rank 32)." in short
     axes, claim = drawn["claims"], claims.of_paper(given)[0]
     assert [label.get_text() for label in axes.get_yticklabels()] == [claim.text]
     interval, mean, _ = axes.lines
@@ -471,7 +468,7 @@ def test_report_begins_with_what_is_settled_and_draws_its_intervals(tmp_path, mo
     bars = [line for line in drawn["likeness"].lines if len(line.get_xdata()) == 2 and line.get_color() == "C0"]
     rows = [
         row
-        for row in claims.by_likeness(report.measured(tmp_path, "full"), report.HIGHER)
+        for row in claims.by_likeness(report.measured(tmp_path, "full"), verdicts.HIGHER)
         if row.text == "T-LoRA - LoRA"
     ]
     assert [list(bar.get_ydata()) for bar in bars] == [[row.ts.low, row.ts.high] for row in rows] and len(rows) == 4
@@ -480,7 +477,7 @@ def test_report_begins_with_what_is_settled_and_draws_its_intervals(tmp_path, mo
 def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):
     from PIL import Image
 
-    assert report._samples(tmp_path, tmp_path) == ""
+    assert sheets.samples(tmp_path, tmp_path) == ""
     scale, rates = study.SCALES["full"], study.chosen_rates()
     cells = study.main_methods(scale, rates)
     for concept in ("teal flower", "navy moon"):
@@ -491,11 +488,11 @@ def test_report_shows_the_sheets_of_two_trainings_where_they_are(tmp_path):
             )
             path.parent.mkdir(exist_ok=True)
             Image.new("RGB", (32, 20), colour_).save(path)
-    text = report._samples(tmp_path, tmp_path)
-    assert "*a photo of a sks flower*" in text and "The same of [navy moon](evidence/navy_moon.webp)." in text
+    text = sheets.samples(tmp_path, tmp_path)
+    assert "*a photo of a sks flower*" in text and "Other concepts: [navy moon](evidence/navy_moon.webp)." in text
     for path in (tmp_path / "sheets").iterdir():
         path.unlink()
-    assert report._samples(tmp_path, tmp_path) == text, "an earlier report's sheets stay"
+    assert sheets.samples(tmp_path, tmp_path) == text, "an earlier report's sheets stay"
     whole = Image.open(tmp_path / "teal_flower.webp")
     assert whole.size == (32, 56)
     (red, _, _), (_, _, blue) = whole.getpixel((5, 5)), whole.getpixel((5, 50))

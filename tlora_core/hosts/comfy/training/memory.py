@@ -11,7 +11,7 @@ from ..model.layers import bytes_to_come, stored
 from .denoiser import HostDenoiser
 
 _PROBES = (16, 32)  # sides of the latents that are measured, multiples of what any U-Net halves
-# What a backward pass holds besides: gradients on their way, and buffers of attention and convolution.
+# A backward pass also holds intermediate gradients, and buffers of attention and convolution.
 _MARGIN = 1.25
 
 
@@ -41,13 +41,13 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> int:
 
 
 def needs_checkpointing(denoiser: HostDenoiser, batch: int) -> bool:
-    """Whether a step would not fit in the memory that is free now, once the rest of the weights, the adapters'
-    gradients and the optimizer's state are there too."""
+    """Whether a step would not fit into the free memory, once the rest of the weights, the adapters' gradients and the
+    optimizer's state are loaded too."""
     need = (
         _MARGIN * training_memory(denoiser, batch)
         + (1 + STATE_SIZES[denoiser.config.optimizer]) * denoiser.adapter_bytes
     )
-    gc.collect()  # what was measured leaves cycles behind, and they hold factors
+    gc.collect()  # the measurement leaves reference cycles that hold factors
     return need + bytes_to_come(denoiser.model) > comfy.model_management.get_free_memory(denoiser.device)
 
 
