@@ -1,9 +1,10 @@
-"""How far a reader has to go: the pack's functions, classes and files that one training step and one evaluation run.
+"""Counts how far a reader has to go: the pack's functions, classes and files in one training step and in one
+evaluation.
 
     python3 tools/host.py bench walks [--list]
 
-Counted on the tiny base with Python's profiler hook, backward pass and optimizer included, after everything that is
-prepared once is there. docs/ARCHITECTURE.md tells the two walks.
+Counted on the tiny base with Python's profiler hook, including the backward pass and the optimizer, after everything
+that is prepared once exists. docs/ARCHITECTURE.md describes the two walks.
 """
 
 import argparse
@@ -17,13 +18,13 @@ sys.path[1:1] = [str(ROOT / "tools")]
 
 
 class Walk:
-    """The pack's functions that run from `begin` to `end`, by file."""
+    """The pack's functions that run between `begin` and `end`, by file."""
 
     def __init__(self):
         self.functions: dict[str, set[str]] = defaultdict(set)
 
     def begin(self) -> None:
-        threading.setprofile(self._note)  # autograd may go back in threads of its own
+        threading.setprofile(self._note)  # autograd may run the backward pass in its own threads
         sys.setprofile(self._note)
 
     def end(self) -> None:

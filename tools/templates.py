@@ -452,10 +452,10 @@ def _real_pictures(template, model, clip, vae, prompts, x, side, latent="EmptyLa
     last.group("New pictures", RED)
 
 
-def _train_on_one_image(template, checkpoint, note, subject, **settings):
+def _train_on_one_image(template, model_file, note, subject, **settings):
     column = Column(template, 0, 320)
     column.note(335, note)
-    loaded = column.add("CheckpointLoaderSimple", LOADER, models=[checkpoint], ckpt_name=checkpoint["name"])
+    loaded = column.add("CheckpointLoaderSimple", LOADER, models=[model_file], ckpt_name=model_file["name"])
     image = column.rest("LoadImage", "Your one picture", image="example.png")
     column.group("1  A model and one picture", BLUE)
     column, trained = _train(
@@ -482,7 +482,7 @@ def train_sdxl_on_one_image(template):
         SDXL,
         """# SDXL, one picture
 
-1. Choose an SDXL checkpoint, and your picture in *Load Image*. The centre square is used; a plain background helps.
+1. Choose an SDXL model file, and your picture in *Load Image*. The centre square is used; a plain background helps.
 2. Set **class_word** to what the subject is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
@@ -502,7 +502,7 @@ def train_sdxl_on_several_images(template):
         330,
         """# SDXL, several pictures with masks
 
-1. Choose an SDXL checkpoint, and your pictures in *Load Image*, of any sizes; two to five are plenty.
+1. Choose an SDXL model file, and your pictures in *Load Image*, of any sizes; two to five are plenty.
 2. In each: right-click, **Open in Mask Editor**, paint over the subject, save. Only the loss inside the mask then \
 counts. For no mask, disconnect it.
 3. In **captions**, write what each picture shows besides the subject. What you name there does not become part of \
@@ -559,7 +559,7 @@ def train_flux_on_one_image(template):
         FLUX,
         """# FLUX, one picture
 
-1. Choose a FLUX.1 dev checkpoint, and your picture in *Load Image*.
+1. Choose a FLUX.1 dev model file, and your picture in *Load Image*.
 2. Set **class_word** to what the subject is: dog, mug, person.
 3. Press **Run**. The panel of *Train T-LoRA* shows the loss and validation pictures; **Stop and keep** ends early.
 
@@ -589,7 +589,7 @@ def generate_with_a_file(template):
         240,
         """# Generate with a T-LoRA file
 
-Choose the checkpoint the T-LoRA was trained on, and the file in *Load T-LoRA*. The node shows the file's picture, \
+Choose the model the T-LoRA was trained on, and the file in *Load T-LoRA*. The node shows the file's picture, \
 its trigger phrase, and the active ranks at each noise level. While a sampler runs, a dot marks its current step.
 
 Use the trigger phrase in your prompts; **{}** stands for it.""",
@@ -648,7 +648,7 @@ noise levels. Delete the nodes you do not need.""",
     )
 
 
-def which_checkpoint_to_keep(template):
+def which_step_to_keep(template):
     column = Column(template, 0, 290)
     column.note(
         335,
@@ -657,7 +657,7 @@ def which_checkpoint_to_keep(template):
 For a training that saved files on the way (**checkpoint_every**, **checkpoint_files**). It runs the same prompts \
 with three files, and *T-LoRA Evaluate* says which follows them best among those with about the highest likeness.
 
-Choose the checkpoint the files were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model \
+Choose the model the files were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model \
 in each *T-LoRA Evaluate* (see its help). Set **neutral_prompt** to the first prompt. For the paper's own prompts, \
 set **prompt_set** to live or object.""",
     )
@@ -722,7 +722,7 @@ TEMPLATES = {
     "07 LoRA against T-LoRA": compare_lora_with_tlora,
     "08 How low should min_rank be": min_rank_sweep,
     "09 XY sheet of strength and min_rank": xy_sheet,
-    "10 Which checkpoint to keep": which_checkpoint_to_keep,
+    "10 Which checkpoint to keep": which_step_to_keep,
     "11 Stop a training and go on": stop_and_go_on,
     "12 Several pictures with masks, no download": several_images_with_masks,
 }

@@ -17,9 +17,8 @@ _FLOW = {"base": "flow"}
 
 @dataclass(frozen=True)
 class Differences:
-    """By unit (concept and seed), ours - others. sound: of the units that pass the gate; every: of all that reach the
-    levels of IS.
-    trained: the units trained both ways."""
+    """ours - others by unit (concept and seed). sound: for the units that pass the gate; every: for all units that
+    reach the levels of IS. trained: the units that were trained both ways."""
 
     sound: dict[Unit, float]
     every: dict[Unit, float]
@@ -28,8 +27,8 @@ class Differences:
 
 @dataclass(frozen=True)
 class Claim:
-    """found: over the units that pass the gate, which the verdict goes by; figures: that in words; ungated: the same
-    over all units that reach the levels."""
+    """found: the difference over the units that pass the gate, which decides the verdict; figures: the same in words;
+    ungated: the same over all units that reach the levels."""
 
     text: str
     verdict: str
@@ -39,7 +38,7 @@ class Claim:
 
 
 def verdict(found: Estimate | None, trained: int) -> str:
-    """Of a difference that the paper says is above zero, with `trained` concepts trained both ways."""
+    """The verdict on a difference that should be above zero. trained: the number of concepts trained both ways."""
     if not trained:
         return "not tested"
     if found is None or found.low is None:
@@ -60,7 +59,7 @@ def of_the_end(given: Sequence[Point]) -> list[Claim]:
 
 
 def of_copying(given: Sequence[Point]) -> list[Claim]:
-    later = [point for point in given if point.cell.seed != 0]  # it was thought of after the pictures of seed 0
+    later = [point for point in given if point.cell.seed != 0]  # the pictures of seed 0 suggested these claims
     made = []
     for what, value in (
         ("place", lambda point: -point.copied_place),
@@ -75,8 +74,8 @@ def of_copying(given: Sequence[Point]) -> list[Claim]:
 
 @dataclass(frozen=True)
 class ByLikeness:
-    """What `text` compares, at IS `level`, over all units that reach it both ways: `ours` - `others`, without the
-    gate."""
+    """One comparison at one level of IS, over all units that reach it both ways, without the gate: `ours` -
+    `others`."""
 
     text: str
     level: float
@@ -86,8 +85,8 @@ class ByLikeness:
 
 
 def by_likeness(given: Sequence[Point], levels: Sequence[float]) -> list[ByLikeness]:
-    """Level by level: what breaks a model at high likeness shows in prompts without the concept (control), too. Without
-    the FRESH seeds."""
+    """The comparisons level by level. Damage at high likeness also shows in prompts without the concept (control).
+    Without the FRESH seeds."""
     seen = [point for point in given if point.cell.seed not in FRESH]
     made = []
     for text, ours, others in _by_likeness():
@@ -102,7 +101,8 @@ def by_likeness(given: Sequence[Point], levels: Sequence[float]) -> list[ByLiken
 
 
 def of_likeness(given: Sequence[Point]) -> list[Claim]:
-    """What `by_likeness` made one think, judged by trainings made after that: at IS REPRODUCED, without the gate."""
+    """The claims that `by_likeness` suggested, judged by trainings made afterwards: at IS REPRODUCED, without the
+    gate."""
     of_fresh = [point for point in given if point.cell.seed in FRESH]
     made = []
     for who, ours, others in (
@@ -134,7 +134,7 @@ def _claim(text: str, differences: Differences) -> Claim:
 
 
 def _figures(found):
-    """A difference, and what it stands on."""
+    """A difference, and the numbers of units and concepts behind it."""
     if found is None:
         return ""
     number = f"{found.mean:.3f}" if found.low is None else str(found)
@@ -144,7 +144,7 @@ def _figures(found):
 
 
 def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lambda point: point.ts) -> Differences:
-    """`value`, TS by default, of cells with the fields `ours` above that of cells with `others`, at equal IS."""
+    """`value`, by default TS, of cells with the fields `ours` minus that of cells with `others`, at equal IS."""
     a, b = _lines(given, ours, others)
     return Differences(
         difference(mean_over_levels(sound(a), value), mean_over_levels(sound(b), value)),
@@ -154,7 +154,7 @@ def gain(given, ours: dict, others: dict, value: Callable[[Point], float] = lamb
 
 
 def at_the_end(given, ours: dict, others: dict, value: Callable[[Point], float]) -> Differences:
-    """As `gain`, after the last step that both have; the gate, which is about equal IS, plays no part."""
+    """Like `gain`, but after the last step that both have. Without the gate, which concerns equal IS."""
     a, b = _lines(given, ours, others)
     found = {}
     for unit in a.keys() & b.keys():
@@ -188,7 +188,7 @@ def _is(cell, changes):
 
 
 def _comparisons():
-    """(text, ours, others): ours obeys better at equal IS."""
+    """(text, ours, others): ours follows prompts better at equal IS."""
     yield f"Tables 1, 2: T-LoRA follows prompts better than LoRA (rank {RANK})", _TLORA, _LORA
     for rank in RANKS[-2::-1]:
         yield (

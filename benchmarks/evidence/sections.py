@@ -119,7 +119,7 @@ def _row(name, units, compared):
 
 _MEANS = {
     "TS": lambda p: p.ts,
-    "place obeyed": lambda p: p.by_attribute.get("place", np.nan),
+    "place as asked": lambda p: p.by_attribute.get("place", np.nan),
     "place copied": lambda p: p.copied_place,
     "background copied": lambda p: p.copied_background,
     "spread of places": lambda p: p.spread,

@@ -1,4 +1,4 @@
-"""What a file picker is told of a file: from its header, trusting nothing, by names in the list only."""
+"""What a file picker learns about a file: only from its header, without trust, and only for names in the list."""
 
 import base64
 import io
@@ -107,7 +107,7 @@ def test_thumbnail_is_drawn_anew_or_left_out(tmp_path):
     encoded = base64.b64encode(picture()).decode()
     assert Image.open(io.BytesIO(of("data:image/png;base64," + encoded))).format == "JPEG"
     huge = base64.b64encode(picture((5000, 5000))).decode()  # a few kB that unpack to 75 MB
-    # What says that it is larger than Pillow opens at all.
+    # A picture that claims to be larger than Pillow opens.
     giant = base64.b64encode(
         picture((2, 2)).replace(struct.pack(">II", 2, 2), struct.pack(">II", 60000, 60000))
     ).decode()

@@ -1,4 +1,4 @@
-"""`python -m tlora_core`: what it writes, prints and returns."""
+"""`python -m tlora_core`: the files it writes, its output and its exit status."""
 
 import re
 import subprocess

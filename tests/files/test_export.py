@@ -334,9 +334,8 @@ def test_a_fused_update_is_split_for_diffusers(tmp_path):
     assert len(written.tlora.layers) == 7
 
 
-@pytest.mark.parametrize(
-    "path", ["blocks.0", "input_blocks.3.1.transformer_blocks.0.attn1.to_q"]
-)  # the second in U-Nets of one residual block a level, such as the tiny base
+# The second path occurs in U-Nets with one residual block a level, like the tiny base's.
+@pytest.mark.parametrize("path", ["blocks.0", "input_blocks.3.1.transformer_blocks.0.attn1.to_q"])
 def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(tmp_path, path):
     save_file(
         {

@@ -155,7 +155,7 @@ def tiny_base_file(path, rank=2):
 
 
 class Steps:
-    """Notes what a node reports."""
+    """Records what a node reports."""
 
     def __init__(self):
         self.seen = []

@@ -1,5 +1,4 @@
-"""Checkpoints of the paper's own code: recognised, matched and converted without loss, with the schedule beside
-them."""
+"""Files of the paper's own code: recognised, matched and converted without loss, with the schedule from beside them."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Lists of pictures, as the host's own loaders of folders give them: one training is made of all, on the real
-server."""
+"""Lists of pictures, as the host's folder loaders output them, make one training, on the real server."""
 
 import json
 

@@ -25,7 +25,7 @@ def request(steps=6, rate=0.01, **changes):
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
-    """As the host runs a node: in inference mode."""
+    """Runs a training as the host runs a node: in inference mode."""
     from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
 
     with torch.inference_mode():
@@ -35,7 +35,7 @@ def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keep
 
 
 def folders(output):
-    """Those of the runs, in the order of their beginning."""
+    """The folders of the runs, oldest first."""
     return sorted(
         (output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"]
     )
@@ -62,8 +62,8 @@ def train(adapters, denoiser, config, on_step=lambda step, loss: None):
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other
-    module than torch is needed."""
+    """Memory runs out once: at one operation, counted from 0, of the update that makes step `step`. Needs torch
+    only."""
 
     def __init__(self, monkeypatch, step, operation):
         from tlora_core.training.trainer import Trainer

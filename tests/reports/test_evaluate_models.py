@@ -1,4 +1,4 @@
-"""Which CLIP and DINO models T-LoRA Evaluate takes, and what it says of those that it does not."""
+"""Which CLIP and DINO models T-LoRA Evaluate accepts, and its message for other models."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(model_fold
 
 
 def copied(folder, target, change=lambda weights: weights, without=()):
-    """`folder` in `target`, its weights changed and some files left out."""
+    """`folder` copied to `target`, with changed weights and without some files."""
     from safetensors.torch import load_file, save_file
 
     for path in folder.iterdir():

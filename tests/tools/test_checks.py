@@ -1,4 +1,4 @@
-"""tools/host.py test --fast and lint: what they run, where, and what they say at the end."""
+"""tools/host.py test --fast and lint: what they run, where, and their summary."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_needs_a_browser(chromium):
 
 
 def said_by_pytest(folder: Path, **environment: str) -> str:
-    """What pytest says about the tests above, with this project's conftest.py."""
+    """pytest's output about the tests above, with this project's conftest.py."""
     shutil.copy(TESTS / "conftest.py", folder)
     (folder / "test_tried.py").write_text(TRIED)
     (folder / "pytest.ini").write_text(f"[pytest]\npythonpath = {REPO / 'tools'}\n")
@@ -42,7 +42,7 @@ def said_by_pytest(folder: Path, **environment: str) -> str:
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The commands that the tool would have run, as (command, environment); each ends with status 0."""
+    """The commands that the tool would have run, as (command, environment). Each ends with status 0."""
     commands_run = []
 
     def run_foreground(command, env, cwd=None):

@@ -13,8 +13,8 @@ from evidence import analysis, claims, plots, record_files, report, run, section
 
 
 def record(concept="olive heart", seed=0, method="lora", step=100, distance=0.2, right=1.0, copied=0, **changes):
-    """A record as `run` writes it: two neutral pictures and ten that ask for a background, `copied` of all at the
-    training picture's place and `right` of the ten on theirs."""
+    """A record as `run` writes it: two neutral pictures, and ten that ask for a background. `copied` of all twelve are
+    at the training picture's place, and `right` of the ten show their background."""
     cell = study.Cell(concept, seed, method, learning_rate=1e-3, steps=(100, 200), **changes)
     rows = [
         {

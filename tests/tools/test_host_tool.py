@@ -1,4 +1,4 @@
-"""tools/host.py: the set-up's cache, the server's life and death, the converter, and what the user is told."""
+"""tools/host.py: the set-up's cache, starting and stopping the server, the converter, and messages to the user."""
 
 import contextlib
 import io
@@ -159,7 +159,7 @@ def test_what_the_pack_requires_is_pinned_and_told_alike_to_pip_and_to_the_regis
 
 @pytest.mark.parametrize("language, separator, folder", [("bash", "/", "ComfyUI"), ("bat", "\\", ".")])
 def test_the_readmes_command_installs_the_requirements(tmp_path, language, separator, folder):
-    """They are there already: pip only says so, and needs no network."""
+    """They are already installed, so pip only says so and needs no network."""
     repo = HOST_TOOL.parents[1]
     custom_nodes = tmp_path / "ComfyUI" / "custom_nodes"
     custom_nodes.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The GitHub workflows and the pre-commit file: what they run is there, and runs what CI and CONTRIBUTING run."""
+"""The GitHub workflows and the pre-commit file: what they run exists, and equals what CI and CONTRIBUTING run."""
 
 import os
 import re

@@ -51,9 +51,8 @@ def test_masks_are_one_for_all_or_one_for_each():
     with pytest.raises(TLoRAError, match="mask 2 is empty"):
         training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
     with pytest.raises(TLoRAError, match="mask 1 is empty"):
-        training_images(
-            batch, mask=torch.zeros(1, 64, 64)
-        )  # the host's for a picture in which nothing was painted over
+        # The host makes this mask for a picture in which nothing is painted over.
+        training_images(batch, mask=torch.zeros(1, 64, 64))
 
 
 def captions_of(*arguments):

@@ -169,9 +169,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
             return f"mid_block.attentions.0.{rest}"
         block, attention = divmod(int(number) - (side == "input"), 3)
         if side == "input" and attention == 2:
-            return (
-                None  # the third block is the downsampling unless the U-Net has more than two residual blocks a level
-            )
+            # The third block is the downsampling, unless the U-Net has more than two residual blocks a level.
+            return None
         return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}.{rest}"
     if match := _FLUX_PATH.fullmatch(path):
         kind, number, rest = match.groups()

@@ -1,5 +1,4 @@
-"""Pictures of the class that the model draws itself for prior preservation: shown, cancelled, kept for the next
-training."""
+"""Class pictures that the model draws for prior preservation: shown, cancelled, and kept for the next training."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""Training pictures through the host's own VAE, and what the denoiser makes of them."""
+"""Training pictures encoded by the host's own VAE, and the denoiser's use of them."""
 
 import host_models as models
 import pytest
@@ -68,7 +68,7 @@ def test_no_deviation_where_the_host_encodes_in_tiles(vae, monkeypatch):
 
 
 def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
-    """By the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
+    """Under the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
     from tlora_core.hosts.comfy.training.encode import Encoder
     from tlora_core.training.dataset import Framed
 

@@ -1,4 +1,4 @@
-"""Live runs: what a page is told about a training, and what it may ask for."""
+"""Live runs: what a page learns about a training, and what it may ask for."""
 
 import io
 import json

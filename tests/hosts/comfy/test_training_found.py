@@ -1,4 +1,4 @@
-"""Which training on the tiny base is the same as an earlier one, whose T-LoRA is then taken."""
+"""Which trainings on the tiny base count as equal to an earlier one, whose T-LoRA is then used."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a training step is said to keep, against what it keeps; and what is done when memory is short or runs out."""
+"""The estimated memory of a training step against the real one, and what happens when memory is short or runs out."""
 
 import pytest
 import torch
@@ -66,14 +66,14 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
         assert needs_checkpointing(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), (
             "which keeps twice as much as AdamW"
         )
-        # Weights that the host moves in only as they are used take room too.
+        # Weights that the host moves in only when they are used take memory too.
         model.partially_unload(torch.device("cpu"), 1e9)
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * need)
         assert needs_checkpointing(denoiser, 1)
 
 
 def out_of_memory_once(monkeypatch, base, step, error=None):
-    """The model has no memory left in a backward pass of that step, the first time."""
+    """Memory runs out in a backward pass of that step, the first time only."""
     from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
 
     losses, calls = HostDenoiser.losses, []
@@ -209,7 +209,7 @@ def test_a_quantised_model_is_trained(output, comfy, memory, loaded):
 
 
 def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
-    """An inpainting model gets the masked picture beside the latents."""
+    """An inpainting model receives the masked picture beside the latents."""
     import random_models
 
     from tlora_core.hosts.comfy.training.memory import training_memory

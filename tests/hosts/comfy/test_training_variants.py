@@ -1,5 +1,4 @@
-"""What a training run on the tiny base can be asked for beside one picture: prior, several pictures, curves, other
-methods."""
+"""Optional parts of a training run on the tiny base: prior, several pictures, curves, other methods."""
 
 import pytest
 import torch
