@@ -1,8 +1,9 @@
 """Files as other programs write them, made from their formats' descriptions: small, and for a few layers."""
 
 import torch
+from safetensors.torch import save_file
 
-from tlora_core.files.foreign import ModelDescription
+from tlora_core.files.foreign import ModelDescription, load_any
 from tlora_core.files.layer_names import plain_name
 
 QKVO = ("q", "k", "v", "out")
@@ -227,3 +228,11 @@ def target_with(weights):
     names = {plain_name(path): path for path in weights}
     names |= {plain_name(name): path for name, path, _, _ in unet_layers() if path in weights}
     return ModelDescription(names, shapes, lambda name, rows: weights[name][:rows].float(), "sdxl", 1000, "discrete")
+
+
+def load_of(name, tmp_path):
+    """The T-LoRA of the reference's "orthogonal" or "plain" file."""
+    state, _ = {"orthogonal": reference_orthogonal, "plain": reference_plain}[name]()
+    path = tmp_path / f"{name}.safetensors"
+    save_file(state, path)
+    return load_any(path, min_rank=2, alpha=1.5).tlora

@@ -6,6 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
+
 
 def images(count=1, size=64):
     from tlora_core.training.dataset import training_images
@@ -86,3 +88,48 @@ class OutOfMemory(TorchDispatchMode):
         if self.left == -1:
             raise torch.OutOfMemoryError("injected")
         return func(*args, **(kwargs or {}))
+
+
+class Wish:
+    """Does something after a step of a run."""
+
+    def __init__(self, monkeypatch, step, do):
+        from tlora_core.hosts.comfy.page.training import LiveRun
+
+        self.runs, report = [], LiveRun.report
+
+        def reporting(live, at, loss):
+            self.runs.append(live)
+            report(live, at, loss)
+            if at == step and len(set(self.runs)) == 1:
+                do(live)
+
+        monkeypatch.setattr(LiveRun, "report", reporting)
+
+
+def cancel(live):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing()
+
+
+def shown():
+    """State and message of the last run, as the page shows them."""
+    from tlora_core.hosts.comfy.page.training import LiveRun
+
+    last = LiveRun.states()[-1]
+    return last["state"], last["message"]
+
+
+def nan_after(monkeypatch, steps):
+    """After so many steps, every loss is NaN."""
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(rows)
+        for loss in losses(denoiser, rows, generator):
+            yield loss * (float("nan") if len(calls) > steps else 1)
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
