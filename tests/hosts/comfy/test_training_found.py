@@ -107,6 +107,18 @@ def test_what_the_result_depends_on_changes_the_key(base, output):
     assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
 
 
+def test_a_clip_with_hooks_is_taken_for_no_other(base):
+    """Hooks change the text encoder's weights outside its patches, as of Set CLIP Hooks."""
+    import comfy.hooks
+
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
+
+    patcher = base[1].patcher.clone()
+    assert fingerprint(patcher) == fingerprint(base[1].patcher)
+    patcher.forced_hooks = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=1.0)
+    assert len({fingerprint(patcher), fingerprint(patcher), fingerprint(base[1].patcher)}) == 3
+
+
 def test_what_acts_only_while_sampling_makes_no_other_training_except_where_it_draws_class_pictures(base, output):
     from comfy_extras.nodes_easycache import EasyCacheNode
     from comfy_extras.nodes_model_advanced import RescaleCFG
