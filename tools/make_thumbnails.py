@@ -12,7 +12,8 @@ from pathlib import Path
 
 from hostlib.server import own_server
 from PIL import Image
-from templates import SCENES, TEMPLATES, TINY
+from templates import TEMPLATES
+from templates.parts import SCENES, TINY
 
 from tlora_core.tiny import world
 

@@ -89,15 +89,19 @@ class HostSampler:
 
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
         """[count, 64, 64, 3] in 0..1."""
+        return self.vae.decode(self.latents(prompt, seed, model, count))
+
+    def latents(self, prompt: str, seed: int, model=None, count: int = 1, steps: int = 20, **options) -> torch.Tensor:
+        """[count, 16, 8, 8]. options: of comfy.sample.sample."""
         import comfy.sample
 
         positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (prompt, ""))
         latent = torch.zeros(count, LATENT_CHANNELS, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        output = comfy.sample.sample(
+        return comfy.sample.sample(
             model or self.model,
             noise,
-            20,
+            steps,
             4.0,
             "euler",
             "normal",
@@ -106,8 +110,8 @@ class HostSampler:
             latent,
             disable_pbar=True,
             seed=seed,
+            **options,
         )
-        return self.vae.decode(output)
 
 
 class FullCaption:
