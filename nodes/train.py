@@ -1,5 +1,7 @@
 """Train T-LoRA from Image."""
 
+from dataclasses import fields
+
 from comfy_api.latest import io
 
 from ..tlora_core.hosts.comfy.files import told_of
@@ -10,7 +12,8 @@ from ..tlora_core.hosts.comfy.training.before_run import wrong_training
 from ..tlora_core.hosts.comfy.training.personalize import filled_in
 from ..tlora_core.hosts.comfy.training.run import RERUNS, Keeping, stopped_runs, train_or_find
 from ..tlora_core.reports.plot import loss_curve
-from ..tlora_core.training.dataset import FRAMINGS, training_list
+from ..tlora_core.training.config import TrainConfig
+from ..tlora_core.training.dataset import training_list
 from ..tlora_core.training.images import to_tensor
 from .sockets import CATEGORY, SEARCH, TLORA, unlisted
 from .train_inputs import train_inputs
@@ -79,62 +82,12 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return _trained(cls.hidden.unique_id, training_list(image, captions, mask), **unlisted(lists))
 
 
-def _trained(
-    node_id,
-    images,
-    model,
-    clip,
-    vae,
-    token,
-    class_word,
-    method,
-    rank,
-    min_rank,
-    steps,
-    learning_rate,
-    resolution,
-    seed,
-    file_name,
-    alpha,
-    start,
-    batch_size,
-    more_images=(),
-    options=({}, ()),
-    curve="",
-    layers="attention",
-    framing=FRAMINGS[0],
-    flip=False,
-    **keeping,
-):
+def _trained(node_id, images, *, model, clip, vae, file_name, more_images=(), options=({}, ()), **inputs):
     settings, prior = options
-    request = filled_in(
-        model,
-        token=token,
-        class_word=class_word,
-        method=method,
-        rank=rank,
-        min_rank=min_rank,
-        alpha=alpha,
-        start=start,
-        resolution=resolution,
-        framing=framing,
-        flip=flip,
-        curve=curve,
-        layers=layers,
-        config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed},
-    )
-    prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
-    done = train_or_find(
-        model,
-        clip,
-        vae,
-        [*images, *more_images],
-        request,
-        Keeping(validation_prompts=prompts, **keeping),
-        file_name,
-        node_id,
-        prior,
-    )
+    prompts = tuple(line.strip() for line in inputs.pop("validation_prompts", "").splitlines() if line.strip())
+    keeping = Keeping(validation_prompts=prompts, **_taken(inputs, Keeping))
+    request = filled_in(model, config={**settings, **_taken(inputs, TrainConfig)}, **inputs)
+    done = train_or_find(model, clip, vae, [*images, *more_images], request, keeping, file_name, node_id, prior)
     return io.NodeOutput(
         done.tlora,
         show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, node_id),
@@ -142,3 +95,8 @@ def _trained(
         to_tensor(loss_curve(done.losses)),
         ui=told_of([done.file], done.file),
     )
+
+
+def _taken(inputs, kind):
+    """Takes the inputs that are fields of the dataclass `kind` out of `inputs`."""
+    return {field.name: inputs.pop(field.name) for field in fields(kind) if field.name in inputs}

@@ -89,7 +89,7 @@ def test_files_with_other_endings_that_can_be_read_are_listed_and_loaded(server,
     assert (same == good[1]).all() and difference(bare, plain) > 0
 
 
-def test_hosts_own_training_node_gets_a_fresh_copy_of_the_tiny_base(server):
+def test_hosts_own_training_node_gets_a_fresh_copy_of_the_tiny_base(server, good):
     graph = TinyGraph()
     text = graph.add("CLIPTextEncode", clip=graph.clip, text="a photo of sks flower")
     latent = graph.add("VAEEncode", pixels=graph.concept(), vae=graph.vae)
@@ -119,6 +119,11 @@ def test_hosts_own_training_node_gets_a_fresh_copy_of_the_tiny_base(server):
     )
     graph.add("SaveLoRA", lora=trained[0], prefix="loras/host", steps=2)
     server.run(graph)
+    assert list((server.workspace / "output" / "loras").glob("host*.safetensors"))
+    # Another graph of the same server still draws with the model as it was.
+    bare = TinyGraph()
+    picture = bare.picture(bare.model)
+    assert np.array_equal(pixels(server.run(bare), picture), good[0])
 
 
 def test_branches_with_two_tloras_and_a_bare_branch_do_not_see_each_other(server, trained):

@@ -9,7 +9,7 @@ import pytest
 from places import REPO
 
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, claims, run, study, tables  # noqa: E402
+from evidence import analysis, claims, comparisons, run, study, tables  # noqa: E402
 from evidence_records import base, record, run_of
 
 
@@ -103,7 +103,7 @@ def test_another_pace_is_another_row_and_no_part_of_a_methods_own():
         lines = analysis.curves(given, table.variant)
         assert all(len(line) == 3 for units in lines.values() for line in units.values())
         assert ("lora, 0.5 times its rate" in lines) == (table.name == "paces"), table.name
-    slower = claims.gain(given, claims._SLOW_LORA, claims._LORA)
+    slower = claims.gain(given, comparisons.SLOW_LORA, comparisons.LORA)
     assert slower.sound == {("olive heart", 0): pytest.approx(-0.3)}
 
 

@@ -224,8 +224,10 @@ def test_archive_that_climbs_out_is_refused(tmp_path):
 
 
 def test_free_port_can_be_bound():
+    port = free_port()
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", free_port()))
+        probe.bind(("127.0.0.1", port))
+        assert probe.getsockname() == ("127.0.0.1", port)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot ask for a process without ending it")
