@@ -1,13 +1,13 @@
-"""Counts the memory that training a T-LoRA takes at real sizes, without a GPU.
+"""What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
 
     python3 tools/host.py bench memory [--model sdxl|flux] [--size 128] [--rank 64] [--json]
 
-The step runs on PyTorch's device "meta", where tensors have a size but no values, and every tensor counts as long as it
-lives. Two steps are made, because the optimizer's state exists from the second step on. "peak_mb" is the highest sum,
-including the weights of the diffusion model; "kernels" is the number of operations that a GPU would get for a step's
-forward and backward pass. Not counted are CUDA's own memory (about half a gigabyte), workspaces of convolutions, the
-allocator's losses, and text encoders and VAE, which the host moves off the GPU. Attention is assumed to keep its inputs
-and output, as GPU kernels for attention do.
+A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
+long as it lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest
+sum, weights of the diffusion model included; "kernels" the operations that a GPU would be given for a step's forward
+and backward pass. Not counted: CUDA's own memory (about half a gigabyte), workspaces of convolutions, what the
+allocator loses, text encoders and VAE, which the host moves off. Attention is taken to keep its inputs and output, as
+the kernels do that GPUs have for it.
 """
 
 import argparse
@@ -84,7 +84,7 @@ class Counter(TorchDispatchMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what attention on a GPU keeps: its inputs, its output and one number per row."""
+    """Keeps what a GPU's attention keeps: its inputs, its output and a number for each row."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -99,8 +99,8 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def host_on_meta():
-    """Within the block, the host and the trainer treat META as a device with enough memory: nothing is loaded, read at
-    the end of a step, or kept as a fallback."""
+    """Within the block the host and the trainer take META for a device with memory enough: nothing is loaded, read at
+    the end of a step, or kept to fall back on."""
     import comfy.model_management as management
 
     from tlora_core.training.trainer import Reading, Trainer
@@ -125,8 +125,8 @@ def host_on_meta():
 
 
 def _prodigy_reads():
-    """For an optimizer's step only: Prodigy reads sums, and asks whether a parameter is all zero, of which it would
-    keep no copy; the answer is no. Nothing else in a step may read a value."""
+    """For an optimizer's step alone: Prodigy reads sums, and asks whether a parameter is all zero, of which it would
+    keep no copy; it is taken not to be. Nothing else of a step may read a number."""
     return _replaced([(torch.Tensor, "any", lambda tensor: True), (torch.Tensor, "item", lambda tensor: 1.0)])
 
 
@@ -143,7 +143,7 @@ def _replaced(stand_ins):
 
 
 def move(model):
-    """Moves a MODEL to META, except for its table of noise levels, which must be readable."""
+    """All of a MODEL to META, but for its table of noise levels, which has to be read beforehand."""
     levels, model.model.model_sampling = model.model.model_sampling, torch.nn.Identity()
     model.model.to(META)
     model.model.model_sampling, model.model.device, model.load_device = levels, META, META
@@ -166,9 +166,9 @@ def adapters_on_meta(model, method, rank):
 
 
 def step(model, tokens, size, rank, checkpointing):
-    """A second step on MODEL with all ranks on, in bytes: its peak; what lives afterwards; and the part of that which
-    belongs to the run (own): weights, adapters, starts, gradients, and the model's default optimizer. Then the number
-    of kernels."""
+    """A second step on MODEL with all ranks on, in bytes: its peak; what lives after it; and of that what belongs to
+    the run (own): weights, adapters, starts, gradients, the optimizer that the model's training has by default. Then
+    the kernels."""
     import random_models
 
     from tlora_core import RankSchedule
@@ -185,7 +185,7 @@ def step(model, tokens, size, rank, checkpointing):
     adapters = adapters_on_meta(model, usual.method, rank)
     weights = [*base.diffusion_model.parameters(), *base.diffusion_model.buffers()]
     trainer = Trainer(adapters, TrainConfig(steps=9, optimizer=usual.optimizer))
-    trainer.step = 1  # the very first loss is read
+    trainer.step = 1  # the first loss of all is read
     tensors = [*trainer.parameters, *adapters.buffers()]
     sample = Sample(
         torch.zeros(base.latent_format.latent_channels, size, size),
@@ -207,7 +207,7 @@ def step(model, tokens, size, rank, checkpointing):
         trainer.run(denoiser, 2)
         counter.peak, counter.kernels = counter.live, 0
         trainer.run(denoiser, 3)
-        del denoiser  # freed at the end of the session, with the layers' outputs for the text
+        del denoiser  # ends with the session, and with it what layers keep of the text
     state = [
         v
         for values in trainer.optimizer.state.values()

@@ -1,4 +1,4 @@
-"""Models of the host's own classes with random weights, of any size, for tests and benchmarks. Needs the host
+"""Models of the host's own classes with random weights, at any size, for tests and benchmarks. Needs the host
 importable."""
 
 import json
@@ -83,7 +83,7 @@ _NEXT = {
     "axes_dims": [32, 32, 32],
     "axes_lens": [300, 64, 64],
 }
-# Each family's class in the host, and its config with few and narrow layers; otherwise as the host detects it in real
+# Each family's class in the host and its config with few and narrow layers, else as the host detects it in the real
 # files.
 SMALL = {
     "sd15": ("SD15", {**_UNET, "use_linear_in_transformer": False, "num_heads": 8}),
@@ -217,7 +217,7 @@ LAYERS = re.compile(
 
 
 def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: int = 2048, **options):
-    """SDXL's U-Net, `width` channels wide at its top. The real one has 320; 64 gives 158 million parameters, or 110
+    """SDXL's U-Net, `width` channels wide at its top: 320 is the real one, 64 has 158 million parameters, or 110
     million with a fifth of the context too. depths: transformer blocks in a row on each level."""
     config = supported.SDXL(
         {
@@ -234,7 +234,7 @@ def sdxl(width: int = 320, depths: tuple[int, int, int] = (0, 2, 10), context: i
 
 
 def flux(hidden: int = 3072, blocks: tuple[int, int] = (19, 38), context: int = 4096, vector: int = 768, **options):
-    """FLUX.1's transformer with heads of 128. blocks: the numbers of double and of single blocks."""
+    """FLUX.1's transformer with heads of 128; `blocks` of two streams and of one."""
     size = {
         "hidden_size": hidden,
         "num_heads": hidden // 128,
@@ -247,22 +247,22 @@ def flux(hidden: int = 3072, blocks: tuple[int, int] = (19, 38), context: int = 
 
 
 def small(family: str, **options):
-    """A model of the family, small enough for tests."""
+    """The family's model at a size for tests."""
     name, size = SMALL[family]
     return _filled(getattr(supported, name)(dict(size)), **options)
 
 
 def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
-    """A MODEL whose matrices keep the scale of their inputs, with all gains and biases away from 0 and 1; on the device
-    "meta" without values.
+    """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
+    on the device "meta" without any numbers.
 
-    dtype: for computation. storage: of the weights, if different. quantised: a state dict with layers quantised as in
-        the host's files, used instead of random weights.
+    dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
+    with layers quantised as the host's files have them, to be used instead of random weights.
     """
     device = device or comfy.model_management.get_torch_device()
     config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
     config.quant_config = {"mixed_ops": True} if quantised else None
-    # The host reads from this gain which of SD2's files predict v.
+    # SD2's files give away by this gain which of them predict v.
     base = config.get_model(
         {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device
     )
@@ -278,14 +278,14 @@ def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=No
         is_gain = parameter.ndim == 1 and name.endswith(("weight", "scale"))
         parameter.data.copy_(is_gain + torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
     for name, buffer in base.diffusion_model.named_buffers():
-        if name.endswith("pos_embed"):  # SD3 reads it from the file; until then it is uninitialised memory
+        if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
             buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
     return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
 
 
 def quantise(model) -> dict[str, torch.Tensor]:
-    """The state dict of the diffusion model with its attention layers quantised to fp8, each with a scale, as in the
-    host's files. The model's own weights are rounded to the quantised values."""
+    """The state dict of the diffusion model with its attention layers quantised to fp8, a scale each, as the host's
+    files have them. The model's own weights are rounded to what these are worth."""
     weights = model.model.diffusion_model.state_dict()
     note = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
     for path in attention_layers(model):
@@ -310,7 +310,7 @@ def random_tlora(
     model, rank: int = 64, min_rank: int | None = None, size: float = 0.05, seed: int = 0, split=()
 ) -> TLoRAFile:
     """A T-LoRA on all attention layers, each update about `size` times its weight. Layers whose path ends in one of
-    `split` get two updates, on the second and the last third of their rows, like k and v of a fused layer."""
+    `split` get two, on the second and the last third of their rows, as a T-LoRA on k and v of a fused layer has."""
     generator = torch.Generator().manual_seed(seed)
 
     def update(rows, columns):
@@ -331,20 +331,21 @@ def random_tlora(
 
 
 def conditioning(model, tokens: int = 77, seed: int = 0) -> list:
-    """CONDITIONING of the model's widths."""
+    """CONDITIONING of the widths that the model takes."""
     config, generator = model.model.model_config.unet_config, torch.Generator().manual_seed(seed)
     embedder = config.get("context_embedder_config", {}).get("params", {}).get("in_features")
     names = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim", "text_dim")
     context = next((config[name] for name in names if name in config), embedder)
-    # The host may ask for it even if no layer uses it.
-    pooled = config.get("vec_in_dim") or config.get("adm_in_channels") or 8
-    if "num_classes" in config:  # SDXL appends its numbers for the picture's size and position
+    pooled = (
+        config.get("vec_in_dim") or config.get("adm_in_channels") or 8
+    )  # where no layer takes it, the host may still ask for it
+    if "num_classes" in config:  # SDXL's numbers of the picture's size and place come behind the text's
         pooled -= 256 * (5 if isinstance(model.model, comfy.model_base.SDXLRefiner) else 6)
     text = torch.randn(1, tokens, context, generator=generator)
     return [[text, {"pooled_output": torch.randn(1, pooled, generator=generator)}]]
 
 
 def latent(model, size: int = 8) -> torch.Tensor:
-    """An empty latent of one picture, or of a video of one frame."""
+    """An empty latent of one picture, or of a video of one."""
     kind = model.model.latent_format
     return torch.zeros(1, kind.latent_channels, *[1] * (kind.latent_dimensions - 2), size, size)

@@ -54,42 +54,6 @@ def same(one, two):
     )
 
 
-def train(adapters, denoiser, config, on_step=lambda step, loss: None):
-    """All steps of a training loop alone, without the node's run around it. Returns the loss of each."""
-    from tlora_core.training.trainer import Trainer
-
-    trainer = Trainer(adapters, config)
-    trainer.run(denoiser, config.steps, on_step)
-    return trainer.losses
-
-
-class OutOfMemory(TorchDispatchMode):
-    """Memory runs out once: at one operation, counted from 0, of the update that makes step `step`. Needs torch
-    only."""
-
-    def __init__(self, monkeypatch, step, operation):
-        from tlora_core.training.trainer import Trainer
-
-        super().__init__()
-        self.left, update = operation, Trainer._update
-
-        def short_of_memory(trainer):
-            with self if trainer.step + 1 == step else nullcontext():
-                update(trainer)
-
-        monkeypatch.setattr(Trainer, "_update", short_of_memory)
-
-    @property
-    def happened(self):
-        return self.left < 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.left -= 1
-        if self.left == -1:
-            raise torch.OutOfMemoryError("injected")
-        return func(*args, **(kwargs or {}))
-
-
 class Wish:
     """Does something after a step of a run."""
 
@@ -133,3 +97,39 @@ def nan_after(monkeypatch, steps):
             yield loss * (float("nan") if len(calls) > steps else 1)
 
     monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
+def train(adapters, denoiser, config, on_step=lambda step, loss: None):
+    """All steps of a training loop alone, without the node's run around it. Returns the loss of each."""
+    from tlora_core.training.trainer import Trainer
+
+    trainer = Trainer(adapters, config)
+    trainer.run(denoiser, config.steps, on_step)
+    return trainer.losses
+
+
+class OutOfMemory(TorchDispatchMode):
+    """Memory runs out once: at one operation, counted from 0, of the update that makes step `step`. Needs torch
+    only."""
+
+    def __init__(self, monkeypatch, step, operation):
+        from tlora_core.training.trainer import Trainer
+
+        super().__init__()
+        self.left, update = operation, Trainer._update
+
+        def short_of_memory(trainer):
+            with self if trainer.step + 1 == step else nullcontext():
+                update(trainer)
+
+        monkeypatch.setattr(Trainer, "_update", short_of_memory)
+
+    @property
+    def happened(self):
+        return self.left < 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == -1:
+            raise torch.OutOfMemoryError("injected")
+        return func(*args, **(kwargs or {}))

@@ -1,5 +1,5 @@
-"""Gradients of adapters on the host's own models, compared with finite differences in float64. The host's blocks write
-in place, so a recomputation in the backward pass could start from overwritten values."""
+"""Gradients of adapters on the host's own models, against finite differences in float64: its blocks write in place, and
+what is computed again for a backward pass starts from what was written there."""
 
 from contextlib import contextmanager
 
@@ -75,7 +75,7 @@ class Setting:
 
 
 def cast_to(model, storage):
-    """As the host loads a model whose dtype it cannot compute in: weights in `storage`, cast to float32 at each use."""
+    """As the host loads a model whose dtype it cannot compute in: weights in `storage`, cast at each use to float32."""
     import comfy.ops
 
     plain, casting = comfy.ops.disable_weight_init, comfy.ops.manual_cast
@@ -89,8 +89,8 @@ def cast_to(model, storage):
 
 
 def slope(setting, name, levels, step=1e-2):
-    """(slope according to the gradients, slope of the loss) when one layer's adapter moves along its gradient. The host
-    gives its output in float32, so the step must not be too small."""
+    """(what the gradients say, what the loss does) when one layer's adapter moves along its gradient. The host gives
+    its output in float32, so the step must not be too small."""
     adapter = setting.adapters[name]
     whole = list(adapter.module.parameters())
     parameters = [p[adapter.index] for p in whole]

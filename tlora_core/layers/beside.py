@@ -1,4 +1,4 @@
-"""A masked low-rank product beside a layer. It works for every layer and rank, at the cost of two matrix products."""
+"""A masked low-rank product beside a layer: right for every layer and rank, at the price of two products."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import LongTensor, Tensor
 
 
 class Beside:
-    """The forward of a layer with adapters beside it. `forward` is the layer's own, or its current replacement."""
+    """The forward of a layer with adapters beside it. `forward` is the layer's own, or whatever stands in for it."""
 
     def __init__(self, forward: Callable[..., Tensor], overlays: Sequence):
         self.run, self.overlays = forward, overlays

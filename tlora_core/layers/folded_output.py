@@ -1,8 +1,7 @@
-"""Adapters folded into a layer's output for a text, which recurs at every step.
+"""Adapters folded into a layer's output for a text, which comes back at every step.
 
-A layer that projects the text, for example the keys of cross-attention, gets the same input at every evaluation. Its
-output without adapters, and each adapter's down x, are computed only once. This saves more time than the T-LoRA costs
-elsewhere.
+A layer that projects the text, as cross-attention's keys and values, gets the same input at every evaluation. What the
+weight alone makes of it, and `down`, need computing once. This saves more than the T-LoRA costs elsewhere.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +17,7 @@ from .overlay import Folded, Overlay
 
 @dataclass
 class _Output:
-    """A layer's results for one text: its output without adapters, each adapter's down x, and the total with the
-    overlays in `folded`."""
+    """What a layer makes of one text: alone, each adapter's down x, and the sum with the overlays in `folded`."""
 
     alone: Tensor
     total: Tensor
@@ -28,7 +26,7 @@ class _Output:
 
 
 class FoldedOutput(Folded):
-    """Folds into the output for the evaluation's text. For any other input, the adapters go beside the layer."""
+    """Folds into the output for the evaluation's text. Any other input gets the adapters beside the layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         text = self.text
@@ -40,7 +38,7 @@ class FoldedOutput(Folded):
             output = text.outputs[self] = _Output(alone, total=alone)
         if output.folded != self.wanted:
             self._fold(output, x)
-        return output.total.clone()  # the caller may change it in place
+        return output.total.clone()  # what gets it may change it in place
 
     def _alone(self, x: Tensor) -> Tensor:
         return type(self.layer).forward(self.layer, x)

@@ -1,7 +1,8 @@
-"""Adapters folded into a copy of a layer's weight, at the cost of a plain LoRA although the rank changes at every step.
+"""Adapters folded into a copy of a layer's weight, at the price of a plain LoRA though the rank changes at every step.
 
-From one evaluation to the next, r(t) changes by a few components. Only these are added to the copy or subtracted from
-it. The layer itself is never written to, so its weight always stays the one that the host loaded.
+From one evaluation to the next r(t) moves by a component or a few. A copy of the weight that already holds the update
+needs only those added or taken away. The layer itself is never written to: whatever happens, its weight is the one
+that the host loaded.
 """
 
 from collections.abc import Callable
@@ -14,19 +15,19 @@ from torch import Tensor, nn
 from ..method.adapters import LowRank
 from .overlay import Folded, Overlay
 
-# In float32 each step rounds the weight again, by at most 6e-8 of its size. Over this number of steps the sum stays far
-# below 1e-5, the error that the output may have; then the copy is rebuilt.
+# In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
+# stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
 STEPS_UNTIL_REBUILD = 32
 
 
 class FoldedWeight(Folded):
-    """Folds into a copy of the weight, which is as large as the weight itself.
+    """Folds into a copy of the weight, as large as the weight itself.
 
-    In float32 the copy is updated by the components that changed. In half precision it is made from the layer's own
-    weight each time, so that it is rounded once, as the host rounds a plain LoRA's.
+    In float32 the copy follows `wanted` by the components that changed; in half precision it is made from the layer's
+    own weight each time, so that it is rounded once, as the host rounds a plain LoRA's.
 
-    fetch: a context manager that yields weight and bias in the dtype and on the device of a tensor; None if the layer's
-        own are already there.
+    fetch: gives weight and bias in the dtype and on the device of a tensor, for the length of a block; None where the
+        layer's own are there already.
     """
 
     def __init__(self, layer: nn.Linear, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
@@ -47,7 +48,7 @@ class FoldedWeight(Folded):
         return F.linear(x, self.weight, self.bias)
 
     def _follow(self) -> None:
-        """Adds and subtracts the components that changed since the last evaluation."""
+        """Adds and takes away what has changed since the last evaluation."""
         before, after = ({(o.update, o.row): o.active for o in each} for each in (self._folded, self.wanted))
         for update, row in before | after:
             _add(self.weight, update, row, before.get((update, row), 0), after.get((update, row), 0))
@@ -63,7 +64,7 @@ class FoldedWeight(Folded):
             if only and only.update.up.shape[0] == folded.shape[0]:
                 _add(folded, only.update, 0, 0, only.active, weight)
                 return
-            # Several updates are summed in float32, as in the host, so that half precision is rounded once here too.
+            # More than one: sum up in float32, as the host does, so that half precision is rounded once here too.
             total = weight.detach().to(torch.float32, copy=True)
             for overlay in self.wanted:
                 _add(total, overlay.update.to(dtype=torch.float32), overlay.row, 0, overlay.active)
@@ -71,8 +72,8 @@ class FoldedWeight(Folded):
 
 
 def _add(weight: Tensor, update: LowRank, row: int, before: int, after: int, source: Tensor | None = None) -> None:
-    """Changes `weight`, which holds the first `before` components of an update in the rows from `row` on, to hold the
-    first `after`. With a `source`, starts from the source instead and writes the result into `weight`."""
+    """Move `weight`, which holds the first `before` components of an update in the rows from `row` on, to the first
+    `after`. Where a `source` is given, what is moved is that, and `weight` only receives the result."""
     up, down = update.up, update.down
     rows = slice(row, row + up.shape[0])
     first, last = sorted((before * update.group, after * update.group))

@@ -1,6 +1,6 @@
-"""Puts adapters on a model's linear layers for one evaluation, and takes them off again.
+"""Adapters on a model's linear layers for the length of one evaluation: what is put on, and putting it on and off.
 
-There are four ways to put an adapter on a layer, each a class whose `forward` replaces the layer's own:
+There are four ways to put an adapter on a layer, each a class with a `forward` that stands in for the layer's own:
 `beside.Beside`, `folded_weight.FoldedWeight`, `folded_output.FoldedOutput`, and in training `trained.Trained`.
 """
 
@@ -34,14 +34,13 @@ class Overlay(NamedTuple):
 
     @property
     def update(self) -> LowRank:
-        """The adapter of a folded layer. Adapters in training are never folded, since their factors change."""
+        """The adapter, where it is folded: those in training never are, since their factors change."""
         assert isinstance(self.adapter, LowRank)
         return self.adapter
 
 
 class Folded:
-    """Base class of the ways that reuse their results from one evaluation to the next. `wanted`: the overlays to
-    apply."""
+    """Common part of the ways that keep what they computed from one evaluation to the next. `wanted`: what is on."""
 
     def __init__(self, layer: nn.Linear):
         self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
@@ -50,8 +49,8 @@ class Folded:
 
     @property
     def is_current(self) -> bool:
-        """False once the host has given the layer another weight or moved it off the device, or while the layer's
-        forward is replaced, because folding would skip the replacement."""
+        """False once the host has given the layer another weight or moved it off, or while something else stands in for
+        its forward, which folding would drop."""
         is_there = self.layer.weight is self.source and self.source.device == self.device
         return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
 
@@ -60,15 +59,15 @@ class Folded:
 
 
 def is_replaced(layer: nn.Module) -> bool:
-    """Whether the layer's own forward is replaced. A layer whose own forward was put back as an attribute does not
-    count."""
+    """Whether something stands in for the layer's own forward. Others may have put that itself there when they were
+    done."""
     forward = layer.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
 
 
 @contextmanager
 def replaced_forward():
-    """Yields a function that replaces a layer's forward until the block ends, even by an error."""
+    """Gives a function that replaces a layer's forward until the block ends, however it ends."""
     replaced = []
 
     def replace(layer, forward):
@@ -89,9 +88,9 @@ def replaced_forward():
 def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | None = None, text: Text | None = None):
     """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x for its overlays.
 
-    folded: the layers whose overlays are folded; all other layers get theirs beside, or as trained layers. text: the
-        text that the model receives in this evaluation. Afterwards the layers are as before, even after an error: the
-        host raises cancellations from inside any layer. Blocks can be nested; each adds to the output of the outer one.
+    folded: the layers whose overlays are folded; the rest get them beside, or trained. text: the one that the model is
+    given in this evaluation. The layers are as before afterwards, also after an error: the host raises cancellations
+    from inside any layer. Blocks nest, each adding to what the outer one gives.
     """
     of_layers: dict[nn.Linear, list[Overlay]] = defaultdict(list)
     for overlay in overlays:

@@ -51,7 +51,7 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
     import comfy.model_management
     import random_models
 
-    from tlora_core.hosts.comfy.training.memory import needs_checkpointing, training_memory
+    from tlora_core.hosts.comfy.training.memory import should_checkpoint, training_memory
     from tlora_core.hosts.comfy.training.session import training_session
 
     model = random_models.flux(256, (1, 1), 64, 32)
@@ -60,16 +60,16 @@ def test_checkpointing_is_chosen_when_memory_is_short(comfy, monkeypatch):
         need = training_memory(denoiser, 1) + 3 * denoiser.adapter_bytes
         for free, wanted in ((2 * need, False), (need, True)):
             monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device, free=free: free)
-            assert needs_checkpointing(denoiser, 1) is wanted
+            assert should_checkpoint(denoiser, 1) is wanted
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 1.25 * need)
-        assert not needs_checkpointing(denoiser, 1)
-        assert needs_checkpointing(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), (
+        assert not should_checkpoint(denoiser, 1)
+        assert should_checkpoint(denoiser_for(model, 16, 32, optimizer="prodigy"), 1), (
             "which keeps twice as much as AdamW"
         )
         # Weights that the host moves in only when they are used take memory too.
         model.partially_unload(torch.device("cpu"), 1e9)
         monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda device: 2 * need)
-        assert needs_checkpointing(denoiser, 1)
+        assert should_checkpoint(denoiser, 1)
 
 
 def out_of_memory_once(monkeypatch, base, step, error=None):

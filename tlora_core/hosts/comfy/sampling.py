@@ -1,19 +1,18 @@
 """The timestep-aware patch: how a T-LoRA follows the sampler.
 
-Each application adds one APPLY_MODEL wrapper. There the host passes the sigma of every row of the batch, after it has
-joined conditional and unconditional rows, split areas and context windows, whatever the sampler. The wrapper maps sigma
-to t and t to ranks, and puts the adapters on for this one evaluation. Nothing stays on the model in between, so a
+One APPLY_MODEL wrapper per application. There the host hands over the sigma of every row of the batch, after it has
+joined conditional and unconditional rows, split areas and context windows, whatever the sampler. The wrapper maps
+sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothing stays on the model in between, so a
 branch of the graph without the T-LoRA is untouched.
 
 An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the
-figures. Folded into a copy of the layer's weight (`folded_weight.FoldedWeight`), it costs almost no time, and as much
-memory as the weight. Keys and values of the text fold into their outputs (`folded_output.FoldedOutput`), which saves
-time and takes little memory. Otherwise it goes beside the layer as a low-rank product, which costs time at every
-evaluation but no memory beyond the adapter's own.
-
-Copies are made if memory allows. The product is used for layers in fp8 or quantised, for layers with another LoRA that
-the host adds when it fetches their weights, for models that are compiled or patched by hooks, and for batches whose
-rows differ in rank. A compiled model gets its rank as a tensor, so that no step recompiles it.
+figures. Folded into a copy of the layer's weight (`folded_weight.FoldedWeight`) it costs next to nothing in time, and
+the weight's size in memory. Keys and values of the text fold into their outputs (`folded_output.FoldedOutput`), which
+saves time and takes little memory. Else it goes beside the layer, as a low-rank product, which costs time at every
+evaluation but no memory beyond the adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or
+with another LoRA that the host adds as it fetches their weights, models that are compiled or patched by hooks, and
+batches whose rows differ in rank get the product; a compiled model gets its rank as a tensor, so that no step compiles
+it anew.
 """
 
 import uuid
@@ -50,8 +49,8 @@ from .model.weights import without_weights
 
 
 class Placed(NamedTuple):
-    """A T-LoRA's adapters in the evaluated model, each as (layer, adapter, first row of the layer). ranks: the ranks
-    that occur. layers: by module path."""
+    """A T-LoRA's adapters in the model that is evaluated: (layer, adapter, first row of the layer) of each. ranks:
+    which ranks they have. layers: by module path."""
 
     adapters: list[tuple[torch.nn.Module, Adapter | LowRank, int]]
     ranks: set[int]
@@ -67,7 +66,7 @@ def place(base, adapters: Mapping[LayerName, Adapter | LowRank]) -> Placed:
 
 
 class TimestepAwarePatch:
-    """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling. `schedule`: the file's."""
+    """The APPLY_MODEL wrapper of one T-LoRA, in training and in sampling. `schedule` is that of the file."""
 
     def __init__(self, schedule: RankSchedule):
         self.schedule = schedule
@@ -80,11 +79,11 @@ class TimestepAwarePatch:
     def evaluation(
         self, base, x, sigma, text
     ) -> tuple[list[Overlay], Mapping[torch.nn.Module, Folded] | None, Text | None]:
-        """The overlays of one evaluation, the layers on which they are folded, and the text if it recurs."""
+        """What is put on for one evaluation, the layers on which it is folded, and the text that comes back."""
         raise NotImplementedError
 
     def overlays(self, placed: Placed, timesteps: torch.Tensor, T: float, as_tensors: bool = False) -> list[Overlay]:
-        """Each adapter with its rank at timesteps [B]. as_tensors: for torch.compile, which recompiles for every
+        """Each adapter with the ranks of timesteps [B]. as_tensors: for torch.compile, which compiles anew for every
         int."""
         active = self.schedule.active_of_layers(placed.ranks, timesteps, T)
         if as_tensors:
@@ -93,7 +92,7 @@ class TimestepAwarePatch:
 
     def to(self, target):
         """The host moves everything that has `.to` to the sampling device, then casts it to the model's dtype, which
-        may be fp8, and finally moves it off. Adapters are cast where they are used, so there is nothing to do here."""
+        may be fp8, and at the end moves it off. Adapters are cast where they are used, so there is nothing to do."""
         return self
 
 
@@ -105,26 +104,26 @@ class Folds:
     def __init__(self, base):
         self.weights_uuid = base.current_weight_patches_uuid
         self.is_compiled = is_compiled(base, base.current_patcher)
-        self.layers: dict[torch.nn.Module, Folded | None] = {}  # None: never folded
+        self.layers: dict[torch.nn.Module, Folded | None] = {}  # None: not to be folded
         self.texts = TextMemo()
 
     @classmethod
     def of(cls, base) -> "Folds":
         folds = cls._of_models.get(base)
-        # The host gives its patches a new identity whenever it patches weights again, which it may do in place.
+        # The host gives its patches a new identity whenever it patches weights anew, which it may do in place.
         if folds is None or folds.weights_uuid != base.current_weight_patches_uuid:
             folds = cls._of_models[base] = cls(base)
         return folds
 
     @classmethod
     def forget(cls, patcher: ModelPatcher) -> None:
-        """The host's ON_PRE_RUN and ON_CLEANUP callback: before and after every sampling, even after an error or a
+        """The host's ON_PRE_RUN and ON_CLEANUP callback: before every sampling and after it, also after an error or a
         cancel."""
         cls._of_models.pop(patcher.model, None)
         forget_modules(patcher)
 
     def current(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, must: bool):
-        """The layers that are folded in this evaluation, each with its fold."""
+        """Those of the layers, by path, that are folded in this evaluation, and how."""
         new = {path: layer for path, layer in layers.items() if layer not in self.layers}
         if new:
             self._decide(base, new, x, base.get_dtype_inference(), must)
@@ -132,8 +131,8 @@ class Folds:
         return {layer: fold for layer, fold in found if fold is not None and fold.is_current}
 
     def _decide(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
-        """Folds all layers that can be folded, if there is memory for their copies. Copies of layers whose weights the
-        host moves or casts at each use come last: they need room beside all those weights."""
+        """All that can be folded is, if the memory for their copies is there; where the host moves or casts weights as
+        they are used, beside all of these."""
         room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
         plain, cast = [], []
         for path, layer in layers.items():
@@ -147,15 +146,14 @@ class Folds:
 
 
 def _is_constant(layer: torch.nn.Module) -> bool:
-    """Whether the layer's output depends on nothing but its weight and its input. Anything else might follow the
-    timestep too."""
+    """Whether nothing else, which might follow the timestep too, has a hand in what the layer makes of its input."""
     functions = getattr(layer, "weight_function", ()), getattr(layer, "bias_function", ())
     return not is_replaced(layer) and not any(functions)
 
 
 def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
-    """Whether the layer's own forward only multiplies its input by the weight, and a copy of the weight is not many
-    times larger than its stored form."""
+    """Whether the layer's own forward is just its weight times the input, and a copy of that not many times what is
+    stored of it."""
     weight = layer.weight
     return (
         isinstance(layer, torch.nn.Linear)
@@ -167,12 +165,12 @@ def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
 
 
 class SamplingPatch(TimestepAwarePatch):
-    """`TimestepAwarePatch` of a stored T-LoRA, scaled by strength.
+    """`TimestepAwarePatch` of a stored T-LoRA, scaled by strength. Its device copies are made once a sampling and do
+    not
+    outlast it: of a sweep's models, each with its own, one samples at a time, and with --highvram or --gpu-only the
+    host leaves idle ones on the GPU.
 
-    Its device copies are made once for a sampling and freed afterwards. Of a sweep's models, each with its own copies,
-    only one samples at a time, and with --highvram or --gpu-only the host leaves idle ones on the GPU.
-
-    fold: None lets memory decide, True folds wherever a layer allows it, False never folds.
+    fold: None lets memory decide, True folds wherever a layer allows it, False never does.
     """
 
     def __init__(self, tlora: TLoRAFile, strength: float, fold: bool | None = None):
@@ -198,8 +196,8 @@ class SamplingPatch(TimestepAwarePatch):
     def placed(self, base, x) -> Placed:
         key = base, x.device, base.get_dtype_inference()
         if key not in self._placed:
-            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. Tensors that
-            # nodes make would be refused.
+            # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
+            # is not.
             with torch.inference_mode(False):
                 copies = {name: self._copy(layer, *key[1:]) for name, layer in self.layers.items()}
             self._placed[key] = place(base, copies)
@@ -210,7 +208,7 @@ class SamplingPatch(TimestepAwarePatch):
         return LowRank(up, layer.down.to(device, dtype, copy=True), layer.group)
 
     def to(self, target):
-        """Discards the copies when the adapters are moved; the next evaluation makes new ones."""
+        """Where the adapters are moved, copies are made anew."""
         if isinstance(target, torch.device):
             self._placed.clear()
         return self

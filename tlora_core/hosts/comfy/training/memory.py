@@ -40,7 +40,7 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> int:
     return int(batch * (small + growth * (large - small)))
 
 
-def needs_checkpointing(denoiser: HostDenoiser, batch: int) -> bool:
+def should_checkpoint(denoiser: HostDenoiser, batch: int) -> bool:
     """Whether a step would not fit into the free memory, once the rest of the weights, the adapters' gradients and the
     optimizer's state are loaded too."""
     need = (

@@ -29,7 +29,7 @@ from ..sampling import apply_tlora
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
 from .encode import Encoder
-from .memory import needs_checkpointing
+from .memory import should_checkpoint
 from .session import checkpointed, training_session
 
 # "fast" keeps what the backward pass needs; "low" recomputes it block by block (gradient checkpointing); "auto" is
@@ -181,7 +181,7 @@ class Personalization:
             )
             try:
                 if self.checkpointing is None:
-                    self.checkpointing = needs_checkpointing(denoiser, self.request.config.batch_size)
+                    self.checkpointing = should_checkpoint(denoiser, self.request.config.batch_size)
                 if self.checkpointing:
                     stack.enter_context(checkpointed(self.model))
                 return self.trainer.run(denoiser, until, on_step)

@@ -1,4 +1,4 @@
-"""Prepares a MODEL that the host has loaded for training, without a second copy of its weights."""
+"""The MODEL that the host has loaded, made fit for training without a second copy of its weights."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +19,10 @@ from ..model.layers import fetched, forget_modules, is_cast
 
 @contextmanager
 def training_session(model: ModelPatcher, checkpointing: bool = False):
-    """Within the block, the model is fully loaded and autograd can run through it. Its weights stay bit-identical,
-    whatever happens inside.
+    """The model loaded in full and fit for autograd; leaves its weights bit-identical, whatever happens inside.
 
-    Nodes run in inference mode, and autograd refuses the tensors made there. The weights are wrapped again around the
-    same storage, without a copy, and stay valid for later sampling. checkpointing: see `checkpointed`.
+    Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
+    storage: no copy, and they stay valid for later sampling. checkpointing: see `checkpointed`.
     """
     was_training = comfy.model_management.in_training
     with torch.inference_mode(False), torch.enable_grad():
@@ -33,8 +32,9 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
         for module in network.modules():
             _leave_inference_mode(module)
         try:
-            # Makes the host take differentiable paths instead of faster ones.
-            comfy.model_management.in_training = True
+            comfy.model_management.in_training = (
+                True  # lets the host take differentiable paths where it has faster ones
+            )
             with replaced_forward() as replace:
                 _freeze(network, replace)
                 _protect_norms(network, replace)
@@ -49,8 +49,8 @@ def training_session(model: ModelPatcher, checkpointing: bool = False):
 
 
 def _move_off(model: ModelPatcher) -> None:
-    """Moves off the device what the model's wrappers have put there, for example a T-LoRA on which another one is
-    trained. The host does this only after a sampling."""
+    """What wrappers on the model, such as a T-LoRA that was trained on top of, have put on the device; the host does it
+    after a sampling."""
     for wrapper in (w for keyed in model.wrappers.values() for each in keyed.values() for w in each):
         if hasattr(wrapper, "to"):
             wrapper.to(torch.device("cpu"))
@@ -58,8 +58,8 @@ def _move_off(model: ModelPatcher) -> None:
 
 @contextmanager
 def checkpointed(model: ModelPatcher):
-    """Within the block, inside a training session: each block of the model is recomputed in the backward pass instead
-    of being kept. A step takes a third more time and a fraction of the memory."""
+    """Within a training session: each block is computed again in the backward pass instead of being kept, for a third
+    more time and a fraction of the memory."""
     with replaced_forward() as replace:
         _checkpoint(model.model.diffusion_model, replace)
         yield
@@ -68,7 +68,7 @@ def checkpointed(model: ModelPatcher):
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks that a diffusion model runs one after the other."""
     network = getattr(network, "_orig_mod", network)
-    if isinstance(network, UNetModel):  # it does not call the elements of its lists
+    if isinstance(network, UNetModel):  # which does not call the elements of its lists
         return [m for m in network.modules() if isinstance(m, ResBlock | BasicTransformerBlock)]
     return list(_elements_of_lists(network))
 
@@ -90,8 +90,8 @@ def _freeze(network: nn.Module, replace: Replace) -> None:
 
 
 def _protect_norms(network: nn.Module, replace: Replace) -> None:
-    """Gives the norms in the blocks of FLUX and similar models a copy of their input. These blocks write results into
-    their input in place after a norm has saved it for its backward pass."""
+    """The blocks of FLUX and its like write each result onto their input in place, after a norm has kept that for its
+    backward pass. Such a norm gets a copy."""
     if isinstance(getattr(network, "_orig_mod", network), UNetModel):
         return
     for block in blocks(network):
@@ -116,12 +116,13 @@ def _leave_inference_mode(module: nn.Module) -> None:
     for name, parameter in module._parameters.items():
         if parameter is not None and parameter.is_inference():
             fresh = module._parameters[name] = nn.Parameter(_same_storage(parameter), requires_grad=False)
-            # The host keeps notes there, for example the dtype in which it moves the weight.
-            vars(fresh).update(vars(parameter))
+            vars(fresh).update(
+                vars(parameter)
+            )  # what the host notes there, such as the dtype that it moves the weight in as
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_inference():
             module._buffers[name] = _same_storage(buffer)
-    # The weights of a LoRA that the host adds beside the layer (its bypass LoRA).
+    # Of a LoRA that the host adds beside the layer (its bypass LoRA).
     lora = getattr(getattr(vars(module).get("forward"), "__self__", None), "adapter", None)
     if lora is not None and isinstance(weights := getattr(lora, "weights", None), tuple | list):
         lora.weights = type(weights)(
@@ -131,7 +132,7 @@ def _leave_inference_mode(module: nn.Module) -> None:
 
 def _same_storage(tensor: Tensor) -> Tensor:
     if isinstance(tensor.data, QuantizedTensor):
-        data = tensor.data  # kept in a variable: each access makes it and its parts anew
+        data = tensor.data  # held: it is made anew at each call, and the marks of its parts with it
         names, rest = data.__tensor_flatten__()
         inner = {name: _same_storage(getattr(data, name)) for name in names}
         return QuantizedTensor.__tensor_unflatten__(inner, rest, tensor.size(), tensor.stride())
