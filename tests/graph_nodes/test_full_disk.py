@@ -51,8 +51,14 @@ def small_files(server, folder: Path):
 def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, loras, good, trained, obstacle, what):
     folder = loras / f"{obstacle.__name__}_{what}"
     folder.mkdir(exist_ok=True)
-    cases = {"training": bad_training, "saving": saving_as, "baking": baking}
-    case = cases[what](file_name=f"{folder.name}/x")
+    name = f"{folder.name}/x"
+    # With a seed of its own, so that no earlier run is found whose file need only be written.
+    seed = 70 if obstacle is small_disk else 71
+    case = {
+        "training": lambda: bad_training(file_name=name, seed=seed),
+        "saving": lambda: saving_as(name),
+        "baking": lambda: baking(file_name=name),
+    }[what]()
     with obstacle(server, folder):
         message = error_of(server, case())
         left = files_below(folder)
