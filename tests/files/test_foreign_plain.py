@@ -156,7 +156,7 @@ def stacked(
     "options",
     [
         {},
-        {"order": lambda rank: list(range(2 * rank))},
+        pytest.param({"order": lambda rank: list(range(2 * rank))}, id="halves"),
         {"minus": "down"},
         {"moved": 1e-4},
         {"moved": 0.1},

@@ -133,7 +133,6 @@ def reference_run(
     return step / name
 
 
-FLUX_WIDTH = 6
 FLUX_LAYERS = {  # diffusers' name -> (ComfyUI's, out_features, in_features)
     "transformer_blocks.0.attn.to_q": ("double_blocks.0.img_attn.qkv@0", 6, 6),
     "transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv@6", 6, 6),
