@@ -124,7 +124,7 @@ def test_a_fused_module_has_the_height_that_it_has_in_the_model(base_model, path
     assert whole.up.shape == (height, 2 * len(parts))
 
 
-def test_a_fused_module_whose_height_cannot_be_told_is_refused():
+def test_a_fused_module_of_unknown_height_is_refused():
     layers = {"layers.0.attention.qkv@6": LowRank(torch.ones(2, 2), torch.ones(2, 6), 1)}
     with pytest.raises(TLoRAError, match="size of the module .*layers.0.attention.qkv"):
         fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2"))

@@ -174,7 +174,7 @@ def test_reference_flux_pickle_is_split_into_the_fused_rows(tmp_path):
         assert_close(update(tlora.layers[name], RANK), up.double() @ down.double())
 
 
-def test_flux_without_hparams_says_what_the_trainer_does_by_default(tmp_path):
+def test_flux_without_hparams_reports_the_trainers_default(tmp_path):
     torch.save(reference_flux()[0], tmp_path / "lora.pt")
     (note,) = load_any(tmp_path / "lora.pt").notes
     assert "it is assumed: min_rank 2, half the rank" in note and "own default is 4." in note  # 16, and the rank is 4
@@ -207,7 +207,7 @@ def test_flux_hparams_that_are_neither_true_nor_false_are_one_sentence(tmp_path)
         load_any(reference_flux_run(tmp_path, reference_flux()[0], "perhaps"))
 
 
-def test_what_single_blocks_save_and_never_use_is_left_out(tmp_path):
+def test_unused_adapters_of_single_blocks_are_left_out(tmp_path):
     state, layers = reference_flux()
     unused = unused_of_single_blocks(state)
     loaded = load_any(reference_flux_run(tmp_path, state | unused))
@@ -215,7 +215,7 @@ def test_what_single_blocks_save_and_never_use_is_left_out(tmp_path):
     assert "8 keys unmatched" in loaded.report and "never uses it" in loaded.report
 
 
-def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
+def test_a_flux_file_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
     import comfy.sd
     import comfy.utils
     import random_models

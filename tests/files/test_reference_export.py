@@ -226,7 +226,7 @@ def test_an_alpha_of_any_size_is_a_number_to_the_references_inference(tmp_path, 
         ({"schedule": RankSchedule(4, 1)}, "attn.processor.to_out.* rank 2 and the schedule 4"),
     ],
 )
-def test_what_the_references_code_has_no_place_for_is_refused_in_a_sentence(tmp_path, changes, named):
+def test_features_that_the_references_code_lacks_are_refused_in_a_sentence(tmp_path, changes, named):
     group = 2 if "method" in changes else 1
     layers = {"double_blocks.0.img_attn.proj": LowRank(torch.randn(6, 2 * group), torch.randn(2 * group, 6), group)}
     if "rank" in named:

@@ -126,7 +126,9 @@ def test_disk_that_fills_up_during_a_training_loses_nothing_and_run_again_only_w
     assert same_tensors(tmp_path / "x.safetensors", loras / server.run(graph).outputs[node]["text"][0])
 
 
-def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_user_is_told(server, loras, straight):
+def test_training_that_neither_disk_can_store_is_kept_in_the_output_folder_and_the_user_is_told(
+    server, loras, straight
+):
     folder, output = loras / "taken_nowhere", server.workspace / "output"
     folder.mkdir()
     with small_disk(server, folder, "1m"), small_disk(server, output / "tlora_runs"):
@@ -142,7 +144,7 @@ def test_training_that_neither_disk_takes_is_kept_in_the_output_folder_and_the_u
 
 
 @pytest.mark.parametrize("found", [False, True], ids=["trained", "found"])
-def test_folder_that_cannot_be_written_to_is_told_before_any_step(server, loras, straight, found):
+def test_folder_that_cannot_be_written_to_is_reported_before_any_step(server, loras, straight, found):
     folder, none = loras / f"read_only{found}", CancelAt(server, step=10**9)
     folder.mkdir()
     graph, node = longer_training(f"{folder.name}/x")

@@ -230,7 +230,7 @@ class StopAt:
 
 
 @pytest.mark.parametrize("rerun, goes_on", [("continue", True), ("auto", False)])
-def test_running_a_stopped_graph_again_goes_on_where_it_is_asked_to_and_then_no_more(server, rerun, goes_on):
+def test_running_a_stopped_graph_again_resumes_it_if_asked_and_only_once(server, rerun, goes_on):
     graph = TinyGraph()
     training = graph.train(
         steps=60, learning_rate=1e-3, seed=40 + goes_on, file_name=f"tests/stopped_{rerun}", rerun=rerun

@@ -164,7 +164,7 @@ LFS_POINTER = (
         ],
     ],
 )
-def test_damaged_file_is_told_in_one_sentence(model_folders, tmp_path, file, content):
+def test_damaged_file_is_reported_in_one_sentence(model_folders, tmp_path, file, content):
     for path in (model_folders / "dino").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).write_bytes(content((tmp_path / file).read_bytes()))
@@ -175,7 +175,7 @@ def test_damaged_file_is_told_in_one_sentence(model_folders, tmp_path, file, con
 
 
 @pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "empty"])
-def test_damaged_weights_in_openais_own_layout_are_told_too(model_folders, tmp_path, content):
+def test_damaged_weights_in_openais_own_layout_are_reported_too(model_folders, tmp_path, content):
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_text((model_folders / "dino" / name).read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(content)

@@ -53,7 +53,7 @@ def ran(monkeypatch):
     return commands_run
 
 
-def test_a_fast_run_leaves_out_what_asks_for_the_host_even_indirectly(tmp_path):
+def test_a_fast_run_leaves_out_tests_that_need_the_host_even_indirectly(tmp_path):
     said = said_by_pytest(tmp_path, TLORA_FAST="1", CHROMIUM="/no/such/browser")
     assert "1 passed, 1 skipped, 1 deselected" in said
     assert "Tests left out because they need ComfyUI: 1." in said
@@ -113,6 +113,6 @@ def test_lint_runs_every_check_and_fails_when_one_does(monkeypatch, ran, capsys)
     assert cli.main(["lint"]) == 1 and "Lint FAILED: ruff." in capsys.readouterr().err
 
 
-def test_what_lint_runs_is_pinned():
+def test_lint_tools_are_pinned():
     names = {re.split(r"[\[=]", pin)[0] for pin in build.lint_pins()}
     assert names == {"ruff", "pyright"} and all("==" in pin for pin in build.lint_pins())

@@ -147,7 +147,7 @@ def test_prompts_are_followed_from_pure_noise_and_not_from_next_to_none(bench, m
     assert f"| 999 | 14.61 | {noisy['shape']:.0%} |" in about.decided(tmp_path)
 
 
-def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+def test_miniature_study_runs_and_resumes_where_it_was(bench, tmp_path, monkeypatch):
     cells = study.cells_of(["rates"], study.SCALES["miniature"], {})[:2]
     file, said = tmp_path / "miniature.jsonl", []
     with torch.inference_mode():

@@ -53,7 +53,7 @@ def test_claims_are_judged_by_their_interval(monkeypatch, ours, others, verdict)
     }
 
 
-def test_concepts_that_never_reach_the_likeness_are_told_from_those_not_trained(monkeypatch):
+def test_concepts_that_never_reach_the_likeness_are_distinguished_from_untrained_concepts(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 3)
     made = [
         p
@@ -69,7 +69,7 @@ def test_concepts_that_never_reach_the_likeness_are_told_from_those_not_trained(
     assert claims.of_paper(made)[0].verdict == "no verdict (2 of 3 concepts can be compared)"
 
 
-def test_likeness_in_the_end_is_compared_after_the_last_step_of_both(monkeypatch):
+def test_final_likeness_is_compared_after_the_last_step_of_both(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 2)
     records = []
     for concept in ("olive heart", "tan cross"):
@@ -82,7 +82,7 @@ def test_likeness_in_the_end_is_compared_after_the_last_step_of_both(monkeypatch
     assert less.verdict == "confirmed" and less.figures.startswith("0.250") and "2 units" in less.figures
 
 
-def test_what_is_damaged_at_a_compared_level_is_not_compared(monkeypatch):
+def test_trainings_damaged_at_a_compared_level_are_not_compared(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 2)
     made = three_concepts((0.9, 0.9, 0.1), (0.5, 0.6, 0.5))
     broken = [
@@ -115,7 +115,7 @@ def test_copying_is_judged_by_fewer_copies_and_on_the_other_seeds_apart(monkeypa
     assert "without seed 0" in fresh.text and "3 units" in fresh.figures
 
 
-def test_each_likeness_by_itself_counts_what_the_gate_leaves_out(monkeypatch):
+def test_each_level_of_likeness_counts_the_units_that_the_gate_excludes(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 3)
     made = three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5))
     broken = [replace(point, control=0.4) if point.cell.method == "lora" else point for point in made]
@@ -129,7 +129,7 @@ def test_each_likeness_by_itself_counts_what_the_gate_leaves_out(monkeypatch):
     assert rows[0.5].copied_background.mean == 0 and rows[2].ts is None
 
 
-def test_what_the_likeness_made_one_think_is_judged_by_fresh_trainings_alone(monkeypatch):
+def test_claims_about_likeness_are_judged_by_fresh_trainings_only(monkeypatch):
     monkeypatch.setattr(analysis, "FEWEST", 3)
     old = three_concepts((0.9, 0.8, 0.9), (0.5, 0.6, 0.5))
     assert {claim.verdict for claim in claims.of_likeness(old)} == {"not tested"}

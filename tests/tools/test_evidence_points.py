@@ -26,7 +26,7 @@ def test_a_point_holds_the_papers_measures():
     )
 
 
-def test_what_a_scorer_reads_badly_on_a_concept_is_counted_for_no_figure_of_it(tmp_path):
+def test_an_attribute_with_an_inaccurate_scorer_counts_in_no_figure_of_its_concept(tmp_path):
     with pytest.raises(SystemExit, match="check-scorers"):
         analysis.left_out(tmp_path)
     (tmp_path / "scorers.json").write_text(
@@ -74,7 +74,7 @@ def test_flow_trainings_are_measured_from_the_flow_base_and_stand_in_no_other_ta
         analysis.points([base(), record(base="flow")])
 
 
-def test_what_is_past_the_lowest_level_at_its_first_checkpoint_is_drawn_before_it():
+def test_trainings_past_the_lowest_level_at_their_first_step_are_measured_earlier():
     scale = replace(study.SCALES["full"], steps=(100, 200))
     fast, slow = run_of("lora", (1, 1)), [record(method="tlora", distance=0.27), record(method="tlora", step=200)]
     early = record(step=100)
@@ -83,7 +83,7 @@ def test_what_is_past_the_lowest_level_at_its_first_checkpoint_is_drawn_before_i
     assert cell.method == "lora" and study.drawn_earlier(cell) == replace(cell, steps=(25, 50))
 
 
-def test_what_has_not_learnt_the_concept_by_its_last_checkpoint_is_gone_on_with():
+def test_trainings_that_have_not_learnt_the_concept_are_continued():
     scale = replace(study.SCALES["full"], steps=(100, 200))
     learnt, slow = (
         [record(distance=0.15), record(step=200, distance=0.28)],
@@ -107,7 +107,7 @@ def test_another_pace_is_another_row_and_no_part_of_a_methods_own():
     assert slower.sound == {("olive heart", 0): pytest.approx(-0.3)}
 
 
-def test_records_from_before_a_field_of_cells_was_thought_of_count_as_done():
+def test_records_from_before_a_field_of_cells_existed_count_as_done():
     old = record(method="tlora")
     del old["cell"]["base"]
     old["cell"]["steps"] = [100]
@@ -121,7 +121,7 @@ def test_values_are_taken_where_the_training_first_reaches_the_likeness():
     assert [at[0.25], at[0.5], at[0.75]] == pytest.approx([0.9, 0.8, 0.6]) and at[1.01] is None
 
 
-def test_a_training_gone_on_with_is_one_line():
+def test_a_continued_training_is_one_line():
     short, longer = run_of("lora", (0.8, 0.8)), run_of("lora", (0.4, 0.4))
     for r in longer:
         r["cell"]["steps"], r["step"] = [300, 400], r["step"] + 200
@@ -143,7 +143,7 @@ def test_gate_sees_reproduction_and_damage():
     assert analysis.gate(lines) == pytest.approx({"reproduced": 2 / 3, "undamaged": 1 / 2})
 
 
-def test_rate_is_chosen_that_reproduces_without_damage_and_obeys_best(monkeypatch):
+def test_chosen_rate_reproduces_without_damage_and_has_the_highest_ts(monkeypatch):
     monkeypatch.setattr(analysis, "METHODS", {"lora": None})
     records = [base()]
     for rate, distance, ts in ((1e-4, 0.29, 1.0), (1e-3, 0.1, 0.8), (3e-3, 0.1, 0.5)):

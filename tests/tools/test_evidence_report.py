@@ -19,7 +19,7 @@ def test_a_training_that_was_broken_off_is_in_no_figure(tmp_path):
     assert name == "pilot" and [(p.cell.method, p.step) for p in given] == [("none", 0), ("lora", 100), ("lora", 200)]
 
 
-def test_each_row_is_compared_with_the_one_that_differs_only_in_what_the_table_is_about():
+def test_each_row_is_compared_with_the_row_that_differs_only_in_the_tables_subject():
     cells = {
         cell
         for name in study.STUDIES

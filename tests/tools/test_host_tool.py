@@ -185,7 +185,7 @@ def test_diffusers_leaves_the_hub_client_of_transformers_4_and_of_5_as_it_is():
     assert all(hub.specifier.contains(version) for version in ("0.34.0", "0.36.2", "1.3.0", "1.33.0"))
 
 
-def test_pip_failure_shows_what_pip_said():
+def test_pip_failure_shows_pips_output():
     with pytest.raises(HostError, match="could not install nonsense(?s:.*)tlora-no-such-package"):
         pip(Path(sys.executable), "install", "--no-index", "tlora-no-such-package", purpose="install nonsense")
 

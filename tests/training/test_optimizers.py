@@ -33,7 +33,7 @@ def test_every_optimizer_learns(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
-def test_state_of_an_optimizer_is_as_large_as_said(optimizer):
+def test_state_of_an_optimizer_has_the_stated_size(optimizer):
     adapter = one_lora(640, 64)
     with torch.no_grad():
         adapter.module.B.normal_()  # Prodigy remembers no start of zeros
@@ -59,7 +59,7 @@ def test_adafactor_moves_factors_as_far_as_adamw_at_the_same_rate():
     assert 0.3 < moved["adafactor"] / moved["adamw"] < 3
 
 
-def test_schedules_of_other_names_are_others():
+def test_each_learning_rate_schedule_differs_from_the_rest():
     rates = {}
     for name in LR_SCHEDULES:
         adapter = new_adapter()
@@ -80,7 +80,7 @@ def test_learning_rate_follows_its_schedule(name):
     assert rates[-1] == pytest.approx(1e-4) if name == "constant" else rates[-1] < 0.05e-4
 
 
-def test_what_an_optimizer_cannot_do_is_said():
+def test_settings_that_an_optimizer_lacks_are_refused():
     with pytest.raises(TLoRAError, match="GPU"):
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):

@@ -30,7 +30,7 @@ def test_record_on_a_full_disk_ends_and_holds_nothing_up(tmp_path, caplog, monke
     assert len([r for r in caplog.records if "record of this run" in r.message]) == 1
 
 
-def test_record_goes_on_where_the_run_was_taken_up(tmp_path):
+def test_record_continues_where_the_run_was_resumed(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from tlora_core.training.run_folder import Recorder, RunFolder

@@ -20,7 +20,7 @@ from tlora_core.training.trainer import (
 
 
 @pytest.mark.parametrize("config", HARD, ids=lambda c: c.optimizer)
-def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_interrupted(config):
+def test_run_that_was_saved_killed_and_resumed_is_bit_identical_to_an_uninterrupted_one(config):
     buckets = ((0, 1, 2), (3,))
     adapter = new_adapter()
     whole = Trainer(Adapters({"layer": adapter}), config)
@@ -48,7 +48,7 @@ def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_in
 @pytest.mark.parametrize("norm, is_scaled", [(0.5, False), (0.5, True), (0.0, True)])
 @pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
 @pytest.mark.parametrize("step", [1, 3])
-def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_known_to_be_half_made(
+def test_update_that_fails_anywhere_can_be_repeated_or_is_known_to_be_partial(
     monkeypatch, step, optimizer, norm, is_scaled
 ):
     config = TrainConfig(
@@ -90,7 +90,7 @@ def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_kno
 
 
 @pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)
-def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
+def test_result_is_the_average_and_training_continues_from_the_weights(config):
     adapter = new_adapter()
     trainer = Trainer(Adapters({"layer": adapter}), config)
     trainer.run(Toy(adapter), 30)
@@ -165,7 +165,7 @@ def test_result_of_a_run_that_diverged_is_that_of_the_last_good_state(config, fa
     )
 
 
-def test_run_that_was_taken_up_and_diverges_is_back_where_it_was_taken_up():
+def test_resumed_run_that_diverges_returns_to_where_it_was_resumed():
     first = new_adapter()
     before = Trainer(Adapters({"layer": first}), TrainConfig(steps=100))
     before.run(Toy(first), 7)

@@ -46,7 +46,7 @@ def test_a_bucket_that_fills_no_batch_begins_again():
     assert sorted(set(rows[0] + rows[1])) == [0, 1, 2] and rows[5] == Batches([[0, 1, 2]], 2, 0)[5]
 
 
-def test_samples_of_a_batch_and_of_each_step_are_drawn_anew():
+def test_samples_of_a_batch_and_of_each_step_are_drawn_independently():
     _, _, toy = run(TrainConfig(steps=5, batch_size=8))
     assert len(set(toy.drawn)) == 40
     assert not torch.equal(torch.rand(3, generator=generator_for(0, 1)), torch.rand(3, generator=generator_for(1, 1)))

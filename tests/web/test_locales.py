@@ -114,7 +114,7 @@ LABORATORY = ("tiny base", "could be told", "measurabl", "微型基础模型上"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_texts_say_what_an_input_does_and_not_what_an_experiment_found(language):
+def test_tooltips_describe_inputs_and_no_measurements(language):
     for node, one in entries(language).items():
         for name, slot in one.get("inputs", {}).items():
             assert not any(word in slot.get("tooltip", "") for word in LABORATORY), (node, name)

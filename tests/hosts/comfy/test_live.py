@@ -107,7 +107,7 @@ def test_a_page_listens_from_when_it_asks_for_the_runs_until_its_socket_closes(l
     assert [sid for _, _, sid in pages.sent] == ["still loading"]
 
 
-def test_loss_that_is_no_number_does_not_reach_the_page(live, pages):
+def test_nan_loss_does_not_reach_the_page(live, pages):
     run = live.LiveRun.begin("7", steps=3)
     for step, loss in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
         run.report(step, loss)

@@ -30,7 +30,7 @@ def schedule():
     return RankSchedule(64, 32)
 
 
-def test_page_is_told_the_rank_of_each_evaluation_and_the_samplers_steps(model, schedule, pages, monkeypatch):
+def test_page_receives_the_rank_of_each_evaluation_and_the_samplers_steps(model, schedule, pages, monkeypatch):
     from tlora_core.hosts.comfy.page import rank as live_rank
 
     monkeypatch.setattr(live_rank, "EVENT_EVERY", 0.0)

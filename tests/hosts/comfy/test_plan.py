@@ -122,7 +122,7 @@ def test_bytes_of_adapters_are_those_that_a_training_holds(comfy, method):
     assert adapter_bytes("oft", shapes.values(), 4, "adamw") == 0
 
 
-def test_what_cannot_be_known_is_not_guessed(checkpoints):
+def test_unknown_values_are_not_guessed(checkpoints):
     from tlora_core.hosts.comfy.routes.plan import asked_plan, plan
 
     (checkpoints / "broken.safetensors").write_bytes(b"no header")

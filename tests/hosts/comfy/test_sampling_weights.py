@@ -30,7 +30,7 @@ class TestCompiled:
     @pytest.mark.parametrize(
         "part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")]
     )
-    def test_every_evaluation_has_its_rank_and_none_compiles_anew(self, flux, counter, part, first, monkeypatch):
+    def test_every_evaluation_has_its_rank_and_none_compiles_again(self, flux, counter, part, first, monkeypatch):
         import comfy.model_management
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         from comfy_extras.nodes_torch_compile import skip_torch_compile_dict

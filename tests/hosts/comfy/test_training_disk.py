@@ -8,7 +8,7 @@ import pytest
 from training_runs import Wish, cancel, folders, nan_after, record, request, run, same, shown
 
 
-def test_cancel_and_divergence_end_the_run_where_the_disk_takes_nothing_too(base, output, monkeypatch):
+def test_cancel_and_divergence_end_the_run_even_on_a_full_disk(base, output, monkeypatch):
     import comfy.model_management
 
     from tlora_core import TLoRAError
@@ -42,7 +42,7 @@ def test_run_state_that_cannot_be_written_ends_no_training(base, output, monkeyp
     assert len(run(base, checkpoint_every=2).losses) == 6
 
 
-def test_the_file_is_handed_on_where_the_disk_takes_nothing_after_it(base, output, monkeypatch, caplog):
+def test_the_file_is_returned_even_if_the_disk_is_full_after_it(base, output, monkeypatch, caplog):
     replace, record_path = os.replace, []
 
     def full(source, target):
@@ -103,9 +103,7 @@ def no_file(monkeypatch, *folders):
 
 
 @pytest.mark.parametrize("rerun, more", [("auto", 0), ("continue", 3), ("restart", 0)])
-def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_says(
-    base, output, monkeypatch, rerun, more
-):
+def test_stopped_training_whose_file_cannot_be_saved_resumes_as_the_error_says(base, output, monkeypatch, rerun, more):
     from tlora_core.errors import TLoRAError
     from tlora_core.hosts.comfy.training.personalize import Personalization
 
@@ -129,7 +127,7 @@ def test_stopped_training_whose_file_cannot_be_saved_is_taken_up_as_the_error_sa
 
 @pytest.mark.parametrize("taken", ["output", "temp", "none"])
 @pytest.mark.parametrize("end", ["done", "stop", "cancel", "divergence"])
-def test_training_that_no_disk_takes_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(
+def test_training_that_no_disk_can_store_is_kept_in_the_output_or_temp_folder_and_the_user_is_told(
     base, output, monkeypatch, tmp_path, end, taken
 ):
     import comfy.model_management
@@ -192,7 +190,9 @@ def test_sizes_of_file_and_run_state_are_known_before_the_first_step(base, outpu
 
 @pytest.mark.parametrize("place", ["loras", "tlora_runs"])
 @pytest.mark.parametrize("lack", ["room", "rights"])
-def test_place_that_will_not_take_the_training_is_told_before_its_first_step(base, output, monkeypatch, place, lack):
+def test_folder_that_cannot_store_the_training_is_reported_before_its_first_step(
+    base, output, monkeypatch, place, lack
+):
     from tlora_core.errors import TLoRAError
     from tlora_core.hosts.comfy import room
     from tlora_core.hosts.comfy.training.personalize import Personalization
@@ -235,7 +235,7 @@ def test_place_that_will_not_take_the_training_is_told_before_its_first_step(bas
 
 
 @pytest.mark.parametrize("end", ["stop", "cancel"])
-def test_stop_and_cancel_keep_the_file_where_the_disk_takes_no_run_state(base, output, monkeypatch, end):
+def test_stop_and_cancel_save_the_file_even_if_the_run_state_does_not_fit(base, output, monkeypatch, end):
     import comfy.model_management
 
     from tlora_core import TLoRAError, TLoRAFile

@@ -8,9 +8,7 @@ import torch
 from training_runs import request, run
 
 
-def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot_be_shown_is_refused_before_any_work(
-    base, output
-):
+def test_white_space_in_token_and_class_word_becomes_one_space_and_hidden_characters_are_refused(base, output):
     from tlora_core import TLoRAError, TLoRAFile
     from tlora_core.hosts.comfy.training.personalize import TrainRequest
 
@@ -29,7 +27,7 @@ def test_white_space_in_token_and_class_word_is_that_of_captions_and_what_cannot
 
 
 @pytest.mark.parametrize("missing", ["clip", "vae"])
-def test_model_file_without_clip_or_vae_is_told_before_any_step(base, output, missing):
+def test_model_file_without_clip_or_vae_is_reported_before_any_step(base, output, missing):
     from tlora_core.errors import TLoRAError
 
     model, clip, vae = base
@@ -58,7 +56,7 @@ def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another
 
 
 @pytest.mark.parametrize("broken", ["vae", "clip"])
-def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, output, monkeypatch, broken):
+def test_nan_from_vae_or_clip_is_reported_before_any_step(base, output, monkeypatch, broken):
     from tlora_core import TLoRAError
 
     _, clip, vae = base
@@ -92,7 +90,7 @@ def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, o
         ({"validate_every": 5}, "validation_prompts is empty"),
     ],
 )
-def test_keeping_that_cannot_be_is_refused(comfy, changes, message):
+def test_invalid_keeping_is_refused(comfy, changes, message):
     from tlora_core import TLoRAError
     from tlora_core.hosts.comfy.training.run import Keeping
 

@@ -22,7 +22,7 @@ def test_a_run_is_named_like_its_file_without_the_number_that_was_added(comfy):
     ]
 
 
-def test_stop_keeps_what_was_learnt_and_continue_goes_on(base, output, monkeypatch):
+def test_stop_keeps_the_training_and_continue_resumes_it(base, output, monkeypatch):
     whole = run(base, file_name="run/whole", rerun="restart")
     with monkeypatch.context() as patch:
         Wish(patch, 3, lambda live: live.request("stop"))
@@ -55,7 +55,7 @@ def test_cancel_leaves_the_last_run_state_or_saves_when_asked(base, output, monk
     assert not (cancelled / "checkpoint.pt").exists() and not list(output.rglob("*.tmp"))
 
 
-def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
+def test_error_leaves_a_run_that_can_be_resumed(base, output, monkeypatch):
     from tlora_core import TLoRAError
 
     def full(*args):
@@ -70,7 +70,7 @@ def test_error_leaves_a_run_that_can_be_taken_up(base, output, monkeypatch):
     assert len(folders(output)) == 1
 
 
-def test_checkpoint_now_makes_a_file_and_the_training_goes_on(base, output, monkeypatch):
+def test_checkpoint_now_saves_a_file_and_training_continues(base, output, monkeypatch):
     Wish(monkeypatch, 2, lambda live: live.request("checkpoint"))
     assert len(run(base, checkpoint_every=0).losses) == 6
     assert len(list((output / "loras" / "run").glob("heart_step000002*"))) == 1
@@ -182,7 +182,7 @@ def test_kill_at_any_moment_loses_at_most_the_steps_since_the_run_state(host, tm
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
-def test_record_says_what_was_trained_with(base, output):
+def test_record_states_the_settings_of_the_training(base, output):
     run(base)
     told = record(output)
     assert (

@@ -59,7 +59,7 @@ def adapted(unet, tlora):
     return apply_tlora(unet, tlora)
 
 
-def test_what_only_adds_or_only_looks_is_let_through(unet, adapted):
+def test_nodes_that_only_add_or_read_weights_are_let_through(unet, adapted):
     from comfy.model_patcher import ModelPatcher
 
     key = next(key for key in unet.model.state_dict() if key.endswith("attn1.to_q.weight"))
