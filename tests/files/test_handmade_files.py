@@ -195,7 +195,7 @@ def test_made_by_hand(tmp_path, capsys, case, command):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_names_of_missing_files(tmp_path):
+def test_paths_that_are_no_regular_files_are_refused(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
     for path in (

@@ -86,7 +86,7 @@ def test_only_a_tested_tag_is_published():
     assert any("check_version.py" in step.get("run", "") for step in job["steps"][:-1])
 
 
-def test_files_missing_in_the_archive_are_present():
+def test_paths_excluded_from_the_archive_exist():
     lines = (REPO / ".comfyignore").read_text().splitlines()
     left_out = [line for line in lines if line and not line.startswith("#")]
     assert all((REPO / name).exists() for name in left_out)

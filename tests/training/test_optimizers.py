@@ -80,7 +80,7 @@ def test_learning_rate_follows_its_schedule(name):
     assert rates[-1] == pytest.approx(1e-4) if name == "constant" else rates[-1] < 0.05e-4
 
 
-def test_settings_that_an_optimizer_lacks_are_refused():
+def test_settings_that_an_optimizer_does_not_support_are_refused():
     with pytest.raises(TLoRAError, match="GPU"):
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):
