@@ -114,13 +114,13 @@ class HostDenoiser:
         self._batches: dict[tuple, tuple[dict, Text | None]] = {}
         self._texts: WeakValueDictionary[tuple, Text] = WeakValueDictionary()  # by the captions of the samples
 
-    def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        yield self._loss([self.samples[row] for row in rows], generator)
+    def losses(self, indices: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+        yield self._loss([self.samples[i] for i in indices], generator)
         if self.prior:
             # A bucket is chosen by one of its pictures, so that each picture has the same chance.
-            row = int(torch.randint(len(self.prior), (1,), generator=generator))
-            bucket = next(bucket for bucket in self.prior_buckets if row in bucket)
-            chosen = torch.randint(len(bucket), (len(rows),), generator=generator).tolist()
+            picture = int(torch.randint(len(self.prior), (1,), generator=generator))
+            bucket = next(bucket for bucket in self.prior_buckets if picture in bucket)
+            chosen = torch.randint(len(bucket), (len(indices),), generator=generator).tolist()
             yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
 
     def _loss(self, samples: list[Sample], generator: torch.Generator) -> Tensor:
