@@ -1,10 +1,10 @@
-"""How the benchmarks print what they found."""
+"""How the benchmarks print their results."""
 
 import json
 
 
 def show(rows: list[dict], as_json: bool, **about) -> None:
-    """A line for each row; where asked for, one JSON object of `about` and the rows as the last line."""
+    """Prints a line for each row. as_json: the last line is one JSON object of `about` and the rows."""
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     if as_json:

@@ -1,4 +1,4 @@
-"""The picture of the ways in which a T-LoRA is put on a model, from what benchmarks/sampling.py measured.
+"""Draws the ways in which a T-LoRA is put on a model, from the measurements of benchmarks/sampling.py.
 
 python3 tools/host.py bench sampling --model sdxl-fifth --json > sdxl.txt
 python3 tools/host.py bench sampling --model flux-small --json > flux.txt
@@ -17,7 +17,7 @@ WAYS = {  # colour, name, what it is, what it takes
     "output": (
         (232, 150, 52),
         "cached",
-        "the text is the same at every step, and so is what a layer makes of it",
+        "the text is the same at every step, and so is a layer's output for it",
         "its outputs",
     ),
     "beside": ((150, 154, 162), "beside", "two thin products beside the layer, at every step", "nothing"),

@@ -1,14 +1,14 @@
-"""Size and exactness of stored T-LoRAs, and how LyCORIS' base terms are made again.
+"""Size and accuracy of stored T-LoRAs, and the recomputation of LyCORIS' base terms.
 
     python3 tools/host.py bench files [--rank 64] [--json]
 
-Two of SDXL's transformer blocks, one of either width (16 layers), with random factors that have moved from their start
-by 0.1 %, 1 % and 100 % of their norm, are saved and read again. "error" is that of the stored update relative to its
-norm, with all ranks on and with half of them, the largest of all layers; the update itself is computed in float64.
-Beside it the size of a plain LoRA of the same rank and dtype.
+Two of SDXL's transformer blocks, one of each width (16 layers), are saved and read again, with random factors that have
+moved from their start by 0.1 %, 1 % and 100 % of their norm. "error" is the error of the stored update relative to its
+norm, with all ranks on and with half of them, for the worst layer; the reference update is computed in float64. The
+size of a plain LoRA of the same rank and dtype is given beside it.
 
-"base_terms": the decomposition of a weight of SDXL's larger layers, ours and torch's SVD in float32, in turn: median
-seconds, and the largest error of the principal, middle and last components' product against an SVD in float64.
+"base_terms" compares our decomposition of a weight of SDXL's larger layers with torch's SVD in float32, in turn: median
+seconds, and the largest error of the product of the principal, middle and last components against an SVD in float64.
 """
 
 import argparse

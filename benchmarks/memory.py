@@ -7,9 +7,9 @@ A step is made on PyTorch's device "meta", where tensors have a size and no numb
 long as it lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest
 sum, weights of the diffusion model included; "kernels" the operations that a GPU would be given for a step's forward
 and backward pass. With "lowest" no weight stays on the device that the host can stream from RAM: its peak is the least
-with which the model trains, and includes the two buffers through which the host streams on a GPU. Not counted: CUDA's own memory (about half a gigabyte), workspaces of convolutions, what the
-allocator loses, text encoders and VAE, which the host moves off. Attention is taken to keep its inputs and output, as
-the kernels do that GPUs have for it.
+with which the model trains, and includes the two buffers through which the host streams on a GPU. Not counted: CUDA's
+own memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which
+the host moves off. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
 """
 
 import argparse

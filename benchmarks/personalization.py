@@ -1,19 +1,19 @@
 """Does T-LoRA do what its paper says? The paper's tables and figures, on the tiny base and its world.
 
-    python3 tools/host.py bench personalization rates                     # learning rates, swept per method
+    python3 tools/host.py bench personalization rates                    # learning rates, swept per method
     python3 tools/host.py bench personalization choose-rates
-    python3 tools/host.py bench personalization table1 table2 figure6     # or "all"
-    python3 tools/host.py bench personalization earlier   # what learns too fast, drawn before its first checkpoint
-    python3 tools/host.py bench personalization later   # what has not learnt the concept by its last, gone on with
-    python3 tools/host.py bench personalization check-scorers             # their accuracy, into the report
-    python3 tools/host.py bench personalization when-decided   # down to which noise level prompts are followed
-    python3 tools/host.py bench personalization report                    # docs/EVIDENCE.md and its plots
-    python3 tools/host.py bench personalization pack      # new records into the compressed files, before a commit
+    python3 tools/host.py bench personalization table1 table2 figure6    # or "all"
+    python3 tools/host.py bench personalization earlier                  # fast trainings, measured at earlier steps
+    python3 tools/host.py bench personalization later                    # slow trainings, continued
+    python3 tools/host.py bench personalization check-scorers            # accuracy of the scorers, for the report
+    python3 tools/host.py bench personalization when-decided             # noise levels down to which prompts matter
+    python3 tools/host.py bench personalization report                   # docs/EVIDENCE.md and its plots
+    python3 tools/host.py bench personalization pack                     # packs new records, before a commit
 
-A run that was stopped goes on where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study
-`methods` of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part
-2/8 takes every eighth cell, for eight processes side by side.
-Results: benchmarks/results/*.jsonl, compressed ones *.jsonl.xz; a run reads both and appends to *.jsonl.
+A stopped run resumes where it was. --scale sweep, pilot, quick or miniature runs less; --quick is the study `methods`
+of one concept, with usual learning rates instead of swept ones. --seeds 1 trains each concept once. --part 2/8 takes
+every eighth cell, for eight processes side by side. The results are in benchmarks/results/*.jsonl, packed ones in
+*.jsonl.xz; a run reads both and appends to *.jsonl.
 """
 
 import argparse

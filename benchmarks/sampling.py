@@ -1,15 +1,15 @@
-"""What a T-LoRA costs while sampling: a bare model, the host's own static LoRA of the same rank, and the T-LoRA.
+"""What a T-LoRA costs while sampling, compared with a bare model and with the host's own static LoRA of the same rank.
 
     python3 tools/host.py bench sampling [--model sdxl|flux|...] [--device cpu|cuda] [--json]
 
-All are run in turn in one process, several rounds over; a row gives medians. A run is a whole sampling by the host,
-Euler
-with guidance, from a loaded bare model: "seconds_per_step" and "ratio" (to bare) hold everything, the time the host
-takes to put a static LoRA's weights in place included; "sampling_ratio" leaves that out, so a static LoRA's is 1 but
-for chance. On a CPU all run on one thread, and seconds are of processor time, which waiting for other programs does not
-add to. "peak_mb" is memory above what the loaded bare model takes, without the T-LoRA's own tensors ("file_mb",
-float32). "layers" and "kept_mb" are the layers folded each way and what is kept for them. Rows: bare; static_lora;
-tlora, as the pack chooses; tlora_product, nothing folded.
+All of them run in turn in one process, for several rounds; a row gives medians. A run is a whole sampling by the host,
+Euler with guidance, from a loaded bare model. "seconds_per_step" and "ratio" (to bare) include everything, also the
+time in which the host puts a static LoRA's weights in place. "sampling_ratio" leaves that time out, so a static LoRA's
+is 1 except for noise. On a CPU everything runs on one thread, and seconds are processor time, to which waiting for
+other programs does not add. "peak_mb" is the memory above that of the loaded bare model, without the T-LoRA's own
+tensors ("file_mb", float32). "layers" and "kept_mb" are the layers folded in each way and the memory kept for them.
+
+Rows are bare; static_lora; tlora, as the pack chooses; and tlora_product, with nothing folded.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from _printing import show
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 
-# name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance)
+# name: (function of random_models, its arguments, latent channels, latent size, dtype, steps, guidance). The text of
+# sdxl-fifth is a fifth as wide as SDXL's too.
 MODELS = {
     "sdxl-small": ("sdxl", {"width": 64}, 4, 32, "float32", 8, 5.0),
     "sdxl-fifth": (
@@ -37,7 +38,7 @@ MODELS = {
         "float32",
         8,
         5.0,
-    ),  # a fifth of SDXL in the text's width too
+    ),
     "sdxl": ("sdxl", {}, 4, 128, "bfloat16", 25, 5.0),
     "flux-small": ("flux", {"hidden": 512, "blocks": (4, 8), "context": 512, "vector": 128}, 16, 32, "float32", 8, 1.0),
     "flux": ("flux", {}, 16, 128, "bfloat16", 25, 1.0),
@@ -61,9 +62,8 @@ class PeakMemory:
         else:
             gc.collect()
             if sys.platform == "linux":
-                ctypes.CDLL(None).malloc_trim(
-                    0
-                )  # or memory that an earlier run gave back would hide what this one takes
+                # Otherwise memory that an earlier run freed would hide what this one takes.
+                ctypes.CDLL(None).malloc_trim(0)
             self.start = self.highest = self.process.memory_info().rss
             self.done = threading.Event()
             self.thread = threading.Thread(target=self._watch)

@@ -1,19 +1,18 @@
-"""What training a T-LoRA costs: the frozen model's own forward and backward pass, ComfyUI's Train LoRA node, and the
-T-LoRA.
+"""What training a T-LoRA costs, compared with the frozen model's own two passes and with ComfyUI's Train LoRA node.
 
     python3 tools/host.py bench training [--model sdxl-small|sdxl|flux-small|flux] [--device cpu|cuda] [--json]
 
-Rows: floor, the frozen model forward and backward to its input, no adapters, no optimizer; host_default, the node as it
-is (bfloat16, the whole model checkpointed); host_no_checkpointing; host_bypass, without checkpointing and with adapters
-beside the layers; host_fp32, without checkpointing and in float32 throughout; tlora; tlora_checkpointing. The node
-trains every layer and cannot be told otherwise; model, rank, latents and batch are the same everywhere.
+Rows are floor, the frozen model forward and backward to its input, without adapters or optimizer; host_default, the
+node with its defaults (bfloat16, gradient checkpointing of the whole model); host_no_checkpointing; host_bypass,
+without gradient checkpointing and with adapters beside the layers; host_fp32, without gradient checkpointing and in
+float32 throughout; tlora; and tlora_checkpointing. The node always trains every layer. Model, rank, latents and batch
+are the same everywhere.
 
-Seconds: all rows in turn in one process, several rounds over; medians, and ratios to the floor of the same round; on a
-CPU those of one thread. A T-LoRA's
-step holds everything, the optimizer too; the node's is taken from one of its steps to the next. Memory: each row in a
-process of its own. "growth_mb" is the highest memory in use above that of the loaded model, "peak_mb" the highest
-altogether. On a GPU the node is left out, and "run_seconds" extrapolates from the steps measured to a whole run of the
-paper's, with the start of its adapters.
+Seconds are measured with all rows in turn in one process, for several rounds: medians, and ratios to the floor of the
+same round; on a CPU with one thread. A T-LoRA's step includes everything, also the optimizer. The node's step is the
+time from one of its steps to the next. Memory is measured with each row in its own process: "growth_mb" is the highest
+memory in use above that of the loaded model, "peak_mb" the highest in total. On a GPU the node is left out, and
+"run_seconds" extrapolates from the measured steps to a whole run of the paper's, including the start of its adapters.
 """
 
 import argparse
@@ -68,9 +67,12 @@ class Setting:
         options = {"dtype": compute, "storage": torch.float8_e4m3fn if weights == "fp8" else None}
         self.make = lambda disable_dynamic=False: getattr(random_models, function)(**arguments, **options)
         self.model = self.make()
-        self.model.cached_patcher_init = (self.make, ())  # the node trains a model that it loads a second time
+        self.model.cached_patcher_init = (
+            self.make,
+            (),
+        )  # the node trains a copy that it loads
         self.device = self.model.load_device
-        # On a CPU what one thread takes of the processor, which other work on the machine hardly changes.
+        # On a CPU: processor time of one thread, which other work on the machine hardly changes.
         self.clock = time.perf_counter if self.device.type == "cuda" else time.process_time
         self.latent = torch.randn(1, channels, size, size, generator=torch.Generator().manual_seed(0))
         self.text = random_models.conditioning(self.model, tokens)

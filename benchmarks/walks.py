@@ -1,9 +1,10 @@
-"""How far a reader has to go: the pack's functions, classes and files that one training step and one evaluation run.
+"""Counts how far a reader has to go: the pack's functions, classes and files in one training step and in one
+evaluation.
 
     python3 tools/host.py bench walks [--list]
 
-Counted on the tiny base with Python's profiler hook, backward pass and optimizer included, after everything that is
-prepared once is there. docs/ARCHITECTURE.md tells the two walks.
+Counted on the tiny base with Python's profiler hook, including the backward pass and the optimizer, after everything
+that is prepared once exists. docs/ARCHITECTURE.md describes the two walks.
 """
 
 import argparse
@@ -17,13 +18,13 @@ sys.path[1:1] = [str(ROOT / "tools")]
 
 
 class Walk:
-    """The pack's functions that run from `begin` to `end`, by file."""
+    """The pack's functions that run between `begin` and `end`, by file."""
 
     def __init__(self):
         self.functions: dict[str, set[str]] = defaultdict(set)
 
     def begin(self) -> None:
-        threading.setprofile(self._note)  # autograd may go back in threads of its own
+        threading.setprofile(self._note)  # autograd may run the backward pass in its own threads
         sys.setprofile(self._note)
 
     def end(self) -> None:
@@ -60,33 +61,18 @@ def training_step(model, clip, vae) -> Walk:
     return walk
 
 
-def sampling_evaluation(model, clip) -> Walk:
+def sampling_evaluation(model, clip, vae) -> Walk:
     """The third evaluation of a sampling with a T-LoRA of the same ranks, folded as memory allows."""
-    import comfy.sample
     import random_models
-    import torch
+    import tiny_gate
 
     from tlora_core.hosts.comfy.sampling import apply_tlora
 
     adapted = apply_tlora(model, random_models.random_tlora(model, 32, 16))
-    positive, negative = (
-        clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a photo of sks circle", "")
-    )
-    walk, latent = Walk(), torch.zeros(1, 16, 8, 8)
+    walk = Walk()
     ends = {1: walk.begin, 2: walk.end}
-    comfy.sample.sample(
-        adapted,
-        comfy.sample.prepare_noise(latent, 0),
-        4,
-        4.0,
-        "euler",
-        "normal",
-        positive,
-        negative,
-        latent,
-        callback=lambda step, *_: ends.get(step, int)(),
-        disable_pbar=True,
-    )
+    sampler = tiny_gate.HostSampler(model, clip, vae)
+    sampler.latents("a photo of sks circle", 0, adapted, steps=4, callback=lambda step, *_: ends.get(step, int)())
     return walk
 
 
@@ -99,8 +85,8 @@ def main() -> None:
     tiny_gate.parse_host_arguments("cpu")
     from tlora_core.tiny import comfy as tiny_base
 
-    model, clip, vae = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))
-    walks = {"training step": training_step(model, clip, vae), "sampling evaluation": sampling_evaluation(model, clip)}
+    parts = tiny_base.load(str(tiny_gate.WEIGHTS / "tiny_base.safetensors"))
+    walks = {"training step": training_step(*parts), "sampling evaluation": sampling_evaluation(*parts)}
     for title, walk in walks.items():
         functions, classes, files = walk.counts
         print(f"{title}: {functions} functions and {classes} classes in {files} files")

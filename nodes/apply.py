@@ -38,26 +38,7 @@ class LoadTLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="The model to apply it to. Leave unconnected to use only the T-LoRA output.",
                 ),
-                io.Int.Input(
-                    "min_rank",
-                    default=-1,
-                    min=-1,
-                    max=4096,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Components that stay on at pure noise. -1: the file's value. If it has none: half the "
-                    "rank, or no mask for a plain LoRA or a file that looks like one.",
-                ),
-                io.Float.Input(
-                    "alpha",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.05,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Exponent of the rank schedule. 0: the file's value, or 1 if it has none.",
-                ),
+                *_schedule(),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model with the T-LoRA."),
@@ -79,6 +60,31 @@ class LoadTLoRA(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
         return file_stamp(file)
+
+
+def _schedule():
+    return [
+        io.Int.Input(
+            "min_rank",
+            default=-1,
+            min=-1,
+            max=4096,
+            optional=True,
+            advanced=True,
+            tooltip="Components that stay on at pure noise. -1: the file's value. If it has none: half the "
+            "rank, or no mask for a plain LoRA or a file that looks like one.",
+        ),
+        io.Float.Input(
+            "alpha",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.05,
+            optional=True,
+            advanced=True,
+            tooltip="Exponent of the rank schedule. 0: the file's value, or 1 if it has none.",
+        ),
+    ]
 
 
 class ApplyTLoRA(io.ComfyNode):

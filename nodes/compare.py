@@ -24,39 +24,8 @@ class CompareTLoRA(io.ComfyNode):
             "setting and a row for each prompt. Use it for LoRA against T-LoRA or, with axes, for the "
             "pictures of Sweep (T-LoRA).",
             inputs=[
-                io.Image.Input(
-                    "images_1",
-                    tooltip="The pictures of column 1, one for each row. With axes: all pictures of the sweep.",
-                ),
-                *[
-                    io.Image.Input(name, optional=True, tooltip=f"The pictures of column {number}, one for each row.")
-                    for number, name in enumerate(INPUTS[1:], 2)
-                ],
-                io.String.Input(
-                    "labels",
-                    multiline=True,
-                    default="T-LoRA\nwithout",
-                    tooltip="Headings of the columns, one per line. Not used with axes.",
-                ),
-                io.String.Input(
-                    "prompts",
-                    multiline=True,
-                    default="",
-                    optional=True,
-                    tooltip="Labels of the rows, one per line or from a connected list. Empty: none. Not used with "
-                    "axes.",
-                ),
-                io.String.Input("title", default="", optional=True, tooltip="A title above the grid. Empty: none."),
-                io.Int.Input(
-                    "cell",
-                    default=256,
-                    min=32,
-                    max=2048,
-                    step=8,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Side of each picture in the sheet, in pixels. Pictures are scaled to fit.",
-                ),
+                *_pictures(),
+                *_texts_and_size(),
                 AXES.Input(
                     "axes",
                     optional=True,
@@ -79,6 +48,48 @@ class CompareTLoRA(io.ComfyNode):
                 "images_2 is not connected; connect the pictures of two settings or more, or axes from Sweep (T-LoRA)."
             )
         return io.NodeOutput(to_tensor(comparison_sheet(columns, heads, sides, cell[0], title[0])))
+
+
+def _pictures():
+    return [
+        io.Image.Input(
+            "images_1",
+            tooltip="The pictures of column 1, one for each row. With axes: all pictures of the sweep.",
+        ),
+        *[
+            io.Image.Input(name, optional=True, tooltip=f"The pictures of column {number}, one for each row.")
+            for number, name in enumerate(INPUTS[1:], 2)
+        ],
+    ]
+
+
+def _texts_and_size():
+    return [
+        io.String.Input(
+            "labels",
+            multiline=True,
+            default="T-LoRA\nwithout",
+            tooltip="Headings of the columns, one per line. Not used with axes.",
+        ),
+        io.String.Input(
+            "prompts",
+            multiline=True,
+            default="",
+            optional=True,
+            tooltip="Labels of the rows, one per line or from a connected list. Empty: none. Not used with axes.",
+        ),
+        io.String.Input("title", default="", optional=True, tooltip="A title above the grid. Empty: none."),
+        io.Int.Input(
+            "cell",
+            default=256,
+            min=32,
+            max=2048,
+            step=8,
+            optional=True,
+            advanced=True,
+            tooltip="Side of each picture in the sheet, in pixels. Pictures are scaled to fit.",
+        ),
+    ]
 
 
 def _swept(pictures, axes, more):

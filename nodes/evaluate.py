@@ -23,63 +23,7 @@ class TLoRAEvaluate(io.ComfyNode):
             description="Measures how much generated pictures look like the subject (IS), how well they follow the "
             "prompts (TS) and how diverse they are, and says which T-LoRA file of a training to keep. "
             "Needs a CLIP model in the transformers layout in models/clip_vision.",
-            inputs=[
-                io.Image.Input("images", tooltip="Generated pictures, one batch for each prompt."),
-                io.String.Input(
-                    "prompts", force_input=True, tooltip="The prompt of each batch, from Prompts (T-LoRA)."
-                ),
-                io.Image.Input("concept", tooltip="The pictures the T-LoRA was trained on."),
-                io.Combo.Input(
-                    "clip_model",
-                    options=[*encoder_names(CLIP_TYPES), _NONE],
-                    tooltip=f"Folder of a CLIP model in models/{FOLDER}: config.json, model.safetensors or "
-                    "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32.",
-                ),
-                io.Combo.Input(
-                    "dino_model",
-                    options=[_NONE, *encoder_names(DINO_TYPES)],
-                    tooltip="Folder of a DINO model in the same place, for a second measure of likeness that weighs "
-                    "details more. none: no second measure.",
-                ),
-                io.String.Input(
-                    "label",
-                    default="checkpoint",
-                    tooltip="Name of what made these pictures, for example the T-LoRA file. It names the best "
-                    "result, so it must differ from the other labels.",
-                ),
-                io.String.Input(
-                    "token", default="sks", tooltip="Removed from the prompts, because CLIP does not know it."
-                ),
-                io.String.Input(
-                    "neutral_prompt",
-                    default="",
-                    tooltip='The prompt whose pictures count for IS, for example "a photo of sks dog". Changes that '
-                    "other prompts ask for then do not lower IS, as in the paper. Empty: all pictures count.",
-                ),
-                io.Float.Input(
-                    "tolerance",
-                    default=0.02,
-                    min=0.0,
-                    max=1.0,
-                    step=0.005,
-                    round=False,
-                    tooltip="The best result is the one with the highest TS among those whose IS is at most this "
-                    "far below the highest IS. Higher values favour following the prompt; 0 counts likeness "
-                    "alone.",
-                ),
-                io.Mask.Input(
-                    "mask",
-                    optional=True,
-                    tooltip="Where the subject is in each batch. The background becomes grey for IS, as in the paper.",
-                ),
-                io.Mask.Input("concept_mask", optional=True, tooltip="The same for the pictures of concept."),
-                SCORES.Input(
-                    "before",
-                    optional=True,
-                    tooltip="Scores of another T-LoRA Evaluate node to compare with. Both nodes must use the same "
-                    "models, prompts, neutral_prompt and concept; both or neither must use masks.",
-                ),
-            ],
+            inputs=[*_pictures(), *_models(), *_comparison(), *_optional()],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A table of all scores, for Preview as Text."),
                 io.String.Output(display_name="best", tooltip="The label of the best result."),
@@ -125,3 +69,74 @@ class TLoRAEvaluate(io.ComfyNode):
             done.text_similarity,
             scores,
         )
+
+
+def _pictures():
+    return [
+        io.Image.Input("images", tooltip="Generated pictures, one batch for each prompt."),
+        io.String.Input("prompts", force_input=True, tooltip="The prompt of each batch, from Prompts (T-LoRA)."),
+        io.Image.Input("concept", tooltip="The pictures the T-LoRA was trained on."),
+    ]
+
+
+def _models():
+    return [
+        io.Combo.Input(
+            "clip_model",
+            options=[*encoder_names(CLIP_TYPES), _NONE],
+            tooltip=f"Folder of a CLIP model in models/{FOLDER}: config.json, model.safetensors or "
+            "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32.",
+        ),
+        io.Combo.Input(
+            "dino_model",
+            options=[_NONE, *encoder_names(DINO_TYPES)],
+            tooltip="Folder of a DINO model in the same place, for a second measure of likeness that weighs "
+            "details more. none: no second measure.",
+        ),
+    ]
+
+
+def _comparison():
+    return [
+        io.String.Input(
+            "label",
+            default="checkpoint",
+            tooltip="Name of what made these pictures, for example the T-LoRA file. It names the best "
+            "result, so it must differ from the other labels.",
+        ),
+        io.String.Input("token", default="sks", tooltip="Removed from the prompts, because CLIP does not know it."),
+        io.String.Input(
+            "neutral_prompt",
+            default="",
+            tooltip='The prompt whose pictures count for IS, for example "a photo of sks dog". Changes that '
+            "other prompts ask for then do not lower IS, as in the paper. Empty: all pictures count.",
+        ),
+        io.Float.Input(
+            "tolerance",
+            default=0.02,
+            min=0.0,
+            max=1.0,
+            step=0.005,
+            round=False,
+            tooltip="The best result is the one with the highest TS among those whose IS is at most this "
+            "far below the highest IS. Higher values favour following the prompt; 0 counts likeness "
+            "alone.",
+        ),
+    ]
+
+
+def _optional():
+    return [
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Where the subject is in each batch. The background becomes grey for IS, as in the paper.",
+        ),
+        io.Mask.Input("concept_mask", optional=True, tooltip="The same for the pictures of concept."),
+        SCORES.Input(
+            "before",
+            optional=True,
+            tooltip="Scores of another T-LoRA Evaluate node to compare with. Both nodes must use the same "
+            "models, prompts, neutral_prompt and concept; both or neither must use masks.",
+        ),
+    ]

@@ -31,35 +31,7 @@ class SweepTLoRA(io.ComfyNode):
                     tooltip="From Train or Load. Not used when an axis is file: the files take its place.",
                 ),
                 strength_input("Not used when x or y is strength."),
-                io.Combo.Input(
-                    "x",
-                    options=list(KINDS),
-                    default="strength",
-                    tooltip="The setting that changes from column to column. strength up: more of the subject, then "
-                    "copies of the training picture. min_rank up: closer to it; down: freer. rank down: "
-                    "only the first components are kept, with less detail. alpha up: fewer ranks at medium "
-                    "noise. file: files of other trainings or steps.",
-                ),
-                io.String.Input(
-                    "x_values",
-                    multiline=True,
-                    default="0.5, 0.75, 1, 1.25",
-                    tooltip=f"One column per value: numbers separated by commas; {_FILES} More make a wider sheet and "
-                    "take longer.",
-                ),
-                io.Combo.Input(
-                    "y",
-                    options=[NONE, *KINDS],
-                    default=NONE,
-                    tooltip="The setting that changes from row to row, as in x. none: a single row.",
-                ),
-                io.String.Input(
-                    "y_values",
-                    multiline=True,
-                    default="",
-                    tooltip=f"One row per value: numbers separated by commas; {_FILES} Columns times rows: at most "
-                    "64 models.",
-                ),
+                *_axis_inputs(),
             ],
             outputs=[
                 io.Model.Output(is_output_list=True, tooltip="One model per cell, row by row."),
@@ -90,3 +62,36 @@ class SweepTLoRA(io.ComfyNode):
                 found = Axis.from_text(source, kind, values, lora_names()).values
                 stamps += [f"{name} {file_stamp(name)}" for name in found]
         return "\n".join(stamps)
+
+
+def _axis_inputs():
+    return [
+        io.Combo.Input(
+            "x",
+            options=list(KINDS),
+            default="strength",
+            tooltip="The setting that changes from column to column. strength up: more of the subject, then "
+            "copies of the training picture. min_rank up: closer to it; down: freer. rank down: "
+            "only the first components are kept, with less detail. alpha up: fewer ranks at medium "
+            "noise. file: files of other trainings or steps.",
+        ),
+        io.String.Input(
+            "x_values",
+            multiline=True,
+            default="0.5, 0.75, 1, 1.25",
+            tooltip=f"One column per value: numbers separated by commas; {_FILES} More make a wider sheet and "
+            "take longer.",
+        ),
+        io.Combo.Input(
+            "y",
+            options=[NONE, *KINDS],
+            default=NONE,
+            tooltip="The setting that changes from row to row, as in x. none: a single row.",
+        ),
+        io.String.Input(
+            "y_values",
+            multiline=True,
+            default="",
+            tooltip=f"One row per value: numbers separated by commas; {_FILES} Columns times rows: at most 64 models.",
+        ),
+    ]

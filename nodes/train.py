@@ -1,5 +1,7 @@
 """Train T-LoRA from Image."""
 
+from dataclasses import fields
+
 from comfy_api.latest import io
 
 from ..tlora_core.hosts.comfy.files import told_of
@@ -7,27 +9,14 @@ from ..tlora_core.hosts.comfy.page.rank import show_active_rank
 from ..tlora_core.hosts.comfy.page.training import shown_when_it_fails
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_training
-from ..tlora_core.hosts.comfy.training.personalize import MEMORY, filled_in
+from ..tlora_core.hosts.comfy.training.personalize import filled_in
 from ..tlora_core.hosts.comfy.training.run import RERUNS, Keeping, stopped_runs, train_or_find
-from ..tlora_core.method.adapters import METHODS
-from ..tlora_core.method.starts import STARTS
 from ..tlora_core.reports.plot import loss_curve
-from ..tlora_core.training.dataset import FRAMINGS, training_list
+from ..tlora_core.training.config import TrainConfig
+from ..tlora_core.training.dataset import training_list
 from ..tlora_core.training.images import to_tensor
-from .sockets import (
-    CATEGORY,
-    IMAGES,
-    OPTIONS,
-    SEARCH,
-    TLORA,
-    alpha_input,
-    captions_input,
-    curve_input,
-    file_name_input,
-    mask_input,
-    rank_inputs,
-    unlisted,
-)
+from .sockets import CATEGORY, SEARCH, TLORA, unlisted
+from .train_inputs import train_inputs
 
 
 class TrainTLoRAFromImage(io.ComfyNode):
@@ -42,8 +31,7 @@ class TrainTLoRAFromImage(io.ComfyNode):
             search_aliases=[*SEARCH, "lora training", "dreambooth", "personalize", "finetune"],
             description="Teaches the model a new object, pet or character from a single image (or a few), without "
             "copying the image's pose and background.",
-            # Saved workflows store values in the order of the inputs, so a new input must come last.
-            inputs=[*_models_and_subject(), *_training(), *_data(), *_run()],
+            inputs=train_inputs(),
             outputs=[
                 TLORA.Output(display_name="T-LoRA", tooltip="For Apply, Save, Export, Bake, Info, Sweep and Prompts."),
                 io.Model.Output(tooltip="The model with the T-LoRA, ready for a sampler."),
@@ -94,62 +82,12 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return _trained(cls.hidden.unique_id, training_list(image, captions, mask), **unlisted(lists))
 
 
-def _trained(
-    node_id,
-    images,
-    model,
-    clip,
-    vae,
-    token,
-    class_word,
-    method,
-    rank,
-    min_rank,
-    steps,
-    learning_rate,
-    resolution,
-    seed,
-    file_name,
-    alpha,
-    start,
-    batch_size,
-    more_images=(),
-    options=({}, ()),
-    curve="",
-    layers="attention",
-    framing=FRAMINGS[0],
-    flip=False,
-    **keeping,
-):
+def _trained(node_id, images, *, model, clip, vae, file_name, more_images=(), options=({}, ()), **inputs):
     settings, prior = options
-    request = filled_in(
-        model,
-        token=token,
-        class_word=class_word,
-        method=method,
-        rank=rank,
-        min_rank=min_rank,
-        alpha=alpha,
-        start=start,
-        resolution=resolution,
-        framing=framing,
-        flip=flip,
-        curve=curve,
-        layers=layers,
-        config={**settings, "steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed},
-    )
-    prompts = tuple(line.strip() for line in keeping.pop("validation_prompts", "").splitlines() if line.strip())
-    done = train_or_find(
-        model,
-        clip,
-        vae,
-        [*images, *more_images],
-        request,
-        Keeping(validation_prompts=prompts, **keeping),
-        file_name,
-        node_id,
-        prior,
-    )
+    prompts = tuple(line.strip() for line in inputs.pop("validation_prompts", "").splitlines() if line.strip())
+    keeping = Keeping(validation_prompts=prompts, **_taken(inputs, Keeping))
+    request = filled_in(model, config={**settings, **_taken(inputs, TrainConfig)}, **inputs)
+    done = train_or_find(model, clip, vae, [*images, *more_images], request, keeping, file_name, node_id, prior)
     return io.NodeOutput(
         done.tlora,
         show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, node_id),
@@ -159,224 +97,6 @@ def _trained(
     )
 
 
-def _models_and_subject():
-    """Required: the model and the subject."""
-    return [
-        io.Model.Input(
-            "model",
-            tooltip="The model to train for. It is used in place, without a second copy, and its own weights stay "
-            "unchanged.",
-        ),
-        io.Clip.Input("clip", tooltip="The model's text encoder. It is not trained."),
-        io.Vae.Input("vae", tooltip="The model's VAE. It is not trained."),
-        io.Image.Input(
-            "image",
-            tooltip="One picture of the subject, or several as a batch or list. The centre square is used unless "
-            "framing says otherwise.",
-        ),
-        io.String.Input("token", default="sks", tooltip="A rare word that stands for the subject in your prompts."),
-        io.String.Input(
-            "class_word",
-            default="dog",
-            tooltip='What kind of thing the subject is. Use both words in your prompts: "sks dog".',
-        ),
-    ]
-
-
-def _training():
-    """Required: the settings of every training."""
-    return [
-        io.Combo.Input(
-            "method",
-            options=[*METHODS, "auto"],
-            default="auto",
-            advanced=True,
-            tooltip="auto: the model's default: tlora on U-Nets (SD1.5, SD2, SDXL), vanilla_tlora (plain start with "
-            "the mask) on FLUX, SD3 and similar models. ortho_lora: orthogonal start without the mask. "
-            "lora: neither. oft, gsoft (rank is the number of blocks) and svdiff (no rank): for comparison; "
-            "large files.",
-        ),
-        *rank_inputs(),
-        io.Int.Input(
-            "steps",
-            default=0,
-            min=0,
-            max=100000,
-            tooltip="Number of training steps. 0: the model's default, from the paper: 800 on U-Nets (lora, "
-            "vanilla_tlora 500), 500 on FLUX and similar models (lora 400). Fewer may not learn the "
-            "subject; more may copy the picture.",
-        ),
-        io.Float.Input(
-            "learning_rate",
-            default=0.0,
-            min=0.0,
-            max=1.0,
-            step=1e-6,
-            round=False,
-            advanced=True,
-            tooltip="Size of each step. 0: the model's default: 1e-4 on U-Nets; on FLUX and similar models Prodigy "
-            "finds it, and any other value selects AdamW. Higher learns faster and diverges sooner; lower "
-            "needs more steps.",
-        ),
-        io.Int.Input(
-            "resolution",
-            default=0,
-            min=0,
-            max=4096,
-            step=8,
-            advanced=True,
-            tooltip="Side of the square training picture, in pixels. 0: the model's own, which is best. Lower needs "
-            "less memory and learns less detail.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**32 - 1,
-            control_after_generate=False,
-            advanced=True,
-            tooltip="The same seed trains the same T-LoRA. A different seed gives a different T-LoRA.",
-        ),
-        file_name_input(),
-        alpha_input(),
-        io.Combo.Input(
-            "start",
-            options=list(STARTS),
-            default="last_random",
-            advanced=True,
-            tooltip="Source of the orthogonal factors: the last, middle or principal singular vectors of a random "
-            "matrix or of the layer's weight. last_random is as the paper describes it, "
-            "last_random_published as its authors' code draws it.",
-        ),
-        io.Int.Input(
-            "batch_size",
-            default=1,
-            min=1,
-            max=64,
-            advanced=True,
-            tooltip="Samples per step, each with its own noise level. More is steadier, but slower, and needs more "
-            "memory.",
-        ),
-    ]
-
-
-def _data():
-    """Optional: further settings of the data and the adapter."""
-    return [
-        mask_input(),
-        IMAGES.Input(
-            "more_images",
-            optional=True,
-            tooltip="More pictures of the subject, from T-LoRA Images, with their own sizes, captions and masks.",
-        ),
-        OPTIONS.Input(
-            "options", optional=True, tooltip="From T-LoRA Training Options. Unconnected: the paper's settings."
-        ),
-        captions_input(advanced=True),
-        curve_input(),
-        io.String.Input(
-            "layers",
-            default="attention",
-            optional=True,
-            advanced=True,
-            tooltip='Layers to train: attention (the paper\'s choice), "attention+feed-forward", or patterns of '
-            'layer names separated by commas, such as "*.attn2.*". More layers learn more and copy more.',
-        ),
-        io.Combo.Input(
-            "framing",
-            options=list(FRAMINGS),
-            default=FRAMINGS[0],
-            optional=True,
-            advanced=True,
-            tooltip="centre square: crop to a square, as in the paper. keep aspect ratio: keep the picture's shape "
-            "at the same area and crop almost nothing.",
-        ),
-        io.Boolean.Input(
-            "flip",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Also learn from each picture mirrored. Not for subjects with writing or other asymmetry.",
-        ),
-    ]
-
-
-def _run():
-    """Optional: what the run shows, saves and resumes."""
-    return [
-        io.String.Input(
-            "validation_prompts",
-            default="",
-            multiline=True,
-            optional=True,
-            tooltip="Prompts to draw during training, one per line. {token} and {class_word} stand for these "
-            "inputs, {} for both.",
-        ),
-        io.Int.Input(
-            "validate_every",
-            default=0,
-            min=0,
-            max=100000,
-            optional=True,
-            tooltip="Steps between validation pictures. Fewer show more and take longer. 0: never.",
-        ),
-        io.Int.Input(
-            "checkpoint_every",
-            default=100,
-            min=0,
-            max=100000,
-            optional=True,
-            advanced=True,
-            tooltip="Steps between saves of the run state, from which training resumes after a cancel, a crash or a "
-            "restart. Fewer: less is lost, and it writes more often. 0: never.",
-        ),
-        io.Boolean.Input(
-            "checkpoint_files",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Also save a T-LoRA file each time the run state is saved, to compare the files later.",
-        ),
-        io.Boolean.Input(
-            "save_on_cancel",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="On cancel, save what was learnt as a T-LoRA file and as the run state. Stop and keep always does.",
-        ),
-        io.Combo.Input(
-            "rerun",
-            options=list(RERUNS),
-            default=RERUNS[0],
-            optional=True,
-            advanced=True,
-            tooltip="What to do if the same training was run before. auto: use its result, or resume it if it did "
-            "not finish. continue: resume it even if it was stopped. restart: train again, once for each "
-            "change of the graph; then set it back to auto, or an interrupted training starts over.",
-        ),
-        io.Boolean.Input(
-            "wandb",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="Also send the loss and the validation pictures to Weights & Biases. Needs the wandb package "
-            "and your login.",
-        ),
-        io.Combo.Input(
-            "memory",
-            options=list(MEMORY),
-            default=MEMORY[0],
-            optional=True,
-            advanced=True,
-            tooltip="fast: keep all that a step needs. low: recompute parts of it (gradient checkpointing), with "
-            "less memory and more time. auto: fast if it fits, otherwise low.",
-        ),
-        io.Boolean.Input(
-            "thumbnail",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="Store the last picture of the first validation prompt in the file, where everyone who gets the "
-            "file can see it. A training picture is never stored.",
-        ),
-    ]
+def _taken(inputs, kind):
+    """Takes the inputs that are fields of the dataclass `kind` out of `inputs`."""
+    return {field.name: inputs.pop(field.name) for field in fields(kind) if field.name in inputs}

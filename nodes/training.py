@@ -42,157 +42,155 @@ class TLoRAImages(io.ComfyNode):
 class TLoRATrainingOptions(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        d = _DEFAULT
         return io.Schema(
             node_id="TLoRATrainingOptions",
             display_name="T-LoRA Training Options",
             category=CATEGORY,
             search_aliases=["optimizer", "learning rate schedule", "prior preservation"],
             description="Training settings that most people never need to change. The defaults are the paper's.",
-            inputs=[
-                io.Combo.Input(
-                    "optimizer",
-                    options=["auto", *OPTIMIZERS],
-                    default="auto",
-                    tooltip="auto: the model's default. prodigy finds its own learning rate (leave learning_rate at "
-                    "0). adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule.",
-                ),
-                io.Combo.Input(
-                    "lr_schedule",
-                    options=list(LR_SCHEDULES),
-                    default=d.lr_schedule,
-                    tooltip="How the learning rate changes after the warm-up. constant is the paper's; cosine and "
-                    "linear end gently.",
-                ),
-                io.Int.Input(
-                    "warmup_steps",
-                    default=d.warmup_steps,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps over which the learning rate rises from 0. More: a gentler start.",
-                ),
-                io.Float.Input(
-                    "weight_decay",
-                    default=d.weight_decay,
-                    min=0.0,
-                    max=10.0,
-                    step=1e-5,
-                    round=False,
-                    tooltip="Pulls the weights towards 0 at each step. More keeps the T-LoRA's weights smaller.",
-                ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=d.gradient_accumulation,
-                    min=1,
-                    max=1024,
-                    tooltip="Batches per step. Like a larger batch_size, more is steadier and slower, but needs no "
-                    "more memory.",
-                ),
-                io.Float.Input(
-                    "max_grad_norm",
-                    default=d.max_grad_norm,
-                    min=0.0,
-                    max=1000.0,
-                    step=0.1,
-                    tooltip="Clips gradients to this norm to absorb spikes: 1 is usual, lower clips more. 0: no "
-                    "clipping; with optimizer auto, 1 on FLUX, SD3 and similar models.",
-                ),
-                io.Float.Input(
-                    "ema_decay",
-                    default=d.ema_decay,
-                    min=0.0,
-                    max=0.9999,
-                    step=0.001,
-                    round=False,
-                    tooltip="Uses a moving average of the weights as the result: 0.99 averages over about 100 "
-                    "steps, higher values over more. 0: off.",
-                ),
-                io.Float.Input(
-                    "orthogonality",
-                    default=d.orthogonality,
-                    min=0.0,
-                    max=100.0,
-                    step=0.001,
-                    round=False,
-                    tooltip="Weight of a loss that keeps the ranks orthogonal (equation 4 of the paper, its "
-                    "alternative to the orthogonal start). More keeps them closer to it. 0: off.",
-                ),
-                io.Float.Input(
-                    "min_snr_gamma",
-                    default=d.min_snr_gamma,
-                    min=0.0,
-                    max=100.0,
-                    step=0.5,
-                    tooltip="Min-SNR weighting of noise levels, which gives nearly clean pictures less weight: 5 is "
-                    "usual, lower gives them even less. For noise and v prediction. 0: off, as in the paper.",
-                ),
-                io.Combo.Input(
-                    "timestep_density",
-                    options=list(DENSITIES),
-                    default=d.timestep_density,
-                    tooltip="How noise levels are drawn. logit_normal and mode favour the middle and are for flow "
-                    "models.",
-                ),
-                io.Float.Input(
-                    "noise_from",
-                    default=d.noise_from,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Cleanest noise level to train on, from 0 (clean) to 1 (pure noise). Higher leaves out "
-                    "fine detail.",
-                ),
-                io.Float.Input(
-                    "noise_to",
-                    default=d.noise_to,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Noisiest level to train on, from 0 (clean) to 1 (pure noise). Lower leaves out the "
-                    "levels where pose and layout are decided: less of the background is copied, and less "
-                    "of the subject is learnt.",
-                ),
-                io.Boolean.Input(
-                    "fresh_latents",
-                    default=d.fresh_latents,
-                    tooltip="On: draw a new sample from the VAE's distribution at each step, as in the paper. Off: "
-                    "always use its mean.",
-                ),
-                io.Float.Input(
-                    "outside_mask",
-                    default=d.outside_mask,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Weight of the loss outside a picture's mask. 0: nothing there is learnt. 1: as much as "
-                    "inside.",
-                ),
-                io.Float.Input(
-                    "prior_weight",
-                    default=d.prior_weight,
-                    min=0.0,
-                    max=10.0,
-                    step=0.1,
-                    tooltip="Weight of the loss on pictures of the class, so that other dogs stay as they are: 1 is "
-                    "usual, more preserves them more. Doubles the training time. 0: off.",
-                ),
-                io.Int.Input(
-                    "prior_count",
-                    default=d.prior_count,
-                    min=1,
-                    max=1000,
-                    tooltip="Pictures of the class that the model draws itself if none are connected. More show "
-                    "more variety and take longer.",
-                ),
-                IMAGES.Input(
-                    "prior_images",
-                    optional=True,
-                    tooltip="Pictures of the class (not of the subject) for prior preservation.",
-                ),
-            ],
+            inputs=[*_optimizer(), *_gradients(), *_noise_levels(), *_latents_and_mask(), *_prior()],
             outputs=[OPTIONS.Output(display_name="options", tooltip="For Train T-LoRA.")],
         )
 
     @classmethod
     def execute(cls, prior_images=(), **settings):
         return io.NodeOutput((settings, prior_images))
+
+
+def _float(name: str, limits: tuple[float, float, float], tooltip: str, **more):
+    """limits: smallest value, largest value, step."""
+    least, most, step = limits
+    default = getattr(_DEFAULT, name)
+    return io.Float.Input(name, default=default, min=least, max=most, step=step, tooltip=tooltip, **more)
+
+
+def _int(name: str, limits: tuple[int, int], tooltip: str):
+    """limits: smallest value, largest value."""
+    default = getattr(_DEFAULT, name)
+    return io.Int.Input(name, default=default, min=limits[0], max=limits[1], tooltip=tooltip)
+
+
+def _optimizer():
+    return [
+        io.Combo.Input(
+            "optimizer",
+            options=["auto", *OPTIMIZERS],
+            default="auto",
+            tooltip="auto: the model's default. prodigy finds its own learning rate (leave learning_rate at 0). "
+            "adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule.",
+        ),
+        io.Combo.Input(
+            "lr_schedule",
+            options=list(LR_SCHEDULES),
+            default=_DEFAULT.lr_schedule,
+            tooltip="How the learning rate changes after the warm-up. constant is the paper's; cosine and linear end "
+            "gently.",
+        ),
+        _int(
+            "warmup_steps",
+            (0, 100000),
+            "Steps over which the learning rate rises from 0. More: a gentler start.",
+        ),
+        _float(
+            "weight_decay",
+            (0.0, 10.0, 1e-5),
+            "Pulls the weights towards 0 at each step. More keeps the T-LoRA's weights smaller.",
+            round=False,
+        ),
+    ]
+
+
+def _gradients():
+    return [
+        _int(
+            "gradient_accumulation",
+            (1, 1024),
+            "Batches per step. Like a larger batch_size, more is steadier and slower, but needs no more memory.",
+        ),
+        _float(
+            "max_grad_norm",
+            (0.0, 1000.0, 0.1),
+            "Clips gradients to this norm to absorb spikes: 1 is usual, lower clips more. 0: no clipping; with "
+            "optimizer auto, 1 on FLUX, SD3 and similar models.",
+        ),
+        _float(
+            "ema_decay",
+            (0.0, 0.9999, 0.001),
+            "Uses a moving average of the weights as the result: 0.99 averages over about 100 steps, higher values "
+            "over more. 0: off.",
+            round=False,
+        ),
+        _float(
+            "orthogonality",
+            (0.0, 100.0, 0.001),
+            "Weight of a loss that keeps the ranks orthogonal (equation 4 of the paper, its alternative to the "
+            "orthogonal start). More keeps them closer to it. 0: off.",
+            round=False,
+        ),
+    ]
+
+
+def _noise_levels():
+    return [
+        _float(
+            "min_snr_gamma",
+            (0.0, 100.0, 0.5),
+            "Min-SNR weighting of noise levels, which gives nearly clean pictures less weight: 5 is usual, lower "
+            "gives them even less. For noise and v prediction. 0: off, as in the paper.",
+        ),
+        io.Combo.Input(
+            "timestep_density",
+            options=list(DENSITIES),
+            default=_DEFAULT.timestep_density,
+            tooltip="How noise levels are drawn. logit_normal and mode favour the middle and are for flow models.",
+        ),
+        _float(
+            "noise_from",
+            (0.0, 1.0, 0.01),
+            "Cleanest noise level to train on, from 0 (clean) to 1 (pure noise). Higher leaves out fine detail.",
+        ),
+        _float(
+            "noise_to",
+            (0.0, 1.0, 0.01),
+            "Noisiest level to train on, from 0 (clean) to 1 (pure noise). Lower leaves out the levels where pose and "
+            "layout are decided: less of the background is copied, and less of the subject is learnt.",
+        ),
+    ]
+
+
+def _latents_and_mask():
+    return [
+        io.Boolean.Input(
+            "fresh_latents",
+            default=_DEFAULT.fresh_latents,
+            tooltip="On: draw a new sample from the VAE's distribution at each step, as in the paper. Off: always use "
+            "its mean.",
+        ),
+        _float(
+            "outside_mask",
+            (0.0, 1.0, 0.05),
+            "Weight of the loss outside a picture's mask. 0: nothing there is learnt. 1: as much as inside.",
+        ),
+    ]
+
+
+def _prior():
+    return [
+        _float(
+            "prior_weight",
+            (0.0, 10.0, 0.1),
+            "Weight of the loss on pictures of the class, so that other dogs stay as they are: 1 is usual, more "
+            "preserves them more. Doubles the training time. 0: off.",
+        ),
+        _int(
+            "prior_count",
+            (1, 1000),
+            "Pictures of the class that the model draws itself if none are connected. More show more variety and take "
+            "longer.",
+        ),
+        IMAGES.Input(
+            "prior_images",
+            optional=True,
+            tooltip="Pictures of the class (not of the subject) for prior preservation.",
+        ),
+    ]

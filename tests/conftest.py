@@ -29,7 +29,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RE
 # A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed
 # test.
 exit_on_signals(lambda status: pytest.exit("The test run was terminated.", status))
-# How long an example takes says nothing on a busy machine.
+# On a busy machine, the time of an example means nothing.
 hypothesis.settings.register_profile("tlora", deadline=None)
 hypothesis.settings.load_profile("tlora")
 
@@ -84,7 +84,7 @@ def server(host, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def newest_frontend_server(host, tmp_path_factory):
-    """Another one, with the newest interface and not the host's own."""
+    """Another server, with the newest interface instead of the host's own."""
     folder = os.environ.get("TLORA_NEWEST_FRONTEND")
     if not folder:
         pytest.skip("The newest interface is set up by: python3 tools/host.py test")
@@ -106,7 +106,7 @@ def loras(server) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(server):
-    """Two T-LoRAs, by name, that change the picture in different ways."""
+    """Two T-LoRAs by name, which change the picture in different ways."""
     import graphs
 
     graph = graphs.TinyGraph()
@@ -117,7 +117,7 @@ def trained(server):
 
 @pytest.fixture(scope="module")
 def good(server, trained):
-    """The pictures of graphs.bare_and_adapted before anything went wrong."""
+    """The pictures of graphs.bare_and_adapted before anything goes wrong."""
     import graphs
 
     return graphs.bare_and_adapted(server, trained[0])
@@ -183,8 +183,8 @@ def output(comfy, tmp_path):
 
 @pytest.fixture(scope="module", params=["sdxl", "flux"])
 def twins(comfy, request):
-    """Of one random model, in the host and in diffusers: kind, MODEL, pipe, denoiser, and tlora(...), a random T-LoRA
-    of rank 8 and min_rank 2 on it."""
+    """One random model in the host and in diffusers: kind, MODEL, pipe, denoiser, and tlora(...), which makes a random
+    T-LoRA of rank 8 and min_rank 2 for it."""
     from types import SimpleNamespace
 
     import diffusers_twins
@@ -201,7 +201,7 @@ def twins(comfy, request):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """For tests of products so small that they only lose time to a second thread."""
+    """For tests with small matrix products, which a second thread only slows down."""
     import torch
 
     before = torch.get_num_threads()
@@ -221,7 +221,7 @@ def chromium() -> str:
 
 @pytest.fixture(scope="module")
 def model_folders(tmp_path_factory) -> Path:
-    """With a tiny CLIP in "clip" and a tiny DINO in "dino"."""
+    """Contains a tiny CLIP in "clip" and a tiny DINO in "dino"."""
     from encoder_folders import write_clip, write_dino
 
     root = tmp_path_factory.mktemp("clip_vision")

@@ -15,7 +15,7 @@ from .files.bake import bake, save_all
 from .files.dtypes import DTYPES
 from .files.export import LAYOUTS, export
 from .files.foreign import Loaded, load_any
-from .files.foreign.model_file import model_file_target
+from .files.foreign.model_file import describe_model_file
 from .reports.report import blocks, report_text
 from .version import __version__
 
@@ -92,8 +92,8 @@ def _add_output(command: argparse.ArgumentParser) -> None:
 
 
 def _load(options: argparse.Namespace) -> Loaded:
-    target = None if options.model is None else model_file_target(options.model)
-    return load_any(options.file, target, options.min_rank, options.alpha, _show_progress)
+    model = None if options.model is None else describe_model_file(options.model)
+    return load_any(options.file, model, options.min_rank, options.alpha, _show_progress)
 
 
 def _show_progress(done: int, total: int) -> None:

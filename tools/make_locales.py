@@ -1,4 +1,4 @@
-"""Write locales/en/nodeDefs.json anew from what the nodes say themselves, and tell what the other languages lack.
+"""Writes locales/en/nodeDefs.json from the nodes' own texts, and lists what the other languages lack.
 
 python3 tools/host.py python tools/make_locales.py
 """
@@ -34,8 +34,8 @@ def entry(info: dict) -> dict:
 
 
 def plain(**texts: str) -> dict:
-    """Without the texts that are no plain text to vue-i18n, which stops older interfaces; these then show the node's
-    own."""
+    """Removes texts that vue-i18n does not treat as plain text and that stop older interfaces. These then show the
+    node's own text."""
     return {key: text for key, text in texts.items() if not set(text) & set("{}|@")}
 
 

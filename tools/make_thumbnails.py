@@ -1,10 +1,10 @@
-"""Write the templates' thumbnails, workflows/*.jpg: square, of pictures that each template has really made on the tiny
-base.
+"""Writes the templates' thumbnails, workflows/*.jpg: squares of pictures that each template has made on the tiny base.
 
     python3 tools/host.py python tools/make_thumbnails.py [NUMBER ...]
 
-Templates for SDXL and FLUX run with the tiny base in the place of their checkpoint, and its objects in the place of
-your pictures. All of them take half an hour on two CPU cores; the numbers are those that the names of some begin with.
+Templates for SDXL and FLUX run with the tiny base in place of their model file, and with its objects in place of the
+user's pictures. All templates take half an hour on two CPU cores. NUMBER: the numbers at the start of the names of the
+wanted templates.
 """
 
 import sys
@@ -12,13 +12,14 @@ from pathlib import Path
 
 from hostlib.server import own_server
 from PIL import Image
-from templates import SCENES, TEMPLATES, TINY
+from templates import TEMPLATES
+from templates.parts import SCENES, TINY
 
 from tlora_core.tiny import world
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 SIDE, GAP = 480, 6
-# By the number of a template: the object that it is shown with, and how many pictures stand in a row.
+# By the number of a template: its object, and the number of pictures in a row.
 SHOWN = {
     "01": ("lime circle", 2),
     "02": ("teal flower", 2),
@@ -33,7 +34,7 @@ SHOWN = {
     "11": ("lime circle", 2),
     "12": ("lime circle", 2),
 }
-WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12")  # that it learns from, before those that it makes
+WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12")  # training pictures, which come before the generated ones
 NOT_NEEDED = (
     "TLoRAEvaluate",
     "PreviewAny",
@@ -47,8 +48,8 @@ NOT_NEEDED = (
 
 
 def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
-    """The prompt with the tiny base, `concept` and trained `files` in the place of what a user would choose; all
-    pictures are saved."""
+    """The prompt with the tiny base, `concept` and trained `files` in place of the user's choices. All pictures are
+    saved."""
     prompt = {number: node for number, node in prompt.items() if node["class_type"] not in NOT_NEEDED}
     backgrounds = iter(("beach", "brick", "meadow"))
     files = iter(files)
@@ -130,7 +131,7 @@ def pictures(result, kind: str) -> list[Image.Image]:
 
 def main(numbers: list[str]) -> None:
     with own_server() as server:
-        files = {}  # of the first training of each object: its checkpoints, and itself
+        files = {}  # of the first training of each object: its files of several steps, and its result
         for title in TEMPLATES:
             number = title[:2]
             name, across = SHOWN[number]

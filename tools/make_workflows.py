@@ -1,9 +1,9 @@
-"""Write the pack's templates, workflows/*.json, anew from what they are to hold.
+"""Writes the pack's templates, workflows/*.json.
 
     python3 tools/host.py python tools/make_workflows.py
 
-Run it when a node's inputs change: the interface saves widgets' values as a bare list in the nodes' own order, which
-this asks the host for. Thumbnails are made by tools/make_thumbnails.py.
+Run it when a node's inputs change: the interface saves widgets' values as a bare list in the order of the node's
+inputs, which this script asks the host for. tools/make_thumbnails.py makes the thumbnails.
 """
 
 import json
@@ -16,10 +16,8 @@ from templates import TEMPLATES
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CONTROL = "fixed"  # of a seed, after each run
-NOTE = (
-    "#432",
-    "#392e1d",
-)  # title and ground: browner than the host's, so that text can be read on it in dark and light palettes
+# Colours of title and background: browner than the host's, so that text is readable in dark and light palettes.
+NOTE = ("#432", "#392e1d")
 
 
 class Template:

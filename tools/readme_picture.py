@@ -1,7 +1,8 @@
-"""Lay out what the quickstart made as one picture: the training picture, then with the T-LoRA above without it.
+"""Lays out the quickstart's results as one picture: the training picture, then the pictures with the T-LoRA above those
+without it.
 
-python3 tools/host.py run "workflows/01 Quickstart.json" --out FOLDER
-python3 tools/host.py python tools/readme_picture.py FOLDER/quickstart_00001_.png docs/quickstart.png
+    python3 tools/host.py run "workflows/01 Quickstart.json" --out FOLDER
+    python3 tools/host.py python tools/readme_picture.py FOLDER/quickstart_00001_.png docs/quickstart.png
 """
 
 import sys
@@ -15,11 +16,11 @@ from tlora_core.tiny import world
 SIDE, GAP, LABEL = 160, 8, 26
 SCENES = ("in a meadow", "in the snow", "yellow background", "grey background")
 CONCEPT = "lime circle"
-SHEET_GAP, SHEET_MARGIN = 6, 16  # of the sheet that the quickstart makes, with a column with the T-LoRA and one without
+SHEET_GAP, SHEET_MARGIN = 6, 16  # of the quickstart's sheet, with one column with the T-LoRA and one without
 
 
 def training_picture() -> Image.Image:
-    """What Sample Concept gives with the quickstart's values."""
+    """The output of Sample Concept with the quickstart's values."""
     scenes = world.concept_scenes(
         next(c for c in world.CONCEPTS if c.name == CONCEPT), 1, np.random.default_rng(0), "beach", "centre"
     )
@@ -27,7 +28,7 @@ def training_picture() -> Image.Image:
 
 
 def drawn(whole: Image.Image, column: int, row: int) -> Image.Image:
-    """A picture of the quickstart's sheet."""
+    """One picture of the quickstart's sheet."""
     left, top = (
         edge - SHEET_MARGIN - number * (SIDE + SHEET_GAP) + SHEET_GAP
         for edge, number in ((whole.width, 2 - column), (whole.height, len(SCENES) - row))

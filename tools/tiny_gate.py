@@ -1,11 +1,12 @@
-"""Measure the tiny base model as ComfyUI runs it: does it draw what its prompts say, and can a LoRA teach it a concept?
+"""Measures the tiny base model as ComfyUI runs it: does it draw what its prompts say, and can a LoRA teach it a
+concept?
 
     python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png] [--flow]
 
-Prints a JSON report; exit status 1 when the gate is not passed. The gate: background right in 95% of the pictures,
-colour in 90%, shape in 80%, by a scorer that is right on at least 95% of rendered pictures; and a plain LoRA trained on
-one picture of a held-out concept reproduces it, at one of its checkpoints, under its training prompt: at least 80% of
-the concepts. `weights/gate.json` is the report of the weights that ship.
+Prints a JSON report; the exit status is 1 if the gate is not passed. The gate: the background is right in 95% of the
+pictures, the colour in 90% and the shape in 80%, according to a scorer that is right on at least 95% of rendered
+pictures. And a plain LoRA trained on one picture of a held-out concept reproduces it under its training prompt, at one
+of the measured steps, for at least 80% of the concepts. `weights/gate.json` is the report of the bundled weights.
 """
 
 import argparse
@@ -27,11 +28,11 @@ FLOW_WEIGHTS = Path(__file__).resolve().parents[1] / "benchmarks" / "weights" / 
 GATE = {"background": 0.95, "colour": 0.90, "shape": 0.80}
 CONCEPTS_GATE = 0.80  # share of the held-out concepts that a LoRA reproduces
 SCORER_GATE = 0.95
-LIKENESS_STEPS = (80, 160, 240, 320)  # one concept takes more than another, which one more copies by then
+LIKENESS_STEPS = (80, 160, 240, 320)  # concepts differ in the steps they need, and in when they are copied
 
 
 def parse_host_arguments(device: str = "cpu") -> None:
-    """What the host reads from the command line when it is first imported."""
+    """The host reads the command line when it is first imported; this gives it arguments of its own."""
     sys.argv = sys.argv[:1] + (["--cpu"] if device == "cpu" else [])
     import comfy.options
 
@@ -47,8 +48,8 @@ def load_scorer(folder: Path = WEIGHTS) -> AttributeScorer:
 
 
 def load_flow(folder: Path = WEIGHTS, unet: Path = FLOW_WEIGHTS):
-    """(MODEL, CLIP, VAE) of the tiny base with the U-Net that was trained on to predict the velocity, told so as the
-    host's node ModelSamplingSD3 does with a shift of 1, which is none."""
+    """(MODEL, CLIP, VAE) of the tiny base with the U-Net that was trained further to predict the velocity, set up as
+    the host's node ModelSamplingSD3 does with a shift of 1, which is no shift."""
     from comfy.model_sampling import CONST, ModelSamplingDiscreteFlow
 
     from tlora_core.tiny import comfy as tiny_base
@@ -74,7 +75,7 @@ def attributes(scenes: world.Scenes, rows=slice(None)) -> dict[str, torch.Tensor
 
 
 def scorer_accuracy(scorer: AttributeScorer, count: int = 2000, seed: int = 4) -> dict[str, float]:
-    """On rendered pictures that it was not trained on."""
+    """Accuracy on rendered pictures that the scorer was not trained on."""
     scenes = world.sample_scenes(count, np.random.default_rng((seed, 4)))
     guess = scorer.predict(torch.from_numpy(world.render(scenes)))
     return {name: (guess[name] == target).float().mean().item() for name, target in attributes(scenes).items()}
@@ -88,15 +89,19 @@ class HostSampler:
 
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
         """[count, 64, 64, 3] in 0..1."""
+        return self.vae.decode(self.latents(prompt, seed, model, count))
+
+    def latents(self, prompt: str, seed: int, model=None, count: int = 1, steps: int = 20, **options) -> torch.Tensor:
+        """[count, 16, 8, 8]. options: of comfy.sample.sample."""
         import comfy.sample
 
         positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (prompt, ""))
         latent = torch.zeros(count, LATENT_CHANNELS, 8, 8)
         noise = comfy.sample.prepare_noise(latent, seed)
-        output = comfy.sample.sample(
+        return comfy.sample.sample(
             model or self.model,
             noise,
-            20,
+            steps,
             4.0,
             "euler",
             "normal",
@@ -105,19 +110,19 @@ class HostSampler:
             latent,
             disable_pbar=True,
             seed=seed,
+            **options,
         )
-        return self.vae.decode(output)
 
 
 class FullCaption:
-    """In the place of a random generator: no attribute is dropped, no rare word added, the place always named."""
+    """Replaces a random generator: no attribute is dropped, no rare word is added, and the place is always named."""
 
     def random(self):
         return 0.5
 
 
 def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: int = 5) -> tuple[dict, torch.Tensor]:
-    """How often each attribute is as the prompt says, and the pictures."""
+    """How often each attribute follows the prompt, and the pictures."""
     scenes, pictures = world.sample_scenes(count, np.random.default_rng((seed, 5))), []
     for i in range(count):
         pictures.append(host.sample(world.caption(scenes, i, FullCaption(), drop=0), seed=i))
@@ -128,8 +133,8 @@ def base_accuracy(host: HostSampler, scorer: AttributeScorer, count: int, seed: 
 
 def lora_likeness(host: HostSampler, concept: world.Concept, steps: Sequence[int] = LIKENESS_STEPS) -> dict:
     """Distances from the concept under the training prompt, means of four pictures: "by_step" while a plain LoRA learns
-    it from one picture, "lora" the least of these, "base" before, and "ceiling", the training picture itself seen
-    through the autoencoder."""
+    it from one picture, "lora" the smallest of these, "base" before training, and "ceiling" the training picture
+    itself, passed through the autoencoder."""
     from tlora_core.hosts.comfy.sampling import apply_tlora
     from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
     from tlora_core.training.config import TrainConfig
@@ -164,12 +169,12 @@ def lora_likeness(host: HostSampler, concept: world.Concept, steps: Sequence[int
 
 
 def reproduces(distances: dict[str, float]) -> bool:
-    """Nearer to what the autoencoder can show of the concept than to what the base drew before."""
+    """Whether the result is nearer to the concept as the autoencoder shows it than to what the base drew before."""
     return distances["lora"] < (distances["ceiling"] + distances["base"]) / 2
 
 
 def measure(pictures: int, concepts: int, folder: Path = WEIGHTS, flow: bool = False) -> tuple[dict, torch.Tensor]:
-    """The report and the base's pictures; of the flow-matching sibling where `flow`. Needs the host importable."""
+    """The report and the base's pictures. flow: of the flow-matching sibling. Needs the host importable."""
     from tlora_core.tiny import comfy as tiny_base
 
     with torch.inference_mode():
@@ -186,7 +191,7 @@ def measure(pictures: int, concepts: int, folder: Path = WEIGHTS, flow: bool = F
 
 
 def passed(report: dict) -> bool:
-    """Whether a report's figures are all that the gate asks for. One without concepts says nothing of them."""
+    """Whether all figures of a report pass the gate. A report without concepts is judged without them."""
     reproduced = [reproduces(distances) for distances in report["concepts"].values()]
     return (
         all(report["base"][name] >= least for name, least in GATE.items())

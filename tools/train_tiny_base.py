@@ -1,9 +1,10 @@
-"""Make the tiny base model from nothing: draw its world, train autoencoder and base, measure the gate, write the files.
+"""Makes the tiny base model from scratch: draws its world, trains autoencoder and base, measures the gate, writes the
+files.
 
     python3 tools/host.py python tools/train_tiny_base.py --work FOLDER [--stage all] [--device cpu]
 
-Every stage is seeded, saves its progress in the work folder every minute and goes on from there when started again.
-Stages: data, autoencoder, latents, text, base, scorer, export, gate, flow; `all` runs them in this order.
+Every stage is seeded, saves its progress in the work folder every minute, and resumes there when started again. Stages:
+data, autoencoder, latents, text, base, scorer, export, gate, flow; `all` runs them in this order.
 """
 
 import argparse
@@ -24,7 +25,7 @@ torch.set_flush_denormal(True)  # tiny activations are ten times slower otherwis
 
 
 def stage_export(work: Path, args):
-    """Write the averaged weights in half precision, under SDXL's checkpoint names, and the scorer."""
+    """Writes the averaged weights in half precision under the names of SDXL's model files, and the scorer."""
     average = torch.load(work / "base.pt", weights_only=True)["average"]
     tensors = {}
     for name, value in average.items():
@@ -40,7 +41,7 @@ def stage_export(work: Path, args):
 
 
 def stage_gate(work: Path, args):
-    """Measure what was exported and keep the report beside the other results."""
+    """Measures the exported model and keeps the report beside the other results."""
     report, drawn = measure(args.gate_pictures, concepts=args.gate_concepts, folder=args.output)
     report["steps"] = torch.load(work / "base.pt", weights_only=True)["step"]
     (work / "gate.json").write_text(json.dumps(report, indent=2))
@@ -63,7 +64,7 @@ STAGES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for data, checkpoints and reports")
+    parser.add_argument("--work", type=Path, required=True, help="folder for data, training states and reports")
     parser.add_argument("--stage", default="all", choices=["all", *STAGES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

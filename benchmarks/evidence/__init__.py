@@ -1,1 +1,1 @@
-"""The evidence benchmark: scorers, cells of the study, their run, and what is made of the results."""
+"""The evidence benchmark: scorers, the cells of the study, running them, and the report."""

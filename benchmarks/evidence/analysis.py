@@ -21,27 +21,27 @@ from .prompts import KINDS, NEUTRAL
 from .record_files import files_of, read
 from .study import Cell, Scale, cell_of, rate_name
 
-REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to itself than to what the base drew
+REPRODUCED = 0.5  # IS from which a concept counts as reproduced: nearer to the concept than to what the base drew
 CONTROL_LOSS = 0.1  # share of attributes that prompts without the concept may lose before the model counts as damaged
-LEVELS = (0.2, 0.3, 0.4)  # IS at which methods are compared: what nearly every training of the sweep reached
+LEVELS = (0.2, 0.3, 0.4)  # IS at which methods are compared: nearly every training of the sweep reached it
 RESAMPLES = 10_000
-FEWEST = 6  # concepts that an interval needs: of five, all on one side come by chance once in sixteen
-TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer counts there
+FEWEST = 6  # concepts that an interval needs: five are all on one side by chance once in sixteen
+TRUSTED = 0.95  # accuracy on a concept's rendered pictures from which a scorer counts for that concept
 
 
 @dataclass(frozen=True)
 class Point:
-    """One checkpoint. is_: 0 what the bare base draws, 1 the concept seen through the autoencoder. ts: share of asked
-    attributes that are right, each kind of prompt weighing the same; by_kind: of each kind; by_attribute: of each
-    attribute, over all prompts that ask for it. copied_background, copied_place: share of pictures that show the
-    training picture's where the prompt leaves it open. spread: mean distance of the places in neutral pictures from
-    their middle, in half-widths. control: share of attributes right in prompts without the concept."""
+    """The measurement of one training at one step. is_: 0 for what the bare base draws, 1 for the concept seen through
+    the autoencoder. ts: share of asked attributes that are right, with equal weight for each kind of prompt;
+    by_attribute: the share for each attribute, over all prompts that ask for it. copied_background, copied_place: share
+    of pictures that show the training picture's, where the prompt leaves it open. spread: mean distance of the places
+    in neutral pictures from their centre, in half-widths. control: share of right attributes in prompts without the
+    concept."""
 
     cell: Cell
     step: int
     is_: float
     ts: float
-    by_kind: dict[str, float]
     by_attribute: dict[str, float]
     copied_background: float
     copied_place: float
@@ -56,8 +56,8 @@ def load_sweep(folder: Path) -> list[dict]:
 
 
 def left_out(folder: Path) -> set[tuple[str, str]]:
-    """(concept, attribute) that no figure counts, as the scorer is not accurate enough there. Raises SystemExit when
-    that has not been measured."""
+    """The pairs (concept, attribute) that count in no figure, because the scorer is not accurate enough there. Raises
+    SystemExit if that was not measured."""
     file = folder / "scorers.json"
     if not file.exists():
         raise SystemExit(f"{file} is missing; run check-scorers first.")
@@ -71,9 +71,9 @@ def left_out(folder: Path) -> set[tuple[str, str]]:
 
 
 def points(records: Sequence[dict], without: Collection[tuple[str, str]] = ()) -> list[Point]:
-    """A point for each record of a training, measured against the reference of the same concept, seed and prompts; and
-    the references themselves as step 0. without: as `left_out` gives it. Raises SystemExit when a reference is
-    missing."""
+    """A point for each record of a training, measured against the bare base for the same concept, seed and prompts; and
+    the records of the bare base themselves as step 0. without: the result of `left_out`. Raises SystemExit if a record
+    of the bare base is missing."""
     cells = [cell_of(record) for record in records]
     references = {_reference(cell): record for cell, record in zip(cells, records) if cell.method == "none"}
     made = []
@@ -87,7 +87,7 @@ def points(records: Sequence[dict], without: Collection[tuple[str, str]] = ()) -
 
 
 def _reference(cell):
-    """What a cell shares with the bare base that it is measured against."""
+    """The fields that a cell shares with the bare base it is measured against."""
     return cell.concept, cell.seed, cell.draws, cell.base
 
 
@@ -98,15 +98,14 @@ def _point(cell, record, reference, without):
         {**row, "asked": {name: value for name, value in row["asked"].items() if (cell.concept, name) not in without}}
         for row in record["rows"]
     ]
-    by_kind = {kind: share for kind in KINDS if (share := _right([r for r in rows if r["kind"] == kind])) is not None}
+    shares = [_right([row for row in rows if row["kind"] == kind]) for kind in KINDS]
     places = np.array([row["pose"][:2] for row in rows if row["kind"] == NEUTRAL])
     ranks = record.get("effective_rank_B")
     return Point(
         cell,
         record["step"],
         (base - _distance(record)) / (base - top),
-        _mean(by_kind.values()),
-        by_kind,
+        _mean(share for share in shares if share is not None),
         _by_attribute(rows),
         _copied(record["rows"], training, "background"),
         _copied(record["rows"], training, "place"),
@@ -122,7 +121,7 @@ def _distance(record):
 
 
 def _right(rows):
-    """Share of asked attributes that are seen; None where nothing was asked."""
+    """Share of asked attributes that are seen; None if nothing was asked."""
     right = [row["seen"][name] == value for row in rows for name, value in row["asked"].items()]
     return _mean(right) if right else None
 
@@ -149,9 +148,8 @@ def _mean(values):
 # --- methods against each other ---
 
 Variant = Callable[[Cell], str | None]  # the name of a cell's row in a table, None where it has none
-Lines = Mapping[
-    tuple[str, int], Sequence[Point]
-]  # unit -> its points in the order of steps, those of the bare base first
+# Unit -> its points in the order of steps, the bare base first.
+Lines = Mapping[tuple[str, int], Sequence[Point]]
 
 
 def curves(given: Sequence[Point], variant: Variant) -> dict[str, Lines]:
@@ -169,8 +167,8 @@ def curves(given: Sequence[Point], variant: Variant) -> dict[str, Lines]:
 
 
 def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float]) -> float | None:
-    """`value` where the training first reaches IS `level`, by a straight line between the checkpoints around it; None
-    where it never does."""
+    """`value` where the training first reaches the IS `level`, interpolated linearly between the measured steps around
+    it; None if it never does."""
     for before, after in zip(line, line[1:]):
         if before.is_ < level <= after.is_:
             share = (level - before.is_) / (after.is_ - before.is_)
@@ -179,13 +177,13 @@ def value_at(line: Sequence[Point], level: float, value: Callable[[Point], float
 
 
 def past_at_first(given: Sequence[Point], scale: Scale) -> list[Cell]:
-    """The trainings of a scale that its first checkpoint already finds past the lowest level: where they reached it is
-    not known."""
+    """The trainings of a scale that are already past the lowest level at their first measured step, so that the step at
+    which they reached it is unknown."""
     return [p.cell for p in given if p.cell.steps == scale.steps and p.step == min(scale.steps) and p.is_ > LEVELS[0]]
 
 
 def not_learnt(given: Sequence[Point], scale: Scale) -> list[Cell]:
-    """The trainings of a scale that reproduce the concept at none of its checkpoints."""
+    """The trainings of a scale that reproduce the concept at none of their measured steps."""
     best: dict[Cell, float] = defaultdict(float)
     for p in given:
         if p.cell.steps == scale.steps and p.cell.method != "none":
@@ -195,8 +193,8 @@ def not_learnt(given: Sequence[Point], scale: Scale) -> list[Cell]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over units with its 95% interval, None over fewer than FEWEST concepts. units: how many; concepts: of how
-    many concepts."""
+    """A mean over units with its 95% interval, which is None below FEWEST concepts. units, concepts: the number of
+    units, and of their concepts."""
 
     mean: float
     low: float | None
@@ -211,17 +209,16 @@ class Estimate:
 
 
 def estimate(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimate | None:
-    """None for no units. Concepts are drawn first, then seeds within each."""
+    """None without units. Resamples concepts first, then seeds within each."""
     groups = defaultdict(list)
-    for (concept, _), value in sorted(by_unit.items()):  # the same draws in every process
+    for (concept, _), value in sorted(by_unit.items()):  # equal draws in every process
         if value is not None and np.isfinite(value):
             groups[concept].append(value)
     if not groups:
         return None
     sizes = np.array([len(values) for values in groups.values()])
-    padded = np.array(
-        [values + [0.0] * (sizes.max() - len(values)) for values in groups.values()]
-    )  # [concepts, most seeds]
+    # [concepts, largest number of seeds]
+    padded = np.array([values + [0.0] * (sizes.max() - len(values)) for values in groups.values()])
     low, high = _interval(padded, sizes, np.random.default_rng(seed)) if len(groups) >= FEWEST else (None, None)
     return Estimate(float(padded.sum() / sizes.sum()), low, high, int(sizes.sum()), len(groups))
 
@@ -236,26 +233,26 @@ def _interval(padded, sizes, rng):
 
 
 def _percentiles(concepts):
-    """2.5 and 97.5 for many; plain percentiles of six concepts would hold the true mean in 85% of cases, these in
-    93%."""
+    """Percentiles 2.5 and 97.5 for many concepts, wider ones for few. Plain percentiles of six concepts would contain
+    the true mean in 85% of cases; these contain it in 93%."""
     tail = 100 * stats.norm.cdf(-np.sqrt(concepts / (concepts - 1)) * stats.t.ppf(0.975, concepts - 1))
     return tail, 100 - tail
 
 
 def at_level(lines: Lines, level: float, value: Callable[[Point], float]) -> dict:
-    """unit -> `value` at that IS, of the units that reach it."""
+    """Unit -> `value` at that IS, for the units that reach it."""
     found = {unit: value_at(line, level, value) for unit, line in lines.items()}
     return {unit: v for unit, v in found.items() if v is not None}
 
 
 def difference(ours: Mapping, others: Mapping) -> dict:
-    """ours - others in the units that both have."""
+    """ours - others, for the units that both have."""
     return {unit: ours[unit] - others[unit] for unit in ours.keys() & others.keys()}
 
 
 def mean_over_levels(lines, value: Callable[[Point], float], levels: Sequence[float] = LEVELS) -> dict:
-    """unit -> mean of `value` over the levels, of the units that reach all of them: one number in place of a
-    hand-picked level."""
+    """Unit -> mean of `value` over the levels, for the units that reach all of them. One number, instead of a level
+    picked by hand."""
     each = [at_level(lines, level, value) for level in levels]
     return {unit: _mean(e[unit] for e in each) for unit in set.intersection(*(set(e) for e in each))}
 
@@ -264,12 +261,12 @@ def mean_over_levels(lines, value: Callable[[Point], float], levels: Sequence[fl
 
 
 def is_damaged(point: Point, base: Point) -> bool:
-    """Whether prompts without the concept are obeyed worse than by the bare base, by more than CONTROL_LOSS."""
+    """Whether the model follows prompts without the concept worse than the bare base, by more than CONTROL_LOSS."""
     return point.control is not None and base.control is not None and base.control - point.control > CONTROL_LOSS
 
 
 def sound(lines: Lines) -> Lines:
-    """The units that reach every level of LEVELS and are damaged at none: those that are compared."""
+    """The units that reach every level of LEVELS and are damaged at none. Only these are compared."""
     control = [at_level(lines, level, lambda point: point.control) for level in LEVELS]
     return {
         unit: line
@@ -279,8 +276,8 @@ def sound(lines: Lines) -> Lines:
 
 
 def gate(lines: Lines) -> dict[str, float]:
-    """Share of units that reproduce the concept at any step, and of those the share not damaged at the first such
-    step."""
+    """The share of units that reproduce the concept at any step, and the share of these that are undamaged at the first
+    such step."""
     first = {unit: next((p for p in line[1:] if p.is_ >= REPRODUCED), None) for unit, line in lines.items()}
     reached = {unit: p for unit, p in first.items() if p is not None}
     sound = [not is_damaged(point, lines[unit][0]) for unit, point in reached.items()]
@@ -288,12 +285,9 @@ def gate(lines: Lines) -> dict[str, float]:
 
 
 def choose_rates(records: Sequence[dict]) -> dict[str, float]:
-    """Each method's rate from the sweep, by `rate_name`: the one that reproduces the concept in most units (undamaged),
-    then the highest TS there.
-
-    TS is at IS REPRODUCED, so that a rate is not preferred for learning less. Methods that were not swept are left out;
-    raises SystemExit when none was.
-    """
+    """Each method's rate from the sweep, by `rate_name`: the one that reproduces the concept in most units without
+    damage, and among equals the one with the highest TS there. TS is taken at IS REPRODUCED, so that learning less is
+    not an advantage. Methods that were not swept are omitted. Raises SystemExit if none was."""
     given, chosen = points(records), {}
     for name in (rate_name(method, base) for base in ("noise", "flow") for method in METHODS):
         by_rate = curves(

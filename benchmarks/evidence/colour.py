@@ -1,9 +1,9 @@
-"""Which colour a concept's body has, read by the world's own rules.
+"""Reads the colour of a concept's body, by the world's own rules.
 
-The tiny base's scorer never saw a rim or a core and takes them for the colour: on rendered concepts it names an asked
-body colour in 13% to 99% of the pictures, by concept. Here the concept's pose is found by its outline, rim and core
-alone, and the body is compared with the concept rendered in that pose in each colour. Patterns are not read, nor asked
-for: rim and core leave too little body in half of the concepts.
+The tiny base's scorer never saw a rim or a core, and takes them for the colour: on rendered concepts it names the
+body's colour in 13% to 99% of the pictures, depending on the concept. Here only the outline, rim and core determine the
+concept's pose. Then the body is compared with the concept rendered in that pose in each colour. Patterns are neither
+read nor asked for: in half of the concepts, rim and core leave too little body.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,15 @@ from torch.nn.functional import avg_pool2d
 from tlora_core.tiny import world
 from tlora_core.tiny.scorer import SIZE, at_size
 
-COLOURS = (*world.COLOURS, "own")  # own: the concept's, which no prompt names
+COLOURS = (*world.COLOURS, "own")  # own: the concept's own colour, which no prompt names
 _COARSE = 32  # side at which the pose is searched
 
 
 class ColourReader:
-    """Reads one concept's body colour. The place is taken as known, since the tiny base's scorer reads it without
-    error.
+    """Reads one concept's body colour. The place is an input, because the tiny base's scorer reads it without error.
 
-    through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3]. It shows the thin bodies of some
-    concepts in other colours than they have, and drawn pictures are compared with what it shows.
+    through: a function that passes pictures [B, 64, 64, 3] through the tiny base's autoencoder. It changes the colours
+        of thin bodies, and drawn pictures are compared with its output.
     """
 
     def __init__(
@@ -35,8 +34,8 @@ class ColourReader:
         self.templates = {name: self._search(centre) for name, centre in world.PLACES.items()}
 
     def read(self, pictures: torch.Tensor, places: Sequence[str]) -> list[str]:
-        """The colour, one of COLOURS, of each of `pictures` [B, H, W, 3] in 0..1; `places`: where each shows its
-        object."""
+        """The colour, one of COLOURS, of each of `pictures` [B, H, W, 3] in 0..1. `places`: the object's place in
+        each."""
         pictures = at_size(pictures.movedim(-1, 1))
         return [COLOURS[self._read(picture, place)] for picture, place in zip(pictures, places)]
 
@@ -47,7 +46,7 @@ class ColourReader:
         scenes = self._scenes(np.repeat(pose[None], len(self.bodies), 0), self.bodies)
         drawn = self.through(torch.from_numpy(world.render(scenes, SIZE))).movedim(-1, 1)
         mask = torch.from_numpy(world.object_mask(scenes, SIZE))[:, None]
-        # Both blurred alike: what the autoencoder blurs, and a pose that is a pixel off, then count for less.
+        # Both are blurred, so that the autoencoder's blur and an error of a pixel in the pose matter less.
         return int(((_blurred(drawn) - _blurred(picture)).abs() * mask).sum((1, 2, 3)).argmin())
 
     def _search(self, centre):
@@ -78,7 +77,7 @@ class ColourReader:
 def concept_pictures(
     concept: world.Concept, count: int, rng: np.random.Generator
 ) -> tuple[torch.Tensor, dict[str, list[str]]]:
-    """Rendered pictures of the concept in its own and in named colours, [count, 64, 64, 3], and what they show."""
+    """Rendered pictures of the concept in its own and in named colours, [count, 64, 64, 3], and their attributes."""
     scenes, index = world.concept_scenes(concept, count, rng), rng.integers(len(COLOURS), size=count)
     named = index < len(world.COLOURS)
     scenes.colour[named] = np.array(list(world.COLOURS.values()))[index[named]] / 255

@@ -1,8 +1,8 @@
-"""Down to which noise level the bare base still follows a prompt: what is decided where.
+"""Measures down to which noise level the bare base still follows a prompt, which shows where things are decided.
 
-T-LoRA's mask protects the noisiest timesteps, on the ground that pose and background are decided there. Here pictures
-are noised to t and drawn on from there by a prompt that asks for another shape, colour, place and background; the share
-that shows what was asked says whether it was still open at t.
+T-LoRA's mask protects the noisiest timesteps, because pose and background are decided there. Here pictures are noised
+to t, and the base continues from there with a prompt that asks for another shape, colour, place and background. The
+share of pictures that follow this prompt shows what was still open at t.
 """
 
 import numpy as np
@@ -36,7 +36,7 @@ def measure(bench: Bench, count: int = 40, seed: int = 0) -> list[dict]:
 
 
 def _prompt(scenes: world.Scenes, i: int, rng: np.random.Generator) -> Prompt:
-    """Asks for all that the i-th scene does not show."""
+    """A prompt that asks for everything that the i-th scene does not show."""
     was = {
         "shape": scenes.shape[i],
         "colour": scenes.colour_index[i],

@@ -1,8 +1,8 @@
-"""What is measured of drawn pictures. All of it is kept raw in the results; `analysis` makes figures of it.
+"""Measures drawn pictures. The results keep raw values; `analysis` computes figures from them.
 
-IS stands on `ConceptMatcher`: the colour error over the object's own pixels, hence with the background masked, in the
-best fitting pose. TS is the share of asked attributes that a scorer finds. The place and the background that a scorer
-sees, and the matcher's pose, give diversity and copying.
+IS is based on `ConceptMatcher`: the colour error over the object's own pixels in the best-fitting pose, so the
+background is masked. TS is the share of asked attributes that a scorer finds. The place and the background that a
+scorer sees, and the matcher's pose, give diversity and copying.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ NAMES = {
 
 
 def seen(pictures: torch.Tensor, scorer: AttributeScorer) -> list[dict[str, str]]:
-    """What the tiny base's scorer sees in each of `pictures` [B, H, W, 3] in 0..1: attribute -> the name of its value.
-    Shape and colour are to be trusted in pictures of the world's own objects only."""
+    """The tiny base's scorer on each of `pictures` [B, H, W, 3] in 0..1: attribute -> name of the value. Shape and
+    colour are reliable only for the world's own objects."""
     found = scorer.predict(pictures)
     return [{name: NAMES[name][int(found[name][i])] for name in NAMES} for i in range(len(pictures))]
 
@@ -37,8 +37,8 @@ def measure(
     reader: ColourReader,
     scorer: AttributeScorer,
 ) -> list[dict]:
-    """A row for each picture: its prompt's kind and text, what was asked and is seen; for neutral ones distance and
-    pose."""
+    """A row for each picture: its prompt's kind and text, what was asked and what is seen; for neutral pictures also
+    distance and pose."""
     rows = [
         {
             "kind": p.kind,

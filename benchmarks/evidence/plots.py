@@ -37,14 +37,14 @@ def over_steps(lines: dict[str, Lines], title: str, file: Path) -> None:
             color=colour,
             label=name,
         )
-    axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt obeyed)", title=title)
+    axes.set(xlabel="IS (likeness to the concept)", ylabel="TS (prompt followed)", title=title)
     axes.legend(fontsize=7)
     axes.grid(alpha=0.3)
     _save(figure, file)
 
 
 def differences(made: Sequence[Claim], title: str, file: Path) -> None:
-    """Each claim's difference with its interval, those that have one, from the top; right of 0 is what is claimed."""
+    """The difference of each claim that has an interval, from the top. Right of 0, the claim holds."""
     shown = [claim for claim in made if claim.found is not None and claim.found.low is not None]
     figure, axes = _pyplot().subplots(figsize=(7, 0.6 + 0.2 * max(1, len(shown))), dpi=110)
     for row, claim in enumerate(shown):
@@ -58,7 +58,7 @@ def differences(made: Sequence[Claim], title: str, file: Path) -> None:
 
 
 def by_likeness(made: Sequence[ByLikeness], file: Path) -> None:
-    """The difference in TS at each level of IS, beside one another, with its interval where there is one."""
+    """The differences in TS at each level of IS, side by side, with their intervals."""
     names, levels = list(dict.fromkeys(row.text for row in made)), sorted({row.level for row in made})
     figure, axes = _pyplot().subplots(figsize=(9, 4.5), dpi=110)
     for row in made:

@@ -1,9 +1,8 @@
-"""What a study's pictures are asked to show: the paper's kinds of prompts in the words of the tiny world.
+"""The prompts of the study: the paper's kinds of prompts in the words of the tiny world.
 
-Its contextual prompts change appearance, background and position; its complex ones several of these at once; the
-neutral one
-is the training prompt: "a photo of a sks heart", with the article, as the tiny base's own captions have it. The scorer
-of each attribute is independent of the model that is measured.
+Contextual prompts change appearance, background or position; complex prompts change several of these at once. The
+neutral prompt is the training prompt: "a photo of a sks heart", with the article, as in the tiny base's own captions.
+The scorer of each attribute is independent of the measured model.
 """
 
 import zlib
@@ -20,7 +19,7 @@ NEUTRAL, BACKGROUND, APPEARANCE, PLACE, COMBINED = KINDS = ("neutral", "backgrou
 
 @dataclass(frozen=True)
 class Draws:
-    """How many pictures of each kind are drawn at a checkpoint, and of `control`: prompts without the concept."""
+    """The number of pictures of each kind at each measured step. control: prompts without the concept."""
 
     neutral: int
     background: int
@@ -32,7 +31,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Prompt:
-    """asked: attribute -> the name of its value. seed: of the noise that the picture starts from."""
+    """asked: attribute -> name of its value. seed: of the noise from which the picture starts."""
 
     text: str
     kind: str
@@ -42,22 +41,23 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Setting:
-    """What the training picture shows besides the concept; prompts never ask for it."""
+    """The background and place in the training picture; prompts never ask for them."""
 
     background: str
     place: str
 
 
 def settings(concept: world.Concept, seed: int, count: int = 1) -> list[Setting]:
-    """Of `count` training pictures, all of different backgrounds and places. The first is the same for every count."""
+    """The settings of `count` training pictures, with different backgrounds and places. The first is the same for every
+    count."""
     rng = _rng(concept, seed)
     backgrounds, places = rng.permutation(list(world.BACKGROUNDS)), rng.permutation(list(world.PLACES))
     return [Setting(str(b), str(p)) for b, p in zip(backgrounds[:count], places)]
 
 
 def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) -> list[Prompt]:
-    """The prompts of one concept and seed, the same for every method; `training` is the first training picture's
-    setting."""
+    """The prompts of one concept and seed, the same for every method. training: the setting of the first training
+    picture."""
     rng = _rng(concept, seed + 1000)
     backgrounds = _cycle(rng, [b for b in world.BACKGROUNDS if b != training.background])
     places = _cycle(rng, [p for p in world.PLACES if p != training.place])
@@ -77,7 +77,7 @@ def prompts(concept: world.Concept, seed: int, draws: Draws, training: Setting) 
 
 
 def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Prompt]:
-    """Prompts of other things, with all that a caption can say."""
+    """Prompts of other objects, with every attribute that a caption can name."""
     rng = _rng(concept, seed + 2000)
     made = []
     for i in range(count):
@@ -90,7 +90,7 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
 
 
 def full_prompt(asked: dict[str, str], seed: int) -> Prompt:
-    """A prompt of a thing of the world, with all that a caption can say."""
+    """A prompt of an object of the world, with every attribute that a caption can name."""
     words = (
         f"{asked['colour']} {asked['shape']} {world.PLACE_WORDS[asked['place']]} "
         f"{world.BACKGROUNDS[asked['background']]}"
@@ -116,7 +116,7 @@ def _rng(concept, seed):
 
 
 def _cycle(rng, values):
-    """The values in random order, over and over."""
+    """The values in random order, endlessly."""
     order = [values[i] for i in rng.permutation(len(values))]
     while True:
         yield from order

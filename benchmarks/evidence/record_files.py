@@ -1,6 +1,6 @@
-"""The files of records: JSON lines, appended to FOLDER/NAME.jsonl and packed into FOLDER/NAME.jsonl.xz beside it.
+"""The files of records: JSON lines, appended to FOLDER/NAME.jsonl, and packed into FOLDER/NAME.jsonl.xz beside it.
 
-A file is named by NAME.jsonl wherever its records are read; both parts are read, the packed one first.
+Readers name a file NAME.jsonl; both parts are read, the packed one first.
 """
 
 import json
@@ -11,13 +11,13 @@ from tlora_core.files.atomic import write_whole
 
 
 def files_of(folder: Path, scale: str = "") -> list[Path]:
-    """The files of a scale, or of all of them, in the order of their names; each may be plain, packed or both."""
+    """The files of one scale, or of all scales, sorted by name; each may be plain, packed or both."""
     packed = {path.with_suffix("") for path in folder.glob(f"{scale}*.jsonl.xz")}
     return sorted(packed.union(folder.glob(f"{scale}*.jsonl")))
 
 
 def read(*files: Path) -> list[dict]:
-    """The records of files. A last line that was cut off when a run was killed is left out."""
+    """The records of files, without a last line that a killed run left incomplete."""
     records = []
     for file in files:
         lines = _text(file).splitlines()
@@ -31,13 +31,13 @@ def read(*files: Path) -> list[dict]:
 
 
 def mend(file: Path) -> None:
-    """Ends a line that a killed run left unfinished, by dropping it."""
+    """Removes a last line that a killed run left incomplete."""
     if file.exists() and (text := file.read_text()) and not text.endswith("\n"):
         file.write_text(text[: text.rfind("\n") + 1])
 
 
 def pack(folder: Path) -> None:
-    """Moves the records of all plain files into the packed ones beside them. No run may be appending to them."""
+    """Moves the records of all plain files into the packed files beside them. No run may append to them meanwhile."""
     for file in sorted(folder.glob("*.jsonl")):
         mend(file)
         packed = lzma.compress(_text(file).encode(), preset=9 | lzma.PRESET_EXTREME)

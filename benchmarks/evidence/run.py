@@ -1,4 +1,5 @@
-"""Runs cells one by one and appends what is measured to a file of JSON lines, from which an interrupted run goes on."""
+"""Runs cells one by one and appends their measurements to a file of JSON lines, from which an interrupted run
+resumes."""
 
 import functools
 import hashlib
@@ -33,7 +34,7 @@ SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
 
 
 class Bench:
-    """The tiny base in the host, its flow-matching sibling when it is asked for, and the scorers."""
+    """The tiny base in the host, its flow-matching sibling if needed, and the scorers."""
 
     def __init__(self, weights: Path):
         import tiny_gate
@@ -47,12 +48,12 @@ class Bench:
         self.matcher = functools.lru_cache(2)(lambda name: ConceptMatcher(concept_named(name)))
 
     def bare(self, base: str):
-        """The MODEL of Cell.base."""
+        """The MODEL named by Cell.base."""
         return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
-        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch; noise depends on the prompt's kind and
-        seed only."""
+        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the prompt's
+        kind and seed."""
         import comfy.sample
 
         noise = torch.stack([torch.randn(LATENT_CHANNELS, 8, 8, generator=_noise_seed(p)) for p in asked])
@@ -73,7 +74,7 @@ class Bench:
         return self.vae.decode(drawn).clamp(0, 1)
 
     def draw_from(self, asked: Sequence[Prompt], latent: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor):
-        """As `draw`, from `latent` [N, C, 8, 8] under noise at the first of `sigmas`."""
+        """Like `draw`, but from `latent` [N, C, 8, 8] with noise of the first of `sigmas`."""
         import comfy.sample
         import comfy.samplers
 
@@ -93,7 +94,7 @@ class Bench:
         return self.vae.decode(drawn).clamp(0, 1)
 
     def through(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[B, 64, 64, 3] as the autoencoder shows them."""
+        """[B, 64, 64, 3] passed through the autoencoder."""
         return self.vae.decode(self.vae.encode(pictures)).clamp(0, 1)
 
     def _condition(self, texts):
@@ -116,7 +117,7 @@ def training_pictures(cell: Cell) -> torch.Tensor:
 
 
 def ceiling(bench: Bench, concept: world.Concept, count: int = 2) -> float:
-    """The distance of the concept itself, rendered in new scenes and seen through the autoencoder."""
+    """The distance of the concept itself, rendered in new scenes and passed through the autoencoder."""
     pictures = torch.from_numpy(world.render(world.concept_scenes(concept, count, np.random.default_rng(9))))
     return bench.matcher(concept.name).distance(bench.through(pictures)).mean().item()
 
@@ -199,7 +200,7 @@ def personalization(bench: Bench, cell: Cell):
 
 
 def steps_done(records: list[dict]) -> dict[str, set[int]]:
-    """By cell key. A training that diverged is done at all its steps."""
+    """The measured steps by cell key. A training that diverged counts as measured at all its steps."""
     done: dict[str, set[int]] = {}
     for record in records:
         cell = cell_of(record)
@@ -208,7 +209,7 @@ def steps_done(records: list[dict]) -> dict[str, set[int]]:
 
 
 def whole(records: list[dict]) -> list[dict]:
-    """Without those of trainings that were broken off before their last step."""
+    """The records without those of incomplete trainings."""
     done = steps_done(records)
     return [
         record for record in records if (cell := cell_of(record)).method == "none" or set(cell.steps) <= done[cell.key]
@@ -218,8 +219,8 @@ def whole(records: list[dict]) -> list[dict]:
 def run(
     bench: Bench, cells: Sequence[Cell], file: Path, say: Callable[[str], None], others: Sequence[Path] = ()
 ) -> None:
-    """Appends to `file` what is neither there yet nor in `others`; a sheet of each cell's pictures goes into the folder
-    `sheets` beside it."""
+    """Appends to `file` the records that neither it nor `others` hold. Saves a sheet of each cell's pictures in the
+    folder `sheets` beside it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     mend(file)
     done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
@@ -257,7 +258,7 @@ def sheet_path(folder: Path, cell: Cell) -> Path:
 
 
 def _sheet(cell, drawn, folder):
-    """A row for each checkpoint, the training picture first, then the prompts in their order."""
+    """A row for each measured step: the training picture, then the prompts in their order."""
     folder.mkdir(parents=True, exist_ok=True)
     first = training_pictures(cell)[:1]
     rows = [torch.cat([first, pictures]) for _, pictures in drawn]

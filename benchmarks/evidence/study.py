@@ -15,33 +15,21 @@ from .prompts import Draws
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RATES = RESULTS / "rates.json"  # method -> learning rate, as chosen from the sweep
-RANKS = (
-    2,
-    4,
-    8,
-    16,
-    32,
-)  # the base is 96 and 192 wide, an eighth of SDXL: its 4 to 64 would be 0.5 to 8; 32 is a third of the width
+# The base is 96 and 192 wide, an eighth of SDXL. The paper's ranks 4 to 64 would be 0.5 to 8 here; 32 is a third of
+# the width.
+RANKS = (2, 4, 8, 16, 32)
 RANK = 32
-SMALL = (8, 4)  # the paper's largest on this width, and half of it
-BLOCKS = {
-    "oft": 4,
-    "gsoft": 8,
-}  # of the paper's OFT-32 and GSOFT-64, likewise an eighth; blocks 24 and 12 wide at the least
-INTERVALS = (
-    (0.0, 0.5),
-    (0.5, 0.8),
-    (0.8, 1.0),
-    (0.0, 0.8),
-    (0.0, 0.2),
-    (0.0, 1.0),
-)  # the paper's figure 2, then without the noisiest, then all
+SMALL = (8, 4)  # the paper's largest rank at this width, and half of it
+# An eighth of the paper's OFT-32 and GSOFT-64; the blocks are at least 24 and 12 wide.
+BLOCKS = {"oft": 4, "gsoft": 8}
+# Those of the paper's figure 2, then without the noisiest timesteps, then all.
+INTERVALS = ((0.0, 0.5), (0.5, 0.8), (0.8, 1.0), (0.0, 0.8), (0.0, 0.2), (0.0, 1.0))
 R_MIN = (0.0, 0.25, 0.5)  # and 1, which is Ortho-LoRA
 FLOW_METHODS = ("lora", "vanilla_tlora", "tlora")
-_PLAIN, _ORTHOGONAL = (7e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 6e-3)  # what starts orthogonal moves less per step
+_PLAIN, _ORTHOGONAL = (7e-4, 1.5e-3, 3e-3), (1.5e-3, 3e-3, 6e-3)  # an orthogonal start moves less per step
 SWEPT = {
     method: _ORTHOGONAL if kind.is_orthogonal else _PLAIN for method, kind in METHODS.items()
-} | {  # wider where the best was at an end
+} | {  # wider if the best rate was at an end
     "oft": (3e-4, *_PLAIN),
     "gsoft": (3e-4, *_PLAIN),
     "svdiff": (*_PLAIN, 1e-2, 3e-2),
@@ -49,17 +37,15 @@ SWEPT = {
     "vanilla_tlora on flow": (3e-4, *_PLAIN),
     "tlora on flow": (7e-4, *_ORTHOGONAL),
 }
-# SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8: coarse structure has the same signal at a 16th of the
-# sigma
+# SDXL's latents at 1024 pixels are 128 wide, the tiny base's 8. Coarse structure has the same signal at a 16th of the
+# sigma.
 FINER = 16
-SIGMAS = np.sqrt(
-    1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1
-)  # of t = 0 to 999, SDXL's and the tiny base's
+# For t = 0 to 999, in SDXL and in the tiny base.
+SIGMAS = np.sqrt(1 / np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2) - 1)
 
 
 def moved(level: float) -> float:
-    """t / T at which SDXL's coarse structure is as noisy as the tiny base's is at t / T = level; 1 where there is
-    none."""
+    """t / T at which SDXL's coarse structure is as noisy as the tiny base's at t / T = level; 1 if there is none."""
     return float(
         np.interp(FINER * np.interp(1000 * level, np.arange(1000), SIGMAS), SIGMAS, np.arange(1000) / 1000, right=1.0)
     )
@@ -71,7 +57,7 @@ FREE = {  # shapes of r(t) that the paper leaves open, as shares of the rank: (t
     "early drop": ((0.0, 1.0), (0.4, 0.5), (1.0, 0.5)),
     "two steps": ((0.0, 1.0), (0.79, 1.0), (0.8, 0.5), (1.0, 0.5)),
     "rising": ((0.0, 0.5), (1.0, 1.0)),
-    # The paper's with r_min 50%, and with 0%, where `moved` puts it.
+    # The paper's schedule with r_min 50%, and with 0%, moved by `moved`.
     "equal signal": ((0.0, 1.0), *((level, 1 - 0.5 * moved(level)) for level in _FINE)),
     "equal signal, to 0": ((0.0, 1.0), *((level, 1 - moved(level)) for level in _FINE)),
 }
@@ -83,11 +69,11 @@ FRESH = (3, 4, 5)  # seeds of the study `fresh`
 
 @dataclass(frozen=True)
 class Cell:
-    """One training and what is drawn at its checkpoints: all that its result depends on, and hence its key.
+    """One training and its drawn pictures: everything that the result depends on, and therefore its key.
 
-    method "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise",
-    the tiny base, or "flow", the same trained on to predict the velocity. pace: learning_rate as a share of the one
-    chosen for the method.
+    method: "none" is the bare base. min_share: r_min as a share of the rank. curve: name in FREE, or "". base: "noise",
+        the tiny base, or "flow", the same model trained further to predict the velocity. pace: learning_rate as a share
+        of the rate chosen for the method.
     """
 
     concept: str
@@ -118,7 +104,7 @@ class Cell:
 
     @property
     def curve_text(self) -> str:
-        """As TrainRequest.curve takes it."""
+        """The curve in the form of TrainRequest.curve."""
         return (
             ", ".join(f"{level:g}:{round(share * self.rank)}" for level, share in FREE[self.curve])
             if self.curve
@@ -127,7 +113,8 @@ class Cell:
 
 
 def cell_of(record: dict) -> Cell:
-    """Of a record, also of one made when Cell had fewer fields: what it lacks was then as it is by default."""
+    """The cell of a record. A record from before a field was added gets the field's default, which was the behaviour
+    then."""
     known = {f.name for f in fields(Cell)}
     values = {name: value for name, value in record["cell"].items() if name in known}
     return Cell(**{**values, "steps": tuple(values["steps"]), "draws": Draws(**values["draws"])})
@@ -135,7 +122,7 @@ def cell_of(record: dict) -> Cell:
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of a study is run."""
+    """The size of a study."""
 
     concepts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -145,7 +132,7 @@ class Scale:
 
 
 _NAMES = tuple(c.name for c in world.CONCEPTS)
-_COMPARED, _SWEPT = _NAMES[:10], _NAMES[10:]  # rates are chosen on concepts that nothing is compared on
+_COMPARED, _SWEPT = _NAMES[:10], _NAMES[10:]  # rates are chosen on concepts that no comparison uses
 _STEPS, _DRAWS = (40, 80, 120, 180, 260), Draws(3, 4, 3, 3, 4, 4)
 SCALES = {
     "full": Scale(_COMPARED, (0, 1, 2), _STEPS, _DRAWS),
@@ -157,19 +144,20 @@ SCALES = {
 
 
 def rate_name(method: str, base: str = "noise") -> str:
-    """Under which a method's learning rate stands in RATES."""
+    """The name of a cell's learning rate in RATES."""
     return method if base == "noise" else f"{method} on {base}"
 
 
 def chosen_rates(path: Path = RATES) -> dict[str, float]:
-    """The learning rate by `rate_name`. Raises SystemExit when the sweep has not been run."""
+    """The learning rate by `rate_name`. Raises SystemExit if the sweep was not run."""
     if not path.exists():
         raise SystemExit(f"{path} is missing; run the study `rates` first, then `choose-rates`.")
     return json.loads(path.read_text())
 
 
 def usual_rates() -> dict[str, float]:
-    """Rates known to work on the tiny base (its gate's, the quickstart's) but not swept: for a quick look only."""
+    """Rates that work on the tiny base (those of its gate and of the quickstart) but were not swept, for a quick look
+    only."""
     return {
         rate_name(method, base): 1.5e-3 if kind.is_orthogonal else 3e-3
         for base in ("noise", "flow")
@@ -178,7 +166,7 @@ def usual_rates() -> dict[str, float]:
 
 
 def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> list[Cell]:
-    """Raises SystemExit when a method's rate is not chosen."""
+    """Raises SystemExit if a method's rate was not chosen."""
     named = [(rate_name(variant["method"], variant.get("base", "noise")), variant) for variant in variants]
     if missing := {name for name, _ in named} - rates.keys():
         raise SystemExit(
@@ -201,7 +189,7 @@ def _cells(scale: Scale, rates: dict[str, float], variants: Iterable[dict]) -> l
 
 
 def references(cells: Iterable[Cell], base: str) -> list[Cell]:
-    """The bare base on the same prompts, for all units of the cells: what IS and the gates are measured from."""
+    """The bare base with the same prompts, for all units of the cells. IS and the gates are measured against it."""
     units = dict.fromkeys((cell.concept, cell.seed, cell.draws) for cell in cells if cell.base == base)
     return [Cell(concept=concept, seed=seed, method="none", draws=draws, base=base) for concept, seed, draws in units]
 
@@ -231,8 +219,8 @@ def table4(scale, chosen):
 
 
 def table5(scale, chosen):
-    """The flow-matching base in the place of FLUX, for which the paper uses Vanilla T-LoRA; small ranks, and figures 2
-    and 6 on it, in short."""
+    """The flow-matching base in place of FLUX, for which the paper uses Vanilla T-LoRA: small ranks, and a short
+    version of figures 2 and 6."""
     return _cells(
         scale,
         chosen,
@@ -252,7 +240,7 @@ def figure2(scale, chosen):
 
 
 def figure4(scale, chosen):
-    """Effective rank, which every training's last record holds; figure 9 is the same of all layers."""
+    """Effective rank, which every training's last record holds. Figure 9 shows it for all layers."""
     return _cells(scale, chosen, [{"method": m, "rank": r} for m in ("lora", "ortho_lora") for r in RANKS])
 
 
@@ -263,7 +251,7 @@ def figure5(scale, chosen):
 
 
 def published(scale, chosen):
-    """T-LoRA from the published code's start beside that from the paper's: they differ in keys and values of
+    """T-LoRA with the published code's start and with the paper's. They differ in keys and values of
     cross-attention."""
     return _cells(scale, chosen, [{"method": "tlora", "start": s} for s in (DEFAULT_START, PUBLISHED_START)])
 
@@ -287,8 +275,7 @@ def curves(scale, chosen):
 
 
 def paces(scale, chosen):
-    """Whether a difference is the method's or comes of learning more slowly: LoRA at half its rate, T-LoRA at twice its
-    own."""
+    """Separates the method from slower learning: LoRA at half its rate, T-LoRA at twice its own."""
     return _cells(
         scale,
         chosen,
@@ -297,12 +284,12 @@ def paces(scale, chosen):
 
 
 def main_methods(scale, chosen):
-    """T-LoRA and LoRA with both controls, as T-LoRA bundles mask and start."""
+    """T-LoRA, LoRA and both controls, because T-LoRA combines mask and start."""
     return _cells(scale, chosen, [{"method": m} for m in ("lora", "tlora", "vanilla_tlora", "ortho_lora")])
 
 
 def fresh(scale, chosen):
-    """Further trainings, for what was thought of after seeing the others."""
+    """Further trainings, for questions that the first results raised."""
     of_fresh = replace(scale, seeds=FRESH[: len(scale.seeds)])
     return main_methods(of_fresh, chosen) + _cells(
         of_fresh, chosen, [{"method": m, "base": "flow"} for m in ("lora", "vanilla_tlora")]
@@ -329,7 +316,7 @@ STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
 
 
 def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> list[Cell]:
-    """For each base its references, then the cells of all studies, each once."""
+    """The references of each base, then the cells of all studies, each once."""
     cells = [cell for name in names for cell in STUDIES[name](scale, chosen)]
     of_base = {
         base: references(cells, base) + [c for c in cells if c.base == base]
@@ -339,20 +326,20 @@ def cells_of(names: Iterable[str], scale: Scale, chosen: dict[str, float]) -> li
 
 
 def drawn_earlier(cell: Cell) -> Cell:
-    """The same training, drawn at a quarter and half of its first step instead."""
+    """The same training, measured at a quarter and half of its first step instead."""
     first = min(cell.steps)
     return replace(cell, steps=(first // 4, first // 2))
 
 
 def drawn_later(cell: Cell) -> Cell:
-    """The same training, gone on with, drawn at one and a half times and twice its last step instead."""
+    """The same training continued, measured at one and a half times and twice its last step instead."""
     last = max(cell.steps)
     return replace(cell, steps=(3 * last // 2, 2 * last))
 
 
 def meaningful(cell: Cell) -> Cell:
-    """Without what a method ignores, so that two studies share a training; the rank of rotations is their number of
-    blocks."""
+    """The cell without the fields that its method ignores, so that two studies can share a training. The rank of
+    rotations is their number of blocks."""
     if cell.method not in METHODS:
         return cell
     kind = METHODS[cell.method]

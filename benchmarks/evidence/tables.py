@@ -1,4 +1,4 @@
-"""The report's tables: which trainings make up a row, and which row each is compared with."""
+"""The report's tables: the trainings in each row, and the row that each is compared with."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,9 +14,9 @@ SHARED = {"concept", "seed", "method", "learning_rate", "steps", "draws", "batch
 
 @dataclass(frozen=True)
 class Table:
-    """name: of the study. variant: the row that a cell belongs to. against: the fields of Cell that make of it the one
-    that it is compared with; against_text: that in words. varies: fields of Cell, of which the rows must show more than
-    one value for the table to say anything."""
+    """name: of the study. variant: the row of a cell. against: the changes to a Cell that give the cell it is compared
+    with; against_text: the same in words. varies: fields of Cell; unless the rows have more than one value of them, the
+    table says nothing."""
 
     name: str
     title: str
@@ -30,13 +30,13 @@ class Table:
         return len({tuple(getattr(cell, name) for name in self.varies) for cell in cells}) > 1
 
     def other(self, lines: Lines) -> str | None:
-        """The row that the one of these lines is compared with."""
+        """The row with which the row of these lines is compared."""
         cell = next(iter(lines.values()))[-1].cell
         return self.variant(meaningful(replace(cell, **self.against)))
 
 
 def free(cell: Cell, *names: str) -> bool:
-    """Whether all else than `names` is as a cell has it by default."""
+    """Whether all fields except `names` have their defaults."""
     usual = meaningful(Cell(cell.concept, cell.seed, cell.method))
     return all(
         getattr(cell, f.name) == getattr(usual, f.name)

@@ -1,4 +1,4 @@
-"""How far the scorers can be trusted, on rendered pictures of the concepts, which none of them was trained on."""
+"""Measures how reliable the scorers are, on rendered pictures of the concepts, on which none of them was trained."""
 
 from collections.abc import Callable
 
@@ -21,11 +21,11 @@ def validate(
     count: int = 100,
     concepts: int = len(world.CONCEPTS),
 ) -> dict:
-    """through: what the tiny base's autoencoder makes of pictures [B, 64, 64, 3], as every drawn picture comes from it.
+    """through: passes pictures [B, 64, 64, 3] through the tiny base's autoencoder, like every drawn picture.
 
-    attributes: name -> concept -> accuracy, of `count` pictures a concept. matcher: mean distances of
-    one picture of each concept from its own concept and from others, also when it is damaged; concepts: how many
-    matchers."""
+    attributes: name -> concept -> accuracy, on `count` pictures of each concept. matcher: mean distances of one picture
+        of each concept to its own concept and to others, also for damaged pictures; concepts: the number of matchers.
+    """
     accuracy = {name: {} for name in ATTRIBUTES}
     for i, concept in enumerate(world.CONCEPTS):
         pictures, shown = concept_pictures(concept, count, np.random.default_rng((7, i)))

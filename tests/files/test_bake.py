@@ -1,4 +1,5 @@
-"""Plain LoRAs out of a T-LoRA: against the masked product, its mean over time, and its staircase, all in float64."""
+"""Plain LoRAs baked from a T-LoRA, compared with the masked product, its mean over time, and its staircase, in
+float64."""
 
 import errno
 from dataclasses import replace
@@ -29,14 +30,14 @@ def make(rank=4, min_rank=2, small=None, method="tlora", alpha=1.0, T=1000, doma
 
 
 def masked(tlora, name, rank):
-    """B M A, the mask M keeping the first `rank` components."""
+    """B M A, where the mask M keeps the first `rank` components."""
     layer = tlora.layers[name]
     mask = (torch.arange(layer.up.shape[1]) < rank * layer.group).double()
     return layer.up.double() @ torch.diag(mask) @ layer.down.double()
 
 
 def update(tlora, name):
-    """The plain update of a baked layer; zero where it was left out."""
+    """The plain update of a baked layer; zero if the layer was left out."""
     layer = tlora.layers.get(name)
     return torch.zeros(()) if layer is None else layer.up.double() @ layer.down.double()
 
@@ -46,7 +47,7 @@ def close(value, wanted):
 
 
 def is_plain(baked, source):
-    """What every result must be: a constant T-LoRA of method lora with the rest as in its source."""
+    """What every result must be: a constant T-LoRA of method lora, with everything else as in its source."""
     assert baked.method == "lora" and baked.schedule.is_constant
     assert all(layer.group == 1 for layer in baked.layers.values())
     kept = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "pack_version")

@@ -1,4 +1,4 @@
-"""What a file picker is told of a file: from its header, trusting nothing, by names in the list only."""
+"""What a file picker learns about a file: only from its header, without trust, and only for names in the list."""
 
 import base64
 import io
@@ -47,7 +47,7 @@ def test_our_file_tells_schedule_phrase_and_thumbnail(tmp_path):
     assert max(abs(a - b) for a, b in zip(shown.getpixel((9, 9)), (200, 30, 40))) < 6
 
 
-def test_free_curve_is_told_too(tmp_path):
+def test_free_curve_is_reported_too(tmp_path):
     path = tmp_path / "x.safetensors"
     make(schedule=RankSchedule.from_text(4, 0, 1.0, "0:4, 0.5:3, 1:1")).save(path)
     assert read_card(path).as_json()["schedule"] == {
@@ -58,7 +58,7 @@ def test_free_curve_is_told_too(tmp_path):
     }
 
 
-def test_another_programs_file_tells_what_it_says_of_itself(tmp_path):
+def test_another_programs_file_shows_its_own_description(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(
         PLAIN,
@@ -98,7 +98,7 @@ def test_damaged_metadata_of_ours_is_refused_in_words(tmp_path, changes):
         read_card(path)
 
 
-def test_thumbnail_is_drawn_anew_or_left_out(tmp_path):
+def test_thumbnail_is_drawn_again_or_left_out(tmp_path):
     path = tmp_path / "x.safetensors"
 
     def of(text):
@@ -107,7 +107,7 @@ def test_thumbnail_is_drawn_anew_or_left_out(tmp_path):
     encoded = base64.b64encode(picture()).decode()
     assert Image.open(io.BytesIO(of("data:image/png;base64," + encoded))).format == "JPEG"
     huge = base64.b64encode(picture((5000, 5000))).decode()  # a few kB that unpack to 75 MB
-    # What says that it is larger than Pillow opens at all.
+    # A picture that claims to be larger than Pillow opens.
     giant = base64.b64encode(
         picture((2, 2)).replace(struct.pack(">II", 2, 2), struct.pack(">II", 60000, 60000))
     ).decode()

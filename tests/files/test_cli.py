@@ -1,4 +1,4 @@
-"""`python -m tlora_core`: what it writes, prints and returns."""
+"""`python -m tlora_core`: the files it writes, its output and its exit status."""
 
 import re
 import subprocess
@@ -16,34 +16,34 @@ from tlora_core.files.foreign import load_any
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def lora_file(tmp_path):
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(reference_orthogonal()[0], path)
     return path
 
 
-def test_convert_to_our_file(checkpoint, tmp_path, capsys):
+def test_convert_to_our_file(lora_file, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert main(["convert", str(checkpoint), str(out), "--min-rank", "1", "--alpha", "2", "--dtype", "float32"]) == 0
+    assert main(["convert", str(lora_file), str(out), "--min-rank", "1", "--alpha", "2", "--dtype", "float32"]) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{out}\n" and "16 layers matched" in printed.err
     assert TLoRAFile.load(out).schedule == RankSchedule(4, 1, 2.0)
 
 
 @pytest.mark.parametrize("layout", ["kohya", "diffusers", "comfyui"])
-def test_convert_to_a_plain_lora(checkpoint, tmp_path, layout):
+def test_convert_to_a_plain_lora(lora_file, tmp_path, layout):
     out = tmp_path / "out.safetensors"
-    assert main(["convert", str(checkpoint), str(out), "--to", layout]) == 0
+    assert main(["convert", str(lora_file), str(out), "--to", layout]) == 0
     assert load_any(out).tlora.method == "lora"
 
 
-def test_convert_to_the_references_folder(checkpoint, tmp_path, capsys):
-    assert main(["convert", str(checkpoint), str(tmp_path / "run"), "--to", "reference", "--min-rank", "3"]) == 0
+def test_convert_to_the_references_folder(lora_file, tmp_path, capsys):
+    assert main(["convert", str(lora_file), str(tmp_path / "run"), "--to", "reference", "--min-rank", "3"]) == 0
     assert load_any(capsys.readouterr().out.strip()).tlora.schedule == RankSchedule(4, 3)
 
 
-def test_info(checkpoint, capsys):
-    assert main(["info", str(checkpoint)]) == 0
+def test_info(lora_file, capsys):
+    assert main(["info", str(lora_file)]) == 0
     printed = capsys.readouterr().out
     assert "reference file" in printed and "min_rank 2" in printed and "effective rank" in printed
 
@@ -56,20 +56,20 @@ def test_info(checkpoint, capsys):
         (["--parts", "3"], ["outpart1.safetensors", "outpart2.safetensors", "outpart3.safetensors"]),
     ],
 )
-def test_bake(checkpoint, tmp_path, how, names, capsys):
+def test_bake(lora_file, tmp_path, how, names, capsys):
     folder = tmp_path / "baked"
     folder.mkdir()
-    assert main(["bake", str(checkpoint), str(folder / "out.safetensors"), *how]) == 0
+    assert main(["bake", str(lora_file), str(folder / "out.safetensors"), *how]) == 0
     assert sorted(path.name for path in folder.iterdir()) == names
     assert len(capsys.readouterr().out.splitlines()) == len(names)
     assert all(load_any(path).tlora.method == "lora" for path in folder.iterdir())
 
 
 @pytest.mark.parametrize("command", [["convert"], ["bake", "--at", "1"]])
-def test_a_file_that_is_there_stays_unless_forced(checkpoint, tmp_path, command, capsys):
+def test_a_file_that_is_there_stays_unless_forced(lora_file, tmp_path, command, capsys):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"old")
-    arguments = [command[0], str(checkpoint), str(out), *command[1:]]
+    arguments = [command[0], str(lora_file), str(out), *command[1:]]
     assert main(arguments) == 1
     assert "already exists" in capsys.readouterr().err and out.read_bytes() == b"old"
     assert main([*arguments, "--force"]) == 0 and out.read_bytes() != b"old"
@@ -101,8 +101,8 @@ def test_help_and_version_end_with_0(arguments, capsys):
     assert ended.value.code == 0 and (__version__ in printed or "usage: python -m tlora_core" in printed)
 
 
-def test_a_refused_value_is_one_sentence(checkpoint, tmp_path, capsys):
-    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--min-rank", "5"]) == 1
+def test_a_refused_value_is_one_sentence(lora_file, tmp_path, capsys):
+    assert main(["convert", str(lora_file), str(tmp_path / "out"), "--min-rank", "5"]) == 1
     assert capsys.readouterr().err == (
         'error: "pytorch_lora_weights.safetensors": min_rank is 5; '
         "set it to a whole number from 0 to the rank, which is 4.\n"
@@ -113,19 +113,19 @@ def test_a_refused_value_is_one_sentence(checkpoint, tmp_path, capsys):
     ("arguments", "status", "words"),
     [([], 0, "16 layers matched"), (["--min-rank", "5"], 1, "min_rank is 5"), (["-x"], 2, "usage:")],
 )
-def test_it_runs_as_a_module_without_comfyui_and_ends_with_its_status(checkpoint, arguments, status, words):
-    command = [sys.executable, "-m", "tlora_core", "info", str(checkpoint), *arguments]
+def test_it_runs_as_a_module_without_comfyui_and_ends_with_its_status(lora_file, arguments, status, words):
+    command = [sys.executable, "-m", "tlora_core", "info", str(lora_file), *arguments]
     ended = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert ended.returncode == status and words in (ended.stderr if status else ended.stdout)
     assert "Traceback" not in ended.stderr
 
 
-def test_ctrl_c_ends_with_130(monkeypatch, checkpoint):
+def test_ctrl_c_ends_with_130(monkeypatch, lora_file):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("tlora_core.cli.load_any", interrupted)
-    assert main(["info", str(checkpoint)]) == 130
+    assert main(["info", str(lora_file)]) == 130
 
 
 DIFFUSERS_FLUX = {  # rows of double_blocks.0.img_attn.qkv
@@ -137,7 +137,7 @@ DIFFUSERS_FLUX = {  # rows of double_blocks.0.img_attn.qkv
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("model", ["sdxl", "flux"])
-def test_base_terms_from_a_checkpoint_of_either_layout(tmp_path, capsys, layout, model):
+def test_base_terms_from_a_model_file_of_either_layout(tmp_path, capsys, layout, model):
     g = torch.Generator().manual_seed(0)
     if model == "sdxl":
         name, path, row = *next(unet_layers())[:2], 0
@@ -167,7 +167,7 @@ def test_base_terms_from_a_checkpoint_of_either_layout(tmp_path, capsys, layout,
     torch.testing.assert_close(layer.up @ layer.down, want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_model_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, capsys):
+def test_a_model_that_cannot_be_used_is_one_sentence(lora_file, tmp_path, capsys):
     save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
     save_file({"x.weight": torch.ones(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")
     one_block = {f"down_blocks.0.resnets.{i}.time_emb_proj.weight": torch.ones(2, 2) for i in range(3)}
@@ -178,7 +178,7 @@ def test_a_model_that_cannot_be_used_is_one_sentence(checkpoint, tmp_path, capsy
         "model-00001-of-00002.safetensors": "one of several parts",
         "three.safetensors": "3 residual blocks a level",
     }.items():
-        assert main(["info", str(checkpoint), "--model", str(tmp_path / name)]) == 1
+        assert main(["info", str(lora_file), "--model", str(tmp_path / name)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f'error: model "{name}": ') and re.search(words, error) and error.count("\n") == 1, (
             error

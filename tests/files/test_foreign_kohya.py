@@ -1,6 +1,6 @@
-"""T-LoRA schedules in the metadata of trainers built on kohya's scripts, and those trainers' own orthogonal files.
+"""T-LoRA schedules in the metadata of trainers built on kohya's scripts, and these trainers' own orthogonal files.
 
-What each trainer does at a noise level is written out here from its public code.
+The behaviour of each trainer at a noise level is written out here from its public code.
 """
 
 import json

@@ -155,7 +155,7 @@ def tiny_base_file(path, rank=2):
 
 
 class Steps:
-    """Notes what a node reports."""
+    """Records what a node reports."""
 
     def __init__(self):
         self.seen = []
@@ -212,7 +212,7 @@ def test_a_file_of_the_real_lycoris_gives_its_own_output(comfy, tmp_path, train_
     lycoris = pytest.importorskip("lycoris", reason="lycoris-lora is not installed; tools/host.py test installs it")
     from host_models import random_unet
 
-    from tlora_core.hosts.comfy.model.targets import target_of
+    from tlora_core.hosts.comfy.model.description import describe_model
 
     model = random_unet()
     unet = model.model.diffusion_model
@@ -235,7 +235,7 @@ def test_a_file_of_the_real_lycoris_gives_its_own_output(comfy, tmp_path, train_
     if train_on == "patched model":  # another LoRA lies on the weight when the file is loaded
         model.add_patches({f"diffusion_model.{path}.weight": (torch.ones_like(layer.weight),)})
         model.patch_model()
-    loaded = load_any(tmp_path / "a.safetensors", target_of(model)).tlora
+    loaded = load_any(tmp_path / "a.safetensors", describe_model(model)).tlora
     assert list(loaded.layers) == [path]
     for r in range(1, 7):
         lycoris.set_timestep_mask(torch.tensor([[1.0] * r + [0.0] * (6 - r)]))

@@ -87,7 +87,7 @@ def test_peft_settings_that_leave_the_scale_unknown_are_refused(tmp_path, config
         load_any(tmp_path / "a.safetensors")
 
 
-def test_what_does_not_match_is_reported_with_its_reason(tmp_path):
+def test_unmatched_keys_are_reported_with_the_reason(tmp_path):
     state = plain_state("kohya", plain_layers())
     dora = "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_q"
     state |= {
@@ -156,7 +156,7 @@ def stacked(
     "options",
     [
         {},
-        {"order": lambda rank: list(range(2 * rank))},
+        pytest.param({"order": lambda rank: list(range(2 * rank))}, id="halves"),
         {"minus": "down"},
         {"moved": 1e-4},
         {"moved": 0.1},

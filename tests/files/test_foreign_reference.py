@@ -1,5 +1,4 @@
-"""Checkpoints of the paper's own code: recognised, matched and converted without loss, with the schedule beside
-them."""
+"""Files of the paper's own code: recognised, matched and converted without loss, with the schedule from beside them."""
 
 import pytest
 import torch
@@ -112,7 +111,7 @@ def test_pairs_that_older_diffusers_writes_too_are_not_masked_unless_asked(tmp_p
 def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evaluation(unet, tmp_path):
     import sampling_runs as runs
 
-    from tlora_core.hosts.comfy.model.targets import target_of
+    from tlora_core.hosts.comfy.model.description import describe_model
 
     module = "mid_block.attentions.0.transformer_blocks.0.attn1"
     path = "middle_block.1.transformer_blocks.0.attn1"
@@ -123,7 +122,7 @@ def test_a_plain_lora_of_older_diffusers_acts_with_all_its_ranks_at_every_evalua
         key = reference_key(f"{module}.{projection}")
         layers[name] = state[key + "up.weight"], state[key + "down.weight"] = up * 0.1, down * 0.1
     save_file(state, tmp_path / "pytorch_lora_weights.safetensors")
-    tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", target_of(unet)).tlora
+    tlora = load_any(tmp_path / "pytorch_lora_weights.safetensors", describe_model(unet)).tlora
     whole = TLoRAFile(
         {name: LowRank(*pair, 1) for name, pair in layers.items()}, "lora", RankSchedule(4, 4), 1000, "discrete", "sdxl"
     )
@@ -175,7 +174,7 @@ def test_reference_flux_pickle_is_split_into_the_fused_rows(tmp_path):
         assert_close(update(tlora.layers[name], RANK), up.double() @ down.double())
 
 
-def test_flux_without_hparams_says_what_the_trainer_does_by_default(tmp_path):
+def test_flux_without_hparams_reports_the_trainers_default(tmp_path):
     torch.save(reference_flux()[0], tmp_path / "lora.pt")
     (note,) = load_any(tmp_path / "lora.pt").notes
     assert "it is assumed: min_rank 2, half the rank" in note and "own default is 4." in note  # 16, and the rank is 4
@@ -208,7 +207,7 @@ def test_flux_hparams_that_are_neither_true_nor_false_are_one_sentence(tmp_path)
         load_any(reference_flux_run(tmp_path, reference_flux()[0], "perhaps"))
 
 
-def test_what_single_blocks_save_and_never_use_is_left_out(tmp_path):
+def test_unused_adapters_of_single_blocks_are_left_out(tmp_path):
     state, layers = reference_flux()
     unused = unused_of_single_blocks(state)
     loaded = load_any(reference_flux_run(tmp_path, state | unused))
@@ -216,12 +215,12 @@ def test_what_single_blocks_save_and_never_use_is_left_out(tmp_path):
     assert "8 keys unmatched" in loaded.report and "never uses it" in loaded.report
 
 
-def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
+def test_a_flux_file_of_the_reference_reaches_the_rows_of_the_hosts_model(comfy, tmp_path):
     import comfy.sd
     import comfy.utils
     import random_models
 
-    from tlora_core.hosts.comfy.model.targets import target_of
+    from tlora_core.hosts.comfy.model.description import describe_model
 
     model = random_models.flux(256, (1, 1), 64, 32)
     layers = pairs(
@@ -235,7 +234,7 @@ def test_a_flux_checkpoint_of_the_reference_reaches_the_rows_of_the_hosts_model(
         key = reference_key(name.replace("blocks.3", "blocks.0"), flux=True)
         state |= {key + "up.weight": up, key + "down.weight": down}
     torch.save(state | unused_of_single_blocks(state), tmp_path / "lora.pt")
-    tlora = load_any(tmp_path / "lora.pt", target_of(model)).tlora
+    tlora = load_any(tmp_path / "lora.pt", describe_model(model)).tlora
     assert (tlora.base_model, tlora.noise_domain, tlora.num_timesteps) == ("flux", "flow", 1.0)
     assert tlora.layers.keys() == layers.keys()
     # Saved by us and loaded by the host's own loader it is the full-rank update of the same rows.

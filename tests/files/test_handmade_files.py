@@ -195,7 +195,7 @@ def test_made_by_hand(tmp_path, capsys, case, command):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_is_no_file(tmp_path):
+def test_paths_that_are_no_regular_files_are_refused(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe")
     for path in (
@@ -216,7 +216,7 @@ def test_a_symlink_to_a_good_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["name", "settings"])
-def test_what_was_made_to_take_long_is_read_at_once(tmp_path, what):
+def test_content_made_to_take_long_is_read_at_once(tmp_path, what):
     began = time.monotonic()
     if what == "name":
         (tmp_path / "a.safetensors").write_bytes(save({"a" + ".lora_magnitude_vector" * 16_000 + "\nx": torch.ones(1)}))

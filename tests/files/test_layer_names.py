@@ -84,12 +84,12 @@ def test_all_names_the_host_knows_reach_the_model(comfy, tmp_path):
     import comfy.lora
     from host_models import random_unet
 
+    from tlora_core.hosts.comfy.model.description import describe_model
     from tlora_core.hosts.comfy.model.families import target_layers
-    from tlora_core.hosts.comfy.model.targets import target_of
 
     model = random_unet()
-    target = target_of(model)
-    assert target.noise_domain == "discrete" and target.num_timesteps == 1000
+    description = describe_model(model)
+    assert description.noise_domain == "discrete" and description.num_timesteps == 1000
     wanted = {path: tuple(layer.weight.shape) for path, layer in target_layers(model).items()}
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     by_layer: dict[str, set[str]] = {}
@@ -108,4 +108,4 @@ def test_all_names_the_host_knows_reach_the_model(comfy, tmp_path):
             key = next(name for name in by_layer[path] if name.startswith(style))
             state[f"{key}.lora_up.weight"], state[f"{key}.lora_down.weight"] = up, down
         save_file(state, tmp_path / "a.safetensors")
-        assert load_any(tmp_path / "a.safetensors", target).tlora.layers.keys() == layers.keys() and layers
+        assert load_any(tmp_path / "a.safetensors", description).tlora.layers.keys() == layers.keys() and layers

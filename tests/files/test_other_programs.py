@@ -1,5 +1,4 @@
-"""Our own file as other programs see it, which know nothing of T-LoRA: the host's Load LoRA, on each family of
-models."""
+"""Our own file in a program that does not know T-LoRA: the host's Load LoRA, on each family of models."""
 
 import json
 

@@ -87,7 +87,7 @@ def test_lora_managers_find_the_hash_of_the_tensors(saved):
     assert "min_rank 2" in metadata["modelspec.description"] and metadata["ss_base_model_version"] == "sdxl_base_v1-0"
 
 
-def test_number_of_pictures_is_told_with_the_words_and_nothing_where_there_are_none(tmp_path):
+def test_number_of_pictures_stands_beside_the_trigger_words(tmp_path):
     for words, training, want in (
         ("sks", {"images": 3}, {"sks dog": {"sks dog": 3}}),
         ("", {"images": 3}, None),

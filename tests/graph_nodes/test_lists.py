@@ -1,5 +1,4 @@
-"""Lists of pictures, as the host's own loaders of folders give them: one training is made of all, on the real
-server."""
+"""Lists of pictures, as the host's folder loaders output them, make one training, on the real server."""
 
 import json
 
@@ -46,7 +45,7 @@ def test_a_folder_of_pictures_with_texts_and_masks_is_one_training(server, loras
     assert training.id in cached_nodes(server, server.run(graph))
 
 
-def test_lists_that_do_not_fit_are_told_in_one_sentence(server, loras, folder):
+def test_lists_that_do_not_fit_are_reported_in_one_sentence(server, loras, folder):
     cases = {
         "captions": "captions has 3 texts for 1 picture; give one for all or one for each.",
         "class_word": "class_word is a list of 3; connect a single value, because all pictures go into one training.",

@@ -1,8 +1,9 @@
 """Files as other programs write them, made from their formats' descriptions: small, and for a few layers."""
 
 import torch
+from safetensors.torch import save_file
 
-from tlora_core.files.foreign import Target
+from tlora_core.files.foreign import ModelDescription, load_any
 from tlora_core.files.layer_names import plain_name
 
 QKVO = ("q", "k", "v", "out")
@@ -120,19 +121,18 @@ def reference_run(
     min_rank=1,
     name="pytorch_lora_weights.safetensors",
 ):
-    """The folders of a run of the reference's trainer; write(path) makes the checkpoint, whose path is returned."""
-    checkpoint = folder / "0000-dog" / "checkpoint-800"
-    (checkpoint.parent / "logs").mkdir(parents=True)
-    checkpoint.mkdir()
+    """The folders of a run of the reference's trainer; write(path) makes the weights, whose path is returned."""
+    step = folder / "0000-dog" / "checkpoint-800"
+    (step.parent / "logs").mkdir(parents=True)
+    step.mkdir()
     hparams = HPARAMS.format(
         alpha=alpha, rank=rank, min_rank=min_rank, trainer_class=trainer_class, trainer_type=trainer_type
     )
-    (checkpoint.parent / "logs" / "hparams.yml").write_text(hparams)
-    write(checkpoint / name)
-    return checkpoint / name
+    (step.parent / "logs" / "hparams.yml").write_text(hparams)
+    write(step / name)
+    return step / name
 
 
-FLUX_WIDTH = 6
 FLUX_LAYERS = {  # diffusers' name -> (ComfyUI's, out_features, in_features)
     "transformer_blocks.0.attn.to_q": ("double_blocks.0.img_attn.qkv@0", 6, 6),
     "transformer_blocks.0.attn.to_k": ("double_blocks.0.img_attn.qkv@6", 6, 6),
@@ -158,7 +158,7 @@ def reference_flux():
 
 
 def unused_of_single_blocks(flux_state):
-    """What the reference's FLUX checkpoint holds beside `flux_state`: adapters of single blocks as they began, which
+    """What the reference's FLUX file holds beside `flux_state`: adapters of single blocks as they began, which
     its code never uses."""
     g, unused = generator(2), {}
     for key, tensor in flux_state.items():
@@ -226,4 +226,12 @@ def target_with(weights):
     shapes = {path: tuple(weight.shape) for path, weight in weights.items()}
     names = {plain_name(path): path for path in weights}
     names |= {plain_name(name): path for name, path, _, _ in unet_layers() if path in weights}
-    return Target(names, shapes, lambda name, rows: weights[name][:rows].float(), "sdxl", 1000, "discrete")
+    return ModelDescription(names, shapes, lambda name, rows: weights[name][:rows].float(), "sdxl", 1000, "discrete")
+
+
+def load_of(name, tmp_path):
+    """The T-LoRA of the reference's "orthogonal" or "plain" file."""
+    state, _ = {"orthogonal": reference_orthogonal, "plain": reference_plain}[name]()
+    path = tmp_path / f"{name}.safetensors"
+    save_file(state, path)
+    return load_any(path, min_rank=2, alpha=1.5).tlora

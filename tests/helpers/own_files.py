@@ -1,4 +1,4 @@
-"""T-LoRA files as the pack saves them, and the same ones damaged."""
+"""T-LoRA files as the pack saves them, and damaged versions of them."""
 
 import json
 

@@ -5,7 +5,7 @@ import json
 
 
 class Pages:
-    """Stands where the host's server would, and keeps what it is given to send."""
+    """Replaces the host's server, and keeps what it is asked to send."""
 
     def __init__(self):
         self.sent = []

@@ -1,5 +1,4 @@
-"""Whole samplings by the host, and what each of their evaluations should have been. Import inside tests that use
-`comfy`."""
+"""Whole samplings by the host, with the expected result of each evaluation. Import inside tests that use `comfy`."""
 
 import host_models
 import torch
@@ -87,7 +86,8 @@ class Ways:
 
 
 class Evaluations:
-    """Every evaluation of a sampling with `model`, a clone to which T-LoRAs and all else are to be added."""
+    """Records every evaluation of a sampling with `model`, a clone to which the test adds T-LoRAs and everything
+    else."""
 
     def __init__(self, model):
         self.calls = []
@@ -98,9 +98,8 @@ class Evaluations:
     def _record(self, executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
         text = None if c_crossattn is None else c_crossattn.clone()
         options = {k: v for k, v in transformer_options.items() if k != "wrappers"}
-        hints = control and {
-            name: list(parts) for name, parts in control.items()
-        }  # the host takes them off their lists
+        # Copies, because the host removes them from their lists.
+        hints = control and {name: list(parts) for name, parts in control.items()}
         output = executor(x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs)
         self.calls.append((x, sigma, (c_concat, text, hints, options), kwargs, output))
         return output

@@ -8,6 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+PROMPTS = ("a photo of {token} {class_word} on snow", "a photo of a heart")
+
 
 def images(count=1, size=64):
     from tlora_core.training.dataset import training_images
@@ -27,7 +29,7 @@ def request(steps=6, rate=0.01, **changes):
 
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
-    """As the host runs a node: in inference mode."""
+    """Runs a training as the host runs a node: in inference mode."""
     from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
 
     with torch.inference_mode():
@@ -37,7 +39,7 @@ def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keep
 
 
 def folders(output):
-    """Those of the runs, in the order of their beginning."""
+    """The folders of the runs, oldest first."""
     return sorted(
         (output / "tlora_runs").iterdir(), key=lambda path: json.loads((path / "run.json").read_text())["started"]
     )
@@ -54,6 +56,51 @@ def same(one, two):
     )
 
 
+class Wish:
+    """Does something after a step of a run."""
+
+    def __init__(self, monkeypatch, step, do):
+        from tlora_core.hosts.comfy.page.training import LiveRun
+
+        self.runs, report = [], LiveRun.report
+
+        def reporting(live, at, loss):
+            self.runs.append(live)
+            report(live, at, loss)
+            if at == step and len(set(self.runs)) == 1:
+                do(live)
+
+        monkeypatch.setattr(LiveRun, "report", reporting)
+
+
+def cancel(live):
+    import comfy.model_management
+
+    comfy.model_management.interrupt_current_processing()
+
+
+def shown():
+    """State and message of the last run, as the page shows them."""
+    from tlora_core.hosts.comfy.page.training import LiveRun
+
+    last = LiveRun.states()[-1]
+    return last["state"], last["message"]
+
+
+def nan_after(monkeypatch, steps):
+    """After so many steps, every loss is NaN."""
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+
+    losses, calls = HostDenoiser.losses, []
+
+    def failing(denoiser, rows, generator):
+        calls.append(rows)
+        for loss in losses(denoiser, rows, generator):
+            yield loss * (float("nan") if len(calls) > steps else 1)
+
+    monkeypatch.setattr(HostDenoiser, "losses", failing)
+
+
 def train(adapters, denoiser, config, on_step=lambda step, loss: None):
     """All steps of a training loop alone, without the node's run around it. Returns the loss of each."""
     from tlora_core.training.trainer import Trainer
@@ -64,8 +111,8 @@ def train(adapters, denoiser, config, on_step=lambda step, loss: None):
 
 
 class OutOfMemory(TorchDispatchMode):
-    """Memory runs out once: at one operation, counted from 0, of a trainer's update that makes step `step`. No other
-    module than torch is needed."""
+    """Memory runs out once: at one operation, counted from 0, of the update that makes step `step`. Needs torch
+    only."""
 
     def __init__(self, monkeypatch, step, operation):
         from tlora_core.training.trainer import Trainer

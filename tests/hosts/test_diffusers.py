@@ -1,7 +1,7 @@
 """T-LoRAs in diffusers' pipelines: the host's picture, the formula's rank at every evaluation, nothing left after
 removal.
 
-The models are small and random, the same ones in diffusers' and in the host's classes.
+The models are small and random, the same in diffusers' and in the host's classes.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""Files in diffusers: what a pipeline loads, what diffusers' own loader makes of ours, and the README's example."""
+"""Files in diffusers: what a pipeline loads, how diffusers' own loader reads our files, and the README's example."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Updates folded into a copy of a weight, against the sum in float64."""
+"""Updates folded into a copy of a weight, compared with the sum in float64."""
 
 from contextlib import contextmanager
 

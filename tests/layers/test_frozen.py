@@ -1,4 +1,4 @@
-"""The backward passes written out, against autograd's own in float64. Plain torch."""
+"""The explicit backward passes, compared with autograd's own in float64. Plain torch."""
 
 from contextlib import contextmanager, nullcontext
 
@@ -151,9 +151,8 @@ def test_an_adapter_saves_the_input_once_for_its_layers_and_no_factors(layer):
     with overlaid([Overlay(layer, adapter("ortho"), 3), Overlay(other, adapter("ortho", 1), 3)]):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             outputs = layer(inner), other(inner)
-    large = [
-        size for size in saved.values() if size >= 8 * 3 * 400 * 3
-    ]  # beside them the factors, small and shared by a bank
+    # The factors, which a bank shares, are smaller.
+    large = [size for size in saved.values() if size >= 8 * 3 * 400 * 3]
     assert len(large) == 3 and sum(large) == 8 * 3 * 400 * (IN + 2 * 3)
     assert sum(saved.values()) - sum(large) <= 2 * 2 * 2 * 8 * 2 * 3 * (IN + OUT)
     del outputs

@@ -11,7 +11,7 @@ SOME = ["sdxl", "sd3", "flux"]
 
 @pytest.mark.parametrize("input_scale", [None, 0.5])
 @pytest.mark.parametrize("family", ["flux", "sd15"])
-def test_gradients_on_quantised_layers_are_those_on_what_they_are_worth(comfy, family, input_scale):
+def test_gradients_on_quantised_layers_are_those_on_their_values(comfy, family, input_scale):
     import comfy.quant_ops
     import random_models
 

@@ -1,4 +1,4 @@
-"""Adapters attached to layers for the length of one evaluation, in plain torch."""
+"""Adapters on layers for one evaluation, in plain torch."""
 
 import pytest
 import torch

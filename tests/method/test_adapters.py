@@ -1,4 +1,5 @@
-"""The four adapters: starts, updates against the paper's formula in float64, precision of what is stored."""
+"""The four adapters: their starts, their updates compared with the paper's formula in float64, and their precision when
+stored."""
 
 import functools
 

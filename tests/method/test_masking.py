@@ -1,4 +1,4 @@
-"""The masked product against the formula up M_t down x in float64."""
+"""The masked product compared with the formula up M_t down x in float64."""
 
 import pytest
 import torch

@@ -79,12 +79,8 @@ def frames(rank):
     return torch.stack([B for B, _, _ in starts]), torch.stack([A.mT for _, _, A in starts])
 
 
-COMPLETED = [
-    (4, 20, 3),
-    (12, 20, 3),
-    (9, 10, 2),
-    (100, 130, 30),
-]  # out, in, rank: both of LAPACK's ways, little and more than one block
+# (out, in, rank): both of LAPACK's algorithms, less and more than one block.
+COMPLETED = [(4, 20, 3), (12, 20, 3), (9, 10, 2), (100, 130, 30)]
 
 
 @functools.cache

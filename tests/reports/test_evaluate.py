@@ -97,7 +97,7 @@ def test_background_outside_the_mask_does_not_count_for_image_similarity(clip):
         ("a dog", "", "a dog"),
     ],
 )
-def test_token_is_left_out_of_what_clip_reads(prompt, token, read):
+def test_token_is_removed_from_the_prompts_for_clip(prompt, token, read):
     assert without_token(prompt, token) == read
 
 
@@ -143,7 +143,7 @@ def scores_of(label, likeness, obedience, **measured_with):
     return Scores(label, likeness, obedience, None, None, 1, 1, replace(PROTOCOL, **measured_with))
 
 
-def test_best_obeys_most_among_those_about_as_alike():
+def test_best_has_the_highest_ts_among_those_of_about_equal_likeness():
     early, right, late = scores_of("100", 0.75, 0.30), scores_of("400", 0.89, 0.26), scores_of("900", 0.90, 0.23)
     assert best([early, right, late], 0.02) is right and best([early, right, late], 0.005) is late
     assert best([early, right, late], 1.0) is early
@@ -176,7 +176,7 @@ def test_two_scores_of_one_label_are_not_ranked():
         best([scores_of("checkpoint", 0.8, 0.3), scores_of("400", 0.8, 0.3), scores_of("checkpoint", 0.9, 0.3)], 0.02)
 
 
-def test_scores_hold_what_they_were_measured_with(clip, model_folders):
+def test_scores_hold_the_conditions_of_their_measurement(clip, model_folders):
     def measured(other_clip=clip, **changes):
         given = {
             "pictures": [pictures(1, 1), pictures(1, 2)],
@@ -245,7 +245,7 @@ def evaluation(graph, image, label, **more):
     )
 
 
-def test_node_compares_checkpoints_and_names_the_best(served):
+def test_node_compares_steps_and_names_the_best(served):
     graph = Graph()
     blue, red = (graph.add("EmptyImage", width=32, height=32, batch_size=2, color=c)[0] for c in (0x0000FF, 0xFF0000))
     first = evaluation(graph, red, "red")

@@ -1,4 +1,4 @@
-"""Which CLIP and DINO models T-LoRA Evaluate takes, and what it says of those that it does not."""
+"""Which CLIP and DINO models T-LoRA Evaluate accepts, and its message for other models."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(model_fold
 
 
 def copied(folder, target, change=lambda weights: weights, without=()):
-    """`folder` in `target`, its weights changed and some files left out."""
+    """`folder` copied to `target`, with changed weights and without some files."""
     from safetensors.torch import load_file, save_file
 
     for path in folder.iterdir():
@@ -164,7 +164,7 @@ LFS_POINTER = (
         ],
     ],
 )
-def test_damaged_file_is_told_in_one_sentence(model_folders, tmp_path, file, content):
+def test_damaged_file_is_reported_in_one_sentence(model_folders, tmp_path, file, content):
     for path in (model_folders / "dino").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / file).write_bytes(content((tmp_path / file).read_bytes()))
@@ -175,7 +175,7 @@ def test_damaged_file_is_told_in_one_sentence(model_folders, tmp_path, file, con
 
 
 @pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "empty"])
-def test_damaged_weights_in_openais_own_layout_are_told_too(model_folders, tmp_path, content):
+def test_damaged_weights_in_openais_own_layout_are_reported_too(model_folders, tmp_path, content):
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_text((model_folders / "dino" / name).read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(content)

@@ -72,7 +72,7 @@ def test_chinese_is_written_where_a_font_has_it_and_stands_on_the_line_of_the_re
     assert both == pytest.approx(sum(apart))
 
 
-def test_what_no_font_has_is_said_once_and_marked(fonts, caplog):
+def test_letters_without_a_font_are_reported_once_and_marked(fonts, caplog):
     fonts()  # Pillow's own font alone
     assert picture("狗海") == picture("??") and picture("é") == picture("e")
     assert len([line for line in caplog.messages if "CJK" in line and "Install" in line]) == 1

@@ -254,7 +254,9 @@ def test_a_lower_rank_is_the_picture_of_a_file_with_the_other_components_cut_off
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["typed", "connected"])
-def test_files_of_a_pattern_come_in_the_order_of_their_steps_and_anew_when_replaced(server, loras, trained, connected):
+def test_files_of_a_pattern_come_in_the_order_of_their_steps_and_are_read_again_when_replaced(
+    server, loras, trained, connected
+):
     for step, name in ((20, trained[0]), (100, trained[1])):
         (loras / f"swept_step{step}.safetensors").write_bytes((loras / name).read_bytes())
     names = [f"swept_step{step}.safetensors" for step in (20, 100)]
@@ -278,7 +280,7 @@ def test_files_of_a_pattern_come_in_the_order_of_their_steps_and_anew_when_repla
     )
 
 
-def test_min_rank_on_a_plain_lora_is_what_load_makes_of_it(server, loras, trained):
+def test_min_rank_on_a_plain_lora_acts_as_in_load(server, loras, trained):
     save_file(load_file(loras / trained[0]), loras / "plain.safetensors")
     graph = TinyGraph()
     cells = graph.picture(swept(graph, x="min_rank", x_values="2, 8", y="file", y_values="plain.safetensors")[0])
@@ -290,7 +292,7 @@ def test_min_rank_on_a_plain_lora_is_what_load_makes_of_it(server, loras, traine
     )
 
 
-def test_what_is_not_connected_or_does_not_fit_is_told_in_one_sentence(server, trained):
+def test_missing_or_unfit_inputs_are_reported_in_one_sentence(server, trained):
     graph = TinyGraph()
     graph.picture(swept(graph)[0])
     assert "T-LoRA is not connected" in error_of(server, graph)

@@ -70,7 +70,7 @@ def test_scorer_is_right_on_rendered_pictures():
     assert min(accuracy.values()) >= tiny_gate.SCORER_GATE, accuracy
 
 
-def test_concept_matcher_tells_a_concept_from_the_others():
+def test_concept_matcher_distinguishes_the_concepts():
     flower = world.CONCEPTS[0]
     matcher = tiny_gate.ConceptMatcher(flower)
     own = world.render(world.concept_scenes(flower, 4, np.random.default_rng(3)))

@@ -1,5 +1,5 @@
-"""The program that makes the tiny base, whole and from nothing, in miniature: what it writes is what the project
-loads."""
+"""The program that makes the tiny base, run as a whole and from scratch, in miniature: the project can load its
+files."""
 
 import json
 import os

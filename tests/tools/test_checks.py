@@ -1,4 +1,4 @@
-"""tools/host.py test --fast and lint: what they run, where, and what they say at the end."""
+"""tools/host.py test --fast and lint: what they run, where, and their summary."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_needs_a_browser(chromium):
 
 
 def said_by_pytest(folder: Path, **environment: str) -> str:
-    """What pytest says about the tests above, with this project's conftest.py."""
+    """pytest's output about the tests above, with this project's conftest.py."""
     shutil.copy(TESTS / "conftest.py", folder)
     (folder / "test_tried.py").write_text(TRIED)
     (folder / "pytest.ini").write_text(f"[pytest]\npythonpath = {REPO / 'tools'}\n")
@@ -42,7 +42,7 @@ def said_by_pytest(folder: Path, **environment: str) -> str:
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The commands that the tool would have run, as (command, environment); each ends with status 0."""
+    """The commands that the tool would have run, as (command, environment). Each ends with status 0."""
     commands_run = []
 
     def run_foreground(command, env, cwd=None):
@@ -53,7 +53,7 @@ def ran(monkeypatch):
     return commands_run
 
 
-def test_a_fast_run_leaves_out_what_asks_for_the_host_even_indirectly(tmp_path):
+def test_a_fast_run_leaves_out_tests_that_need_the_host_even_indirectly(tmp_path):
     said = said_by_pytest(tmp_path, TLORA_FAST="1", CHROMIUM="/no/such/browser")
     assert "1 passed, 1 skipped, 1 deselected" in said
     assert "Tests left out because they need ComfyUI: 1." in said
@@ -113,6 +113,6 @@ def test_lint_runs_every_check_and_fails_when_one_does(monkeypatch, ran, capsys)
     assert cli.main(["lint"]) == 1 and "Lint FAILED: ruff." in capsys.readouterr().err
 
 
-def test_what_lint_runs_is_pinned():
+def test_lint_tools_are_pinned():
     names = {re.split(r"[\[=]", pin)[0] for pin in build.lint_pins()}
     assert names == {"ruff", "pyright"} and all("==" in pin for pin in build.lint_pins())

@@ -1,4 +1,4 @@
-"""CONTRIBUTING and docs/ARCHITECTURE.md name files, commands and names that are there."""
+"""CONTRIBUTING and docs/ARCHITECTURE.md only name files, commands and names that exist."""
 
 import re
 import shlex

@@ -12,7 +12,7 @@ import torch
 from places import REPO
 
 sys.path.append(str(REPO / "benchmarks"))
-from evidence import analysis, colour, decided, metrics, prompts, record_files, report, run, study, validation  # noqa: E402
+from evidence import about, analysis, colour, decided, metrics, prompts, record_files, run, study, validation  # noqa: E402
 
 from tlora_core.tiny import world  # noqa: E402
 
@@ -144,10 +144,10 @@ def test_prompts_are_followed_from_pure_noise_and_not_from_next_to_none(bench, m
     assert noisy["place"] >= 0.75 and noisy["background"] >= 0.75 and clear["place"] <= 0.25 and clear["shape"] <= 0.25
     assert (noisy["t"], clear["t"]) == (999, 20) and noisy["sigma"] > 10 > 0.2 > clear["sigma"]
     (tmp_path / "decided.json").write_text(json.dumps([noisy, clear]))
-    assert f"| 999 | 14.61 | {noisy['shape']:.0%} |" in report._decided(tmp_path)
+    assert f"| 999 | 14.61 | {noisy['shape']:.0%} |" in about.decided(tmp_path)
 
 
-def test_miniature_study_runs_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):
+def test_miniature_study_runs_and_resumes_where_it_was(bench, tmp_path, monkeypatch):
     cells = study.cells_of(["rates"], study.SCALES["miniature"], {})[:2]
     file, said = tmp_path / "miniature.jsonl", []
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""tools/host.py: the set-up's cache, the server's life and death, the converter, and what the user is told."""
+"""tools/host.py: the set-up's cache, starting and stopping the server, the converter, and messages to the user."""
 
 import contextlib
 import io
@@ -159,7 +159,7 @@ def test_what_the_pack_requires_is_pinned_and_told_alike_to_pip_and_to_the_regis
 
 @pytest.mark.parametrize("language, separator, folder", [("bash", "/", "ComfyUI"), ("bat", "\\", ".")])
 def test_the_readmes_command_installs_the_requirements(tmp_path, language, separator, folder):
-    """They are there already: pip only says so, and needs no network."""
+    """They are already installed, so pip only says so and needs no network."""
     repo = HOST_TOOL.parents[1]
     custom_nodes = tmp_path / "ComfyUI" / "custom_nodes"
     custom_nodes.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_diffusers_leaves_the_hub_client_of_transformers_4_and_of_5_as_it_is():
     assert all(hub.specifier.contains(version) for version in ("0.34.0", "0.36.2", "1.3.0", "1.33.0"))
 
 
-def test_pip_failure_shows_what_pip_said():
+def test_pip_failure_shows_pips_output():
     with pytest.raises(HostError, match="could not install nonsense(?s:.*)tlora-no-such-package"):
         pip(Path(sys.executable), "install", "--no-index", "tlora-no-such-package", purpose="install nonsense")
 
@@ -224,8 +224,10 @@ def test_archive_that_climbs_out_is_refused(tmp_path):
 
 
 def test_free_port_can_be_bound():
+    port = free_port()
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", free_port()))
+        probe.bind(("127.0.0.1", port))
+        assert probe.getsockname() == ("127.0.0.1", port)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot ask for a process without ending it")

@@ -82,8 +82,8 @@ def imports_of_the_host(imports: Imports) -> list[str]:
 
 
 def arrows_back(imports: Imports, package: str, order: tuple[tuple[str, ...], ...]) -> list[str]:
-    """Imports within `package` that go from a part to another on its own line of `order`, or on a later one; and parts
-    that `order` does not name."""
+    """Imports within `package` from a part to another part on its own line of `order` or a later one; and parts that
+    `order` does not name."""
     line_of = {part: line for line, parts in enumerate(order) for part in parts}
     found = []
     for name, others in imports.items():

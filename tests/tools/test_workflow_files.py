@@ -1,4 +1,4 @@
-"""The GitHub workflows and the pre-commit file: what they run is there, and runs what CI and CONTRIBUTING run."""
+"""The GitHub workflows and the pre-commit file: what they run exists, and equals what CI and CONTRIBUTING run."""
 
 import os
 import re
@@ -86,7 +86,7 @@ def test_only_a_tested_tag_is_published():
     assert any("check_version.py" in step.get("run", "") for step in job["steps"][:-1])
 
 
-def test_what_the_archive_leaves_out_is_there():
+def test_paths_excluded_from_the_archive_exist():
     lines = (REPO / ".comfyignore").read_text().splitlines()
     left_out = [line for line in lines if line and not line.startswith("#")]
     assert all((REPO / name).exists() for name in left_out)

@@ -51,9 +51,8 @@ def test_masks_are_one_for_all_or_one_for_each():
     with pytest.raises(TLoRAError, match="mask 2 is empty"):
         training_images(batch, mask=torch.stack([torch.ones(20, 30), torch.zeros(20, 30)]))
     with pytest.raises(TLoRAError, match="mask 1 is empty"):
-        training_images(
-            batch, mask=torch.zeros(1, 64, 64)
-        )  # the host's for a picture in which nothing was painted over
+        # The host makes this mask for a picture in which nothing is painted over.
+        training_images(batch, mask=torch.zeros(1, 64, 64))
 
 
 def captions_of(*arguments):
@@ -115,7 +114,7 @@ def test_square_framing_is_the_papers():
     assert (framed.original, framed.crop, framed.size) == ((40, 40), (0, 0), (32, 32))
 
 
-def test_aspect_framing_keeps_shape_and_says_what_it_cut():
+def test_aspect_framing_keeps_the_shape_and_reports_the_crop():
     (image,) = training_images(pictures(1, 600, 1000))
     framed = frame(image, ASPECT, 1024, 8)
     assert framed.size == (1280, 768) and framed.original == (1000, 600) and framed.crop == (0, 0)

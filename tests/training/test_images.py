@@ -34,7 +34,7 @@ def test_crop_is_the_centre_square():
 
 @pytest.mark.parametrize(("height", "width"), [(96, 160), (161, 96), (97, 97)])
 def test_a_picture_that_is_not_square_is_cut_before_it_is_resized(height, width):
-    """As the reference does it: else what lies beyond the cut shows at the border."""
+    """Like the reference. Otherwise pixels beyond the cut would show at the border."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     side, picture = min(height, width), Image.fromarray(pixels)
     left, top = (width - side) // 2, (height - side) // 2

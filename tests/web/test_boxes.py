@@ -1,4 +1,5 @@
-"""Text boxes on the nodes in the canvas renderer: each has its name, also when filled, and room for three lines."""
+"""Text boxes on the nodes in the canvas renderer: each shows its name, even when filled, and has room for three
+lines."""
 
 import pytest
 from browser import new_page, open_interface, opened_browser, ours, set_setting

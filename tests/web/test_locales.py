@@ -1,4 +1,4 @@
-"""The interface's languages: every node and input has its entry in each, and none is left of what is gone."""
+"""The interface's languages: every node and input has an entry in each, and no entry is left of removed ones."""
 
 import json
 import re
@@ -47,12 +47,12 @@ def test_every_node_input_and_output_has_an_entry_and_nothing_stale_is_left(ours
 
 
 def is_plain(text: str) -> bool:
-    """Whether vue-i18n takes it for plain text: another stops the older interfaces, at their start or later."""
+    """Whether vue-i18n treats it as plain text. Other texts stop the older interfaces, at their start or later."""
     return not set(text) & set("{}|@")
 
 
 def test_english_is_what_the_nodes_say_themselves(ours):
-    """What is not plain is left out: the interface then shows the node's own."""
+    """Texts that are not plain are left out; the interface then shows the node's own."""
     for node, info in ours.items():
         told = entries("en")[node]
         assert told["display_name"] == info["display_name"]
@@ -114,7 +114,7 @@ LABORATORY = ("tiny base", "could be told", "measurabl", "微型基础模型上"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_texts_say_what_an_input_does_and_not_what_an_experiment_found(language):
+def test_tooltips_describe_inputs_and_no_measurements(language):
     for node, one in entries(language).items():
         for name, slot in one.get("inputs", {}).items():
             assert not any(word in slot.get("tooltip", "") for word in LABORATORY), (node, name)

@@ -172,7 +172,7 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     assert ours(page.complaints) == []
 
 
-def test_the_panel_says_what_zero_stands_for_before_the_run(page):
+def test_the_panel_shows_the_values_behind_zero_before_the_run(page):
     load_workflow(page, QUICKSTART)
     says = (
         r"text => document.querySelector('.tlora-plan').textContent.replace(/, at least 0\.0\d+ of [\d.]+ GiB$/, "
@@ -213,7 +213,7 @@ def set_widgets(page, values: dict) -> None:
     )
 
 
-def test_what_is_wrong_is_said_in_the_panel_and_marks_the_inputs_that_it_is_about(page, server):
+def test_an_error_is_shown_in_the_panel_and_marks_its_inputs(page, server):
     load_workflow(page, QUICKSTART)
     page.evaluate(ONLY_TRAINING, [5, 3])
     # Known before the run.
@@ -266,7 +266,7 @@ def test_files_that_a_node_has_saved_are_looked_for_once(page, server):
     assert len(output["tlora_names"]) == 3 and len(looks) == 1
 
 
-def test_a_screen_reader_is_told_the_progress_and_a_button_says_when_nobody_heard(page):
+def test_a_screen_reader_hears_the_progress_and_a_button_says_when_the_server_is_away(page):
     load_workflow(page, QUICKSTART)
     tell(page, RUN)
     wait_for(page, "panel.state === 'running'")

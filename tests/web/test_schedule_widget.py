@@ -116,8 +116,8 @@ def test_a_new_node_after_clear_workflow_has_its_own_defaults(page, vue):
     assert {name: again[name] for name in changed} == {name: train[name] for name in changed}
     load_workflow(page, WORKFLOW)  # whose values are not its nodes' defaults
     (steps,) = page.evaluate(
-        "() => app.graph.nodes.filter(n => n.type === 'TLoRATrainFromImage').map("
-        "n => n.widgets.find(w => w.name === 'steps').value)"
+        "() => app.graph.nodes.filter(n => n.type === 'TLoRATrainFromImage').map(n => n.widgets.find(w => w.name === "
+        "'steps').value)"
     )
     assert steps and ours(page.complaints) == []
 
@@ -329,8 +329,8 @@ def test_curve_is_bent_with_mouse_and_keys(graph):
         graph,
         "TLoRATrainFromImage",
         [
-            "Active ranks on a free curve: 0:20, 0.35:17, 1:10. By noise level: 1: 10, "
-            "0.75: 12, 0.5: 15, 0.25: 17, 0: 20.",
+            "Active ranks on a free curve: 0:20, 0.35:17, 1:10. By noise level: 1: 10, 0.75: 12, 0.5: 15, 0.25: 17, "
+            "0: 20.",
             True,
         ],
     )

@@ -1,4 +1,4 @@
-"""The interface's node search: what people type who look for the pack's nodes."""
+"""The interface's node search: the words of people who look for the pack's nodes."""
 
 import pytest
 from browser import new_page, open_interface, opened_browser, ours
@@ -30,8 +30,8 @@ def test_train_load_and_apply_are_among_the_first_five(page, typed):
     assert FIRST <= set(page.evaluate(FOUND, typed)[:5])
 
 
-def test_what_is_looked_for_elsewhere_stays_first(page):
-    """The host's own nodes keep their places where the pack's are not meant."""
+def test_the_hosts_own_nodes_stay_first_in_other_searches(page):
+    """The host's own nodes keep their places if the pack's are not meant."""
     assert {"LoraLoader", "LoraLoaderModelOnly"} <= set(page.evaluate(FOUND, "lora")[:8])
     assert page.evaluate(FOUND, "load")[:2] == ["LoadImage", "CheckpointLoaderSimple"]
     assert not FIRST & set(page.evaluate(FOUND, "image")[:10])

@@ -1,4 +1,4 @@
-"""The templates: each is what the host can run, those that need no download are run, and each opens cleanly in the
+"""The templates: the host can run each of them, those without a download are run, and each opens without errors in the
 interface."""
 
 import json
@@ -179,9 +179,8 @@ def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page
     set_setting(page, "Comfy.VueNodes.Enabled", renderer == "elements")
     try:
         page.evaluate("() => window.app.graph.clear()")
-        page.wait_for_timeout(
-            300
-        )  # else the element of the node that was there before stands for the new one of the same id
+        # Otherwise the old node's element would be taken for the new node of the same id.
+        page.wait_for_timeout(300)
         page.evaluate("""() => { const node = window.LiteGraph.createNode("TLoRATrainFromImage");
             window.app.graph.add(node); node.pos = [100, 100]; window.app.canvas.ds.scale = 1;
                 window.app.canvas.ds.offset = [0, 0]; }""")
@@ -196,9 +195,8 @@ def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page
         }"""
         seen = page.evaluate(measure)
         assert seen["height"] <= 620, seen
-        assert (
-            seen["panel"] < seen["token"] and seen["last"] == "tlora_training"
-        )  # values are saved in the order of widgets
+        # Values are saved in the order of widgets.
+        assert seen["panel"] < seen["token"] and seen["last"] == "tlora_training"
         if renderer == "elements":
             assert seen["tops"][0] < seen["tops"][1]
             page.get_by_test_id("advanced-inputs-button").click()
@@ -212,7 +210,7 @@ def test_a_fresh_train_node_is_short_its_panel_first_and_the_rest_folds_out(page
 
 
 def test_captions_that_a_template_fills_in_are_seen_where_advanced_inputs_are_not(page):
-    """Whoever puts pictures of their own in would teach captions that are not true of them."""
+    """Otherwise users who insert their own pictures would train with captions that are wrong for them."""
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     try:
         load_workflow(
@@ -234,7 +232,7 @@ def test_captions_that_a_template_fills_in_are_seen_where_advanced_inputs_are_no
 
 @pytest.mark.parametrize("path", sorted((REPO / "tests" / "saved").glob("*.json")), ids=lambda path: path.stem)
 def test_workflow_saved_with_an_earlier_version_still_runs(server, path):
-    """One file for each version, as the interface of that day saved it."""
+    """One file for each version, as the interface of that version saved it."""
     few = {"TLoRATrainFromImage.steps": 2, "TLoRATrainFromImage.batch_size": 1, "12.steps": 2, "15.steps": 2}
     result = server.run(path, few)
     assert len([image for image in result.images if image.kind == "output"]) == 8 and len(result.tlora_files) == 1

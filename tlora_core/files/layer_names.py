@@ -5,8 +5,8 @@ transformer differently from the original models, which ComfyUI follows. `plain_
 `layer_of` translates the third, and `diffusers_name` is the inverse of `layer_of`.
 
 The translation covers U-Nets with two residual blocks a level (SD1.5, SD2, SDXL) and FLUX. Other models need the host's
-table of names (see `foreign.target`). `part_key` is the name of a part of a fused module in programs that load plain
-LoRAs.
+table of names (see `foreign.model_description`). `part_key` is the name of a part of a fused module in programs that
+load plain LoRAs.
 """
 
 import re
@@ -169,9 +169,8 @@ def diffusers_name(path: str, part: int | None = None) -> str | None:
             return f"mid_block.attentions.0.{rest}"
         block, attention = divmod(int(number) - (side == "input"), 3)
         if side == "input" and attention == 2:
-            return (
-                None  # the third block is the downsampling unless the U-Net has more than two residual blocks a level
-            )
+            # The third block is the downsampling, unless the U-Net has more than two residual blocks a level.
+            return None
         return f"{'down' if side == 'input' else 'up'}_blocks.{block}.attentions.{attention}.{rest}"
     if match := _FLUX_PATH.fullmatch(path):
         kind, number, rest = match.groups()

@@ -112,8 +112,8 @@ def _read_torch(path: Path) -> Contents:
         raise
     except Exception as error:  # damaged pickles raise nearly any exception
         raise TLoRAError(
-            "it is a torch file that holds more than tensors, or is damaged, and was not opened; "
-            "use a safetensors file, or get it again."
+            "it is a torch file that holds more than tensors, or is damaged, and was not opened; use a safetensors "
+            "file, or get it again."
         ) from error
     if not isinstance(content, dict):
         raise TLoRAError("it is a torch file without a table of tensors; choose the file with the LoRA's weights.")

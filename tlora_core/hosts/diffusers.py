@@ -4,8 +4,8 @@
     handle = tlora_core.apply(pipe, tlora)
     picture = pipe("a photo of sks dog on the moon").images[0]
 
-The ranks follow the timestep that the pipeline gives its denoiser (the U-Net or transformer), read by hooks of torch on
-that module; so any scheduler, guidance and pipeline around the same denoiser will do. diffusers itself is not imported.
+The ranks follow the timestep that the pipeline passes to its denoiser (the U-Net or transformer), read by torch hooks
+on that module. Any scheduler, guidance and pipeline around this denoiser works. diffusers itself is not imported.
 """
 
 import logging
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..errors import TLoRAError
 from ..files.dtypes import is_plain
-from ..files.foreign import Target, load_any
-from ..files.foreign.diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
+from ..files.foreign import ModelDescription, load_any
+from ..files.foreign.diffusers_layout import Rows, describe_layout, overlap, rows_by_path
 from ..files.layer_fit import check_fit
 from ..files.tlora_file import TLoRAFile
 from ..layers.overlay import Overlay, overlaid
@@ -37,22 +37,22 @@ def load(
     alpha: float | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> TLoRAFile:
-    """Reads a LoRA or T-LoRA file of any known kind; what did not match, and what was assumed, is logged as a warning.
+    """Reads a LoRA or T-LoRA file of any known kind. Unmatched keys and assumptions are logged as a warning.
 
-    pipe: the diffusers pipeline that it shall fit; LyCORIS files need it. The rest is as in `foreign.load_any`.
+    pipe: the diffusers pipeline that the file must fit; LyCORIS files need it. The rest is as in `foreign.load_any`.
     Raises TLoRAError, naming the file, when it is missing, damaged, of no known kind, or does not fit.
     """
-    loaded = load_any(path, None if pipe is None else _target_of(_denoiser_of(pipe)), min_rank, alpha, progress)
+    loaded = load_any(path, None if pipe is None else _describe(_denoiser_of(pipe)), min_rank, alpha, progress)
     if loaded.unmatched or loaded.notes:
         logging.getLogger(__name__).warning("%s\n%s", Path(path).name, loaded.report)
     return loaded.tlora
 
 
 def apply(pipe: Any, tlora: TLoRAFile, strength: float = 1.0) -> "Handle":
-    """Makes a diffusers pipeline generate with a T-LoRA until the handle is removed; several add up.
+    """Makes a diffusers pipeline generate with a T-LoRA until the handle is removed. Several T-LoRAs add up.
 
-    The model's weights and modules stay as they are: each evaluation puts the T-LoRA beside its layers, and takes it
-    off. After an interrupt from the keyboard, that happens at the next evaluation or removal.
+    The model's weights and modules stay as they are: each evaluation puts the T-LoRA beside its layers and takes it
+    off. After a keyboard interrupt, the next evaluation or the removal takes it off.
     Raises TLoRAError when the pipeline's model is of another kind, compiled, or has other layers than the T-LoRA's.
     """
     denoiser = _denoiser_of(pipe)
@@ -60,7 +60,7 @@ def apply(pipe: Any, tlora: TLoRAFile, strength: float = 1.0) -> "Handle":
 
 
 class Handle:
-    """A T-LoRA on a pipeline. As a context manager it removes it at the end of the block."""
+    """A T-LoRA on a pipeline. As a context manager, it removes the T-LoRA at the end of the block."""
 
     def __init__(self, denoiser: nn.Module, applied: "_Applied"):
         self._denoiser, self._applied = denoiser, applied
@@ -68,7 +68,7 @@ class Handle:
         self._patched.applied.append(applied)
 
     def remove(self) -> None:
-        """Takes the T-LoRA off; more than once does no harm."""
+        """Removes the T-LoRA. Calling it again does no harm."""
         self._patched.remove(self._denoiser, self._applied)
 
     def __enter__(self) -> "Handle":
@@ -78,7 +78,7 @@ class Handle:
         self.remove()
 
 
-_Update = tuple[nn.Linear, LowRank, int]  # what one of the denoiser's layers gets, from which of its rows on
+_Update = tuple[nn.Linear, LowRank, int]  # a layer of the denoiser, its update, and the update's first row
 
 
 class _Applied:
@@ -89,8 +89,8 @@ class _Applied:
         self._copies_for, self._copies = None, updates
 
     def overlays(self, kind: str, timestep: object, sample: Tensor) -> list[Overlay]:
-        """For an evaluation on sample [B, ...] at timestep, as a denoiser of this kind is given it: a number, [] or
-        [B]."""
+        """The overlays for an evaluation on sample [B, ...] at timestep, in the form that this kind of denoiser
+        receives: a number, [] or [B]."""
         t, T = _noise_level(self.pipe, kind, torch.as_tensor(timestep).detach().to("cpu", torch.float32).reshape(-1))
         t = t.expand(len(sample)) if len(t) == 1 else t
         active = self.schedule.active_of_layers({update.rank for _, update, _ in self.updates}, t, T)
@@ -107,15 +107,15 @@ class _Applied:
 class _Patched:
     """A denoiser with T-LoRAs: puts all of them on for each evaluation, and takes them off.
 
-    Through torch's own hooks: what offloads and moves models replaces `forward`, and puts back what it found there
-    first.
+    It uses torch's own hooks, because code that offloads or moves models replaces `forward` and later restores the one
+    it found.
     """
 
-    _NAME = "_tlora"  # of the denoiser's attribute that holds this
+    _NAME = "_tlora"  # the denoiser's attribute that holds this object
 
     def __init__(self, denoiser: nn.Module):
         kind = _kind(denoiser)
-        assert kind is not None  # `_denoiser_of` has looked
+        assert kind is not None  # `_denoiser_of` has checked it
         self.kind = kind
         self.applied: list[_Applied] = []
         self.evaluation = ExitStack()
@@ -141,7 +141,7 @@ class _Patched:
             denoiser.__dict__.pop(self._NAME, None)
 
     def _before(self, denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.evaluation.close()  # torch skips `_after` when the keyboard interrupts
+        self.evaluation.close()  # torch skips `_after` after a keyboard interrupt
         sample, timestep = (args[i] if i < len(args) else kwargs[name] for i, name in _INPUTS[self.kind])
         every = [one for applied in self.applied for one in applied.overlays(self.kind, timestep, sample)]
         self.evaluation.enter_context(overlaid(every))
@@ -150,7 +150,7 @@ class _Patched:
         self.evaluation.close()
 
 
-# The denoisers' classes -> where `forward` has its first input, and the timestep: positions and names.
+# The denoisers' classes -> position and name of `forward`'s first input and of its timestep.
 _INPUTS = {
     "UNet2DConditionModel": ((0, "sample"), (1, "timestep")),
     "FluxTransformer2DModel": ((0, "hidden_states"), (3, "timestep")),
@@ -180,15 +180,16 @@ def _denoiser_of(pipe: Any) -> nn.Module:
 
 
 def _is_fused(module: nn.Module, kind: str) -> bool:
-    """Whether q, k and v come from one layer beside those that the names speak of. The U-Net's attention leaves its
-    flag on when they are separate again, so there the processor tells."""
+    """Whether q, k and v come from one layer instead of the three named ones. The U-Net's attention keeps its flag on
+    after it is unfused, so there the processor decides."""
     if type(getattr(module, "processor", None)).__name__.startswith("Fused"):
         return True
     return kind == "FluxTransformer2DModel" and getattr(module, "fused_projections", False)
 
 
 def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
-    """(t, T) of what a denoiser of this kind is given, t [B]. Raises TLoRAError when its meaning cannot be learnt."""
+    """(t, T) of the timesteps [B] that a denoiser of this kind receives. Raises TLoRAError if their meaning is
+    unknown."""
     scheduler = getattr(pipe, "scheduler", None)
     config = getattr(scheduler, "config", {})
     if kind == "FluxTransformer2DModel":
@@ -198,8 +199,7 @@ def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
         if not low or not high:
             raise TLoRAError(
                 f"pipe.scheduler, a {type(scheduler).__name__}, does not tell its sigma_min and sigma_max, so the "
-                f"noise level "
-                "of its timesteps is unknown; set them in its config."
+                "noise level of its timesteps is unknown; set them in its config."
             )
         low, high = torch.tensor([low, high], dtype=torch.float32).log()
         return ((4 * t - low) / (high - low)).clamp(0, 1), 1.0
@@ -208,8 +208,7 @@ def _noise_level(pipe: Any, kind: str, t: Tensor) -> tuple[Tensor, float]:
     if not T or not bool(((t >= 0) & (t <= T)).all()):
         raise TLoRAError(
             f"The timestep {t.tolist()} that pipe gives its model is not in 0 to {T}, so its noise level is unknown; "
-            f"use "
-            "a scheduler for this model."
+            "use a scheduler for this model."
         )
     return t, float(T)
 
@@ -221,7 +220,7 @@ def _gives_log_sigma(scheduler: Any, config: Mapping[str, Any]) -> bool:
 
 
 def _linears(denoiser: nn.Module) -> dict[str, nn.Linear]:
-    """By diffusers' name, also where PEFT has put other adapters around a layer."""
+    """Linear layers by diffusers' name, even where PEFT has put other adapters around a layer."""
     modules = denoiser.named_modules()
     return {name.removesuffix(".base_layer"): module for name, module in modules if isinstance(module, nn.Linear)}
 
@@ -230,12 +229,12 @@ def _shapes(linears: Mapping[str, nn.Linear]) -> dict[str, tuple[int, int]]:
     return {name: (layer.out_features, layer.in_features) for name, layer in linears.items()}
 
 
-def _target_of(denoiser: nn.Module) -> Target:
+def _describe(denoiser: nn.Module) -> ModelDescription:
     linears = _linears(denoiser)
     shapes = _shapes(linears)
     rows = rows_by_path(shapes)
     device = exact_device(next(denoiser.parameters()).device)
-    return target_of_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
+    return describe_layout(rows, shapes, lambda name, count: _weight(linears, rows, name, count), device)
 
 
 def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], name: LayerName, count: int) -> Tensor:
@@ -244,16 +243,16 @@ def _weight(linears: Mapping[str, nn.Linear], rows: Mapping[str, list[Rows]], na
         weight = linears[part.module].weight.detach()
         if weight.is_meta or not is_plain(weight):
             raise TLoRAError(
-                f"its base term is not stored and cannot be made again, since pipe's weight {part.module} is "
-                f"quantised or "
-                f"offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without offloading."
+                f"its base term is not stored and cannot be recomputed, since pipe's weight {part.module} is quantised "
+                f"or offloaded ({weight.dtype}); load the pipeline in float16, bfloat16 or float32 and without "
+                "offloading."
             )
         pieces.append(weight[first : first + wanted.stop - wanted.start].float())
     return torch.cat(pieces)
 
 
 def _updates(denoiser: nn.Module, tlora: TLoRAFile, strength: float) -> list[_Update]:
-    """The T-LoRA's layers on the denoiser's. Raises TLoRAError when they do not fit."""
+    """The T-LoRA's updates on the denoiser's layers. Raises TLoRAError if they do not fit."""
     linears = _linears(denoiser)
     rows, updates = rows_by_path(_shapes(linears)), []
     check_fit(tlora, {path: (parts[-1].stop, linears[parts[0].module].in_features) for path, parts in rows.items()})

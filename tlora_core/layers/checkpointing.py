@@ -1,8 +1,8 @@
-"""Gradient checkpointing: a block's insides are computed again in the backward pass instead of being kept.
+"""Gradient checkpointing: a block's intermediate results are recomputed in the backward pass instead of being kept.
 
-PyTorch's own would give wrong gradients here without a word. Some of the host's blocks write to their inputs in place,
-and what is computed again would start from what was written. So a block that does gets copies. The backward pass of a
-block is an ordinary one, in which autograd notices any other tensor that was overwritten and raises an error.
+PyTorch's own implementation would silently give wrong gradients here. Some of the host's blocks write to their inputs
+in place, so the recomputation would start from overwritten values. Such a block gets copies. The backward pass of a
+block is an ordinary one, in which autograd raises an error for any other tensor that was overwritten.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from .trained import Trained, branches_of
 
 
 class Checkpointed:
-    """Stands in for the forward of a block. Its layers may have adapters on that come off before the backward pass:
-    they are put on again, with the ranks they had."""
+    """Replaces the forward of a block. Adapters on its layers come off before the backward pass, so they are put on
+    again with the same ranks."""
 
     def __init__(self, block: nn.Module):
         self.run = block.forward
         self.layers = list(block.modules())[1:]
-        self.overwritten: set[int] | None = None  # which of the tensors it is called with; known after the first call
+        self.overwritten: set[int] | None = None  # indices of its inputs; known after the first call
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -42,19 +42,19 @@ class Checkpointed:
 
 
 class _Call:
-    """One call of a block, which can be made again."""
+    """One call of a block, which can be repeated."""
 
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
-        # In containers of its own, since the host changes its dictionaries as it goes on.
+        # In new containers, since the host changes its dictionaries later.
         self.arguments = _replaced(arguments, _tensors(arguments))
         self.count = len(_tensors(arguments))
         owners = (getattr(forward, "__self__", None) for _, forward in forwards)
         self.trained = [owner for owner in owners if isinstance(owner, Trained)]
 
     def noted(self) -> tuple[Any, list[Tensor | None]]:
-        """Makes the call without gradients. Gives its output, and the tensors of all branches that its layers have
-        used, as inputs of the block like any other."""
+        """Makes the call without gradients. Returns its output, and the tensors of all branches that its layers used;
+        these are inputs of the block like any other."""
         calls: list[tuple[Trained, list[tuple[bool, list[Branch]]]]] = [(layer, []) for layer in self.trained]
         try:
             for layer, used in calls:
@@ -69,7 +69,7 @@ class _Call:
 
     @contextmanager
     def given(self, factors: Sequence[Tensor | None]):
-        """Within the block the layers use the branches of these tensors, each call those that it used before."""
+        """Within the block, the layers use the branches of these tensors, each call the same ones as before."""
         following = iter(branches_of(factors))
         try:
             for layer, is_text, count in self.used:
@@ -94,7 +94,7 @@ class _Call:
 
 
 class _Checkpoint(torch.autograd.Function):
-    """What autograd knows of a block: what it is given, factors of adapters included, and what it gives."""
+    """A block as autograd sees it: its inputs, which include the factors of adapters, and its outputs."""
 
     @staticmethod
     def forward(ctx, call: _Call, outputs: Sequence[Tensor], *inputs: Tensor | None):
@@ -116,7 +116,7 @@ class _Checkpoint(torch.autograd.Function):
 
 
 def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Those of the leaves, for pairs of an output and its gradient."""
+    """The gradients of the leaves. pairs: outputs and their gradients."""
     if not pairs:
         return [None] * len(leaves)
     outputs, gradients = zip(*pairs)
@@ -131,7 +131,7 @@ def _tensors(value) -> list[Tensor]:
 
 
 def _replaced(value, tensors: Iterable[Tensor]) -> Any:
-    """`value` with other tensors in their places, in new containers."""
+    """A copy of `value`, in new containers, with its tensors replaced."""
     following = iter(tensors)
     return _walk(value, lambda _: next(following))
 

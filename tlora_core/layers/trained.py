@@ -1,10 +1,10 @@
-"""Layers in training: backward passes of frozen layers and of the adapters on them, written out.
+"""Layers in training: explicit backward passes of frozen layers and of the adapters on them.
 
-Left to itself, autograd keeps more than it needs: of a layer that casts its weight (fp8 and quantised models, and
-models that the host streams from memory) the cast copy, of an adapter every factor it was made of. On some hosts that
-copy may even have been overwritten by the time the backward pass comes to it. So here a frozen layer saves nothing and
-fetches its weight anew for the backward pass. An adapter saves its layer's input, which layers side by side share, and
-r numbers a token.
+By default, autograd keeps more than it needs: the cast copy of a weight that the layer casts (in fp8 and quantised
+    models, and in models that the host streams from memory), and every factor that an adapter was made of. On some
+    hosts the copy may even be overwritten before the backward pass. Here a frozen layer saves nothing and fetches its
+    weight again for the backward pass. An adapter saves its layer's input, which neighbouring layers share, and r
+    numbers per token.
 """
 
 from collections import deque
@@ -22,11 +22,11 @@ _OF_BRANCH = len(Branch._fields)
 
 
 class Frozen:
-    """Stands in for the forward of a layer that is not trained and is called with one tensor; a call with more, as of
-    an embedding in another dtype, is the layer's own.
+    """Replaces the forward of a layer that is not trained and is called with one tensor. A call with further arguments,
+    for example of an embedding in another dtype, goes to the layer's own forward.
 
-    fetch: gives the layer's weight and bias in the dtype and on the device of a tensor, for the length of a block; None
-        for a layer whose weight may be kept from the forward pass to the backward pass, as autograd does.
+    fetch: a context manager that yields the layer's weight and bias in the dtype and on the device of a tensor; None
+        for a layer whose weight autograd may keep from the forward to the backward pass.
     """
 
     def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
@@ -55,7 +55,7 @@ class Frozen:
         return _Rerun.apply(x, self) if self.fetch else self.run(x)
 
     def output(self, x: Tensor, text: Text | None) -> Tensor:
-        """The layer's output without gradient, in a tensor of its own. Of a text it is computed once."""
+        """The layer's output without gradient, in a new tensor. For a text it is computed once."""
         if text is None:
             return self.run(x)
         if self not in text.outputs:
@@ -63,10 +63,10 @@ class Frozen:
         return text.outputs[self].clone()
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of an input of this shape, from that of the layer's output."""
+        """The gradient of an input of this shape, given the gradient of the layer's output."""
         own = nullcontext((self.layer.weight, None)) if self.fetch is None else self.fetch(self.layer, gradient)
         with own as (weight, _):
-            if weight.dim() == 2:  # also of the host's quantised layers, which are no torch.nn.Linear
+            if weight.dim() == 2:  # true of the host's quantised layers too, which are not torch.nn.Linear
                 scale = getattr(self.layer, "pre_quant_scale", None)  # some of which scale their input first
                 return gradient @ weight if scale is None else gradient @ weight * scale.to(gradient)
             back = _CONVOLUTIONS[weight.dim() - 2]
@@ -97,7 +97,7 @@ class _FrozenLayer(torch.autograd.Function):
 
 
 class _Rerun(torch.autograd.Function):
-    """For layers without a backward pass of their own here, such as norms: runs them again."""
+    """Runs a layer again that has no backward pass of its own here, for example a norm."""
 
     @staticmethod
     def forward(ctx, x: Tensor, frozen: Frozen) -> Tensor:
@@ -113,26 +113,26 @@ class _Rerun(torch.autograd.Function):
 
 
 class Prepared:
-    """The branches of one evaluation of a model, made for a whole bank when the first of its layers asks. `clear` at
-    its end: what the backward pass needs of them, autograd holds, and frees as it goes back."""
+    """The branches of one evaluation of a model, prepared for a whole bank when the first of its layers asks. Call
+    `clear` at the end of the evaluation: autograd holds what the backward pass needs, and frees it during that pass."""
 
     def __init__(self) -> None:
         self._branches: dict[tuple, tuple[list[Branch], Tensor | None]] = {}
         self._masks: dict[tuple, tuple[Tensor, LongTensor]] = {}
 
     def branches(self, bank: Bank, active: int | LongTensor, x: Tensor, is_text: bool) -> list[Branch]:
-        """Of all layers of the bank, for inputs like x. is_text: all of them get this very x."""
+        """The branches of all layers of the bank for inputs like x. is_text: all layers receive this same tensor x."""
         is_mixed = not isinstance(active, int)
         key = bank, id(active) if is_mixed else active, x.dtype, id(x) if is_text else None
         if key not in self._branches:
             columns, on = (int(active.max()), self._mask(active, x)) if is_mixed else (active, None)
-            text = x if is_text else None  # held, since the key has its identity
-            with torch.enable_grad():  # a checkpointed block asks before it records anything
+            text = x if is_text else None  # held, since the key contains its identity
+            with torch.enable_grad():  # a checkpointed block asks while gradients are off
                 self._branches[key] = bank.branches(columns, x.dtype, on, text), text
         return self._branches[key][0]
 
     def _mask(self, active: LongTensor, like: Tensor) -> Tensor:
-        """Ones [B, 1, 1, c] for the components that each sample has on."""
+        """[B, 1, 1, c]: ones for the components that are on in each sample."""
         key = id(active), like.dtype
         if key not in self._masks:
             on = torch.arange(int(active.max()), device=active.device) < active[:, None]
@@ -146,11 +146,11 @@ class Prepared:
 
 class Trained:
     """The forward of a layer with adapters in training: its output + up M_t down x for each overlay, as
-    `beside.add_low_rank` gives it. `forward` is the layer's own, or whatever stands in for it.
+    `beside.add_low_rank` gives it. `forward` is the layer's own, or its current replacement.
 
-    text: what comes in at every step, if anything does. used: None, or where a gradient-checkpointed block notes each
-        call's branches, and whether they are of a text.
-    given: these, for when the block is run again.
+    text: the input that recurs at every step, or None. used: a list in which a gradient-checkpointed block records the
+        branches of each call, and whether they are of a text; None outside such a block. given: these records, when the
+        block runs again.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class Trained:
 
 
 class _AddBranches(torch.autograd.Function):
-    """The output of a layer with its branches. Keeps the layer's input, which layers side by side share, and c numbers
-    a token for each branch; the factors are views of what their bank has prepared."""
+    """The output of a layer with its branches. Saves the layer's input, which neighbouring layers share, and c numbers
+    per token for each branch. The factors are views of their bank's prepared tensors."""
 
     @staticmethod
     def forward(
@@ -197,7 +197,7 @@ class _AddBranches(torch.autograd.Function):
         *factors: Tensor | None,
     ):
         if base is None:
-            assert layer.frozen is not None  # else its forward has given the base
+            assert layer.frozen is not None  # otherwise its forward has computed the base
             output = layer.frozen.output(x, text)
         else:
             output = base.clone()
@@ -237,12 +237,12 @@ class _AddBranches(torch.autograd.Function):
 
 
 def branches_of(factors: Sequence[Tensor | None]) -> list[Branch]:
-    """Branches from all their tensors in a row."""
+    """The branches whose tensors follow one another in `tensors`."""
     return [Branch(*factors[i : i + _OF_BRANCH]) for i in range(0, len(factors), _OF_BRANCH)]
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; from a CPU without waiting for what a GPU has still to do."""
+    """`tensor` on `device`. A copy from the CPU does not wait for the GPU's pending work."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -70,8 +70,7 @@ OBJECT = (
     "a {} on a sofa in a cozy living room, rendered in warm tones",
     "a {} on a wooden table in a sunny backyard, surrounded by flowers and butterflies",
     "a {} floating in a bathtub filled with bubbles and illuminated by the warm glow of evening sunlight filtering "
-    "through a "
-    "nearby window",
+    "through a nearby window",
     "a {} floating among stars in a cosmic landscape during a starry night with a spacecraft in the background",
     "a {} on a sandy beach next to the sand castle at the sunset with a floating boat in the background",
 )

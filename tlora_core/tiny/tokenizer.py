@@ -7,10 +7,9 @@ PAD, START, END = 0, 1, 2
 UNKNOWN_SLOTS = 256
 MAX_TOKENS = 24
 WORDS = (
-    "a an the photo picture of on in at by under with and thing left right top bottom centre center "
-    "plain striped dotted red orange yellow green blue purple pink white grey black "
-    "circle square triangle star heart flower cross moon "
-    "beach meadow night snow brick wall checkered floor sunset sea background"
+    "a an the photo picture of on in at by under with and thing left right top bottom centre center plain striped "
+    "dotted red orange yellow green blue purple pink white grey black circle square triangle star heart flower cross "
+    "moon beach meadow night snow brick wall checkered floor sunset sea background"
 ).split()
 VOCABULARY_SIZE = 3 + len(WORDS) + UNKNOWN_SLOTS
 _ID = {word: 3 + i for i, word in enumerate(WORDS)}

@@ -30,7 +30,7 @@ from ..files.atomic import write_whole
 from ..packages import required
 from ..version import __version__
 
-RECORD, CHECKPOINT, LOSS = "run.json", "checkpoint.pt", "loss.csv"
+RECORD, STATE, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 FLUSH_EVERY = 20.0  # seconds
 KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key and characters of the name in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -91,14 +91,14 @@ class RunFolder:
         text = json.dumps(self.record, indent=2, ensure_ascii=False)
         write_whole(self.path / RECORD, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+    def save_state(self, state: Mapping[str, Any]) -> None:
         """Replaces the run state by `state`, of tensors and plain values, atomically."""
-        write_whole(self.path / CHECKPOINT, lambda path: torch.save(dict(state), path))
+        write_whole(self.path / STATE, lambda path: torch.save(dict(state), path))
         self.update(step=state["step"])
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
+    def load_state(self) -> dict[str, Any] | None:
         """The latest run state on the CPU, or None without one. Raises TLoRAError for a damaged file."""
-        path = self.path / CHECKPOINT
+        path = self.path / STATE
         if not path.is_file():
             return None
         try:
@@ -109,9 +109,9 @@ class RunFolder:
                 f'The run state in "{self.path.name}" is damaged; set rerun to "restart" to train anew.'
             ) from error
 
-    def forget_checkpoint(self) -> None:
+    def remove_state(self) -> None:
         """Removes the run state of a run that cannot be resumed."""
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        (self.path / STATE).unlink(missing_ok=True)
 
     def save_losses(self, losses: Sequence[float]) -> None:
         """Writes the loss of each step, from the first. Raises TLoRAError when the file cannot be written, like all

@@ -1,2 +1,1 @@
-"""What tools/host.py is made of: setting ComfyUI up, starting it, and running workflows on it. Standard library
-only."""
+"""The parts of tools/host.py: they set ComfyUI up, start it, and run workflows on it. Standard library only."""

@@ -1,4 +1,4 @@
-"""Setting the host up from package registries alone, or accepting a ComfyUI that the user already has."""
+"""Sets the host up from package registries alone, or accepts a ComfyUI that the user already has."""
 
 from __future__ import annotations
 

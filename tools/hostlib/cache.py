@@ -1,8 +1,9 @@
-"""Folders that are expensive to build, kept outside the tree and built at most once.
+"""Folders that are expensive to build, kept outside the repository and built at most once.
 
-A folder's name holds a hash of all it was built from. It counts as finished only when its marker file, written last and
-atomically, is there; an unmarked folder is a set-up that was cut off, and is removed and built again. Virtual
-environments cannot be moved, so they are built in their final place rather than renamed into it.
+A folder's name contains a hash of everything it is built from. It counts as complete only if its marker file exists,
+which is written last and atomically. A folder without a marker comes from an interrupted build, and is removed and
+built again. Virtual environments cannot be moved, so they are built in their final place instead of being renamed into
+it.
 """
 
 from __future__ import annotations

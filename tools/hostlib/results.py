@@ -72,9 +72,8 @@ def refusal_in_words(answer: dict, prompt: dict) -> list[str]:
     """The sentences for a prompt that failed validation."""
     sentences = []
     for node_id, found in (answer.get("node_errors") or {}).items():
-        told = dict.fromkeys(
-            _sentence(error) for error in found.get("errors", [])
-        )  # once, however many inputs it marks
+        # Once, however many inputs an error marks.
+        told = dict.fromkeys(_sentence(error) for error in found.get("errors", []))
         sentences += [f"{node_name(node_id, prompt)}: {sentence}" for sentence in told]
     if not sentences:
         error = answer.get("error") or {"message": "The server refused the workflow"}

@@ -42,8 +42,8 @@ def to_tensor(pictures, device):
 
 
 def warm_stable_decay(step: int, total: int, peak: float, warmup: int = 300) -> float:
-    """A constant learning rate between a warm-up and a linear fall to zero over the last third, so that a run that is
-    cut or made longer before its fall is still the same run."""
+    """A constant learning rate between a warm-up and a linear fall to zero over the last third. A run that is shortened
+    or extended before its fall is therefore still the same run."""
     return peak * min(1, (step + 1) / warmup) * min(1, (total - step) / (total / 3))
 
 

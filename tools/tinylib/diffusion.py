@@ -19,13 +19,13 @@ from .readers import clone_before_norms
 
 BATCH = 32  # of each process
 AVERAGE_EVERY = 5  # steps between updates of the averaged weights
-PREFIXES = {"unet": "model.diffusion_model.", "text": "conditioner.embedders.0.transformer."}  # in SDXL's checkpoints
+PREFIXES = {"unet": "model.diffusion_model.", "text": "conditioner.embedders.0.transformer."}  # in SDXL's model files
 
 
 def on_object(error: Tensor, mask: Tensor) -> Tensor:
-    """Squared error of each picture [B], of [B, C, H, W]: heavier on the object and most on its edge, where all that
-    tells one shape from another lies; plus the same error averaged over 2x2 and 4x4 cells, weighted so that white noise
-    would count half, as what a noisy latent still shows lies in such averages."""
+    """Squared error of each picture [B], given [B, C, H, W]: heavier on the object and most on its edge, which
+    distinguishes shapes. Adds the error averaged over 2x2 and 4x4 cells, weighted so that white noise would count half,
+    because a noisy latent still shows such averages."""
     blurred = avg_pool2d(mask, 3, stride=1, padding=1)
     heavy = 1 + 2 * mask + 6 * (4 * blurred * (1 - blurred))
     heavy = heavy / heavy.mean((1, 2, 3), keepdim=True)
@@ -37,8 +37,7 @@ def on_object(error: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class Batch:
-    """clean, noise [B, C, 8, 8]; place [B], 0 clean to 1 noise; mask [B, 1, 8, 8]; context and y, what the text
-    says."""
+    """clean, noise [B, C, 8, 8]; place [B], 0 clean to 1 noise; mask [B, 1, 8, 8]; context and y: the encoded text."""
 
     clean: Tensor
     noise: Tensor
@@ -49,11 +48,10 @@ class Batch:
 
 
 class DiffusionTraining:
-    """Networks that learn, the average of their weights, and the data; goes on from the state in the work folder where
-    there is one.
+    """The networks, the average of their weights, and the data. Resumes from the state in the work folder if there is
+    one.
 
-    A kind of training says which networks those are (`networks`), how they are wrong (`loss`), and its place in the
-    random streams (`stream`).
+    A subclass defines the networks (`networks`), their error (`loss`), and its random stream (`stream`).
     """
 
     name: str
@@ -103,12 +101,12 @@ class DiffusionTraining:
         rng = np.random.default_rng((self.args.seed, self.stream, step, self.rank))
         rows = rng.integers(len(self.latents), size=BATCH)
         clean = self.latents[rows].to(self.device).float() * self.base.latent_format.scale_factor
-        # Spread evenly over the batch, and somewhat denser at the noisy end, where what a picture shows is decided.
+        # Evenly spread over the batch, and somewhat denser at the noisy end, where a picture's content is decided.
         place = ((np.arange(BATCH) + rng.random(BATCH)) / BATCH) ** 0.8
         noise = torch.from_numpy(rng.standard_normal(clean.shape, np.float32)).to(self.device)
         ids = torch.tensor([padded_ids(c) for c in captions(self.scenes, rows, rng)], device=self.device)
         context, _, pooled, _ = self.text(ids)
-        # Half of the time any size, so that the model learns to ignore what SDXL is told of sizes.
+        # Random sizes half of the time, so that the model learns to ignore SDXL's size conditioning.
         width, height = (SIZE, SIZE) if rng.random() < 0.5 else rng.integers(32, 1024, 2)
         y = self.base.encode_adm(pooled_output=pooled, width=width, height=height).to(self.device)
         mask = self.masks[rows].to(self.device).float()[:, None]
@@ -153,11 +151,11 @@ class DiffusionTraining:
 
 
 class NoiseTraining(DiffusionTraining):
-    """U-Net and text encoder, trained together on the noise.
+    """Trains U-Net and text encoder together on the noise.
 
-    The weight over timesteps is that of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50: what
-    the object is, is settled where sigma is 1 to 10, and plain MSE of the noise gives a picture's error there a
-    hundredth of its weight elsewhere.
+    The weight over timesteps is that of Karras et al. 2022 (EDM), section 5, for data of deviation 0.5, up to 50. The
+    object is decided where sigma is 1 to 10, and plain MSE of the noise gives a picture's error there a hundredth of
+    its weight elsewhere.
     """
 
     name, stream = "base", 2
@@ -176,10 +174,10 @@ class NoiseTraining(DiffusionTraining):
 
 
 class FlowTraining(DiffusionTraining):
-    """The finished base's U-Net, trained on to predict the velocity, noise minus clean, anywhere on the straight line
-    between them. The text encoder stays as it is.
+    """Trains the finished base's U-Net further to predict the velocity, noise minus clean, anywhere on the straight
+    line between them. The text encoder stays as it is.
 
-    The weight over times is that of NoiseTraining, turned from the noise's error to the velocity's, but nowhere below a
+    The weight over times is that of NoiseTraining, converted from the noise's error to the velocity's, but at least a
     half.
     """
 
@@ -204,7 +202,7 @@ class FlowTraining(DiffusionTraining):
 
 
 def average_gradients(nets):
-    """Over all processes, in one message."""
+    """Averages over all processes, in one message."""
     gradients = [p.grad for p in nets.parameters()]
     flat = torch.cat([g.flatten() for g in gradients])
     torch.distributed.all_reduce(flat)
@@ -215,7 +213,7 @@ def average_gradients(nets):
 
 
 def train(kind: type[DiffusionTraining], work: Path, args, steps: int, rate: float) -> None:
-    """Each process on its own part of the batch: on a CPU that is far faster than as many threads."""
+    """Each process trains on its own part of the batch. On a CPU this is far faster than as many threads."""
     if args.processes > 1 and "RANK" not in os.environ:
         launch = [
             sys.executable,
@@ -237,7 +235,7 @@ def stage_base(work: Path, args):
 
 
 def stage_flow(work: Path, args):
-    """Trains it and writes its U-Net, in half precision; the rest of the model is the base's."""
+    """Trains the flow-matching U-Net and writes it in half precision; the rest of the model is the base's."""
     train(FlowTraining, work, args, args.flow_steps, args.flow_rate)
     if "RANK" in os.environ:
         return  # the process that started this one writes the file

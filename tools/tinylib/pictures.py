@@ -1,4 +1,4 @@
-"""The world's pictures, drawn once, and the autoencoder that makes latents of them."""
+"""The world's pictures, drawn once, and the autoencoder that turns them into latents."""
 
 import math
 import multiprocessing
@@ -22,7 +22,7 @@ def stage_data(work: Path, args):
     rng = np.random.default_rng(args.seed)
     scenes = world.sample_scenes(args.scenes, rng)
     pictures, masks = draw(scenes, args.processes, "draw")
-    # Objects of any colour with a rim and a core: the autoencoder must hold what no training object of the base has.
+    # Objects of any colour with a rim and a core: the autoencoder must represent them, though the base never sees one.
     odd = world.sample_scenes(args.odd_scenes, rng)
     odd.colour, odd.rim, odd.core = (rng.random((args.odd_scenes, 3)) for _ in range(3))
     np.save(work / "odd.npy", draw(odd, args.processes, "draw odd ones")[0])

@@ -1,4 +1,4 @@
-"""What reads captions and pictures: the text encoder's own first lessons, and the scorer."""
+"""Networks that read captions and pictures: the text encoder's first training, and the scorer."""
 
 from pathlib import Path
 

@@ -1,5 +1,4 @@
-"""Pictures of the class that the model draws itself for prior preservation: shown, cancelled, kept for the next
-training."""
+"""Class pictures that the model draws for prior preservation: shown, cancelled, and kept for the next training."""
 
 import logging
 import os
@@ -27,9 +26,7 @@ def files(output):
     return sorted((output / "tlora_class_pictures").rglob("*.*"))
 
 
-def test_they_are_told_as_they_are_drawn_and_can_be_cancelled_without_losing_those_that_are_there(
-    base, output, monkeypatch, drawn
-):
+def test_drawing_is_reported_and_a_cancel_keeps_the_finished_pictures(base, output, monkeypatch, drawn):
     import comfy.model_management
     import comfy.utils
 

@@ -210,7 +210,7 @@ def test_model_of_another_kind_is_refused_before_it_is_touched(comfy):
         target_layers(Patcher)
 
 
-def test_what_a_unet_makes_of_the_text_is_computed_once_a_session(model):
+def test_a_unets_output_for_the_text_is_computed_once_a_session(model):
     from tlora_core.hosts.comfy.training.session import training_session
     from tlora_core.training.config import TrainConfig
 

@@ -1,7 +1,7 @@
-"""Training and sampling on a device whose numbers cannot be read: PyTorch's "meta", in a GPU's place.
+"""Training and sampling on a device whose values cannot be read: PyTorch's "meta", in place of a GPU.
 
-An operation on tensors of two devices fails on it as on a GPU, and so does whatever has to wait for a number. Kernels
-are not run.
+An operation on tensors of two devices fails there as on a GPU, and so does everything that has to wait for a value. No
+kernels run.
 """
 
 import copy
@@ -19,8 +19,7 @@ from memory import META  # noqa: E402
 
 @pytest.fixture
 def unreadable(comfy):
-    """Lets the host and the trainer work on META: nothing is loaded, kept to fall back on, or read at the end of a
-    step."""
+    """The host and the trainer work on META: nothing is loaded, kept as a fallback, or read at the end of a step."""
     with memory.host_on_meta():
         yield
 
@@ -54,7 +53,7 @@ def train(model, batch, checkpointing, prior, method=None, **config):
     samples = [Sample(mean, mean + 1, weights, random_models.conditioning(model, 7, seed=i)) for i in range(batch)]
     config = TrainConfig(steps=3, batch_size=batch, prior_weight=float(prior), **config)
     trainer = Trainer(adapters, config)
-    trainer.step = 1  # the first step's loss is read, to keep the start as good
+    trainer.step = 1  # the first step's loss is read, to record the start as a good state
     with training_session(model, checkpointing):
         denoiser = HostDenoiser(model, adapters, RankSchedule(8, 4), samples, config, samples[:1] if prior else ())
         model.model.model_sampling = copy.deepcopy(model.model.model_sampling).to(META)
@@ -89,7 +88,7 @@ def test_nor_does_it_with_other_settings(unreadable, config):
 
 
 class Transfers(TorchDispatchMode):
-    """Counts tensors that go from the CPU to META: each makes a GPU wait, or takes a while to prepare."""
+    """Counts tensors that move from the CPU to META. Each of them makes a GPU wait, or takes time to prepare."""
 
     count = 0
 
@@ -114,8 +113,8 @@ def test_samples_of_mixed_ranks_send_them_once_for_all_layers(unreadable):
 @pytest.mark.parametrize("fold", [True, False], ids=["folded", "beside"])
 @pytest.mark.parametrize("kind", ["sdxl", "flux", "sd3"])
 def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, kind, fold):
-    """A sampling reads the noise level, here from the CPU, and at most once whether the text is that of the evaluation
-    before."""
+    """A sampling reads the noise level, here from the CPU, and at most once whether the text is the same as in the
+    evaluation before."""
     import random_models
 
     from tlora_core.hosts.comfy import sampling
@@ -152,13 +151,13 @@ def test_evaluations_of_a_sampling_meet_on_one_device(unreadable, monkeypatch, k
 @pytest.mark.parametrize("storage", [None, torch.float8_e4m3fn], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["sdxl", "flux"])
 def test_a_step_leaves_nothing_behind_but_gradients_and_the_optimizers_state(unreadable, kind, storage):
-    """What a step holds on to is there at the next one too, beside all that this one needs."""
+    """Whatever a step keeps is still there in the next step, beside everything that one needs."""
     counted = {way: memory.step(small_model(kind, storage=storage), 7, 32, 8, way) for way in ("fast", "low")}
     for each in counted.values():
         assert each["own"] <= each["after"] < each["own"] + 60_000
         assert each["weights"] < each["own"] < each["peak"]
-    plain, checkpointed = (counted[key]["peak"] - counted[key]["own"] for key in (False, True))
-    assert checkpointed < plain / 2 and counted[True]["kernels"] > counted[False]["kernels"]
+    plain, checkpointed = (counted[key]["peak"] - counted[key]["own"] for key in ("fast", "low"))
+    assert checkpointed < plain / 2 and counted["low"]["kernels"] > counted["fast"]["kernels"]
 
 
 def test_memory_is_counted_while_it_lives():

@@ -1,4 +1,4 @@
-"""Training pictures through the host's own VAE, and what the denoiser makes of them."""
+"""Training pictures encoded by the host's own VAE, and the denoiser's use of them."""
 
 import host_models as models
 import pytest
@@ -67,8 +67,8 @@ def test_no_deviation_where_the_host_encodes_in_tiles(vae, monkeypatch):
     assert len(calls) > 2 and mean.isfinite().all() and deviation is None
 
 
-def test_sdxl_is_told_what_was_cut_from_which_picture(vae):
-    """By the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
+def test_sdxl_receives_the_original_size_and_the_crop(vae):
+    """Under the names of the host's CLIPTextEncodeSDXL, which BaseModel.encode_adm reads."""
     from tlora_core.hosts.comfy.training.encode import Encoder
     from tlora_core.training.dataset import Framed
 

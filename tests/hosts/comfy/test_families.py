@@ -191,7 +191,8 @@ def test_layers_are_those_that_the_model_has_now(make):
     """A node may put another module in a layer's place, and back again."""
     import random_models
 
-    from tlora_core.hosts.comfy.model.layers import check_layers
+    from tlora_core import TLoRAError
+    from tlora_core.hosts.comfy.model.layers import linear_modules
     from tlora_core.hosts.comfy.sampling import apply_tlora
 
     model = make["flux"]()
@@ -199,6 +200,11 @@ def test_layers_are_those_that_the_model_has_now(make):
     own = block.proj
     block.proj = torch.nn.Linear(own.in_features, own.out_features)
     apply_tlora(model, tlora)
+    assert linear_modules(model)["double_blocks.0.img_attn.proj"] is block.proj
+    block.proj = torch.nn.Linear(own.in_features, own.out_features + 1)
+    with pytest.raises(TLoRAError, match="made for another model"):
+        apply_tlora(model, tlora)
     block.proj = own
     gc.collect()
-    check_layers(model, tlora)
+    apply_tlora(model, tlora)
+    assert linear_modules(model)["double_blocks.0.img_attn.proj"] is own

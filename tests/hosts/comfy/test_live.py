@@ -1,4 +1,4 @@
-"""Live runs: what a page is told about a training, and what it may ask for."""
+"""Live runs: what a page learns about a training, and what it may ask for."""
 
 import io
 import json
@@ -107,7 +107,7 @@ def test_a_page_listens_from_when_it_asks_for_the_runs_until_its_socket_closes(l
     assert [sid for _, _, sid in pages.sent] == ["still loading"]
 
 
-def test_loss_that_is_no_number_does_not_reach_the_page(live, pages):
+def test_nan_loss_does_not_reach_the_page(live, pages):
     run = live.LiveRun.begin("7", steps=3)
     for step, loss in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
         run.report(step, loss)
@@ -168,10 +168,10 @@ def test_page_gets_runs_and_pictures_and_404_for_what_is_not_there(live):
 
 def test_stop_and_checkpoint_reach_the_training_and_only_while_it_runs(live):
     run = live.LiveRun.begin("7", steps=10)
-    assert not run.stop_requested and not run.take_checkpoint_request()
+    assert not run.stop_requested and not run.take_save_request()
     path = f"/tlora/runs/{run.id}"
     assert [a[0] for a in ask(("POST", path + "/checkpoint", {}), ("POST", path + "/stop", {}))] == [200, 200]
-    assert run.stop_requested and run.take_checkpoint_request() and not run.take_checkpoint_request()
+    assert run.stop_requested and run.take_save_request() and not run.take_save_request()
     run.finish("stopped")
     assert [a[0] for a in ask(("POST", path + "/checkpoint", {}), ("POST", path + "/stop", {}))] == [409, 409]
     assert [a[0] for a in ask(("POST", "/tlora/runs/other/stop", {}), ("GET", path + "/stop", {}))] == [404, 405]

@@ -1,4 +1,4 @@
-"""The dot on the rank schedule: what the page is told while a sampler runs, and what it costs."""
+"""The dot on the rank schedule: what the page learns while a sampler runs, and the cost of telling it."""
 
 import host_models as models
 import pytest
@@ -30,7 +30,7 @@ def schedule():
     return RankSchedule(64, 32)
 
 
-def test_page_is_told_the_rank_of_each_evaluation_and_the_samplers_steps(model, schedule, pages, monkeypatch):
+def test_page_receives_the_rank_of_each_evaluation_and_the_samplers_steps(model, schedule, pages, monkeypatch):
     from tlora_core.hosts.comfy.page import rank as live_rank
 
     monkeypatch.setattr(live_rank, "EVENT_EVERY", 0.0)
@@ -52,7 +52,7 @@ def test_evaluations_in_quick_succession_are_not_looked_at(model, schedule, page
     teller._told_at = float("inf")  # so that none is due
 
     class NoTensor:
-        """Fails at any use: what is not looked at costs nothing, also no wait for a GPU."""
+        """Fails at any use, which shows that it is not read: reading it would wait for a GPU."""
 
     class Executor:
         class_obj = None

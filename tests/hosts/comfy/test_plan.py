@@ -1,5 +1,5 @@
-"""What a page is told of a training before it runs: read from the header of the model's file, and what the run itself
-takes."""
+"""What a page learns about a training before it runs, from the header of the model's file, compared with the real
+run."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def checkpoints(comfy, tmp_path, monkeypatch):
 
 
 def write_header(path, shapes) -> None:
-    """A safetensors file without its numbers: what is read needs none."""
+    """A safetensors file without values, since only the header is read."""
     entries, end = {}, 0
     for name, shape in shapes.items():
         start, end = end, end + 2 * math.prod(shape)
@@ -117,13 +117,12 @@ def test_bytes_of_adapters_are_those_that_a_training_holds(comfy, method):
     adapters = make_adapters(method, "last_random", shapes, 4, seed=0)
     trained = sum(p.nbytes for p in adapters.parameters())
     kept = sum(b.nbytes for b in adapters.buffers())
-    assert (
-        adapter_bytes(method, shapes.values(), 4, "adamw") == trained * 4 + kept
-    )  # itself, its gradient, two moments; and the start
+    # The parameters, their gradients and two moments; and the start.
+    assert adapter_bytes(method, shapes.values(), 4, "adamw") == trained * 4 + kept
     assert adapter_bytes("oft", shapes.values(), 4, "adamw") == 0
 
 
-def test_what_cannot_be_known_is_not_guessed(checkpoints):
+def test_unknown_values_are_not_guessed(checkpoints):
     from tlora_core.hosts.comfy.routes.plan import asked_plan, plan
 
     (checkpoints / "broken.safetensors").write_bytes(b"no header")

@@ -1,4 +1,5 @@
-"""A T-LoRA together with what else the host can do to a sampling. Each evaluation is checked against merged weights."""
+"""A T-LoRA together with other features of the host that affect a sampling. Each evaluation is compared with merged
+weights."""
 
 import host_models as models
 import pytest
@@ -14,7 +15,7 @@ def evaluations(unet):
 
 class TestSamplers:
     def test_sigmas_that_go_back_up(self, evaluations, tlora):
-        """As restart samplers make them, and chains of samplers."""
+        """As in restart samplers and chains of samplers."""
         runs.sample_sigmas(runs.apply(evaluations.model, tlora), *runs.texts(), [14.6, 4.0, 0.8, 6.0, 0.8, 9.0, 0.0])
         assert evaluations.sigmas == pytest.approx([14.6, 4.0, 0.8, 6.0, 0.8, 9.0])
         evaluations.assert_merged((tlora, 1.0))
@@ -44,7 +45,7 @@ class TestSamplers:
 
 class TestConditioning:
     def test_texts_that_start_and_end_midway(self, evaluations, tlora):
-        """So that what the text's layers get changes from one step to the next, in number and in what it says."""
+        """The input of the text's layers then changes from step to step, in number and in content."""
         early, late = models.conditioning(1), models.conditioning(4)
         early[0][1].update(start_percent=0.0, end_percent=0.5)
         late[0][1].update(start_percent=0.3, end_percent=1.0)
@@ -104,8 +105,8 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_patch_that_writes_into_the_text(self, evaluations, tlora):
-        """What the text's layers get is then one tensor throughout, which the first finds as it was at the last step,
-        and the others don't."""
+        """The text's layers then get one and the same tensor throughout. The first layer finds it as in the last step;
+        the other layers do not."""
 
         def write(q, k, v, options):
             return q, k if options["block"] == ("input", 1) else k.mul_(1 + options["sigmas"][0] / 100), v
@@ -116,7 +117,7 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
     def test_attention_replaced(self, evaluations, tlora):
-        """As IP-Adapter does: the layer's own keys and values and then some."""
+        """As IP-Adapter does: the layer's own keys and values, and further ones."""
         from comfy.ldm.modules.attention import optimized_attention
 
         def replacement(q, k, v, options):
@@ -145,7 +146,7 @@ class TestPatches:
 
         model = runs.apply(ModelMergeSimple().merge(evaluations.model, models.random_unet(seed=3), 0.7)[0], tlora)
         runs.sample(model, *runs.texts())
-        evaluations.assert_merged((tlora, 1.0))  # onto the weights that the host has merged
+        evaluations.assert_merged((tlora, 1.0))  # on the weights that the host has merged
         evaluations.calls.clear()
         runs.sample(runs.apply(evaluations.model, tlora), *runs.texts())
         evaluations.assert_merged((tlora, 1.0))
@@ -165,7 +166,7 @@ class TestPatches:
             evaluations.assert_merged(*applied)
 
     def test_layer_that_a_node_has_replaced(self, evaluations, tlora, unet):
-        """An object patch puts another module in the place of one that was there when the T-LoRA was applied."""
+        """An object patch replaces a module that existed when the T-LoRA was applied."""
         path = next(iter(tlora.layers))
         model = runs.apply(evaluations.model, tlora)
         old = model.get_model_object(f"diffusion_model.{path}")
@@ -175,7 +176,7 @@ class TestPatches:
         evaluations.assert_merged((tlora, 1.0))
 
     def test_layers_are_folded_again_after_a_lora_that_the_host_injects_beside_them(self, tlora, tmp_path, monkeypatch):
-        """Taken out again, it leaves each layer's own forward as if it stood in for it."""
+        """When it is removed, each layer keeps its own forward as an attribute, as if it were replaced."""
         import comfy.sd
         import comfy.utils
 

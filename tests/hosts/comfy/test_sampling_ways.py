@@ -52,7 +52,7 @@ def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
 
 
 def test_copies_go_also_where_the_host_tells_the_model_nothing_but_the_end(unet, tlora):
-    """As for the model of the negative prompt in its Dual Model Guider."""
+    """As for the model of the negative prompt in the host's Dual Model Guider."""
     patched = runs.apply(unet, tlora)
     ((wrapper,),) = (keyed for keyed in patched.wrappers["apply_model"].values())
     patched.pre_run()
@@ -97,9 +97,8 @@ def test_half_precision_is_no_worse_than_the_hosts_own_static_lora(comfy, dtype,
     with torch.no_grad():
         for a, b in zip(exact.model.diffusion_model.parameters(), half.model.diffusion_model.parameters()):
             a.copy_(b)
-    tlora = random_models.random_tlora(
-        exact, runs.RANK, runs.RANK
-    )  # all ranks at every t, which is what a static LoRA gives
+    # All ranks at every t, like a static LoRA.
+    tlora = random_models.random_tlora(exact, runs.RANK, runs.RANK)
     tlora.save(tmp_path / "x.safetensors")
     static = comfy.sd.load_lora_for_models(
         half, None, comfy.utils.load_torch_file(str(tmp_path / "x.safetensors")), 1.0, 0
@@ -181,7 +180,7 @@ def test_a_schedule_whose_timestep_is_unknown_stops_the_sampling(unet, tlora):
 
 
 def test_conditions_evaluated_apart_and_on_areas(unet, tlora, monkeypatch):
-    """Little memory makes the host evaluate each conditioning alone, so that the texts take turns."""
+    """With little memory, the host evaluates each conditioning separately, so that the texts alternate."""
     left, right = models.conditioning(1), models.conditioning(4)
     left[0][1]["area"], right[0][1]["area"] = (8, 4, 0, 0), (8, 4, 0, 4)
     together = runs.sample(runs.apply(unet, tlora, fold=False), left + right, models.conditioning(2))
@@ -192,7 +191,7 @@ def test_conditions_evaluated_apart_and_on_areas(unet, tlora, monkeypatch):
 
 
 def test_on_another_copy_of_the_model(unet, tlora):
-    """As the host makes one for a second GPU: the patch finds its layers by path in the model that is evaluated."""
+    """The host makes such a copy for a second GPU. The patch finds its layers by path in the evaluated model."""
     patched, other = runs.apply(unet, tlora), models.random_unet()
     clone = patched.clone()
     clone.model = other.model
@@ -201,8 +200,8 @@ def test_on_another_copy_of_the_model(unet, tlora):
 
 
 def test_a_folded_tlora_inside_one_that_is_beside_the_layers_loses_neither(unet, tlora):
-    """Rows of different timesteps: the outer T-LoRA's ranks differ and go beside, the inner one's are constant and
-    fold."""
+    """Rows with different timesteps: the outer T-LoRA's ranks differ, so it goes beside the layers; the inner one's are
+    constant, so it folds."""
     patched = runs.apply(runs.apply(unet, tlora), models.random_tlora(unet, 4, 4, seed=4))
     sigmas = unet.model.model_sampling.sigmas[[999, 300]]
     wanted = models.evaluate(patched, sigmas)

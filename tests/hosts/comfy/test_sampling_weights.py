@@ -17,7 +17,7 @@ def flux(comfy):
 
 
 class TestCompiled:
-    """With a backend that compiles nothing but counts how often it is asked to."""
+    """With a backend that compiles nothing, but counts its calls."""
 
     @pytest.fixture
     def counter(self):
@@ -30,7 +30,7 @@ class TestCompiled:
     @pytest.mark.parametrize(
         "part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")]
     )
-    def test_every_evaluation_has_its_rank_and_none_compiles_anew(self, flux, counter, part, first, monkeypatch):
+    def test_every_evaluation_has_its_rank_and_none_compiles_again(self, flux, counter, part, first, monkeypatch):
         import comfy.model_management
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
@@ -61,7 +61,7 @@ class TestCompiled:
 
 
 class TestStoredSmaller:
-    """The same model with weights of eight or sixteen bits and with what those weights are worth in float32."""
+    """The same model with weights of eight or sixteen bits, and with the values of those weights in float32."""
 
     @pytest.mark.parametrize("storage, way", [(torch.float8_e4m3fn, "product"), (torch.float16, "weight")])
     def test_and_cast_by_the_host(self, family, storage, way, monkeypatch):
@@ -101,7 +101,7 @@ class TestStoredSmaller:
 
 
 class TestLittleMemory:
-    """Weights that the host has moved off, some or all, with another LoRA's patches to be added as they are fetched."""
+    """Some or all weights are moved off by the host, with another LoRA's patches to be added when they are fetched."""
 
     @pytest.fixture
     def patched(self, unet, tmp_path):
@@ -164,7 +164,7 @@ class TestLittleMemory:
             assert models.relative_error(got, wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
 
     def test_in_the_middle_of_it(self, patched, tlora):
-        """As when a node loads another model from within the sampling."""
+        """As when a node loads another model during the sampling."""
         wanted = runs.sample(runs.apply(patched, tlora), *runs.texts(), steps=4)
         model = runs.apply(patched, tlora)
         got = runs.sample(
@@ -174,7 +174,7 @@ class TestLittleMemory:
 
 
 class TestSeveralDevices:
-    """As the host's MultiGPU node sets it up, with two names of the CPU for devices."""
+    """Set up like the host's MultiGPU node, with two names of the CPU as devices."""
 
     def test_each_conditioning_on_its_own_copy(self, comfy, tlora):
         unet = models.random_unet()

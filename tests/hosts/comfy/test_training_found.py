@@ -1,4 +1,4 @@
-"""Which training on the tiny base is the same as an earlier one, whose T-LoRA is then taken."""
+"""Which trainings on the tiny base count as equal to an earlier one, whose T-LoRA is then used."""
 
 import json
 
@@ -21,7 +21,7 @@ def test_finished_run_is_found_again_and_a_changed_one_is_trained(base, output):
     assert anew.file != first.file and same(anew.tlora, first.tlora) and len(folders(output)) == 3
 
 
-def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_again(base, output, monkeypatch):
+def test_the_files_note_is_shown_at_the_end_and_when_the_run_is_found_again(base, output, monkeypatch):
     from tlora_core import TLoRAFile
     from tlora_core.hosts.comfy.page.training import LiveRun
 
@@ -36,7 +36,7 @@ def test_what_is_to_be_said_of_the_file_is_said_at_the_end_and_when_it_is_found_
     )
 
 
-def test_an_unfinished_run_of_the_first_version_is_told_apart_and_trained_anew(base, output, monkeypatch):
+def test_an_unfinished_run_of_the_first_version_is_recognised_and_trained_again(base, output, monkeypatch):
     from tlora_core.hosts.comfy.page.training import LiveRun
 
     whole = run(base)
@@ -77,7 +77,7 @@ def test_run_whose_file_was_changed_is_trained_again(base, output):
     assert again.file != first.file and same(again.tlora, first.tlora)
 
 
-def test_what_the_result_depends_on_changes_the_key(base, output):
+def test_everything_that_the_result_depends_on_changes_the_key(base, output):
     from tlora_core.hosts.comfy.sampling import apply_tlora
     from tlora_core.hosts.comfy.training.fingerprint import fingerprint
 
@@ -107,7 +107,19 @@ def test_what_the_result_depends_on_changes_the_key(base, output):
     assert len({fingerprint(images()), fingerprint(images(2)), fingerprint(images(size=65))}) == 3
 
 
-def test_what_acts_only_while_sampling_makes_no_other_training_except_where_it_draws_class_pictures(base, output):
+def test_a_clip_with_hooks_is_taken_for_no_other(base):
+    """Hooks change the text encoder's weights outside its patches, as of Set CLIP Hooks."""
+    import comfy.hooks
+
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
+
+    patcher = base[1].patcher.clone()
+    assert fingerprint(patcher) == fingerprint(base[1].patcher)
+    patcher.forced_hooks = comfy.hooks.create_hook_lora(lora={}, strength_model=1.0, strength_clip=1.0)
+    assert len({fingerprint(patcher), fingerprint(patcher), fingerprint(base[1].patcher)}) == 3
+
+
+def test_patches_that_act_only_while_sampling_change_no_fingerprint_unless_class_pictures_are_drawn(base, output):
     from comfy_extras.nodes_easycache import EasyCacheNode
     from comfy_extras.nodes_model_advanced import RescaleCFG
 
@@ -168,7 +180,7 @@ def test_run_on_another_picture_on_the_same_ground_is_another_run(base, output):
     assert not same(done[0].tlora, done[1].tlora) and same(done[0].tlora, done[2].tlora) and len(folders(output)) == 2
 
 
-def test_what_only_tells_the_page_is_no_other_model(base):
+def test_reporting_to_the_page_changes_no_fingerprint(base):
     from comfy.patcher_extension import WrappersMP
 
     from tlora_core import RankSchedule

@@ -94,6 +94,19 @@ def states(model):
     }
 
 
+def failing_after(count, cast, error):
+    """`cast`, but the call after so many raises an error."""
+    calls = []
+
+    def failing(*args, **kwargs):
+        if len(calls) == count:
+            raise error("injected")
+        calls.append(args)
+        return cast(*args, **kwargs)
+
+    return failing
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt, RuntimeError])
 def test_whatever_breaks_a_step_leaves_each_weight_where_and_as_it_was(comfy, partly, error):
     import comfy.ops
@@ -108,14 +121,7 @@ def test_whatever_breaks_a_step_leaves_each_weight_where_and_as_it_was(comfy, pa
         with setting.session(True, 0):
             setting.gradients(MIXED)
     for moment in range(0, len(calls), 7):
-        left = [moment]
-
-        def failing(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise error("injected")
-            return cast(*args, **kwargs)
-
+        failing = failing_after(moment, cast, error)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(comfy.ops, "cast_bias_weight", failing)
             with pytest.raises(error), setting.session(True, 0):

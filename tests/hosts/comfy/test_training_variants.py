@@ -1,5 +1,4 @@
-"""What a training run on the tiny base can be asked for beside one picture: prior, several pictures, curves, other
-methods."""
+"""Optional parts of a training run on the tiny base: prior, several pictures, curves, other methods."""
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def test_pictures_of_several_shapes_masks_and_captions_train_together(base, outp
     assert len(done.losses) == 6 and done.tlora.training["images"] == 3
 
 
-def test_curve_is_trained_with_and_told_by_the_file(base, output):
+def test_training_uses_the_curve_and_the_file_stores_it(base, output):
     done = run(base, request(2, curve="0:4, 0.5:4, 1:1"))
     assert done.tlora.schedule.points == ((0.0, 4), (0.5, 4), (1.0, 1)) and done.tlora.schedule.min_rank == 1
 

@@ -1,5 +1,5 @@
-"""Nodes that save or combine a model's weights, with a T-LoRA on the model: a sentence, and no file or model without
-it."""
+"""Nodes that save or combine the weights of a model with a T-LoRA: a sentence, and no file or model without the
+T-LoRA."""
 
 import pytest
 import torch
@@ -28,9 +28,8 @@ def test_nodes_of_the_host_that_save_or_combine_weights_stop_with_a_sentence(ser
     for case, (class_type, name, inputs) in CASES.items():
         graph = TinyGraph()
         adapted = graph.add("TLoRALoad", file=trained[0], strength=1.0, model=graph.model)[0]
-        adapted = graph.add("RescaleCFG", model=adapted, multiplier=0.7)[
-            0
-        ]  # what other nodes make of it refuses as well
+        # The output of another node refuses as well.
+        adapted = graph.add("RescaleCFG", model=adapted, multiplier=0.7)[0]
         others = {"model1": graph.model, "model2": graph.model} if name in ("model1", "model2") else {}
         if class_type == "CheckpointSave":
             others = {"clip": graph.clip, "vae": graph.vae}
@@ -60,15 +59,14 @@ def adapted(unet, tlora):
     return apply_tlora(unet, tlora)
 
 
-def test_what_only_adds_or_only_looks_is_let_through(unet, adapted):
+def test_nodes_that_only_add_or_read_weights_are_let_through(unet, adapted):
     from comfy.model_patcher import ModelPatcher
 
     key = next(key for key in unet.model.state_dict() if key.endswith("attn1.to_q.weight"))
     assert adapted.add_patches({key: (torch.ones(1),)}, 0.5) == [key] and key in adapted.clone().patches
     assert isinstance(adapted.clone(), ModelPatcher) and type(adapted).__name__ == type(unet).__name__
-    assert (
-        adapted.model_state_dict().keys() == unet.model_state_dict().keys() == adapted.get_key_patches().keys()
-    )  # as the host's hooks do
+    # The host's hooks call them like this.
+    assert adapted.model_state_dict().keys() == unet.model_state_dict().keys() == adapted.get_key_patches().keys()
     assert type(unet) is ModelPatcher and unet.state_dict_for_saving() and unet.get_key_patches("diffusion_model.")
 
 

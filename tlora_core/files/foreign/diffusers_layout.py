@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ...errors import TLoRAError
 from ..layer_names import layer_of, plain_name
-from .target import Target, model_of_shapes, names_of
+from .model_description import ModelDescription, model_of_shapes, names_of
 
 
 class Rows(NamedTuple):
@@ -46,12 +46,13 @@ def overlap(rows: list[Rows], start: int, stop: int) -> list[tuple[Rows, slice, 
     ]
 
 
-def target_of_layout(
+def describe_layout(
     rows: Mapping[str, list[Rows]], shapes: Mapping[str, tuple[int, int]], weight, device="cpu"
-) -> Target:
-    """A Target. rows: rows_by_path(shapes); weight, device: as in Target."""
+) -> ModelDescription:
+    """The model whose modules have these shapes. rows: rows_by_path(shapes); weight, device: as in
+    ModelDescription."""
     whole = {path: (parts[-1].stop, shapes[parts[0].module][1]) for path, parts in rows.items()}
-    return Target(names_of(whole), whole, weight, *model_of_shapes(whole), device)
+    return ModelDescription(names_of(whole), whole, weight, *model_of_shapes(whole), device)
 
 
 def _is_complete(modules: list[tuple[int, str]]) -> bool:

@@ -12,11 +12,11 @@ from ..tlora_file import METADATA_KEY, TLoRAFile
 from ..untrusted import PHRASE_KEY, Contents, one_line, printable, read_contents, read_metadata, text_of
 from .hparams import find_hparams, flag, read_hparams, real, whole
 from .kohya import stated_schedule
+from .model_description import Matches, ModelDescription, model_of
 from .modules import Parts, modules_of
 from .orthogonal import Progress, is_orthogonal, read_orthogonal
 from .plain import read_plain
 from .stacked import recombine
-from .target import Matches, Target, model_of
 
 _MASKED = {"lora": "vanilla_tlora", "ortho_lora": "tlora"}
 _UNMASKED = {masked: method for method, masked in _MASKED.items()}
@@ -66,14 +66,14 @@ class _Settings:
 
 def load_any(
     path: str | Path,
-    target: Target | None = None,
+    model: ModelDescription | None = None,
     min_rank: int | None = None,
     alpha: float | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Reads an untrusted file of any known kind, without running code from it.
 
-    target: the model it must fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
+    model: the model it must fit. Without one, names are translated for SD1.5, SD2, SDXL and FLUX.
     min_rank, alpha: the schedule to use; None means the file's own. For a file without one, a note states the
         assumption: half the rank, the paper's min_rank, for kinds that only the reference or LyCORIS writes; no mask
         for a file that may be a plain LoRA.
@@ -83,7 +83,7 @@ def load_any(
     """
     path = Path(path)
     try:
-        return _load(path, target, min_rank, alpha, progress)
+        return _load(path, model, min_rank, alpha, progress)
     except TLoRAError as error:
         message = printable(str(error))
         raise TLoRAError(message if message.startswith(f'"{path.name}"') else f'"{path.name}": {message}') from error
@@ -94,7 +94,7 @@ def load_any(
 
 
 def _load(
-    path: Path, target: Target | None, min_rank: int | None, alpha: float | None, progress: Progress | None
+    path: Path, model: ModelDescription | None, min_rank: int | None, alpha: float | None, progress: Progress | None
 ) -> Loaded:
     if METADATA_KEY in read_metadata(path):
         tlora = TLoRAFile.load(path)
@@ -106,7 +106,7 @@ def _load(
             _origin(tlora.schedule, "the file's own", min_rank, alpha),
         )
     contents = read_contents(path)
-    matches = Matches(target)
+    matches = Matches(model)
     matches.reject(contents.non_tensors, "it is not a tensor")
     modules = modules_of(contents.tensors, matches)
     kind, settings = _read(contents, modules, matches, path, progress)
@@ -293,9 +293,10 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
     rank = max(layer.rank for layer in layers.values())
     masked = METHODS[method].is_masked
     min_rank = rank if not masked else _half(rank) if settings.min_rank is None else settings.min_rank
-    target = matches.target
-    model = (target.base_model, target.num_timesteps, target.noise_domain) if target else model_of(layers)
-    base_model, num_timesteps, noise_domain = model
+    model = matches.model
+    base_model, num_timesteps, noise_domain = (
+        (model.base_model, model.num_timesteps, model.noise_domain) if model else model_of(layers)
+    )
     return TLoRAFile(
         layers,
         method,

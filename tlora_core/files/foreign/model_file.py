@@ -1,4 +1,4 @@
-"""A model file as the target of a foreign LoRA, for use without ComfyUI."""
+"""Describes a model file, so that a foreign LoRA for it can be read without ComfyUI."""
 
 import re
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from ...method.layer_name import LayerName
 from ..dtypes import HEADER_DTYPES
 from ..layer_names import family_of
 from ..untrusted import check_header, one_line
-from .diffusers_layout import Rows, overlap, rows_by_path, target_of_layout
-from .target import Target
+from .diffusers_layout import Rows, describe_layout, overlap, rows_by_path
+from .model_description import ModelDescription
 
 _PREFIX, _WEIGHT = "model.diffusion_model.", ".weight"
 
 
-def model_file_target(path: Path) -> Target:
+def describe_model_file(path: Path) -> ModelDescription:
     """The diffusion model of SD1.5, SD2, SDXL or FLUX in a safetensors file: a model file in the original layout, which
     ComfyUI also loads, or the U-Net or transformer of a diffusers pipeline. Weights are read on demand.
 
@@ -40,7 +40,7 @@ def model_file_target(path: Path) -> Target:
             )
     except (OSError, SafetensorError, TLoRAError) as error:
         raise TLoRAError(f'model "{path.name}": {one_line(error)}') from error
-    return target_of_layout(rows, shapes, lambda name, count: _weight(path, rows, name, count))
+    return describe_layout(rows, shapes, lambda name, count: _weight(path, rows, name, count))
 
 
 def _matrix_shapes(opened) -> dict[str, tuple[int, int]]:

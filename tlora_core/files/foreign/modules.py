@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import TLoRAError
-from .target import Matches
+from .model_description import Matches
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

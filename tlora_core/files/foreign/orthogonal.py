@@ -14,8 +14,8 @@ from ...errors import TLoRAError
 from ...method.adapters import LowRank, difference_form
 from ...method.layer_name import LayerName
 from ..untrusted import Contents
+from .model_description import Matches
 from .modules import Parts, is_convolution, matrix, number, require, scale_of
-from .target import Matches
 
 _PARTS = ("q", "p", "lambda")
 _BASE = ("base_q", "base_p", "base_lambda")
@@ -97,12 +97,12 @@ def _recompute_base(name: LayerName, trained: Triple, matches: Matches) -> Tripl
     Raises TLoRAError without a model, and when the trained factors resemble neither the principal nor the middle nor
     the last components of this weight: a random start cannot be recomputed.
     """
-    if matches.target is None:
+    if matches.model is None:
         raise TLoRAError(
             "its base term is not stored and must be recomputed from the weights; connect the model it was trained on."
         )
     rows, rank = trained[0].shape
-    decomposed = singular_vectors(matches.target.weight(name, rows).to(matches.target.device))
+    decomposed = singular_vectors(matches.model.weight(name, rows).to(matches.model.device))
     candidates = [_candidate(*decomposed, first, trained) for first in _firsts(len(decomposed[1]), rank)]
     best = max(candidates, key=lambda base: _likeness(trained, base))
     if _likeness(trained, best) < MIN_LIKENESS:

@@ -10,8 +10,8 @@ from typing import Any
 from ...errors import TLoRAError
 from ...method.adapters import LowRank
 from ..untrusted import Contents
+from .model_description import Matches
 from .modules import Parts, is_convolution, matrix, require, scale_of
-from .target import Matches
 
 MAX_CONFIG = 1_000_000  # bytes
 

@@ -12,7 +12,7 @@ from ...errors import TLoRAError
 from ...files.atomic import EXTENSION
 from ...files.foreign import Loaded, load_any
 from ...training.run_folder import as_file_name
-from .model.targets import target_of
+from .model.description import describe_model
 from .progress import counting
 from .room import LORAS_ADVICE, REFUSED, RUNS_ADVICE, refusal
 
@@ -42,8 +42,8 @@ def load_lora(
     """Loads a file of the loras folders by name, for `model` if given; see foreign.load_any. Logs what did not
     match."""
     path = lora_path(name)
-    target = None if model is None else target_of(model)
-    loaded = load_any(path, target, min_rank, alpha, counting("rebuilding the base terms", node_id))
+    description = None if model is None else describe_model(model)
+    loaded = load_any(path, description, min_rank, alpha, counting("rebuilding the base terms", node_id))
     if loaded.unmatched or loaded.notes:
         logging.warning("[T-LoRA] %s\n%s", path.name, loaded.report)
     return loaded

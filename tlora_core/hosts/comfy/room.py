@@ -9,13 +9,8 @@ from pathlib import Path
 
 from ...errors import TLoRAError
 
-REFUSED = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-)  # independent of the file's name
+# Errors that do not depend on the file's name.
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 LORAS_ADVICE = "choose another folder with file_name"
 RUNS_ADVICE = "start ComfyUI with another --output-directory"
 

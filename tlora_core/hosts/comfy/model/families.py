@@ -29,8 +29,9 @@ _ATTENTION = re.compile(
     # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
     r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
+    # AuraFlow, Kandinsky, MM-DiT, Lumina2
     r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
-)  # AuraFlow, Kandinsky, MM-DiT, Lumina2
+)
 # Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
 # first layer of the feed-forward is stacked below them.
 _FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")

@@ -51,7 +51,7 @@ class ValidationPicture:
 
 class LiveRun:
     """One training run. The training calls `report` after each step, reads `stop_requested` and
-    `take_checkpoint_request`, and calls `finish` at the end. The page's routes call `state`, `picture`, `request`."""
+    `take_save_request`, and calls `finish` at the end. The page's routes call `state`, `picture`, `request`."""
 
     _registry_lock = threading.Lock()
     _runs: dict[str, "LiveRun"] = {}  # oldest first
@@ -155,7 +155,7 @@ class LiveRun:
         """Whether the user has pressed Stop and keep."""
         return "stop" in self._wishes
 
-    def take_checkpoint_request(self) -> bool:
+    def take_save_request(self) -> bool:
         """Whether the user has pressed Checkpoint now since the last call."""
         with self._lock:
             asked = "checkpoint" in self._wishes

@@ -1,4 +1,4 @@
-"""The host's model as `trainer.Trainer` sees it."""
+"""The host's model as a `trainer.Denoiser`."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ from .encode import Sample, buckets
 
 
 def normal(value: Any, made: dict[int, Tensor]) -> Any:
-    """`value` with inference tensors cloned, as conditioning from other nodes is made of them; each once: `made` holds
-    the clones by the identity of what they were made from."""
+    """`value` with its inference tensors cloned; conditioning from other nodes consists of them. Each is cloned once:
+    `made` holds the clones by the identity of the originals."""
     if isinstance(value, Tensor):
         return made.setdefault(id(value), value.clone()) if value.is_inference() else value
     if isinstance(value, dict):
@@ -38,16 +38,14 @@ def normal(value: Any, made: dict[int, Tensor]) -> Any:
     return value
 
 
-_CACHES = (
-    "easycache",
-)  # of the host, also for its LazyCache: they skip steps of a sampling, and would give one picture's result for another
-_BATCHES_KEPT = 4  # what SDXL's layers keep of the text takes 24 MB for each
-_IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # a sampler calls the others
+# The host's EasyCache and LazyCache: they skip steps of a sampling, and would return one picture's result for another.
+_CACHES = ("easycache",)
+_BATCHES_KEPT = 4  # for each, SDXL's layers keep 24 MB for the text
+_IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # only a sampler calls other kinds
 
 
 def training_options(model: ModelPatcher) -> dict:
-    """The model's transformer_options, with the wrappers that nodes have put on it, as far as training has to do with
-    them."""
+    """The model's transformer_options, with those of its wrappers that matter in training."""
     options = {
         key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES
     }
@@ -60,7 +58,8 @@ def training_options(model: ModelPatcher) -> dict:
 
 
 class TrainingPatch(TimestepAwarePatch):
-    """With the timesteps, [B] on the CPU, and T of the evaluation to come in `level`, and its text in `text`."""
+    """The patch for training. `level`: the timesteps [B], on the CPU, and T of the next evaluation. `text`: its
+    text."""
 
     level: tuple[Tensor, float]
     text: Text | None
@@ -70,16 +69,16 @@ class TrainingPatch(TimestepAwarePatch):
         self.adapters, self._placed = adapters, None
 
     def evaluation(self, base, x, sigma, text):
-        if self._placed is None:  # the model's layers stay what they are within a training session
+        if self._placed is None:  # layers are not replaced within a training session
             self._placed = place(base, self.adapters)
         return self.overlays(self._placed, *self.level), None, self.text
 
 
 class HostDenoiser:
-    """`trainer.Denoiser` on the host's model. Make and use it inside `training_session`.
+    """A `trainer.Denoiser` on the host's model. Make and use it inside `training_session`.
 
-    samples: the subject's pictures. prior: pictures of its class, for prior preservation, or none.
-    config: its timesteps, Min-SNR, fresh latents and prior weight are this class's part.
+    samples: the subject's pictures. prior: pictures of its class for prior preservation, or none.
+    config: this class uses its timesteps, Min-SNR, fresh latents and prior weight.
     """
 
     def __init__(
@@ -99,30 +98,29 @@ class HostDenoiser:
         self.samples: list[Sample] = normal(list(samples), made)
         self.prior: list[Sample] = normal(list(prior), made)
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
-        # Tables of noise levels on the CPU, where steps are drawn: a GPU would be waited for to tell a step's rank.
+        # On the CPU, where steps are drawn: reading a step's rank from a GPU would wait for it.
         self.levels = copy.deepcopy(self.sampling).cpu()
         self.patch = TrainingPatch(adapters, schedule)
         self.options = {
             **training_options(model),
             "uuids": [],
-            # The host may have chosen an attention kernel without a backward.
+            # The host may have chosen an attention kernel without a backward pass.
             "optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs),
         }
-        # Not on a clone: as that ends, the host takes out of the model what nodes have injected into it.
+        # Not on a clone: when a clone is deleted, the host removes from the model what nodes have injected into it.
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, "tlora-training", self.patch, self.options)
-        # By sample and size of the latent, which some models' inputs have too, such as those for inpainting.
+        # By sample and size of the latent: the inputs of some models, for example inpainting models, have that size.
         self._conditions: dict[tuple, dict] = {}
         self._batches: dict[tuple, tuple[dict, Text | None]] = {}
-        self._texts: WeakValueDictionary[tuple, Text] = WeakValueDictionary()  # by their samples' captions
+        self._texts: WeakValueDictionary[tuple, Text] = WeakValueDictionary()  # by the captions of the samples
 
-    def losses(self, rows: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        yield self._loss([self.samples[row] for row in rows], generator)
+    def losses(self, indices: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+        yield self._loss([self.samples[i] for i in indices], generator)
         if self.prior:
-            row = int(
-                torch.randint(len(self.prior), (1,), generator=generator)
-            )  # so that each picture has the same chance
-            bucket = next(bucket for bucket in self.prior_buckets if row in bucket)
-            chosen = torch.randint(len(bucket), (len(rows),), generator=generator).tolist()
+            # A bucket is chosen by one of its pictures, so that each picture has the same chance.
+            picture = int(torch.randint(len(self.prior), (1,), generator=generator))
+            bucket = next(bucket for bucket in self.prior_buckets if picture in bucket)
+            chosen = torch.randint(len(bucket), (len(indices),), generator=generator).tolist()
             yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
 
     def _loss(self, samples: list[Sample], generator: torch.Generator) -> Tensor:
@@ -147,15 +145,15 @@ class HostDenoiser:
         return moved(torch.stack(weights), error.device).view(-1, *[1] * (error.ndim - 3), *cells)
 
     def _latent(self, sample: Sample, generator: torch.Generator) -> Tensor:
-        """In the model's own scale; a fresh sample of the posterior where the settings ask for one."""
+        """The latent in the model's own scale; a new sample of the posterior if the settings ask for it."""
         latent = sample.mean
         if self.config.fresh_latents and sample.deviation is not None:
             latent = latent + sample.deviation * torch.randn(latent.shape, generator=generator)
         return self.base.process_latent_in(latent[None])[0]
 
     def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-        """What the model predicts (noise, v or flow) minus what it should, [B, C, ...], for latents and noise of that
-        shape in the model's scale, and sigmas [B] on the CPU. Each sample has the ranks of its own timestep."""
+        """The model's prediction (noise, v or flow) minus its target, [B, C, ...]. latents, noise: of that shape, in
+        the model's scale. sigmas: [B] on the CPU. Each sample has the ranks of its own timestep."""
         self.patch.level = noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
@@ -166,8 +164,8 @@ class HostDenoiser:
         return (latents - denoised) / output_scale(self.sampling, each)
 
     def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
-        """What the model is given beside latents and timesteps. Samples of one caption give one text, so that what a
-        layer makes of it is computed once; see `layers.text_memo`."""
+        """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that
+        layers compute its output once; see `layers.text_memo`."""
         key = *map(id, samples), like.shape
         if key not in self._batches:
             inputs = comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
@@ -185,7 +183,7 @@ class HostDenoiser:
         return inputs
 
     def _condition(self, sample: Sample, like: Tensor) -> dict:
-        """The model's own inputs for a sample's CONDITIONING, as the host's sampler would make them; made once."""
+        """The model's own inputs for a sample's CONDITIONING, as the host's sampler makes them; made once."""
         key = id(sample), like.shape
         if key not in self._conditions:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]

@@ -79,6 +79,12 @@ def _add(digest, value) -> None:
     elif hasattr(value, "weights") and hasattr(value, "loaded_keys"):  # the host's weight adapters, such as LoRA
         _add(digest, (type(value).__name__, value.weights))
     else:
+        _add_opaque(digest, value)
+
+
+def _add_opaque(digest, value) -> None:
+    """Makes the hash unique, unless value is None."""
+    if value is not None:
         digest.update(uuid.uuid4().bytes)
 
 
@@ -131,5 +137,7 @@ def _add_model(digest, model: ModelPatcher, options: Mapping | None = None, tran
     _add(digest, (options, {k: v for k, v in transformer.items() if v and k != "wrappers"}, model.object_patches))
     wrappers = [keyed for keyed in transformer["wrappers"].values() if keyed]
     _add(digest, [[w for ws in keyed.values() for w in ws if getattr(w, "changes_result", True)] for keyed in wrappers])
+    # Hooks of a CLIP change its weights outside its patches.
+    _add_opaque(digest, getattr(model, "forced_hooks", None))
     # These are opaque: only a bypass LoRA's functions hold its strength and file.
     _add(digest, [injection for injections in model.injections.values() for injection in injections])

@@ -113,7 +113,7 @@ def train_or_find(
     personalization = Personalization(
         model, clip, vae, images, request, prior, keeping.memory, ClassPictures(class_pictures_folder(), node_id)
     )
-    state = None if found is None else found.load_checkpoint()
+    state = None if found is None else found.load_state()
     remark = ""
     if state is not None and state.get("format") != STATE_FORMAT:
         remark = (
@@ -155,7 +155,7 @@ def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken
     to_come = (personalization.request.config.steps - 1) // every - trainer.step // every if every else 0
     files = 1 + (to_come if keeping.checkpoint_files else 0)
     # A new run state replaces the old one only once it is complete, so two exist for a while.
-    checkpoints = min(to_come, 2 if taken_up is None else 1)
+    states = min(to_come, 2 if taken_up is None else 1)
     return [
         Need(
             path.parent,
@@ -163,7 +163,7 @@ def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken
             "the T-LoRA file" if files == 1 else "T-LoRA files",
             LORAS_ADVICE,
         ),
-        Need(runs_folder(), checkpoints * trainer.state_bytes, "the run state", "set checkpoint_every to 0"),
+        Need(runs_folder(), states * trainer.state_bytes, "the run state", "set checkpoint_every to 0"),
     ]
 
 
@@ -248,11 +248,11 @@ class TrainingRun:
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
-        self.asked_checkpoint = self.is_kept = False  # is_kept: the result is saved
+        self.save_requested = self.is_saved = False  # is_saved: the result is saved
         self.picture: bytes | None = None  # thumbnail for the files, from the last validation
         # The run is trained, or the user has stopped it, and only its file is missing.
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
-        self.checkpoint_step = first  # step of the run state on disk; 0 if there is none
+        self.state_step = first  # step of the run state on disk; 0 if there is none
         if first:
             remark = (
                 f"resuming an earlier run at step {first}" if not self.is_over else "writing the file of an earlier run"
@@ -269,14 +269,14 @@ class TrainingRun:
                 self._pause()
             return self._end("done" if self.trainer.step == self.steps else "stopped")
         except InterruptProcessingException:
-            if not self.is_kept:
+            if not self.is_saved:
                 self._cancelled()
             raise
         except TrainingDiverged as error:
             if not error.kept_step:
                 self._ended_badly("failed", str(error), step=0)
                 raise
-            raise TLoRAError(f"{error} {self._saved_all_the_same(str(error))}") from error
+            raise TLoRAError(f"{error} {self._save_last_good_state(str(error))}") from error
         except Exception as error:
             self._ended_badly("failed", str(error), step=self.trainer.step)
             raise
@@ -287,8 +287,8 @@ class TrainingRun:
         self.recorder.loss(step, loss)
         self.live.report(step, loss)
         self.bar.update_absolute(step, self.steps)  # raises the host's interrupt after a cancel
-        self.asked_checkpoint = self.asked_checkpoint or self.live.take_checkpoint_request()
-        return self.live.stop_requested or self.asked_checkpoint
+        self.save_requested = self.save_requested or self.live.take_save_request()
+        return self.live.stop_requested or self.save_requested
 
     def _next_pause(self) -> int:
         every = [n for n in (self.keeping.validate_every, self.keeping.checkpoint_every) if n]
@@ -296,19 +296,19 @@ class TrainingRun:
 
     def _pause(self) -> None:
         step, keeping = self.trainer.step, self.keeping
-        due = self.asked_checkpoint or (
+        due = self.save_requested or (
             keeping.checkpoint_every and step % keeping.checkpoint_every == 0 and step < self.steps
         )
         if due:
-            self._checkpoint(self._checkpoint_state)
+            self._try_to_save(self._save_state_midway)
         if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
             self._validate()
         # After the pictures, because the file holds one of them.
-        if self.asked_checkpoint or (due and keeping.checkpoint_files):
-            self._checkpoint(self._checkpoint_file)
-        self.asked_checkpoint = False
+        if self.save_requested or (due and keeping.checkpoint_files):
+            self._try_to_save(self._save_file_midway)
+        self.save_requested = False
 
-    def _checkpoint(self, save: Callable[[], str]) -> None:
+    def _try_to_save(self, save: Callable[[], str]) -> None:
         """Calls `save` and shows the message that it returns. A full disk does not end the training: the user is told,
         and the final save may find room."""
         try:
@@ -319,14 +319,14 @@ class TrainingRun:
         self.live.note(message)
 
     def _save_state(self) -> None:
-        self.folder.save_checkpoint(self.trainer.state_dict())
-        self.checkpoint_step = self.trainer.step
+        self.folder.save_state(self.trainer.state_dict())
+        self.state_step = self.trainer.step
 
-    def _checkpoint_state(self) -> str:
+    def _save_state_midway(self) -> str:
         self._save_state()
         return f"run state saved at step {self.trainer.step}"
 
-    def _checkpoint_file(self) -> str:
+    def _save_file_midway(self) -> str:
         path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
         self._write(path)
         return f"step {self.trainer.step} saved as {name_of(path)}"
@@ -376,17 +376,17 @@ class TrainingRun:
     def _end(self, state: Ended, message: str = "") -> Outcome:
         if state == "stopped":
             TrainingRun.stopped += 1
-            message = f"{message} {self._checkpoint_of_the_end()}".strip()  # so that the user can resume it
+            message = f"{message} {self._save_final_state()}".strip()  # so that the user can resume it
         try:
             name, note = self._save()
         except TLoRAError as error:
-            raise TLoRAError(f"{error} {self._kept(state)}") from error
+            raise TLoRAError(f"{error} {self._save_otherwise(state)}") from error
         message = f"{message} {note}".strip()
         self._note_down(lambda: self.folder.update(state=state, message=message))
-        self.is_kept = True
+        self.is_saved = True
         try:
             if state == "done":
-                self.folder.forget_checkpoint()
+                self.folder.remove_state()
                 # After the save, so that cancelling the last pictures does not lose the training.
                 if self.keeping.validate_every:
                     self._validate()
@@ -408,20 +408,20 @@ class TrainingRun:
         if self.picture is not None:
             write_whole(path, write)
 
-    def _kept(self, ended: Ended) -> str:
+    def _save_otherwise(self, ended: Ended) -> str:
         """Saves a T-LoRA that could not be written to the loras folder: as the run state, for the same graph to resume,
         or else as a file in another folder. Returns a sentence that says where. ended: the run's final state."""
         missing = ""
         # After a divergence the optimizer is not at the step that the adapters went back to: the last run state stays.
         if ended != "failed":
-            missing = self._checkpoint_of_the_end()
+            missing = self._save_final_state()
             self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
             if not missing:
-                return self._kept_for_the_next_run(ended)
+                return self._advice_to_resume(ended)
         elsewhere = save_elsewhere(self.file_name, self._write)
         return f"{missing} {elsewhere}".strip()
 
-    def _kept_for_the_next_run(self, ended: str) -> str:
+    def _advice_to_resume(self, ended: str) -> str:
         step, rerun = self.trainer.step, self.keeping.rerun
         only_writes = step == self.steps or (ended == "stopped" and rerun != "continue")
         if only_writes:
@@ -432,7 +432,7 @@ class TrainingRun:
             f"{'only writes the file' if only_writes else f'resumes at step {step}'}."
         )
 
-    def _saved_all_the_same(self, message: str) -> str:
+    def _save_last_good_state(self, message: str) -> str:
         """Saves the last good state of a failed training. Returns a sentence with the file or the error."""
         try:
             return f"It is saved as {self._end('failed', message).file}."
@@ -440,7 +440,7 @@ class TrainingRun:
             self._ended_badly("failed", f"{message} {error}")
             return str(error)
 
-    def _checkpoint_of_the_end(self) -> str:
+    def _save_final_state(self) -> str:
         """Saves the run state. Returns "" or, if that fails, a sentence about it; the much smaller T-LoRA file may
         still fit on the disk."""
         try:
@@ -454,21 +454,21 @@ class TrainingRun:
         step, file, missing = self.trainer.step, "", ""
         message = f"Cancelled at step {step}"
         if self.keeping.save_on_cancel and step:
-            missing = self._checkpoint_of_the_end()
+            missing = self._save_final_state()
             try:
                 file, note = self._save()
                 message = ". ".join(filter(None, (f"{message} and saved as {file}", note.rstrip("."))))
             except TLoRAError as error:
-                self._ended_badly("cancelled", f"{message} and not saved: {error} {self._kept('cancelled')}")
+                self._ended_badly("cancelled", f"{message} and not saved: {error} {self._save_otherwise('cancelled')}")
                 return
-        self._ended_badly("cancelled", " ".join(filter(None, (f"{message}.", self._what_run_does(), missing))), file)
+        self._ended_badly("cancelled", " ".join(filter(None, (f"{message}.", self._next_run(), missing))), file)
 
-    def _what_run_does(self) -> str:
+    def _next_run(self) -> str:
         if self.keeping.rerun == "restart":
             return "Run trains from the start, because rerun is restart."
-        if not self.checkpoint_step:
+        if not self.state_step:
             return "Run trains from the start, because no run state was saved yet."
-        return f"Run resumes at step {self.checkpoint_step}."
+        return f"Run resumes at step {self.state_step}."
 
     def _ended_badly(self, state: Ended, message: str, file: str = "", **more) -> None:
         """Tells the page first, because the disk may be the cause."""

@@ -1,4 +1,4 @@
-"""A loaded model as the target of foreign files: the host's table of names, shapes, and original weights."""
+"""Describes a loaded model to the readers of foreign files: the host's table of names, shapes, original weights."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....errors import TLoRAError
 from ....files.dtypes import is_plain
-from ....files.foreign.target import Target
+from ....files.foreign.model_description import ModelDescription
 from ....files.layer_names import plain_name
 from ....method.layer_name import LayerName
 from ....method.starts import exact_device
@@ -18,11 +18,11 @@ from .noise import domain, num_timesteps
 _PREFIX, _WEIGHT = "diffusion_model.", ".weight"
 
 
-def target_of(model: ModelPatcher) -> Target:
-    """The Target of a loaded model. Raises TLoRAError for an unknown noise parameterisation."""
+def describe_model(model: ModelPatcher) -> ModelDescription:
+    """The description of a loaded model. Raises TLoRAError for an unknown noise parameterisation."""
     linear = linear_modules(model)
     sampling = model.get_model_object("model_sampling")
-    return Target(
+    return ModelDescription(
         names=_names(model),
         shapes={path: (module.out_features, module.in_features) for path, module in linear.items()},
         weight=lambda name, rows: _original_weight(model, linear, name, rows),

@@ -1,4 +1,4 @@
-"""The target of a foreign file: the model it must fit, or the model family that its names imply."""
+"""The model that a foreign file must fit, or the model family that its names imply."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +22,7 @@ _UNUSED = re.compile(r"(?:^|\.)single_transformer_blocks\.\d+\.attn\.processor\.
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelDescription:
     """A model, described for the readers of foreign files.
 
     names: plain name (`layer_names.plain_name`) of every layer a file may name -> layer name, "path" or "path@row".
@@ -47,9 +47,9 @@ class Target:
 
 @dataclass
 class Matches:
-    """A file's layers found in the target, and the unmatched keys with the reason."""
+    """A file's layers found in the model, and the unmatched keys with the reason."""
 
-    target: Target | None
+    model: ModelDescription | None
     layers: dict[LayerName, LowRank] = field(default_factory=dict)
     unmatched: dict[str, str] = field(default_factory=dict)
 
@@ -66,8 +66,8 @@ class Matches:
             name, reason = None, f"its layer {name} already has an update"
         if name is None:
             self.reject(keys, reason)
-        elif self.target is not None:
-            check_shape(name, shape, self.target.shapes[name.path])
+        elif self.model is not None:
+            check_shape(name, shape, self.model.shapes[name.path])
         return name
 
     def _look_up(self, module: str, in_features: int) -> tuple[LayerName | None, str]:
@@ -79,27 +79,27 @@ class Matches:
                 "the T-LoRA authors' code saves it for every single block but never uses it, so it was left out",
             )
         plain = plain_name(module)
-        if self.target is None:
+        if self.model is None:
             place = layer_of(plain) or _path_itself(module)
             name = place and place.layer(in_features)
             return name, "its name does not belong to SD1.5, SD2, SDXL or FLUX; connect the model"
-        name = self.target.names.get(plain)
+        name = self.model.names.get(plain)
         if name is None:
             return None, "the model has no such layer"
-        if name.path not in self.target.shapes:
+        if name.path not in self.model.shapes:
             return None, "it is not a linear layer of the model"
         return name, ""
 
     def is_linear(self, module: str) -> bool:
-        """Whether the target is known and has a linear layer for this module."""
-        if self.target is None:
+        """Whether the model is known and has a linear layer for this module."""
+        if self.model is None:
             return False
-        name = self.target.names.get(plain_name(module))
-        return name is not None and name.path in self.target.shapes
+        name = self.model.names.get(plain_name(module))
+        return name is not None and name.path in self.model.shapes
 
 
 def names_of(shapes: Mapping[str, tuple[int, int]]) -> dict[str, LayerName]:
-    """Target.names of SD1.5, SD2, SDXL or FLUX. shapes: of the linear modules, by ComfyUI's path."""
+    """ModelDescription.names of SD1.5, SD2, SDXL or FLUX. shapes: of the linear modules, by ComfyUI's path."""
     names = {plain_name(path): LayerName(path) for path in shapes}
     for path, (_, in_features) in shapes.items():
         for part in (None, 0, 1, 2, 3):

@@ -1,0 +1,34 @@
+"""The contents of the pack's templates, which `make_workflows.py` writes."""
+
+from .full_size import (
+    generate_with_a_file,
+    train_flux_on_one_image,
+    train_sdxl_on_one_image,
+    train_sdxl_on_several_images,
+    use_a_file_from_elsewhere,
+    which_checkpoint_to_keep,
+)
+from .tiny import (
+    compare_lora_with_tlora,
+    min_rank_sweep,
+    quickstart,
+    several_images_with_masks,
+    stop_and_go_on,
+    xy_sheet,
+)
+
+# Keys: file names, which the template browser shows. It lists the templates in this order.
+TEMPLATES = {
+    "01 Quickstart": quickstart,
+    "02 SDXL, train on one picture": train_sdxl_on_one_image,
+    "03 FLUX, train on one picture": train_flux_on_one_image,
+    "04 SDXL, train on several pictures with masks": train_sdxl_on_several_images,
+    "05 Generate with a T-LoRA file": generate_with_a_file,
+    "06 Use a LoRA or T-LoRA from elsewhere": use_a_file_from_elsewhere,
+    "07 LoRA against T-LoRA": compare_lora_with_tlora,
+    "08 How low should min_rank be": min_rank_sweep,
+    "09 XY sheet of strength and min_rank": xy_sheet,
+    "10 Which checkpoint to keep": which_checkpoint_to_keep,
+    "11 Stop a training and go on": stop_and_go_on,
+    "12 Several pictures with masks, no download": several_images_with_masks,
+}
