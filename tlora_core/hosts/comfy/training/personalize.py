@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....errors import TLoRAError, require_choice
 from ....files.tlora_file import TLoRAFile
-from ....files.untrusted import check_line, one_line
+from ....files.untrusted import check_line
 from ....method.adapters import METHODS, Adapters
 from ....method.factory import make_adapters
 from ....method.layer_name import LayerName
@@ -25,9 +25,10 @@ from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
 from ..sampling import apply_tlora
+from .blame import sentence_for
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
-from .encode import Encoder
+from .encode import Encoder, Takes
 from .failure import forget_failed_step, ran_out_of_memory
 from .memory import should_checkpoint
 from .session import checkpointed, training_session
@@ -143,7 +144,8 @@ class Personalization:
         self.num_timesteps = num_timesteps(self.sampling)
         self._check_config()
         # The reference trains FLUX with guidance 1.
-        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)
+        told = {"guidance": 1.0} if is_flux(model) else None
+        encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
             seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
@@ -185,19 +187,11 @@ class Personalization:
                 if self.checkpointing:
                     stack.enter_context(checkpointed(self.model))
                 return self.trainer.run(denoiser, until, on_step)
-            except RuntimeError as error:
-                if self.trainer.step or ran_out_of_memory(error):
+            except Exception as error:
+                sentence = sentence_for(error, denoiser, self.trainer.step + 1, bool(self.checkpointing))
+                if sentence is None:
                     raise
-                # torch's message when gradients pass through a tensor that another node made in inference mode
-                if "nference tensors cannot" in str(error):
-                    raise TLoRAError(
-                        f"model has a patch that cannot be trained through ({one_line(error)}); connect the model from "
-                        "before the node that adds the patch, and put that node after Train."
-                    ) from error
-                raise TLoRAError(
-                    f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
-                    "model, clip and vae of the same model."
-                ) from error
+                raise sentence from error
             finally:
                 self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
 
