@@ -22,7 +22,6 @@ from tlora_core.training.trainer import (
     orthogonality,
 )
 
-CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]
 
 
 class Toy:
@@ -104,14 +103,14 @@ def test_optimizer_is_adamw_with_the_papers_settings(monkeypatch):
     assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-4)
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(optimizer):
     rate = 1.0 if optimizer == "prodigy" else 0.02
     losses, _, _ = run(TrainConfig(steps=400, learning_rate=rate, batch_size=4, optimizer=optimizer))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_of_an_optimizer_is_as_large_as_said(optimizer):
     adapter = one_lora(640, 64)
     with torch.no_grad():
@@ -171,7 +170,7 @@ HARD = [
         max_grad_norm=0.5,
         gradient_accumulation=2,
     ),
-    *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in CPU_OPTIMIZERS[1:]],
+    *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in OPTIMIZERS[1:]],
 ]
 
 
@@ -202,7 +201,7 @@ def test_run_that_was_saved_killed_and_taken_up_is_bit_identical_to_one_never_in
 
 
 @pytest.mark.parametrize("norm, is_scaled", [(0.5, False), (0.5, True), (0.0, True)])
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("step", [1, 3])
 def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_known_to_be_half_made(
     monkeypatch, step, optimizer, norm, is_scaled
@@ -245,7 +244,7 @@ def test_update_that_fails_anywhere_can_be_made_again_as_if_it_had_not_or_is_kno
     assert all(kept) if step == 1 else (kept[0], kept[-1]) == (norm > 0, False)
 
 
-@pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)
+@pytest.mark.parametrize("config", [HARD[0], HARD[-1]], ids=lambda c: c.optimizer)
 def test_result_is_the_average_and_training_goes_on_from_the_weights(config):
     adapter = new_adapter()
     trainer = Trainer(Adapters({"layer": adapter}), config)
@@ -421,8 +420,6 @@ def test_settings_out_of_range_are_refused_by_name(field, value):
 
 
 def test_what_an_optimizer_cannot_do_is_said():
-    with pytest.raises(TLoRAError, match="GPU"):
-        Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))
 
@@ -439,7 +436,7 @@ class Scalars(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_reads_as_many_numbers_for_a_hundred_layers_as_for_two(optimizer):
     read = []
     for layers in (2, 100):

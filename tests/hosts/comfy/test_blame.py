@@ -1,4 +1,4 @@
-"""What goes wrong in a training is said of what it is: clip or vae of another model, a patch, or a layer by its name."""
+"""What goes wrong in a training is said of what it is: clip or vae of another model, a patch, a layer by its name."""
 
 import pytest
 import torch
@@ -101,7 +101,9 @@ def test_a_wrapper_that_raises_is_named_with_its_pack(base, output, monkeypatch,
 
     file = tmp_path / "custom_nodes" / "ComfyUI-Blur" / "nodes.py"
     names = {"__name__": "x"}
-    code = "class Blur:\n    def __call__(self, executor, *args, **kwargs):\n        return executor(*args, **kwargs)[99]"
+    code = (
+        "class Blur:\n    def __call__(self, executor, *args, **kwargs):\n        return executor(*args, **kwargs)[99]"
+    )
     exec(compile(code, str(file), "exec"), names)
     patched = base[0].clone()
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "blur", names["Blur"]())

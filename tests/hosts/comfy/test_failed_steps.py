@@ -55,9 +55,7 @@ def training(base, memory="auto", **changes):
 
 
 @pytest.mark.parametrize("place", ["forward", "backward"])
-def test_the_step_that_ran_out_of_memory_is_gone_before_it_is_made_again(
-    base, monkeypatch, without_collector, place
-):
+def test_the_step_that_ran_out_of_memory_is_gone_before_it_is_made_again(base, monkeypatch, without_collector, place):
     import comfy.model_management
 
     from tlora_core.hosts.comfy.training import personalize
@@ -86,9 +84,7 @@ def test_the_step_that_ran_out_of_memory_is_gone_before_it_is_made_again(
 
 @pytest.mark.parametrize("place, memory", [("forward", "fast"), ("backward", "fast"), ("backward", "low")])
 @pytest.mark.parametrize("kind", ["cancel", "error", "memory"])
-def test_while_a_failure_is_handled_its_step_is_gone_already(
-    base, monkeypatch, without_collector, place, memory, kind
-):
+def test_while_a_failure_is_handled_its_step_is_gone_already(base, monkeypatch, without_collector, place, memory, kind):
     """Whoever catches the error has the memory for what it does then: saving, unloading, the next node."""
     from comfy.model_management import InterruptProcessingException
 

@@ -50,7 +50,10 @@ class Takes(NamedTuple):
     @classmethod
     def of(cls, model: ModelPatcher) -> "Takes":
         base = model.model
-        network, config = getattr(base.diffusion_model, "_orig_mod", base.diffusion_model), base.model_config.unet_config
+        network, config = (
+            getattr(base.diffusion_model, "_orig_mod", base.diffusion_model),
+            base.model_config.unet_config,
+        )
         key = "context_dim" if isinstance(network, UNetModel) else "context_in_dim"
         width = config.get(key) if isinstance(network, UNetModel) or config.get("image_model") in _OF_FLUX else None
         return cls(model.get_model_object("latent_format").latent_channels, width if isinstance(width, int) else 0)

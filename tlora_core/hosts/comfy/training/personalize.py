@@ -17,6 +17,7 @@ from ....method.adapters import METHODS, Adapters
 from ....method.factory import make_adapters
 from ....method.layer_name import LayerName
 from ....method.schedule import RankSchedule
+from ....method.starts import counted
 from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
@@ -24,6 +25,7 @@ from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
+from ..progress import counting
 from ..sampling import apply_tlora
 from .blame import sentence_for
 from .class_pictures import ClassPictures
@@ -119,8 +121,8 @@ class Personalization:
     """A T-LoRA in training on the host's model, which is unchanged whenever `train` is not running.
 
     images: the subject's pictures. prior: pictures of its class; if there are none and the request has a prior_weight,
-    class_pictures provides them. memory: one of MEMORY. Raises TLoRAError for unusable input, before it touches the
-    model.
+    class_pictures provides them. memory: one of MEMORY. node_id: the node that shows the progress. Raises TLoRAError
+    for unusable input, before it touches the model. Lets the host's interrupt through.
     """
 
     def __init__(
@@ -133,12 +135,13 @@ class Personalization:
         prior: Sequence[TrainingImage] = (),
         memory: str = "auto",
         class_pictures: ClassPictures | None = None,
+        node_id: str | None = None,
     ):
         require_choice("memory", memory, MEMORY)
         self.memory = memory
         # None: decided once the model is loaded.
         self.checkpointing = None if memory == "auto" else memory == "low"
-        self.model, self.clip, self.vae, self.request = model, clip, vae, request
+        self.model, self.clip, self.vae, self.request, self.node_id = model, clip, vae, request, node_id
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
@@ -270,7 +273,7 @@ class Personalization:
 
     def _encode(self, encoder: Encoder, images: Sequence[TrainingImage]) -> list:
         request, samples = self.request, []
-        for image in images:
+        for image in counted(images, counting("encoding pictures", self.node_id, "picture")):
             picture = frame(image, request.framing, request.resolution, encoder.unit)
             caption = caption_of(image.caption, request.token, request.class_word)
             samples.append(encoder.sample(picture, caption))
@@ -284,14 +287,15 @@ class Personalization:
     def _adapters(self, layers: Mapping[LayerName, TargetLayer]) -> Adapters:
         request, device = self.request, self.model.load_device
         shapes: dict[str, tuple[int, int]] = {name: layer.shape for name, layer in layers.items()}
+        progress = counting("making the start", self.node_id, "layer")
         method = METHODS[request.method]
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(
-                request.method, request.start, shapes, request.rank, request.config.seed, device=device
+                request.method, request.start, shapes, request.rank, request.config.seed, device, progress
             )
         with training_session(self.model):
             return make_adapters(
-                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device
+                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device, progress
             )
 
 
