@@ -6,8 +6,6 @@ from training_runs import train
 from tlora_core import Adapters, make_adapters
 from tlora_core.training.config import OPTIMIZERS, TrainConfig
 
-CPU_OPTIMIZERS = [name for name in OPTIMIZERS if name != "adamw8bit"]
-
 
 HARD = [
     TrainConfig(
@@ -21,7 +19,7 @@ HARD = [
         max_grad_norm=0.5,
         gradient_accumulation=2,
     ),
-    *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in CPU_OPTIMIZERS[1:]],
+    *[TrainConfig(steps=60, learning_rate=0.01, batch_size=2, optimizer=name) for name in OPTIMIZERS[1:]],
 ]
 
 

@@ -175,8 +175,8 @@ def test_factory_uses_the_weights_it_is_given():
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(1))
     adapter = make_adapters("ortho_lora", "principal_weight", {"layer": weight}, 8, seed=0)["layer"]
     B0, S0, A0 = start_buffers(adapter)
-    top = torch.linalg.svdvals(weight - (B0 * S0) @ A0)[0]
-    torch.testing.assert_close(top, torch.linalg.svdvals(weight)[8])
+    top = torch.linalg.svdvals(weight - (B0 * S0) @ A0.float())[0]
+    torch.testing.assert_close(top, torch.linalg.svdvals(weight)[8], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("method", LOW_RANK)
@@ -214,3 +214,19 @@ def test_low_rank_moves_between_dtypes_and_refuses_odd_shapes():
     for up, down, group in odd:
         with pytest.raises(TLoRAError, match="not valid"):
             LowRank(torch.zeros(up), torch.zeros(down), group)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_are_kept_in_half_precision_and_training_begins_at_exactly_these_values(start):
+    rank = 32
+    B0, S0, A0 = start_of(start, 640, 320, rank)
+    bank = ortho_bank([(B0, S0, A0)])
+    assert (bank.B0.dtype, bank.S0.dtype, bank.A0.dtype) == (torch.float16, torch.float32, torch.float16)
+    for name, exact in (("B", B0), ("A", A0)):
+        kept, begun = getattr(bank, f"{name}0"), getattr(bank, name)
+        assert begun.dtype == torch.float32 and torch.equal(begun, kept.float())
+        torch.testing.assert_close(begun[0], exact, rtol=5e-4, atol=1e-7)
+    assert torch.equal(bank.S[0, 0], S0)
+    eye = torch.eye(rank)
+    for gram in (bank.A[0] @ bank.A[0].T, bank.B[0].T @ bank.B[0]):
+        assert (gram - eye).abs().max() < 5e-4, "as orthonormal as the bank's docstring says"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from toy_training import CPU_OPTIMIZERS, Toy, new_adapter, one_lora, run
+from toy_training import Toy, new_adapter, one_lora, run
 
 from tlora_core import Adapters, TLoRAError, make_adapters
 from tlora_core.training.config import LR_SCHEDULES, OPTIMIZERS, TrainConfig
@@ -25,14 +25,14 @@ def test_optimizer_is_adamw_with_the_papers_settings(monkeypatch):
     assert (seen["lr"], seen["betas"], seen["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-4)
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(optimizer):
     rate = 1.0 if optimizer == "prodigy" else 0.02
     losses, _, _ = run(TrainConfig(steps=400, learning_rate=rate, batch_size=4, optimizer=optimizer))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_of_an_optimizer_has_the_stated_size(optimizer):
     adapter = one_lora(640, 64)
     with torch.no_grad():
@@ -81,8 +81,6 @@ def test_learning_rate_follows_its_schedule(name):
 
 
 def test_settings_that_an_optimizer_does_not_support_are_refused():
-    with pytest.raises(TLoRAError, match="GPU"):
-        Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="adamw8bit"))
     with pytest.raises(TLoRAError, match="lr_schedule"):
         Trainer(Adapters({"layer": new_adapter()}), TrainConfig(optimizer="schedule_free", lr_schedule="cosine"))
 
@@ -99,7 +97,7 @@ class Scalars(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_optimizer_reads_as_many_numbers_for_a_hundred_layers_as_for_two(optimizer):
     read = []
     for layers in (2, 100):

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from toy_training import CPU_OPTIMIZERS, HARD, Toy, new_adapter, one_lora
+from toy_training import HARD, Toy, new_adapter, one_lora
 from training_runs import OutOfMemory
 
 from tlora_core import Adapters, TLoRAError
-from tlora_core.training.config import TrainConfig
+from tlora_core.training.config import OPTIMIZERS, TrainConfig
 from tlora_core.training.trainer import (
     SNAPSHOT_EVERY,
     Trainer,
@@ -46,7 +46,7 @@ def test_run_that_was_saved_killed_and_resumed_is_bit_identical_to_an_uninterrup
 
 
 @pytest.mark.parametrize("norm, is_scaled", [(0.5, False), (0.5, True), (0.0, True)])
-@pytest.mark.parametrize("optimizer", CPU_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("step", [1, 3])
 def test_update_that_fails_anywhere_can_be_repeated_or_is_known_to_be_partial(
     monkeypatch, step, optimizer, norm, is_scaled

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters import Adapter, difference_form
 
-Starts = tuple[Tensor, Tensor, Tensor]  # B0 [n, out, r], S0 [n, 1, r], A0 [n, r, in]
+Starts = tuple[Tensor, Tensor, Tensor]  # B0 float16 [n, out, r], S0 [n, 1, r], A0 float16 [n, r, in]
 
 
 class Branch(NamedTuple):
@@ -37,7 +37,8 @@ class Bank(nn.Module):
 
     Without starts: B A of LoRA and Vanilla T-LoRA. With starts: B S A - B0 S0 A0 of Ortho-LoRA and T-LoRA (equation 6);
     S has a dimension for B's rows, so that it broadcasts over B's columns. The starts are buffers outside the state
-    dict, since they follow from a seed or a weight.
+    dict, since they follow from a seed or a weight. Those of A and B are float16, to which they are rounded: A and B
+    begin as exactly these values. The rounding leaves them orthonormal to 5e-4, far less than one step moves them.
     """
 
     A: nn.Parameter
@@ -50,10 +51,11 @@ class Bank(nn.Module):
         self.group = 1 if S is None else 2
         for name, start in (("A", A), ("S", S), ("B", B)):
             value = None if start is None else start.detach()
-            kept = None if S is None else value
-            self.register_parameter(
-                name, None if value is None else nn.Parameter(value if kept is None else value.clone())
-            )
+            kept = None
+            if S is not None and value is not None:
+                kept = value if name == "S" else value.half()
+                value = kept.to(value.dtype, copy=True)
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
             self.register_buffer(f"{name}0", kept, persistent=False)
 
     def __len__(self) -> int:
@@ -126,7 +128,7 @@ class _Branches(torch.autograd.Function):
         if tokens is not None:
             # In full precision, this difference of products keeps its digits, and down need not be formed.
             Ax = tokens @ A.mT
-            hidden = Ax if A0 is None else torch.cat((Ax - (A0x := tokens @ A0.mT), A0x), -1)
+            hidden = Ax if A0 is None else torch.cat((Ax - (A0x := tokens @ A0.mT.to(A.dtype)), A0x), -1)
             Ax, down = (masked(each.to(dtype, copy=True), on, columns) for each in (Ax, hidden))
         elif A0 is None:
             down = A.to(dtype, copy=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import TLoRAError
 from .adapters import Adapter
+from .starts import Progress, counted
 
 
 class _OwnModule(nn.Module, Adapter):
@@ -75,13 +76,16 @@ class SVDiffAdapter(_OwnModule):
         return self.U * (torch.relu(self.s + self.shift) - self.s), self.V
 
 
-def baseline_adapters(method: str, weights: Mapping[str, Tensor], blocks: int) -> dict[str, Adapter]:
+def baseline_adapters(
+    method: str, weights: Mapping[str, Tensor], blocks: int, progress: Progress = lambda done, total: None
+) -> dict[str, Adapter]:
     """One adapter for each weight [out, in]. blocks: of OFT and GSOFT ("OFT-32" has 32 blocks); SVDiff ignores it.
+    progress: as in make_adapters.
 
     Raises TLoRAError for a number of blocks that does not divide a layer's width.
     """
     if method == "svdiff":
-        return {name: SVDiffAdapter(weight) for name, weight in weights.items()}
+        return {name: SVDiffAdapter(weights[name]) for name in counted(list(weights), progress)}
     for name, weight in weights.items():
         if weight.shape[1] % blocks or blocks == weight.shape[1]:
             raise TLoRAError(

@@ -12,13 +12,19 @@ from .adapters import METHODS, Adapters
 from .bank import Bank, lora_bank, ortho_bank
 from .baselines import baseline_adapters
 from .random_streams import generator_for
-from .starts import STARTS, orthogonal_start, orthogonal_starts, require_rank
+from .starts import STARTS, Progress, counted, orthogonal_start, orthogonal_starts, require_rank
 
 Layers = Mapping[str, tuple[int, int] | Tensor]
 
 
 def make_adapters(
-    method: str, start: str, layers: Layers, rank: int, seed: int, device: str | torch.device = "cpu"
+    method: str,
+    start: str,
+    layers: Layers,
+    rank: int,
+    seed: int,
+    device: str | torch.device = "cpu",
+    progress: Progress = lambda done, total: None,
 ) -> Adapters:
     """One float32 adapter per layer, on device.
 
@@ -26,27 +32,30 @@ def make_adapters(
     layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight" starts and
         the methods with of_weight need. An adapter depends on the seed and its layer, not on the rest of the layers.
     rank: of each adapter; for the methods with of_weight, the number of blocks.
+    progress: called with the layers done and all layers, since decomposing weights takes minutes on a large model; an
+        exception from it ends the making.
 
     Raises TLoRAError for an unknown method or start, and for a rank that is too large for a layer.
     """
     require_choice("method", method, METHODS)
     if METHODS[method].of_weight:
         weights = {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}
-        return Adapters(baseline_adapters(method, weights, rank))
+        return Adapters(baseline_adapters(method, weights, rank, progress))
     shapes = {name: _shape(layer) for name, layer in layers.items()}
     for name, shape in shapes.items():
         require_rank(rank, shape, name)
     if not METHODS[method].is_orthogonal:
-        return _in_banks(
-            shapes, [_lora_start(shape, rank, seed, name, device) for name, shape in shapes.items()], lora_bank
-        )
+        starts = [_lora_start(shapes[name], rank, seed, name, device) for name in counted(list(shapes), progress)]
+        return _in_banks(shapes, starts, lora_bank)
     if start in STARTS and STARTS[start].source == "weight":
         starts = [
-            orthogonal_start(start, *shapes[name], rank, weight=_weight(name, layer, start).to(device))
-            for name, layer in layers.items()
+            orthogonal_start(start, *shapes[name], rank, weight=_weight(name, layers[name], start).to(device))
+            for name in counted(list(shapes), progress)
         ]
     else:
-        starts = orthogonal_starts(start, list(shapes.values()), rank, seed, names=shapes, device=device)
+        starts = orthogonal_starts(
+            start, list(shapes.values()), rank, seed, names=shapes, device=device, progress=progress
+        )
     return _in_banks(shapes, starts, ortho_bank)
 
 

@@ -17,7 +17,7 @@ in the same way and are not offered.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ STARTS = {
 DEFAULT_START = "last_random"
 
 StartFactors = tuple[Tensor, Tensor, Tensor]
+Progress = Callable[[int, int], object]  # called with how many layers are done, and with all; may raise to cancel
 
 _CHUNK = 16  # layers per batched product: enough to keep the cores busy, few enough to stay in cache
 
@@ -95,6 +96,7 @@ def orthogonal_starts(
     names: Iterable[str] | None = None,
     std: float | None = None,
     device: str | torch.device = "cpu",
+    progress: Progress = lambda done, total: None,
 ) -> list[StartFactors]:
     """The random starts of many layers at once; shapes are (out_features, in_features).
 
@@ -111,7 +113,7 @@ def orthogonal_starts(
         raise TLoRAError(f'The start "{kind}" decomposes weights one at a time; use orthogonal_start.')
     labels = range(len(shapes)) if names is None else names
     generators = [generator_for(seed, label) for label in labels]
-    return _random_starts(start, shapes, rank, generators, std, device)
+    return _random_starts(start, shapes, rank, generators, std, device, progress)
 
 
 def _random_starts(
@@ -121,6 +123,7 @@ def _random_starts(
     generators: Sequence[Generator],
     std: float | None,
     device: str | torch.device,
+    progress: Progress = lambda done, total: None,
 ) -> list[StartFactors]:
     for shape in shapes:
         require_rank(rank, shape)
@@ -129,10 +132,11 @@ def _random_starts(
     chi = [chi_squares(max(shape), min(shape), g) for shape, g in zip(shapes, generators)]
     with ThreadPoolExecutor(1) as pool:
         values = pool.submit(_all_singular_values, start.part, chi, rank)
-        B = _all_frames([_Side(*shape, start.completed) for shape in shapes], rank, generators, device, rows=False)
-        A = _all_frames(
-            [_Side(shape[1], shape[0], start.completed) for shape in shapes], rank, generators, device, rows=True
-        )
+        sides = [_Side(*shape, start.completed) for shape in shapes]
+        turned = [_Side(side.other, side.width, side.completed) for side in sides]
+        count = len(shapes)
+        B = _all_frames(sides, rank, generators, device, lambda done: progress(done // 2, count), rows=False)
+        A = _all_frames(turned, rank, generators, device, lambda done: progress((count + done) // 2, count), rows=True)
     S = [(std * s).to(device) for s in values.result()]
     return list(zip(B, S, A))
 
@@ -164,17 +168,34 @@ class _Side(NamedTuple):
 
 
 def _all_frames(
-    sides: list[_Side], rank: int, generators: Sequence[Generator], device: str | torch.device, rows: bool
+    sides: list[_Side],
+    rank: int,
+    generators: Sequence[Generator],
+    device: str | torch.device,
+    progress: Callable[[int], object],
+    rows: bool,
 ) -> list[Tensor]:
     """One frame per side: orthonormal rows [r, width] or, transposed, orthonormal columns [width, r]."""
     result: list[Tensor] = [torch.empty(0)] * len(sides)
+    done = 0
     for side, members in _by_key(sides).items():
         for start in range(0, len(members), _CHUNK):
+            progress(done)
             chunk = members[start : start + _CHUNK]
             frames = side.frames(rank, [generators[i] for i in chunk], device, rows)
             for i, frame in zip(chunk, frames):
                 result[i] = frame
+            done += len(chunk)
+    progress(done)
     return result
+
+
+def counted(items: Sequence, progress: Progress) -> Iterator:
+    """The items one by one, with the progress before each and after the last."""
+    for done, item in enumerate(items):
+        progress(done, len(items))
+        yield item
+    progress(len(items), len(items))
 
 
 def exact_device(device: str | torch.device) -> torch.device:

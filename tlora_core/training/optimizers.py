@@ -5,27 +5,24 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 from ..packages import required
+from .adamw8bit import STATE_SIZE, AdamW8bit
 from .config import TrainConfig
 
 # Size of each optimizer's state, in sizes of the parameters: AdamW has two moments; Prodigy also the start and a sum of
 # gradients; schedule-free the second moment and its own weights; Adafactor's rows and columns are negligible.
-STATE_SIZES = {"adamw": 2.0, "adamw8bit": 0.5, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
+STATE_SIZES = {"adamw": 2.0, "adamw8bit": STATE_SIZE, "prodigy": 4.0, "adafactor": 0.0, "schedule_free": 2.0}
 _RESTARTS, _POWER, _POLYNOMIAL_END = 3, 2.0, 1e-7  # one restart and power 1 would equal cosine and linear
 
 
 def make_optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` for `parameters`, all on one device.
 
-    Raises TLoRAError when its package is not installed or does not support that device.
+    Raises TLoRAError when its package is not installed.
     """
     device = parameters[0].device.type
     betas, decay, rate = (config.beta1, config.beta2), config.weight_decay, config.learning_rate
     if config.optimizer == "adamw8bit":
-        if device == "cpu":
-            raise TLoRAError("optimizer is adamw8bit, which only runs on a GPU; choose adamw.")
-        return required("bitsandbytes", "optimizer adamw8bit").optim.AdamW8bit(
-            parameters, rate, betas, weight_decay=decay
-        )
+        return AdamW8bit(parameters, rate, betas, weight_decay=decay)
     if config.optimizer == "prodigy":
         # Safeguards and bias correction as in the published LoRA trainers.
         return required("prodigyopt", "optimizer prodigy").Prodigy(

@@ -19,7 +19,7 @@ from ..method.random_streams import generator_for
 from .config import TrainConfig
 from .optimizers import STATE_SIZES, make_lr_schedule, make_optimizer
 
-STATE_FORMAT = 2  # of Trainer.state_dict; format 1, of version 0.1.0, held each layer's parameters separately
+STATE_FORMAT = 3  # of Trainer.state_dict; format 1, of version 0.1.0, held each layer's parameters separately
 SNAPSHOT_EVERY = 25  # steps between copies of the adapters, which are restored when the loss diverges
 RUNAWAY = 5.0  # a loss of this many times the largest early loss counts as diverged
 _TENSOR_OVERHEAD = 512  # largest number of bytes that torch.save adds to a tensor's values

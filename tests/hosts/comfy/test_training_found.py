@@ -62,12 +62,16 @@ def test_an_unfinished_run_of_the_first_version_is_recognised_and_trained_again(
     assert said == ["The first 3 steps were trained by an older version and cannot be resumed; training starts again."]
 
 
-def test_a_finished_run_of_the_first_version_is_found(base, output, monkeypatch):
+def test_a_finished_run_of_every_version_is_found(base, output, monkeypatch):
     from tlora_core.hosts.comfy.training import run as training_run
 
-    first = run(base)
-    monkeypatch.setattr("tlora_core.version.__version__", "9.9.9")
-    assert training_run.RESULTS_OF == "0.1.0" and run(base).file == first.file and len(folders(output)) == 1
+    for steps, version in ((1, "0.1.0"), (2, "0.2.0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(training_run, "RESULTS_OF", version)
+            first = run(base, request(steps))
+        monkeypatch.setattr("tlora_core.version.__version__", "9.9.9")
+        assert run(base, request(steps)).file == first.file and len(folders(output)) == steps
+    assert run(base, request(1), rerun="restart").file != first.file and len(folders(output)) == 3
 
 
 def test_run_whose_file_was_changed_is_trained_again(base, output):

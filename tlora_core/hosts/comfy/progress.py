@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 from server import PromptServer
 
@@ -21,21 +22,22 @@ def say(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
-def counting(what: str, node_id: str | None) -> Callable[[int, int], None]:
-    """A callback (done, total) that shows the node's progress. Its first call must have done = 0. It raises the host's
-    interrupt after a cancel."""
+def counting(what: str, node_id: str | None, unit: str = "step") -> Callable[[int, int], None]:
+    """A callback (done, total) that shows the node's progress, in units such as layers. Its first call must have
+    done = 0. It raises the host's interrupt after a cancel."""
     bar, began, said = None, 0.0, 0.0
 
     def update(done: int, total: int) -> None:
         nonlocal bar, began, said
         now = time.monotonic()
+        throw_exception_if_processing_interrupted()
         if done == 0:
             bar, began = ProgressBar(total, node_id=node_id), now
             return
         if now - said > SAY_EVERY or done == total:
             said = now
             left = (now - began) / done * (total - done)
-            say(f"step {done} of {total}, {what}, {duration(left)} left", node_id)
+            say(f"{unit} {done} of {total}, {what}, {duration(left)} left", node_id)
         if bar is not None:
             bar.update_absolute(done, total)
 

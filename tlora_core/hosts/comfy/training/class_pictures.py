@@ -21,9 +21,10 @@ from ....training.images import to_picture, to_tensor
 from ....training.run_folder import as_file_name
 from ..draw import draw
 from ..progress import say
-from .fingerprint import RESULTS_OF, fingerprint
+from .fingerprint import fingerprint
 
 PROMPT = "a photo of {class_word}"
+DRAWN_SINCE = "0.1.0"  # the version since which equal settings give equal pictures
 
 
 class ClassPictures:
@@ -38,7 +39,7 @@ class ClassPictures:
         """One picture [resolution, resolution, 3] for each seed. Lets the host's interrupt through; pictures drawn by
         then stay saved."""
         folder = self._folder_for(
-            class_word, RESULTS_OF, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
+            class_word, DRAWN_SINCE, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
         )
         paths = [folder and folder / f"{seed}.png" for seed in seeds]
         pictures = [path and _loaded(path, resolution) for path in paths]

@@ -1,16 +1,23 @@
 """Encodes training pictures and captions for the model with the host's VAE and CLIP."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.ldm.modules.distributions.distributions import DiagonalGaussianDistribution
+from comfy.model_management import InterruptProcessingException
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from torch import Tensor
 
 from ....errors import TLoRAError
 from ....training.dataset import Framed, loss_weights
+from .failure import failure_words, ran_out_of_memory
+
+_MISMATCH = "connect model, clip and vae of the same model."
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +40,41 @@ class Sample:
         return self.mean.shape
 
 
+class Takes(NamedTuple):
+    """What a model is made for, where its config says so: the channels of its latents, and the width of the encoded
+    text. 0: unknown."""
+
+    channels: int = 0
+    text: int = 0
+
+    @classmethod
+    def of(cls, model: ModelPatcher) -> "Takes":
+        base = model.model
+        network, config = (
+            getattr(base.diffusion_model, "_orig_mod", base.diffusion_model),
+            base.model_config.unet_config,
+        )
+        key = "context_dim" if isinstance(network, UNetModel) else "context_in_dim"
+        width = config.get(key) if isinstance(network, UNetModel) or config.get("image_model") in _OF_FLUX else None
+        return cls(model.get_model_object("latent_format").latent_channels, width if isinstance(width, int) else 0)
+
+
+_OF_FLUX = ("flux", "flux2", "chroma")  # whose config says how wide the text is that the encoder gives
+
+
 class Encoder:
     """outside: weight of the loss outside a mask; see TrainConfig. told: further conditioning values, such as FLUX's
-    guidance."""
+    guidance. takes: what the encodings have to fit."""
 
-    def __init__(self, clip: CLIP, vae: VAE, outside: float = 0.0, told: Mapping[str, float] | None = None):
-        self.clip, self.vae, self.outside, self.told = clip, vae, outside, dict(told or {})
+    def __init__(
+        self,
+        clip: CLIP,
+        vae: VAE,
+        outside: float = 0.0,
+        told: Mapping[str, float] | None = None,
+        takes: Takes = Takes(),  # noqa: B008  immutable
+    ):
+        self.clip, self.vae, self.outside, self.told, self.takes = clip, vae, outside, dict(told or {}), takes
         self.unit = int(vae.spacial_compression_encode())
         self._texts: dict[str, list] = {}
 
@@ -48,8 +84,14 @@ class Encoder:
             raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit} for this VAE.")
 
     def sample(self, picture: Framed, caption: str) -> Sample:
-        """Raises TLoRAError if VAE or CLIP return NaN or infinite values, or if the mask leaves nothing to learn."""
-        mean, deviation = posterior(self.vae, picture.pixels[None])
+        """Raises TLoRAError if VAE or CLIP fail, give what the model does not take, or NaN or infinite values, and if
+        the mask leaves nothing to learn."""
+        with _failing("vae failed to encode a picture", "another VAE"):
+            mean, deviation = posterior(self.vae, picture.pixels[None])
+        if len(mean) != (self.takes.channels or len(mean)):
+            raise TLoRAError(
+                f"vae encodes a picture into {len(mean)} channels, but model takes {self.takes.channels}; {_MISMATCH}"
+            )
         # Checked here, because the training would only see a NaN loss.
         if not _is_finite(mean, deviation):
             raise TLoRAError(
@@ -76,7 +118,8 @@ class Encoder:
         return [[tensor, {**options, **sizes}] for tensor, options in self._texts[caption]]
 
     def _encoded(self, caption: str) -> list:
-        texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
+        with _failing(f'clip failed to encode "{caption}"', "another CLIP"):
+            texts = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(caption))
         if len(texts) > 1:
             raise TLoRAError(
                 f"clip gives {len(texts)} scheduled encodings of a prompt, but training needs a single one; switch "
@@ -87,7 +130,24 @@ class Encoder:
                 f'clip encodes "{caption}" into NaN or infinite values; start ComfyUI with --fp32-text-enc, or connect '
                 "another CLIP."
             )
+        width = texts[0][0].shape[-1]
+        if width != (self.takes.text or width):
+            raise TLoRAError(f"clip encodes text {width} wide, but model takes {self.takes.text}; {_MISMATCH}")
         return texts
+
+
+@contextmanager
+def _failing(what: str, instead: str) -> Iterator[None]:
+    """Names what fails within the block and what to connect instead. Cancels and out-of-memory errors, of which the
+    host takes care, pass."""
+    try:
+        yield
+    except InterruptProcessingException:
+        raise
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        raise TLoRAError(f"{what} ({failure_words(error)}); connect {instead}.") from error
 
 
 def _is_finite(*tensors: Any) -> bool:

@@ -6,6 +6,8 @@ import traceback
 import comfy.model_management
 import torch
 
+from ....files.untrusted import one_line
+
 
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether the host takes `error` for an out-of-memory error. ComfyUI 0.16.3 knows one class of them, later versions
@@ -29,3 +31,9 @@ def forget_failed_step(error: BaseException) -> None:
         pass
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def failure_words(error: Exception) -> str:
+    """What an error says, on one line; with its class where that is the better half."""
+    words = one_line(error)
+    return words if type(error) is RuntimeError and words else f"{type(error).__name__}: {words}".removesuffix(": ")

@@ -24,8 +24,9 @@ TAKEN = 64  # about so many elements of a larger one are hashed
 _PLAIN = (str, int, float, bool, type(None))
 
 
-# The version since which equal requests give equal results; changing it makes all earlier runs unfindable.
-RESULTS_OF = "0.1.0"
+# The version since which equal requests give equal results. Finished runs of the earlier ones are found as well; an
+# unfinished one is not resumed.
+RESULTS_OF, RESULTS_BEFORE = "0.2.0", ("0.1.0",)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from ....errors import TLoRAError, require_choice
 from ....files.tlora_file import TLoRAFile
-from ....files.untrusted import check_line, one_line
+from ....files.untrusted import check_line
 from ....method.adapters import METHODS, Adapters
 from ....method.factory import make_adapters
 from ....method.layer_name import LayerName
 from ....method.schedule import RankSchedule
+from ....method.starts import counted
 from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
@@ -24,10 +26,12 @@ from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
+from ..progress import counting
 from ..sampling import apply_tlora
+from .blame import sentence_for
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser
-from .encode import Encoder
+from .encode import Encoder, Takes
 from .failure import forget_failed_step, ran_out_of_memory
 from .memory import FAST, LOW, Fit, fit_for, leanest_fit
 from .session import training_session
@@ -118,8 +122,8 @@ class Personalization:
     """A T-LoRA in training on the host's model, which is unchanged whenever `train` is not running.
 
     images: the subject's pictures. prior: pictures of its class; if there are none and the request has a prior_weight,
-    class_pictures provides them. memory: one of MEMORY. Raises TLoRAError for unusable input, before it touches the
-    model.
+    class_pictures provides them. memory: one of MEMORY. node_id: the node that shows the progress. Raises TLoRAError
+    for unusable input, before it touches the model. Lets the host's interrupt through.
     """
 
     def __init__(
@@ -132,19 +136,21 @@ class Personalization:
         prior: Sequence[TrainingImage] = (),
         memory: str = "auto",
         class_pictures: ClassPictures | None = None,
+        node_id: str | None = None,
     ):
         require_choice("memory", memory, MEMORY)
         self.memory = memory
         # None: decided by a measurement on the model.
         self.fit: Fit | None = {"fast": FAST, "low": LOW}.get(memory)
         self._leanest = memory == "lowest"
-        self.model, self.clip, self.vae, self.request = model, clip, vae, request
+        self.model, self.clip, self.vae, self.request, self.node_id = model, clip, vae, request, node_id
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
         self._check_config()
         # The reference trains FLUX with guidance 1.
-        encoder = Encoder(clip, vae, request.config.outside_mask, {"guidance": 1.0} if is_flux(model) else None)
+        told = {"guidance": 1.0} if is_flux(model) else None
+        encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
             seeds = range(request.config.seed, request.config.seed + request.config.prior_count)
@@ -178,37 +184,36 @@ class Personalization:
             )
 
     def _train(self, until: int, on_step: Callable[[int, float], bool | None]) -> bool:
-        try:
-            if self.fit is None:
-                self.fit = self._measured()
-            with training_session(self.model, *self.fit):
-                return self.trainer.run(self._denoiser(), until, on_step)
-        except RuntimeError as error:
-            if self.trainer.step or ran_out_of_memory(error):
-                raise
-            # torch's message when gradients pass through a tensor that another node made in inference mode
-            if "nference tensors cannot" in str(error):
-                raise TLoRAError(
-                    f"model has a patch that cannot be trained through ({one_line(error)}); connect the model from "
-                    "before the node that adds the patch, and put that node after Train."
-                ) from error
-            raise TLoRAError(
-                f"model failed on the image and prompt as encoded by vae and clip ({one_line(error)}); connect "
-                "model, clip and vae of the same model."
-            ) from error
-        finally:
-            self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
+        if self.fit is None:
+            self.fit = self._measured()
+        with self._session(*self.fit) as denoiser:
+            try:
+                return self.trainer.run(denoiser, until, on_step)
+            finally:
+                self.trainer.optimizer.zero_grad()  # gradients are of no use in a pause, nor after a failed step
 
-    def _denoiser(self) -> HostDenoiser:
-        return HostDenoiser(self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior)
+    @contextmanager
+    def _session(self, checkpointing: bool = False, room: int | None = None) -> Iterator[HostDenoiser]:
+        """A training session on the model, whose errors say what failed."""
+        with training_session(self.model, checkpointing, room):
+            denoiser = HostDenoiser(
+                self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior
+            )
+            try:
+                yield denoiser
+            except Exception as error:
+                sentence = sentence_for(error, denoiser, self.trainer.step + 1, checkpointing)
+                if sentence is None:
+                    raise
+                raise sentence from error
 
     def _measured(self) -> Fit:
         """How to train, found by a measurement on small latents."""
         batch = self.request.config.batch_size
         largest = max((sample.mean.shape for sample in self.samples), key=math.prod)
         # Enough for the measurement: what the host takes one evaluation to need.
-        with training_session(self.model, room=self.model.memory_required([batch, *largest])):
-            return fit_for(self._denoiser(), batch, self._leanest)
+        with self._session(room=self.model.memory_required([batch, *largest])) as denoiser:
+            return fit_for(denoiser, batch, self._leanest)
 
     def _can_take_less(self) -> bool:
         return self.fit == FAST or (self.fit == LOW and leanest_fit(self.model, 0) != LOW)
@@ -289,7 +294,7 @@ class Personalization:
 
     def _encode(self, encoder: Encoder, images: Sequence[TrainingImage]) -> list:
         request, samples = self.request, []
-        for image in images:
+        for image in counted(images, counting("encoding pictures", self.node_id, "picture")):
             picture = frame(image, request.framing, request.resolution, encoder.unit)
             caption = caption_of(image.caption, request.token, request.class_word)
             samples.append(encoder.sample(picture, caption))
@@ -303,14 +308,15 @@ class Personalization:
     def _adapters(self, layers: Mapping[LayerName, TargetLayer]) -> Adapters:
         request, device = self.request, self.model.load_device
         shapes: dict[str, tuple[int, int]] = {name: layer.shape for name, layer in layers.items()}
+        progress = counting("making the start", self.node_id, "layer")
         method = METHODS[request.method]
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
             return make_adapters(
-                request.method, request.start, shapes, request.rank, request.config.seed, device=device
+                request.method, request.start, shapes, request.rank, request.config.seed, device, progress
             )
         with training_session(self.model):
             return make_adapters(
-                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device=device
+                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device, progress
             )
 
 

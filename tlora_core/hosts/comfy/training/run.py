@@ -29,7 +29,7 @@ from ..files import class_pictures_folder, lora_path, name_of, new_lora_path, ru
 from ..page.training import Ended, LiveRun
 from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 from .class_pictures import ClassPictures
-from .fingerprint import RESULTS_OF, AsTrained, fingerprint
+from .fingerprint import RESULTS_BEFORE, RESULTS_OF, AsTrained, fingerprint
 from .personalize import Personalization, TrainRequest
 
 RERUNS = ("auto", "continue", "restart")
@@ -101,8 +101,9 @@ def train_or_find(
     path = new_lora_path(file_name)  # refuses an invalid name before any work
     draws = request.config.prior_weight and not prior  # the model draws class pictures with the sampler
     base = model if draws else AsTrained(model)
-    key = fingerprint(RESULTS_OF, base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request)
-    found = None if keeping.rerun == "restart" else RunFolder.find(runs_folder(), key)
+    parts = base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request
+    key = fingerprint(RESULTS_OF, *parts)
+    found = None if keeping.rerun == "restart" else _found(key, parts)
     if found is not None:
         outcome = _finished(found, file_name, keeping)
         if outcome is not None:
@@ -111,7 +112,15 @@ def train_or_find(
     require_writable(path.parent, LORAS_ADVICE)
     require_writable(runs_folder(), RUNS_ADVICE)
     personalization = Personalization(
-        model, clip, vae, images, request, prior, keeping.memory, ClassPictures(class_pictures_folder(), node_id)
+        model,
+        clip,
+        vae,
+        images,
+        request,
+        prior,
+        keeping.memory,
+        ClassPictures(class_pictures_folder(), node_id),
+        node_id,
     )
     state = None if found is None else found.load_state()
     remark = ""
@@ -131,6 +140,13 @@ def train_or_find(
     else:
         found.update(state="running", message="")
     return TrainingRun(personalization, found, keeping, file_name, node_id, remark).go()
+
+
+def _found(key: str, parts: Sequence) -> RunFolder | None:
+    """The run with this key, or one of an earlier version with the same parts."""
+    return RunFolder.find(runs_folder(), key) or next(
+        filter(None, (RunFolder.find(runs_folder(), fingerprint(version, *parts)) for version in RESULTS_BEFORE)), None
+    )
 
 
 def _without_counter(name: str) -> str:
