@@ -8,7 +8,6 @@ import os
 import pickle
 import re
 import struct
-import time
 import zipfile
 from pathlib import Path
 
@@ -217,16 +216,17 @@ def test_a_symlink_to_a_good_file_is_read(tmp_path):
 
 @pytest.mark.parametrize("what", ["name", "settings"])
 def test_content_made_to_take_long_is_read_at_once(tmp_path, what):
-    began = time.monotonic()
+    """In quadratic time, each of these takes many minutes: the test would not end."""
     if what == "name":
-        (tmp_path / "a.safetensors").write_bytes(save({"a" + ".lora_magnitude_vector" * 16_000 + "\nx": torch.ones(1)}))
+        (tmp_path / "a.safetensors").write_bytes(
+            save({"a" + ".lora_magnitude_vector" * 100_000 + "\nx": torch.ones(1)})
+        )
         assert "lora_magnitude_vector" in refuse_or_read(tmp_path / "a.safetensors")
     else:
         (tmp_path / "hparams.yml").write_text(
-            "lora_rank: 4\nmin_rank: 2" + " " * 80_000 + "x\nalpha_rank_scale: 1 \t\n"
+            "lora_rank: 4\nmin_rank: 2" + " " * 900_000 + "x\nalpha_rank_scale: 1 \t\n"
         )
         settings = read_hparams(tmp_path / "hparams.yml")
         assert (
             settings["lora_rank"] == "4" and settings["alpha_rank_scale"] == "1" and settings["min_rank"].endswith(" x")
         )
-    assert time.monotonic() - began < 5
