@@ -6,7 +6,6 @@ from training_runs import train
 from tlora_core import Adapters, make_adapters
 from tlora_core.training.config import OPTIMIZERS, TrainConfig
 
-
 HARD = [
     TrainConfig(
         steps=60,

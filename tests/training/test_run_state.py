@@ -89,7 +89,7 @@ def test_update_that_fails_anywhere_can_be_repeated_or_is_known_to_be_partial(
     assert all(kept) if step == 1 else (kept[0], kept[-1]) == (norm > 0, False)
 
 
-@pytest.mark.parametrize("config", HARD[:1] + HARD[3:], ids=lambda c: c.optimizer)
+@pytest.mark.parametrize("config", [HARD[0], HARD[-1]], ids=lambda c: c.optimizer)
 def test_result_is_the_average_and_training_continues_from_the_weights(config):
     adapter = new_adapter()
     trainer = Trainer(Adapters({"layer": adapter}), config)
