@@ -23,7 +23,6 @@ from tlora_core.training.trainer import (
 )
 
 
-
 class Toy:
     """Learns a matrix from noise: error = (B A - target) noise."""
 
