@@ -77,7 +77,7 @@ def _optimizer():
             options=["auto", *OPTIMIZERS],
             default="auto",
             tooltip="auto: the model's default. prodigy finds its own learning rate (leave learning_rate at 0). "
-            "adamw8bit saves memory and needs bitsandbytes. schedule_free needs no lr_schedule.",
+            "adamw8bit is adamw with a quarter of its memory. schedule_free needs no lr_schedule.",
         ),
         io.Combo.Input(
             "lr_schedule",

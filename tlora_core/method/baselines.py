@@ -92,4 +92,5 @@ def baseline_adapters(
                 f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is '
                 f"{weight.shape[1]} wide; set it to a number that divides this, for example 4 or 8."
             )
-    return {name: RotationAdapter(weight, blocks, method == "gsoft") for name, weight in weights.items()}
+    is_shuffled = method == "gsoft"
+    return {name: RotationAdapter(weights[name], blocks, is_shuffled) for name in counted(list(weights), progress)}

@@ -53,8 +53,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 values, gradients = parameter.view(-1), parameter.grad.reshape(-1)
                 for first in range(0, len(values), _CHUNK):
                     chunk, blocks = slice(first, first + _CHUNK), slice(first // BLOCK, (first + _CHUNK) // BLOCK)
-                    parts = [state[name][blocks] for name in ("ratio", "octave", "scales")]
-                    _update(values[chunk], gradients[chunk], *parts, state["step"], group)
+                    ratio, octave, scales = (state[name][blocks] for name in ("ratio", "octave", "scales"))
+                    _update(values[chunk], gradients[chunk], ratio, octave, scales, state["step"], group)
 
     def _new_state(self, parameter: Tensor) -> dict[str, Any]:
         blocks, device = -(-parameter.numel() // BLOCK), parameter.device

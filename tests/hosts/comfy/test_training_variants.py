@@ -56,6 +56,22 @@ def test_starts_of_the_weights_have_one_of_them_at_a_time_in_float32(base, monke
     assert len(made) >= len(p.adapters) > 9 and max(most) <= 3
 
 
+def test_adamw_learns_the_same_with_a_state_in_8_bits(base):
+    from tlora_core.hosts.comfy.training.personalize import Personalization
+
+    learnt = []
+    for optimizer in ("adamw", "adamw8bit"):
+        asked = request(60, rate=1e-3, config={"optimizer": optimizer})
+        with torch.inference_mode():
+            trained = Personalization(*base, images(), asked, memory="fast")
+            trained.train(60)
+            layers = trained.tlora().layers.values()
+        learnt.append((sum(trained.trainer.losses[-30:]), torch.cat([(x.up @ x.down).flatten() for x in layers])))
+    (loss, update), (other_loss, other_update) = learnt
+    assert other_loss == pytest.approx(loss, rel=0.03)
+    assert (update - other_update).norm() < 0.2 * update.norm()
+
+
 @pytest.mark.parametrize("method, rank", [("oft", 4), ("gsoft", 4), ("svdiff", 1)])
 def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, rank):
     from tlora_core.hosts.comfy.draw import draw

@@ -3,7 +3,7 @@
 import functools
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,17 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
     }
 
 
-def adapter_bytes(method: str, shapes: Iterable[tuple[int, int]], rank: int, optimizer: str) -> int:
+def adapter_bytes(method: str, shapes: Collection[tuple[int, int]], rank: int, optimizer: str) -> int:
     """Bytes that the adapters of layers of these shapes hold in a step: float32 factors, their gradients, the
-    optimizer's state and, for an orthogonal start, the start. 0 for methods that are not low-rank."""
+    optimizer's state and, for an orthogonal start, the start, of whose factors A and B are in half precision. 0 for
+    methods that are not low-rank."""
     if METHODS[method].of_weight:
         return 0
     orthogonal = METHODS[method].is_orthogonal
-    parameters = sum(rank * (sum(shape) + orthogonal) for shape in shapes)
-    return int(4 * parameters * (2 + STATE_SIZES[optimizer] + orthogonal))
+    factors = sum(rank * sum(shape) for shape in shapes)
+    scales = sum(rank * orthogonal for _ in shapes)
+    trained = 4 * (factors + scales) * (2 + STATE_SIZES[optimizer])
+    return int(trained + orthogonal * (2 * factors + 4 * scales))
 
 
 def _path_of(loader: str, file: str) -> Path | None:

@@ -22,7 +22,7 @@ from .failure import failure_words, ran_out_of_memory
 
 # Code in these folders is no patch: the host's models, torch and other packages, Python, this pack.
 _OURS, _HOSTS = Path(__file__).parents[3], Path(comfy.model_management.__file__).parent
-_NO_PATCHES = (str(_OURS), str(_HOSTS), sysconfig.get_path("stdlib"), str(Path(torch.__file__).parents[1]))
+_NO_PATCHES = (str(_OURS), str(_HOSTS), sysconfig.get_path("stdlib"), str(Path(torch.__path__[0]).parent))
 _PACKAGES = {"site-packages", "dist-packages"}
 # By which our stand-ins, and the contexts of our backward passes, hold the layer or block that they stand for.
 _HOLDING = ("layer", "frozen", "call", "block", "run", "__self__")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeGuard
 
 import comfy.model_management
 import torch
@@ -149,10 +150,10 @@ def _leave_inference_mode(module: nn.Module) -> None:
 _RESIDENT = ("_v_weight", "_v_bias")
 
 
-def _is_of_inference(tensor: Tensor | None) -> bool:
+def _is_of_inference(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Whether it must be wrapped anew. Classes of tensors that other node packs define, for example for GGUF files, are
     left alone: only their pack knows what belongs to them. Their layers fetch a plain weight; see `fetched`."""
-    if not isinstance(tensor, Tensor) or not tensor.is_inference():
+    if tensor is None or not tensor.is_inference():
         return False
     return type(tensor) in (Tensor, nn.Parameter) or is_quantized(tensor)
 
