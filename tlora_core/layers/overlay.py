@@ -38,24 +38,29 @@ class Overlay(NamedTuple):
         assert isinstance(self.adapter, LowRank)
         return self.adapter
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the adapter's up are on, where it is folded: those of one rank for the whole batch."""
+        assert isinstance(self.active, int)
+        return self.active * self.adapter.group
 
-class Folded:
-    """Common part of the ways that keep what they computed from one evaluation to the next. `wanted`: what is on."""
+
+class StandIn:
+    """Common part of the ways that last longer than an evaluation: a layer's forward while adapters are folded.
+
+    wanted: the overlays that are on. text: the one that the model is given in this evaluation.
+    """
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
+        self.layer = layer
         self.wanted: list[Overlay] = []
         self.text: Text | None = None
 
-    @property
-    def is_current(self) -> bool:
-        """False once the host has given the layer another weight or moved it off, or while something else stands in for
-        its forward, which folding would drop."""
-        is_there = self.layer.weight is self.source and self.source.device == self.device
-        return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
-
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+StandIns = Mapping[nn.Module, StandIn | None]  # what folds into which layers; None: nothing does
 
 
 def is_replaced(layer: nn.Module) -> bool:
@@ -85,12 +90,15 @@ def replaced_forward():
 
 
 @contextmanager
-def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | None = None, text: Text | None = None):
+def overlaid(
+    overlays: Iterable[Overlay], folded: Mapping[nn.Linear, StandIn | None] | None = None, text: Text | None = None
+):
     """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x for its overlays.
 
-    folded: the layers whose overlays are folded; the rest get them beside, or trained. text: the one that the model is
-    given in this evaluation. The layers are as before afterwards, also after an error: the host raises cancellations
-    from inside any layer. Blocks nest, each adding to what the outer one gives.
+    folded: what folds the overlays of which layers; the rest get them beside, or trained, and so do layers for whose
+    forward something else stands in, which folding would drop. text: the one that the model is given in this
+    evaluation. The layers are as before afterwards, also after an error: the host raises cancellations from inside any
+    layer. Blocks nest, each adding to what the outer one gives.
     """
     of_layers: dict[nn.Linear, list[Overlay]] = defaultdict(list)
     for overlay in overlays:
@@ -99,21 +107,29 @@ def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | N
     try:
         with replaced_forward() as replace:
             for layer, each in of_layers.items():
-                fold = folded.get(layer) if folded else None
-                if fold is not None:
+                fold, standing = folded.get(layer) if folded else None, layer.__dict__.get("forward")
+                if fold is not None and (standing is None or standing == fold.forward or not is_replaced(layer)):
                     used.append((fold, len(fold.wanted)))
                     fold.wanted += each
                     fold.text = text
-                    if layer.__dict__.get("forward") != fold.forward:
+                    if standing != fold.forward:
                         replace(layer, fold.forward)
                 elif all(isinstance(overlay.adapter, BankAdapter) for overlay in each):
                     prepared = prepared or Prepared()
                     replace(layer, Trained(layer.forward, each, prepared, text).forward)
                 else:
-                    replace(layer, Beside(layer.forward, each).forward)
+                    replace(layer, _beside(layer, each).forward)
             yield
     finally:
         if prepared is not None:
             prepared.clear()
         for fold, count in used:
             del fold.wanted[count:]
+
+
+def _beside(layer: nn.Linear, overlays: list[Overlay]) -> Beside:
+    """With those that are beside the layer already, since all together take fewer steps."""
+    owner = getattr(layer.__dict__.get("forward"), "__self__", None)
+    if isinstance(owner, Beside):
+        return Beside(layer, owner.run, [*owner.overlays, *overlays], owner.is_own)
+    return Beside(layer, layer.forward, overlays, not is_replaced(layer))
