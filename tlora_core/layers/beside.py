@@ -1,13 +1,16 @@
 """Masked low-rank products beside a layer: right for every layer and rank, at the price of two products."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from .rows import joined, pieces
+
+if TYPE_CHECKING:
+    from .overlay import Overlay
 
 # Modules whose linear layers make a new tensor in their own forward: torch's, and the host's.
 _MAKERS = ("torch.nn.modules.linear", "comfy.ops")
@@ -26,18 +29,26 @@ class Factors(NamedTuple):
 class Beside:
     """The forward of a layer with adapters beside it. `forward` is the layer's own, or whatever stands in for it."""
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], overlays: Sequence, is_own: bool):
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], overlays: Sequence["Overlay"], is_own: bool):
         """is_own: whether forward is the layer's own."""
         self.layer, self.run, self.overlays, self.is_own = layer, forward, overlays, is_own
         self.may_write = is_own and type(layer).forward.__module__ in _MAKERS
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         output = self.run(x, *args, **kwargs)
-        factors = []
-        for _, adapter, active, row in self.overlays:
-            up, down = adapter.factors()
-            factors.append(_factors(up, down, active, adapter.group, row, x))
-        return add_products(output, x, factors, self.may_write and output is not x)
+        may_write, only = self.may_write and output is not x, self.overlays[0]
+        if len(self.overlays) > 1 or not isinstance(only.active, int):
+            return add_products(output, x, [factors_of(overlay, x) for overlay in self.overlays], may_write)
+        # As nearly always; a model has hundreds of such layers, and then Python's own time counts.
+        up, down = only.factors(x.dtype)
+        return add_up(output, [F.linear(x.flatten(0, -2), down)], [up], [only.row], may_write)
+
+
+def factors_of(overlay: "Overlay", x: Tensor) -> Factors:
+    """What is on of the overlay's adapter, in the dtype of x."""
+    if isinstance(overlay.active, int):
+        return Factors(*overlay.factors(x.dtype), overlay.row)
+    return _factors(*overlay.adapter.factors(), overlay.active, overlay.adapter.group, overlay.row, x)
 
 
 def add_low_rank(
@@ -78,9 +89,8 @@ def add_products(output: Tensor, x: Tensor, factors: Sequence[Factors], may_writ
 
     may_write: whether the sum may be written to output, which then is what comes back. Else it is a new tensor.
     """
-    hidden = _hidden(x, factors)
-    columns = [hidden] if len(factors) == 1 else hidden.split([len(each.down) for each in factors], 1)
-    return add_up(output, columns, [each.up for each in factors], [each.row for each in factors], may_write)
+    hidden = _hidden(x, factors).split([len(each.down) for each in factors], 1)
+    return add_up(output, hidden, [each.up for each in factors], [each.row for each in factors], may_write)
 
 
 def _hidden(x: Tensor, factors: Sequence[Factors]) -> Tensor:
@@ -111,11 +121,12 @@ def add_up(
 
     A product and its sum are one operation: the update's output is never stored. may_write: see add_products.
     """
-    width = output.shape[-1]
-    may_write = may_write and output.is_contiguous()
-    if len(ups) == 1 and ups[0].shape[0] == width:
-        flat, up = output.flatten(0, -2), ups[0].t()
-        return (flat.addmm_(hidden[0], up) if may_write else torch.addmm(flat, hidden[0], up)).view(output.shape)
+    width, may_write = output.shape[-1], may_write and output.is_contiguous()
+    if len(ups) == 1 and (up := ups[0]).shape[0] == width:
+        if not may_write:
+            return torch.addmm(output.flatten(0, -2), hidden[0], up.t()).view(output.shape)
+        output.view(-1, width).addmm_(hidden[0], up.t())
+        return output
     total = output if may_write else output.clone(memory_format=torch.contiguous_format)
     flat = total.view(-1, width)
     for piece in pieces(rows, [up.shape[0] for up in ups]):

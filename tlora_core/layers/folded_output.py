@@ -54,11 +54,11 @@ class FoldedOutput(StandIn):
         known, output.hidden = output.hidden, {}
         hidden, ups = [], []
         for overlay in self.wanted:
-            update, columns = overlay.update, overlay.columns
-            all_of_it = known.get(update)
-            if all_of_it is None:
-                all_of_it = F.linear(x.flatten(0, -2), update.down.to(x.dtype))
-            output.hidden[update] = all_of_it
-            hidden.append(all_of_it.narrow(1, 0, columns))
-            ups.append(update.up.narrow(1, 0, columns).to(x.dtype))
+            whole = known.get(overlay.update)
+            if whole is None:
+                whole = F.linear(x.flatten(0, -2), overlay.update.down.to(x.dtype))
+            up, down = overlay.factors(x.dtype)
+            ups.append(up)
+            hidden.append(whole[:, : len(down)])
+            output.hidden[overlay.update] = whole
         return add_up(output.alone, hidden, ups, [each.row for each in self.wanted])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .overlay import Overlay, StandIn
-from .rows import Piece, gaps, joined, pieces
+from .rows import gaps, joined, pieces
 
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
 # stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
@@ -58,7 +58,6 @@ class FoldedWeight(StandIn):
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self._folded: list[Overlay] = []
-        self._covered: tuple[Piece, ...] = ()
         self._steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,9 +71,10 @@ class FoldedWeight(StandIn):
 
     def _keeps(self, x: Tensor) -> bool:
         """False once the host has given the layer another weight or moved it off, which is when memory is short."""
-        if not (self.is_constant and self.keeping.is_on) or (self.weight is not None and self.weight.dtype != x.dtype):
+        if not self.keeping.is_on or not self.is_constant:
             return False
-        return self.layer.weight is self.source and self.source.device == self.device
+        is_there = self.layer.weight is self.source and self.source.device == self.device
+        return is_there and (self.weight is None or self.weight.dtype == x.dtype)
 
     def _updated(self, x: Tensor) -> Tensor | None:
         """The copy with what is wanted; None if there is no memory for it."""
@@ -88,20 +88,17 @@ class FoldedWeight(StandIn):
 
     def _follow(self, weight: Tensor) -> None:
         """Adds and takes away what has changed since the last evaluation."""
-        before, after = ({(o.update, o.row): o.columns for o in each} for each in (self._folded, self.wanted))
-        for update, row in before | after:
-            was, now = before.get((update, row), 0), after.get((update, row), 0)
-            first, last = sorted((was, now))
-            rows = weight[row : row + update.up.shape[0]]
-            rows.addmm_(update.up[:, first:last], update.down[first:last], alpha=1 if now >= was else -1)
+        before = {(overlay.adapter, overlay.row): overlay for overlay in self._folded}
+        for overlay in self.wanted:
+            was = before.pop((overlay.adapter, overlay.row), None)
+            _move(weight, overlay, 0 if was is None else was.columns, overlay.columns)
+        for overlay in before.values():
+            _move(weight, overlay, overlay.columns, 0)
 
     def _rebuilt(self, x: Tensor) -> Tensor | None:
-        covered = rows_of(self.wanted)
-        has_rest = covered == self._covered
-        self._covered = covered
         with self.own(self.layer, x) as (weight, bias):
             if self.weight is not None:
-                return fold(weight, self.wanted, self.weight, with_rest=not has_rest)
+                return fold(weight, self.wanted, self.weight, with_rest=not _same_rows(self._folded, self.wanted))
             try:
                 copy = torch.empty_like(weight)
             except torch.OutOfMemoryError:
@@ -111,9 +108,17 @@ class FoldedWeight(StandIn):
             return fold(weight, self.wanted, copy)
 
 
-def rows_of(overlays: Sequence[Overlay]) -> tuple[Piece, ...]:
-    """The rows of their layer that the overlays change."""
-    return pieces([each.row for each in overlays], [each.update.up.shape[0] for each in overlays])
+def _same_rows(before: Sequence[Overlay], after: Sequence[Overlay]) -> bool:
+    return len(before) == len(after) and all(a.adapter is b.adapter and a.row == b.row for a, b in zip(before, after))
+
+
+def _move(weight: Tensor, overlay: Overlay, was: int, now: int) -> None:
+    """From so many columns of the overlay's adapter to so many."""
+    if was == now:
+        return
+    up, down = overlay.adapter.on(max(was, now), min(was, now))
+    rows = weight if up.shape[0] == weight.shape[0] else weight[overlay.row : overlay.row + up.shape[0]]
+    rows.addmm_(up, down, alpha=1 if now > was else -1)
 
 
 def fold(weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None, with_rest: bool = True) -> Tensor:
@@ -121,18 +126,18 @@ def fold(weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None
 
     copy: where to write it; None for a new tensor. with_rest: whether to copy the rows that no overlay changes, too.
     """
-    weight, ups, downs = weight.detach(), [], []
-    for overlay in overlays:
-        update, columns = overlay.update, overlay.columns
-        ups.append(update.up.narrow(1, 0, columns).to(weight.dtype))
-        downs.append(update.down.narrow(0, 0, columns).to(weight.dtype))
-    if len(ups) == 1 and len(ups[0]) == len(weight):
-        return torch.addmm(weight, ups[0], downs[0], out=copy)
-    total, found = torch.empty_like(weight) if copy is None else copy, rows_of(overlays)
+    if weight.requires_grad:
+        weight = weight.detach()
+    factors = [overlay.factors(weight.dtype) for overlay in overlays]
+    up, down = factors[0]
+    if len(factors) == 1 and up.shape[0] == weight.shape[0]:
+        return torch.addmm(weight, up, down, out=copy)
+    total = torch.empty_like(weight) if copy is None else copy
+    found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
     for rest in gaps(found, len(weight)) if with_rest else ():
         total[rest].copy_(weight[rest])
     for piece in found:
-        up = joined([ups[i][part] for i, part in zip(piece.indices, piece.parts)], 1)
-        down = joined([downs[i] for i in piece.indices], 0)
+        up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
+        down = joined([factors[i][1] for i in piece.indices], 0)
         torch.addmm(weight[piece.rows], up, down, out=total[piece.rows])
     return total

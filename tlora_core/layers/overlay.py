@@ -5,10 +5,11 @@ There are four ways to put an adapter on a layer, each a class with a `forward` 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import LongTensor, Tensor, nn
 
 from ..method.adapters import Adapter, LowRank
@@ -40,9 +41,14 @@ class Overlay(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """How many columns of the adapter's up are on, where it is folded: those of one rank for the whole batch."""
+        """How many columns of the adapter's up are on, where the whole batch has one rank."""
         assert isinstance(self.active, int)
         return self.active * self.adapter.group
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is on of up [out, c] and down [c, in], where the whole batch has one rank."""
+        up, down = self.adapter.on(self.active * self.adapter.group)
+        return (up, down) if up.dtype == dtype else (up.to(dtype), down.to(dtype))
 
 
 class StandIn:
@@ -114,11 +120,11 @@ def overlaid(
                     fold.text = text
                     if standing != fold.forward:
                         replace(layer, fold.forward)
-                elif all(isinstance(overlay.adapter, BankAdapter) for overlay in each):
+                elif isinstance(each[0].adapter, BankAdapter) and all(isinstance(o.adapter, BankAdapter) for o in each):
                     prepared = prepared or Prepared()
                     replace(layer, Trained(layer.forward, each, prepared, text).forward)
                 else:
-                    replace(layer, _beside(layer, each).forward)
+                    replace(layer, _beside(layer, standing, each).forward)
             yield
     finally:
         if prepared is not None:
@@ -127,9 +133,10 @@ def overlaid(
             del fold.wanted[count:]
 
 
-def _beside(layer: nn.Linear, overlays: list[Overlay]) -> Beside:
-    """With those that are beside the layer already, since all together take fewer steps."""
-    owner = getattr(layer.__dict__.get("forward"), "__self__", None)
+def _beside(layer: nn.Linear, standing: Callable | None, overlays: list[Overlay]) -> Beside:
+    """With those that are beside the layer already, since all together take fewer steps. standing: what stands in for
+    its forward."""
+    owner = getattr(standing, "__self__", None)
     if isinstance(owner, Beside):
         return Beside(layer, owner.run, [*owner.overlays, *overlays], owner.is_own)
-    return Beside(layer, layer.forward, overlays, not is_replaced(layer))
+    return Beside(layer, layer.forward, overlays, standing is None or not is_replaced(layer))

@@ -35,6 +35,7 @@ from ...files.tlora_file import TLoRAFile
 from ...layers.folded_output import FoldedOutput
 from ...layers.folded_weight import FoldedWeight, Keeping
 from ...layers.overlay import Overlay, StandIn, StandIns, is_replaced, overlaid
+from ...layers.stacked import stacked
 from ...layers.text_memo import Text, TextMemo
 from ...method.adapters import Adapter, LowRank
 from ...method.layer_name import LayerName
@@ -239,13 +240,9 @@ class SamplingPatch(TimestepAwarePatch):
             # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
             # is not.
             with torch.inference_mode(False):
-                copies = {name: self._copy(layer, *key[1:]) for name, layer in self.layers.items()}
+                copies = stacked(self.layers, self.strength, *key[1:])
             self._placed[key] = place(base, copies)
         return self._placed[key]
-
-    def _copy(self, layer: LowRank, device, dtype) -> LowRank:
-        up = (layer.up * self.strength).to(device, dtype)
-        return LowRank(up, layer.down.to(device, dtype, copy=True), layer.group)
 
     def to(self, target):
         """Where the adapters are moved, copies are made anew."""
