@@ -131,7 +131,7 @@ def fold(weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None
     factors = [overlay.factors(weight.dtype) for overlay in overlays]
     up, down = factors[0]
     if len(factors) == 1 and up.shape[0] == weight.shape[0]:
-        return torch.addmm(weight, up, down, out=copy)
+        return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
     total = torch.empty_like(weight) if copy is None else copy
     found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
     for rest in gaps(found, len(weight)) if with_rest else ():

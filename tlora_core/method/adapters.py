@@ -79,9 +79,9 @@ class LowRank:
         """(up, down), like a trainable adapter's."""
         return self.up, self.down
 
-    def on(self, columns: int) -> tuple[Tensor, Tensor]:
-        """(up [out, columns], down [columns, in]): the first columns and rows, as views of the same memory."""
-        return self.up[:, :columns], self.down[:columns]
+    def on(self, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(up [out, last - first], down [last - first, in]): those columns and rows, as views of the same memory."""
+        return self.up[:, first:last], self.down[first:last]
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LowRank":
         """The same update on another device or in another dtype; None keeps the current one."""
