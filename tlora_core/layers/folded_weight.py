@@ -29,12 +29,11 @@ class Keeping:
         self.is_on = is_on
 
     def stop(self) -> None:
-        if self.is_on:
-            logging.getLogger(__name__).warning(
-                "Too little memory to keep weights with a T-LoRA folded in; they are made anew at every step, which is "
-                "a little slower."
-            )
         self.is_on = False
+        logging.getLogger(__name__).warning(
+            "Too little memory to keep weights with a T-LoRA folded in; they are made anew at every step, which is a "
+            "little slower."
+        )
 
 
 class FoldedWeight(StandIn):
@@ -98,7 +97,7 @@ class FoldedWeight(StandIn):
     def _rebuilt(self, x: Tensor) -> Tensor | None:
         with self.own(self.layer, x) as (weight, bias):
             if self.weight is not None:
-                return fold(weight, self.wanted, self.weight, with_rest=not _same_rows(self._folded, self.wanted))
+                return fold(weight, self.wanted, self.weight, self._folded)
             try:
                 copy = torch.empty_like(weight)
             except torch.OutOfMemoryError:
@@ -121,10 +120,13 @@ def _move(weight: Tensor, overlay: Overlay, was: int, now: int) -> None:
     rows.addmm_(up, down, alpha=1 if now > was else -1)
 
 
-def fold(weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None, with_rest: bool = True) -> Tensor:
+def fold(
+    weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None, before: Sequence[Overlay] = ()
+) -> Tensor:
     """A copy of the weight [out, in] with the overlays' active components added, each number rounded once.
 
-    copy: where to write it; None for a new tensor. with_rest: whether to copy the rows that no overlay changes, too.
+    copy: where to write it; None for a new tensor. before: the overlays that are in `copy`; where they have the same
+        rows, those that no overlay changes are there already.
     """
     if weight.requires_grad:
         weight = weight.detach()
@@ -134,7 +136,7 @@ def fold(weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None
         return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
     total = torch.empty_like(weight) if copy is None else copy
     found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
-    for rest in gaps(found, len(weight)) if with_rest else ():
+    for rest in () if _same_rows(before, overlays) else gaps(found, weight.shape[0]):
         total[rest].copy_(weight[rest])
     for piece in found:
         up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
