@@ -1,6 +1,6 @@
 """What a T-LoRA costs while sampling at real sizes on real cards: counted and computed, without a GPU.
 
-    python3 tools/host.py bench roofline [--model sdxl|flux] [--size 128] [--rank 64] [--parts] [--json]
+    python3 tools/host.py bench roofline [--model sdxl|flux] [--weights fp8] [--size 128] [--rank 64] [--json]
 
 One evaluation is made on PyTorch's device "meta", where tensors have a size and no numbers, and every operation's bytes
 and multiplications are counted. A card's time for it is the sum, over operations, of the longer of bytes by bandwidth
@@ -226,13 +226,14 @@ def parts(operations: Operations, bare: Operations) -> dict:
     return {name: (count, round(gb, 1)) for name, (count, gb) in found.items() if count or abs(gb) > 0.05}
 
 
-def measure(kind: str, size: int, rank: int, with_parts: bool = False) -> list[dict]:
+def measure(kind: str, size: int, rank: int, weights: str = "half", with_parts: bool = False) -> list[dict]:
     import random_models
 
     from tlora_core.hosts.comfy.sampling import apply_tlora
 
     dtype = {"sdxl": torch.float16, "flux": torch.bfloat16}[kind]
-    model = getattr(random_models, kind)(dtype=dtype, device=memory.META)
+    storage = torch.float8_e4m3fn if weights == "fp8" else None
+    model = getattr(random_models, kind)(dtype=dtype, storage=storage, device=memory.META)
     memory.move(model)
     model.model.model_sampling.to(memory.META)
     return rows_of(model, kind, size, tlora_on_meta(model, rank), apply_tlora, with_parts)
@@ -252,6 +253,7 @@ def rows_of(model, kind, size, tlora, apply_tlora, with_parts=False) -> list[dic
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TEXT_TOKENS, default="sdxl")
+    parser.add_argument("--weights", choices=("half", "fp8"), default="half")
     parser.add_argument("--size", type=int, default=128, help="of the latents; 128 is a picture of 1024 pixels")
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--parts", action="store_true", help="say which operations are more than the bare model's")
@@ -262,8 +264,8 @@ def main():
 
     comfy.options.enable_args_parsing()
     with memory.host_on_meta():
-        rows = measure(args.model, args.size, args.rank, args.parts)
-    show(rows, args.json, model=args.model, size=args.size, rank=args.rank)
+        rows = measure(args.model, args.size, args.rank, args.weights, args.parts)
+    show(rows, args.json, model=args.model, weights=args.weights, size=args.size, rank=args.rank)
 
 
 if __name__ == "__main__":
