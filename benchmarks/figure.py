@@ -26,6 +26,7 @@ RUNS = {
     "bare": "no LoRA",
     "static_lora": "the host's LoRA, static",
     "tlora": "T-LoRA",
+    "tlora_short": "T-LoRA, nothing kept",
     "tlora_product": "T-LoRA, all beside",
 }
 WIDTH, ROW, LEFT, RIGHT, BAR = 900, 34, 190, 210, 18
@@ -55,14 +56,7 @@ def panel(draw: ImageDraw.ImageDraw, result: dict, top: int, fonts, longest: flo
         for way, part in share(row).items() or {None: 1}.items():
             draw.rectangle([x, y, x + part * length, y + BAR], WAYS[way][0] if way else GRID)
             x += part * length
-        kept = sum(row["kept_mb"].values())
-        memory = (
-            f", {kept:.0f} MB more"
-            if row["what"] == "tlora"
-            else ", 0 MB more"
-            if row["what"] == "tlora_product"
-            else ""
-        )
+        memory = f", {sum(row['kept_mb'].values()):.0f} MB more" if row["what"].startswith("tlora") else ""
         draw.text((LEFT + length + 8, y + BAR / 2), f"{row['ratio']:.2f}{memory}", TEXT, font=small, anchor="lm")
     x = LEFT + per_unit
     draw.line([(x, top + 24), (x, top + 24 + len(result["rows"]) * ROW)], FAINT)

@@ -73,7 +73,7 @@ class Ways:
         for owner, name, label in (
             (folded_weight.FoldedWeight, "forward", "weight"),
             (folded_output.FoldedOutput, "forward", "output"),
-            (beside, "add_low_rank", "product"),
+            (beside.Beside, "forward", "product"),
         ):
             monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), label))
 

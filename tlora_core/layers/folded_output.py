@@ -1,57 +1,64 @@
 """Adapters folded into a layer's output for a text, which comes back at every step.
 
 A layer that projects the text, as cross-attention's keys and values, gets the same input at every evaluation. What the
-weight alone makes of it, and `down`, need computing once. This saves more than the T-LoRA costs elsewhere.
+weight alone makes of it, and `down`, need computing once. This saves more than the T-LoRA costs elsewhere. Where they
+are not kept they are computed anew in the same way, so the output is the same.
 """
 
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..method.adapters import LowRank
-from .beside import Beside
-from .overlay import Folded, Overlay
+from .beside import add_up
+from .overlay import StandIn
 
 
 @dataclass
-class _Output:
-    """What a layer makes of one text: alone, each adapter's down x, and the sum with the overlays in `folded`."""
+class Output:
+    """What a layer makes of one text: alone [B, tokens, out], and each adapter's down x [B * tokens, group * r]."""
 
     alone: Tensor
-    total: Tensor
     hidden: dict[LowRank, Tensor] = field(default_factory=dict)
-    folded: list[Overlay] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.alone, *self.hidden.values()]
 
 
-class FoldedOutput(Folded):
-    """Folds into the output for the evaluation's text. Any other input gets the adapters beside the layer."""
+class FoldedOutput(StandIn):
+    """Folds into the output for the evaluation's text.
+
+    is_constant: False where something else has a hand in what the layer makes of its input, which might follow the
+        timestep too; then nothing is kept.
+    """
+
+    def __init__(self, layer: nn.Linear, is_constant: bool = True):
+        super().__init__(layer)
+        self.is_constant = is_constant
 
     def forward(self, x: Tensor) -> Tensor:
-        text = self.text
-        if text is None or x is not text.value or x._version != text.version:
-            return Beside(self._alone, self.wanted).forward(x)
-        output = text.outputs.get(self)
-        if output is None:
-            alone = self._alone(x)
-            output = text.outputs[self] = _Output(alone, total=alone)
-        if output.folded != self.wanted:
-            self._fold(output, x)
-        return output.total.clone()  # what gets it may change it in place
+        text, output = self.text, None
+        if self.is_constant and text is not None and text.is_kept and x is text.value and x._version == text.version:
+            output = text.outputs.get(self)
+            if output is None:
+                output = text.outputs[self] = Output(self._alone(x))
+        return self._sum(Output(self._alone(x)) if output is None else output, x)
 
     def _alone(self, x: Tensor) -> Tensor:
         return type(self.layer).forward(self.layer, x)
 
-    def _fold(self, output: _Output, x: Tensor) -> None:
-        total = output.alone.clone()
+    def _sum(self, output: Output, x: Tensor) -> Tensor:
+        """A new tensor, since what gets it may change it in place."""
         known, output.hidden = output.hidden, {}
+        hidden, ups = [], []
         for overlay in self.wanted:
-            update, row = overlay.update, overlay.row
-            up = update.up
-            hidden = known[update] if update in known else F.linear(x, update.down)
-            output.hidden[update], columns = hidden, overlay.active * update.group
-            part = total[..., row : row + up.shape[0]]
-            product = torch.addmm(part.flatten(0, -2), hidden[..., :columns].flatten(0, -2), up[:, :columns].t())
-            part.copy_(product.view(part.shape))
-        output.total, output.folded = total, list(self.wanted)
+            whole = known.get(overlay.update)
+            if whole is None:
+                whole = F.linear(x.flatten(0, -2), overlay.update.down.to(x.dtype))
+            up, down = overlay.factors(x.dtype)
+            ups.append(up)
+            hidden.append(whole[:, : len(down)])
+            output.hidden[overlay.update] = whole
+        return add_up(output.alone, hidden, ups, [each.row for each in self.wanted])

@@ -1,81 +1,145 @@
 """Adapters folded into a copy of a layer's weight, at the price of a plain LoRA though the rank changes at every step.
 
-From one evaluation to the next r(t) moves by a component or a few. A copy of the weight that already holds the update
-needs only those added or taken away. The layer itself is never written to: whatever happens, its weight is the one
-that the host loaded.
+The layer itself is never written to: whatever happens, its weight is the one that the host loaded. The copy is made
+from that weight, and rounded once, as the host rounds a plain LoRA's. So it is the same whether it is kept until the
+rank moves, or made for one use, which takes no memory but for that moment. Only in float32 is a copy that is kept
+changed by the few components that the rank has gained or lost.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..method.adapters import LowRank
-from .overlay import Folded, Overlay
+from .overlay import Overlay, StandIn
+from .rows import gaps, joined, pieces
 
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
 # stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
 STEPS_UNTIL_REBUILD = 32
 
 
-class FoldedWeight(Folded):
+class Keeping:
+    """Whether the layers of a sampling keep their copies. They stop once the memory for one is not there."""
+
+    def __init__(self, is_on: bool):
+        self.is_on = is_on
+
+    def stop(self) -> None:
+        self.is_on = False
+        logging.getLogger(__name__).warning(
+            "Too little memory to keep weights with a T-LoRA folded in; they are made anew at every step, which is a "
+            "little slower."
+        )
+
+
+class FoldedWeight(StandIn):
     """Folds into a copy of the weight, as large as the weight itself.
 
-    In float32 the copy follows `wanted` by the components that changed; in half precision it is made from the layer's
-    own weight each time, so that it is rounded once, as the host rounds a plain LoRA's.
-
-    fetch: gives weight and bias in the dtype and on the device of a tensor, for the length of a block; None where the
-        layer's own are there already.
+    own: gives the layer's weight and bias, in the dtype and on the device of a tensor, for the length of a block.
+    keeping: whether the copy is kept, shared by all layers of a sampling. is_constant: False where something else has a
+        hand in the weight, which might follow the timestep too; then the copy is never kept.
     """
 
-    def __init__(self, layer: nn.Linear, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
+    def __init__(
+        self,
+        layer: nn.Linear,
+        own: Callable[[nn.Module, Tensor], AbstractContextManager],
+        keeping: Keeping,
+        is_constant: bool = True,
+    ):
         super().__init__(layer)
-        self.fetch = fetch
+        self.own, self.keeping, self.is_constant = own, keeping, is_constant
+        self.source, self.device = layer.weight, layer.weight.device
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self._folded: list[Overlay] = []
         self._steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.wanted != self._folded:
-            if self.weight is None or self.weight.dtype != torch.float32 or self._steps >= STEPS_UNTIL_REBUILD:
-                self._rebuild(x)
-            else:
-                self._follow()
-            self._folded = list(self.wanted)
-        return F.linear(x, self.weight, self.bias)
+        if self._keeps(x):
+            copy = self.weight if self.wanted == self._folded else self._updated(x)
+            if copy is not None:
+                return F.linear(x, copy, self.bias)
+        self.weight, self._folded = None, []
+        with self.own(self.layer, x) as (weight, bias):
+            return F.linear(x, fold(weight, self.wanted), bias)
 
-    def _follow(self) -> None:
+    def _keeps(self, x: Tensor) -> bool:
+        """False once the host has given the layer another weight or moved it off, which is when memory is short."""
+        if not self.keeping.is_on or not self.is_constant:
+            return False
+        is_there = self.layer.weight is self.source and self.source.device == self.device
+        return is_there and (self.weight is None or self.weight.dtype == x.dtype)
+
+    def _updated(self, x: Tensor) -> Tensor | None:
+        """The copy with what is wanted; None if there is no memory for it."""
+        if self.weight is not None and self.weight.dtype == torch.float32 and self._steps < STEPS_UNTIL_REBUILD:
+            self._follow(self.weight)
+            self._steps += 1
+        else:
+            self.weight, self._steps = self._rebuilt(x), 0
+        self._folded = list(self.wanted)
+        return self.weight
+
+    def _follow(self, weight: Tensor) -> None:
         """Adds and takes away what has changed since the last evaluation."""
-        before, after = ({(o.update, o.row): o.active for o in each} for each in (self._folded, self.wanted))
-        for update, row in before | after:
-            _add(self.weight, update, row, before.get((update, row), 0), after.get((update, row), 0))
-        self._steps += 1
+        before = {(overlay.adapter, overlay.row): overlay for overlay in self._folded}
+        for overlay in self.wanted:
+            was = before.pop((overlay.adapter, overlay.row), None)
+            _move(weight, overlay, 0 if was is None else was.columns, overlay.columns)
+        for overlay in before.values():
+            _move(weight, overlay, overlay.columns, 0)
 
-    def _rebuild(self, x: Tensor) -> None:
-        own = self.fetch(self.layer, x) if self.fetch else nullcontext((self.source, self.layer.bias))
-        with own as (weight, bias):
-            self.bias = bias.clone() if self.fetch and bias is not None else bias
-            folded = self.weight = torch.empty_like(weight) if self.weight is None else self.weight
-            self._steps = 0
-            only = self.wanted[0] if len(self.wanted) == 1 else None
-            if only and only.update.up.shape[0] == folded.shape[0]:
-                _add(folded, only.update, 0, 0, only.active, weight)
-                return
-            # More than one: sum up in float32, as the host does, so that half precision is rounded once here too.
-            total = weight.detach().to(torch.float32, copy=True)
-            for overlay in self.wanted:
-                _add(total, overlay.update.to(dtype=torch.float32), overlay.row, 0, overlay.active)
-            folded.copy_(total)
+    def _rebuilt(self, x: Tensor) -> Tensor | None:
+        with self.own(self.layer, x) as (weight, bias):
+            if self.weight is not None:
+                return fold(weight, self.wanted, self.weight, self._folded)
+            try:
+                copy = torch.empty_like(weight)
+            except torch.OutOfMemoryError:
+                self.keeping.stop()
+                return None
+            self.bias = None if bias is None else bias.clone()
+            return fold(weight, self.wanted, copy)
 
 
-def _add(weight: Tensor, update: LowRank, row: int, before: int, after: int, source: Tensor | None = None) -> None:
-    """Move `weight`, which holds the first `before` components of an update in the rows from `row` on, to the first
-    `after`. Where a `source` is given, what is moved is that, and `weight` only receives the result."""
-    up, down = update.up, update.down
-    rows = slice(row, row + up.shape[0])
-    first, last = sorted((before * update.group, after * update.group))
-    base = (weight if source is None else source)[rows]
-    torch.addmm(base, up[:, first:last], down[first:last], alpha=1 if after >= before else -1, out=weight[rows])
+def _same_rows(before: Sequence[Overlay], after: Sequence[Overlay]) -> bool:
+    return len(before) == len(after) and all(a.adapter is b.adapter and a.row == b.row for a, b in zip(before, after))
+
+
+def _move(weight: Tensor, overlay: Overlay, was: int, now: int) -> None:
+    """From so many columns of the overlay's adapter to so many."""
+    if was == now:
+        return
+    up, down = overlay.adapter.on(max(was, now), min(was, now))
+    rows = weight if up.shape[0] == weight.shape[0] else weight[overlay.row : overlay.row + up.shape[0]]
+    rows.addmm_(up, down, alpha=1 if now > was else -1)
+
+
+def fold(
+    weight: Tensor, overlays: Sequence[Overlay], copy: Tensor | None = None, before: Sequence[Overlay] = ()
+) -> Tensor:
+    """A copy of the weight [out, in] with the overlays' active components added, each number rounded once.
+
+    copy: where to write it; None for a new tensor. before: the overlays that are in `copy`; where they have the same
+        rows, those that no overlay changes are there already.
+    """
+    if weight.requires_grad:
+        weight = weight.detach()
+    factors = [overlay.factors(weight.dtype) for overlay in overlays]
+    up, down = factors[0]
+    if len(factors) == 1 and up.shape[0] == weight.shape[0]:
+        return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
+    total = torch.empty_like(weight) if copy is None else copy
+    found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
+    for rest in () if _same_rows(before, overlays) else gaps(found, weight.shape[0]):
+        total[rest].copy_(weight[rest])
+    for piece in found:
+        up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
+        down = joined([factors[i][1] for i in piece.indices], 0)
+        torch.addmm(weight[piece.rows], up, down, out=total[piece.rows])
+    return total

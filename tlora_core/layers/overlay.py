@@ -5,10 +5,11 @@ There are four ways to put an adapter on a layer, each a class with a `forward` 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import LongTensor, Tensor, nn
 
 from ..method.adapters import Adapter, LowRank
@@ -38,24 +39,34 @@ class Overlay(NamedTuple):
         assert isinstance(self.adapter, LowRank)
         return self.adapter
 
+    @property
+    def columns(self) -> int:
+        """How many columns of the adapter's up are on, where the whole batch has one rank."""
+        assert isinstance(self.active, int)
+        return self.active * self.adapter.group
 
-class Folded:
-    """Common part of the ways that keep what they computed from one evaluation to the next. `wanted`: what is on."""
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What is on of up [out, c] and down [c, in], where the whole batch has one rank."""
+        up, down = self.adapter.on(self.active * self.adapter.group)
+        return (up, down) if up.dtype == dtype else (up.to(dtype), down.to(dtype))
+
+
+class StandIn:
+    """Common part of the ways that last longer than an evaluation: a layer's forward while adapters are folded.
+
+    wanted: the overlays that are on. text: the one that the model is given in this evaluation.
+    """
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self.source, self.device = layer, layer.weight, layer.weight.device
+        self.layer = layer
         self.wanted: list[Overlay] = []
         self.text: Text | None = None
 
-    @property
-    def is_current(self) -> bool:
-        """False once the host has given the layer another weight or moved it off, or while something else stands in for
-        its forward, which folding would drop."""
-        is_there = self.layer.weight is self.source and self.source.device == self.device
-        return is_there and (not is_replaced(self.layer) or self.layer.forward == self.forward)
-
     def forward(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+StandIns = Mapping[nn.Module, StandIn | None]  # what folds into which layers; None: nothing does
 
 
 def is_replaced(layer: nn.Module) -> bool:
@@ -85,12 +96,15 @@ def replaced_forward():
 
 
 @contextmanager
-def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | None = None, text: Text | None = None):
+def overlaid(
+    overlays: Iterable[Overlay], folded: Mapping[nn.Linear, StandIn | None] | None = None, text: Text | None = None
+):
     """Within the block, which is for one forward pass, each layer gives layer(x) + up M_t down x for its overlays.
 
-    folded: the layers whose overlays are folded; the rest get them beside, or trained. text: the one that the model is
-    given in this evaluation. The layers are as before afterwards, also after an error: the host raises cancellations
-    from inside any layer. Blocks nest, each adding to what the outer one gives.
+    folded: what folds the overlays of which layers; the rest get them beside, or trained, and so do layers for whose
+    forward something else stands in, which folding would drop. text: the one that the model is given in this
+    evaluation. The layers are as before afterwards, also after an error: the host raises cancellations from inside any
+    layer. Blocks nest, each adding to what the outer one gives.
     """
     of_layers: dict[nn.Linear, list[Overlay]] = defaultdict(list)
     for overlay in overlays:
@@ -99,21 +113,30 @@ def overlaid(overlays: Iterable[Overlay], folded: Mapping[nn.Linear, Folded] | N
     try:
         with replaced_forward() as replace:
             for layer, each in of_layers.items():
-                fold = folded.get(layer) if folded else None
-                if fold is not None:
+                fold, standing = folded.get(layer) if folded else None, layer.__dict__.get("forward")
+                if fold is not None and (standing is None or standing == fold.forward or not is_replaced(layer)):
                     used.append((fold, len(fold.wanted)))
                     fold.wanted += each
                     fold.text = text
-                    if layer.__dict__.get("forward") != fold.forward:
+                    if standing != fold.forward:
                         replace(layer, fold.forward)
-                elif all(isinstance(overlay.adapter, BankAdapter) for overlay in each):
+                elif isinstance(each[0].adapter, BankAdapter) and all(isinstance(o.adapter, BankAdapter) for o in each):
                     prepared = prepared or Prepared()
                     replace(layer, Trained(layer.forward, each, prepared, text).forward)
                 else:
-                    replace(layer, Beside(layer.forward, each).forward)
+                    replace(layer, _beside(layer, standing, each).forward)
             yield
     finally:
         if prepared is not None:
             prepared.clear()
         for fold, count in used:
             del fold.wanted[count:]
+
+
+def _beside(layer: nn.Linear, standing: Callable | None, overlays: list[Overlay]) -> Beside:
+    """With those that are beside the layer already, since all together take fewer steps. standing: what stands in for
+    its forward."""
+    owner = getattr(standing, "__self__", None)
+    if isinstance(owner, Beside):
+        return Beside(layer, owner.run, [*owner.overlays, *overlays], owner.is_own)
+    return Beside(layer, layer.forward, overlays, standing is None or not is_replaced(layer))

@@ -9,18 +9,23 @@ _TEXTS_KEPT = 4  # conditional and unconditional text, and as many again for are
 class Text:
     """A text as a model's layers get it: `value` itself, which they recognise by its identity.
 
-    outputs: what layers keep of it, by the object that keeps it. version: of the value, when it was taken up.
+    outputs: what layers keep of it, by the object that keeps it; nothing unless is_kept. version: of the value, when it
+    was taken up.
     """
 
-    def __init__(self, value: Tensor):
-        self.value, self.version, self.outputs = value, value._version, {}
+    def __init__(self, value: Tensor, is_kept: bool = True):
+        self.value, self.version, self.is_kept, self.outputs = value, value._version, is_kept, {}
 
 
 class TextMemo:
-    """Finds the one Text of all equal texts."""
+    """Finds the one Text of all equal texts.
 
-    def __init__(self) -> None:
+    bytes_per_token: what layers keep of a token of all texts of a batch. room: bytes that they may keep altogether.
+    """
+
+    def __init__(self, bytes_per_token: int = 0, room: float = float("inf")) -> None:
         self.texts: list[Text] = []
+        self.bytes_per_token, self.room = bytes_per_token, room
 
     def find(self, text: Tensor, device: torch.device, dtype: torch.dtype) -> Text:
         """Of `text` on device in dtype: that of an equal one, or a new one."""
@@ -29,7 +34,13 @@ class TextMemo:
         for known in self.texts:
             if known.value is text or known.value.shape == cast.shape and torch.equal(known.value, cast):
                 return known
+        self.texts = self.texts[: _TEXTS_KEPT - 1]
         with torch.inference_mode(False):  # so that it counts changes in place, which what nodes make does not
             new = Text(cast.clone())
-        self.texts = [new, *self.texts[: _TEXTS_KEPT - 1]]
+        kept = sum(self._bytes(known) for known in self.texts if known.is_kept)
+        new.is_kept = kept + self._bytes(new) <= self.room
+        self.texts = [new, *self.texts]
         return new
+
+    def _bytes(self, text: Text) -> int:
+        return text.value.shape[:-1].numel() * self.bytes_per_token

@@ -79,6 +79,10 @@ class LowRank:
         """(up, down), like a trainable adapter's."""
         return self.up, self.down
 
+    def on(self, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(up [out, last - first], down [last - first, in]): those columns and rows, as views of the same memory."""
+        return self.up[:, first:last], self.down[first:last]
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "LowRank":
         """The same update on another device or in another dtype; None keeps the current one."""
         device = self.up.device if device is None else device
@@ -112,6 +116,11 @@ class Adapter:
     def factors(self) -> tuple[Tensor, Tensor]:
         """(up [out, group * r], down [group * r, in]) of the contract, differentiable in the parameters."""
         raise NotImplementedError
+
+    def on(self, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """(up [out, last - first], down [last - first, in]): those columns and rows of the factors."""
+        up, down = self.factors()
+        return up[:, first:last], down[first:last]
 
     @torch.no_grad()
     def detach(self) -> LowRank:

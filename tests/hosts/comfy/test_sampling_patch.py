@@ -29,28 +29,24 @@ class Recorder:
     """The ranks that each layer applied, and the sigmas of the evaluation as a second, innermost wrapper sees them."""
 
     def __init__(self, model, monkeypatch):
-        from tlora_core.layers import beside
+        from tlora_core.layers.beside import Beside
         from tlora_core.layers.folded_output import FoldedOutput
         from tlora_core.layers.folded_weight import FoldedWeight
 
-        self.evaluations, product = [], beside.add_low_rank
+        self.evaluations = []
 
-        def recording(output, x, up, down, active, group, row):
-            self.evaluations[-1][1].add(tuple(active.tolist()) if isinstance(active, torch.Tensor) else active)
-            return product(output, x, up, down, active, group, row)
-
-        def recording_fold(forward):
-            def recorded(fold, x):
-                output = forward(fold, x)
-                held = fold._folded if isinstance(fold, FoldedWeight) else fold.text.outputs[fold].folded
-                self.evaluations[-1][1].update(overlay.active for overlay in held)
+        def recording(forward):
+            def recorded(way, x):
+                output = forward(way, x)
+                on = way.overlays if isinstance(way, Beside) else way.wanted
+                for active in (overlay.active for overlay in on):
+                    self.evaluations[-1][1].add(tuple(active.tolist()) if isinstance(active, torch.Tensor) else active)
                 return output
 
             return recorded
 
-        monkeypatch.setattr(beside, "add_low_rank", recording)
-        for kind in (FoldedWeight, FoldedOutput):
-            monkeypatch.setattr(kind, "forward", recording_fold(kind.forward))
+        for kind in (Beside, FoldedWeight, FoldedOutput):
+            monkeypatch.setattr(kind, "forward", recording(kind.forward))
         self.model = model.clone()
         self.model.add_wrapper_with_key("apply_model", "recorder", self._evaluation)
 

@@ -6,12 +6,100 @@ import sampling_runs as runs
 import torch
 
 
-def test_short_memory_falls_back_to_the_product_and_says_the_same(unet, tlora, monkeypatch):
-    wanted = runs.sample(runs.apply(unet, tlora), *runs.texts())
-    monkeypatch.setattr(unet.model, "memory_required", lambda *args, **kwargs: 1e30)
-    ways = runs.Ways(monkeypatch)
-    got = runs.sample(runs.apply(unet, tlora), *runs.texts())
-    assert ways.used == {"product", "output"} and models.relative_error(got, wanted) < 1e-5
+class Kept:
+    """Bytes that are kept of weights and of texts' outputs, looked at after each step of a sampling."""
+
+    def __init__(self, model):
+        self.base, self.seen = model.model, []
+
+    def __call__(self, *_):
+        from tlora_core.hosts.comfy.sampling import Folds
+
+        folds = Folds.of(self.base)
+        weights = [each.weight for each in folds.layers.values() if getattr(each, "weight", None) is not None]
+        outputs = [output for text in folds.texts.texts for output in text.outputs.values()] if folds.texts else []
+        tensors = [each for output in outputs for each in output.tensors]
+        self.seen.append((sum(each.nbytes for each in weights), sum(each.nbytes for each in tensors)))
+
+
+class TestWhateverIsFree:
+    """Free memory decides what is kept, and nothing else."""
+
+    @pytest.fixture(params=["sdxl", "flux"])
+    def case(self, request, comfy):
+        """A function of a dtype that gives (MODEL, T-LoRA, texts)."""
+        import random_models
+
+        def make(dtype):
+            if request.param == "sdxl":
+                model = random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype)
+            else:
+                model = random_models.flux(256, (1, 1), 64, 32, dtype=dtype)
+            tlora = random_models.random_tlora(model, runs.RANK, runs.MIN_RANK, split=("qkv", "linear1"))
+            return model, tlora, [random_models.conditioning(model, 6, seed) for seed in (1, 2)]
+
+        return make
+
+    def sample(self, model, tlora, texts, **options):
+        import random_models
+
+        kept = Kept(model)
+        latent = random_models.latent(model, 4)
+        return runs.sample(runs.apply(model, tlora), *texts, latent=latent, callback=kept, **options), kept.seen
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_picture_is_the_same_to_the_bit(self, case, dtype, monkeypatch):
+        from tlora_core.hosts.comfy import sampling
+
+        model, tlora, texts = case(dtype)
+        wanted, much = self.sample(model, tlora, texts)
+        monkeypatch.setattr(sampling, "_room", lambda base, x: 0)
+        ways = runs.Ways(monkeypatch)
+        got, none = self.sample(model, tlora, texts)
+        assert torch.equal(got, wanted) and "product" not in ways.used
+        assert all(weights for weights, _ in much) and set(none) == {(0, 0)}
+
+    def test_in_single_precision_too_since_it_is_not_asked_there(self, case, monkeypatch):
+        import comfy.model_management
+
+        from tlora_core.hosts.comfy import sampling
+
+        model, tlora, texts = case(torch.float32)
+        wanted, _ = self.sample(model, tlora, texts)
+        monkeypatch.setattr(sampling, "_room", lambda base, x: 0)
+        got, kept = self.sample(model, tlora, texts)
+        assert torch.equal(got, wanted) and all(weights and not outputs for weights, outputs in kept)
+        monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda *_: model.model_size())
+        got, kept = self.sample(model, tlora, texts)
+        assert models.relative_error(got, wanted) < 1e-5 and not any(weights for weights, _ in kept)
+
+    def test_texts_come_first_and_weights_get_the_rest(self, case, monkeypatch):
+        from tlora_core.hosts.comfy import sampling
+
+        model, tlora, texts = case(torch.bfloat16)
+        _, ((weights, outputs), *_) = self.sample(model, tlora, texts)
+        for room, kept in (
+            (weights + outputs + 1, (weights, outputs)),
+            (weights + outputs - 1, (0, outputs)),
+            (outputs - 1, (0, 0)),
+        ):
+            monkeypatch.setattr(sampling, "_room", lambda base, x, room=room: room)
+            assert set(self.sample(model, tlora, texts)[1]) == {kept}
+
+    def test_what_the_host_would_take_off_counts_as_free_but_not_the_models_own_weights(self, unet, monkeypatch):
+        """As with its dynamic VRAM, where text encoder and VAE stay until their memory is asked for."""
+        import comfy.model_management
+
+        from tlora_core.hosts.comfy import sampling
+
+        x = torch.zeros(1, 16, 8, 8)
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: 1000)
+        monkeypatch.setattr(unet.model, "memory_required", lambda shape: 100)
+        monkeypatch.setattr(unet.model, "current_patcher", unet)
+        monkeypatch.setattr(unet, "loaded_size", lambda: 300)
+        for evictable, room in ((0, 900), (300, 900), (5000, 900 + 4700)):
+            monkeypatch.setattr(unet, "get_free_memory", lambda device, more=evictable: 1000 + more, raising=False)
+            assert sampling._room(unet.model, x) == room
 
 
 def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatch):
@@ -28,25 +116,25 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
 
 def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
     """On the CPU, as on a GPU with --highvram or --gpu-only, idle models stay on the device that computes."""
-    from tlora_core.hosts.comfy.sampling import SamplingPatch
+    from tlora_core.hosts.comfy import sampling
 
     assert unet.load_device == unet.offload_device
     cells = [runs.apply(unet, tlora, strength) for strength in (0.5, 1.0)]
     patches = [wrapper for cell in cells for keyed in cell.wrappers.values() for (wrapper,) in keyed.values()]
-    made, copy = [], SamplingPatch._copy
+    made, copy = [], sampling.stacked
 
-    def counted(self, *args):
+    def counted(*args):
         made.append(args)
-        return copy(self, *args)
+        return copy(*args)
 
-    monkeypatch.setattr(SamplingPatch, "_copy", counted)
+    monkeypatch.setattr(sampling, "stacked", counted)
     held = []
     for cell in cells:
         runs.sample(
             cell, *runs.texts(), steps=3, callback=lambda *_: held.append([bool(each._placed) for each in patches])
         )
         assert not any(each._placed for each in patches)
-    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells) * len(tlora.layers), (
+    assert held == [[True, False]] * 3 + [[False, True]] * 3 and len(made) == len(cells), (
         "once a sampling, not at each step"
     )
 

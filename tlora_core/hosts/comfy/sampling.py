@@ -5,18 +5,23 @@ joined conditional and unconditional rows, split areas and context windows, what
 sigma to t, t to ranks, and puts the adapters on for that one evaluation. Nothing stays on the model in between, so a
 branch of the graph without the T-LoRA is untouched.
 
-An adapter is put on in one of three ways, chosen for each layer at each sampling; `benchmarks/README.md` has the
-figures. Folded into a copy of the layer's weight (`folded_weight.FoldedWeight`) it costs next to nothing in time, and
-the weight's size in memory. Keys and values of the text fold into their outputs (`folded_output.FoldedOutput`), which
-saves time and takes little memory. Else it goes beside the layer, as a low-rank product, which costs time at every
-evaluation but no memory beyond the adapter's own. Copies are made where memory allows; layers in fp8 or quantised, or
-with another LoRA that the host adds as it fetches their weights, models that are compiled or patched by hooks, and
-batches whose rows differ in rank get the product; a compiled model gets its rank as a tensor, so that no step compiles
-it anew.
+An adapter is put on in one of three ways; `benchmarks/README.md` has the figures. Folded into a copy of the layer's
+weight (`folded_weight.FoldedWeight`) it costs next to nothing in time. Keys and values of the text fold into their
+outputs (`folded_output.FoldedOutput`), which saves time. Else it goes beside the layer, as a low-rank product: layers
+in fp8 or quantised, models that are compiled or patched by hooks, and batches whose rows differ in rank. A compiled
+model gets its rank as a tensor, so that no step compiles it anew.
+
+The three ways round differently, which in half precision shows in the picture. So which one a layer gets never depends
+on how much memory is free: the same seed gives the same picture. Free memory decides only what is kept from one
+evaluation to the next, copies of weights and outputs for texts. Where nothing is kept, the same numbers are computed
+anew each time, in the memory of one layer. One exception: in float32 a copy that is kept follows the rank, and rounds
+anew as it does, by 1e-7. So float32 copies are kept by a rule that knows only the sizes of the model and of the
+device's whole memory.
 """
 
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,8 +33,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from ...files.dtypes import DTYPES, is_plain
 from ...files.tlora_file import TLoRAFile
 from ...layers.folded_output import FoldedOutput
-from ...layers.folded_weight import FoldedWeight
-from ...layers.overlay import Folded, Overlay, is_replaced, overlaid
+from ...layers.folded_weight import FoldedWeight, Keeping
+from ...layers.overlay import Overlay, StandIn, StandIns, is_replaced, overlaid
+from ...layers.stacked import stacked
 from ...layers.text_memo import Text, TextMemo
 from ...method.adapters import Adapter, LowRank
 from ...method.layer_name import LayerName
@@ -76,10 +82,8 @@ class TimestepAwarePatch:
         with overlaid(overlays, folded, text):
             return executor(x, sigma, c_concat, c_crossattn if text is None else text.value, *args, **kwargs)
 
-    def evaluation(
-        self, base, x, sigma, text
-    ) -> tuple[list[Overlay], Mapping[torch.nn.Module, Folded] | None, Text | None]:
-        """What is put on for one evaluation, the layers on which it is folded, and the text that comes back."""
+    def evaluation(self, base, x, sigma, text) -> tuple[list[Overlay], StandIns | None, Text | None]:
+        """What is put on for one evaluation, what folds it on which layers, and the text that comes back."""
         raise NotImplementedError
 
     def overlays(self, placed: Placed, timesteps: torch.Tensor, T: float, as_tensors: bool = False) -> list[Overlay]:
@@ -97,15 +101,16 @@ class TimestepAwarePatch:
 
 
 class Folds:
-    """The folded layers of one loaded model during one sampling, shared by all T-LoRAs on it."""
+    """What folds T-LoRAs into the layers of one loaded model during one sampling, shared by all T-LoRAs on it."""
 
     _of_models: WeakKeyDictionary = WeakKeyDictionary()
 
     def __init__(self, base):
         self.weights_uuid = base.current_weight_patches_uuid
         self.is_compiled = is_compiled(base, base.current_patcher)
-        self.layers: dict[torch.nn.Module, Folded | None] = {}  # None: not to be folded
-        self.texts = TextMemo()
+        self.layers: dict[torch.nn.Module, StandIn | None] = {}  # None: not to be folded
+        self.texts: TextMemo | None = None  # None while no layer reads a text
+        self._known: set[SamplingPatch] = set()
 
     @classmethod
     def of(cls, base) -> "Folds":
@@ -122,33 +127,69 @@ class Folds:
         cls._of_models.pop(patcher.model, None)
         forget_modules(patcher)
 
-    def current(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, must: bool):
-        """Those of the layers, by path, that are folded in this evaluation, and how."""
-        new = {path: layer for path, layer in layers.items() if layer not in self.layers}
-        if new:
-            self._decide(base, new, x, base.get_dtype_inference(), must)
-        found = ((layer, self.layers[layer]) for layer in layers.values())
-        return {layer: fold for layer, fold in found if fold is not None and fold.is_current}
+    def prepare(self, patch: "SamplingPatch", base, x: torch.Tensor, text) -> None:
+        """Before an evaluation of `base` with a T-LoRA: what folds it into its layers is there in `layers`."""
+        if patch in self._known:
+            return
+        self._known.add(patch)
+        placed, dtype = patch.placed(base, x), base.get_dtype_inference()
+        new = {path: layer for path, layer in placed.layers.items() if layer not in self.layers}
+        room = _room(base, x) if patch.fold is None else float("inf")
+        room -= self._fold_outputs(new, placed, text, dtype, room)
+        foldable = [
+            layer for layer in new.values() if layer not in self.layers and _is_foldable(layer, x.device, dtype)
+        ]
+        for is_moved, others in ((False, 0), (True, bytes_to_come(base.current_patcher))):
+            # Where the host moves or casts weights as they are used, there must be room for all the others too.
+            layers = [layer for layer in foldable if is_cast(layer) is is_moved]
+            copies = sum(layer.weight.numel() * dtype.itemsize for layer in layers)
+            room -= copies
+            if dtype == torch.float32 and patch.fold is None:
+                keeping = Keeping(copies < _lasting_room(base, x.device))
+            else:
+                keeping = Keeping(others < room)
+            self.layers |= {layer: FoldedWeight(layer, own_weight, keeping, _is_constant(layer)) for layer in layers}
+        self.layers |= {layer: None for layer in new.values() if layer not in self.layers}
 
-    def _decide(self, base, layers: Mapping[str, torch.nn.Module], x: torch.Tensor, dtype, must: bool) -> None:
-        """All that can be folded is, if the memory for their copies is there; where the host moves or casts weights as
-        they are used, beside all of these."""
-        room = comfy.model_management.get_free_memory(x.device) - base.memory_required(list(x.shape))
-        plain, cast = [], []
-        for path, layer in layers.items():
-            self.layers[layer] = FoldedOutput(layer) if TEXT_LAYER.search(path) and _is_constant(layer) else None
-            if self.layers[layer] is None and _is_foldable(layer, x.device, dtype):
-                (cast if is_cast(layer) else plain).append(layer)
-        for foldable, fetch, others in ((plain, None, 0), (cast, fetched, bytes_to_come(base.current_patcher))):
-            room -= sum(layer.weight.numel() * dtype.itemsize for layer in foldable)
-            if must or others < room:
-                self.layers |= {layer: FoldedWeight(layer, fetch) for layer in foldable}
+    def _fold_outputs(self, layers: Mapping[str, torch.nn.Module], placed: Placed, text, dtype, room: float) -> int:
+        """Into the text's outputs, and how many bytes they take for one text."""
+        of_text = [layer for path, layer in layers.items() if TEXT_LAYER.search(path) and not is_replaced(layer)]
+        self.layers |= {layer: FoldedOutput(layer, _is_constant(layer)) for layer in of_text}
+        hidden = [
+            a.rank * a.group for layer, a, _ in placed.adapters if isinstance(self.layers.get(layer), FoldedOutput)
+        ]
+        if not hidden or not isinstance(text, torch.Tensor):
+            return 0
+        numbers = sum(hidden) + sum(layer.out_features for layer in of_text)
+        self.texts = self.texts or TextMemo(room=room)
+        self.texts.bytes_per_token += numbers * dtype.itemsize
+        return text.shape[:-1].numel() * numbers * dtype.itemsize
+
+
+def _room(base, x: torch.Tensor) -> float:
+    """Bytes that the evaluation of x leaves free. Other models' weights count as free where the host takes them off the
+    device when their memory is asked for."""
+    patcher, free = base.current_patcher, comfy.model_management.get_free_memory(x.device)
+    # Hosts without that method take nothing off by themselves.
+    with_evictable = patcher.get_free_memory(x.device) if hasattr(patcher, "get_free_memory") else free
+    own = patcher.loaded_size()  # counted as evictable too, but needed
+    return free + max(0, with_evictable - free - own) - base.memory_required(list(x.shape))
+
+
+def _lasting_room(base, device: torch.device) -> float:
+    """Bytes for copies of weights by what does not change from one sampling to the next."""
+    return (comfy.model_management.get_total_memory(device) - base.current_patcher.model_size()) / 4
+
+
+def own_weight(layer: torch.nn.Module, like: torch.Tensor):
+    """For the length of a block, the layer's weight and bias as its own forward would use them on `like`."""
+    return fetched(layer, like) if is_cast(layer) else nullcontext((layer.weight, layer.bias))
 
 
 def _is_constant(layer: torch.nn.Module) -> bool:
     """Whether nothing else, which might follow the timestep too, has a hand in what the layer makes of its input."""
     functions = getattr(layer, "weight_function", ()), getattr(layer, "bias_function", ())
-    return not is_replaced(layer) and not any(functions)
+    return not any(functions)
 
 
 def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
@@ -157,7 +198,7 @@ def _is_foldable(layer: torch.nn.Module, device, dtype) -> bool:
     weight = layer.weight
     return (
         isinstance(layer, torch.nn.Linear)
-        and _is_constant(layer)
+        and not is_replaced(layer)
         and is_plain(weight)
         and dtype in DTYPES.values()
         and (is_cast(layer) or (weight.device == device and weight.dtype == dtype))
@@ -170,7 +211,7 @@ class SamplingPatch(TimestepAwarePatch):
     outlast it: of a sweep's models, each with its own, one samples at a time, and with --highvram or --gpu-only the
     host leaves idle ones on the GPU.
 
-    fold: None lets memory decide, True folds wherever a layer allows it, False never does.
+    fold: whether it folds where a layer allows that. None keeps what it folds into as memory allows, True always does.
     """
 
     def __init__(self, tlora: TLoRAFile, strength: float, fold: bool | None = None):
@@ -188,10 +229,10 @@ class SamplingPatch(TimestepAwarePatch):
         overlays = self.overlays(placed, timesteps, T, as_tensors=folds.is_compiled)
         if self.fold is False or patcher.hook_patches or any(isinstance(o.active, torch.Tensor) for o in overlays):
             return overlays, None, None
-        folded = folds.current(base, placed.layers, x, must=self.fold is True)
-        reads_text = isinstance(text, torch.Tensor) and any(type(fold) is FoldedOutput for fold in folded.values())
-        known = folds.texts.find(text, x.device, base.get_dtype_inference()) if reads_text else None
-        return overlays, folded, known
+        folds.prepare(self, base, x, text)
+        if folds.texts is None or not isinstance(text, torch.Tensor):
+            return overlays, folds.layers, None
+        return overlays, folds.layers, folds.texts.find(text, x.device, base.get_dtype_inference())
 
     def placed(self, base, x) -> Placed:
         key = base, x.device, base.get_dtype_inference()
@@ -199,13 +240,9 @@ class SamplingPatch(TimestepAwarePatch):
             # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
             # is not.
             with torch.inference_mode(False):
-                copies = {name: self._copy(layer, *key[1:]) for name, layer in self.layers.items()}
+                copies = stacked(self.layers, self.strength, *key[1:])
             self._placed[key] = place(base, copies)
         return self._placed[key]
-
-    def _copy(self, layer: LowRank, device, dtype) -> LowRank:
-        up = (layer.up * self.strength).to(device, dtype)
-        return LowRank(up, layer.down.to(device, dtype, copy=True), layer.group)
 
     def to(self, target):
         """Where the adapters are moved, copies are made anew."""

@@ -62,10 +62,11 @@ def is_linear(module: nn.Module | None) -> bool:
 
 def is_cast(module: nn.Module) -> bool:
     """Whether the host computes or moves the layer's weight anew for each use."""
-    marks = ("comfy_cast_weights", "weight_function", "bias_function")
-    return (
-        any(getattr(module, mark, False) for mark in marks)
-        or hasattr(module, "_v")
+    return bool(
+        getattr(module, "comfy_cast_weights", False)
+        or getattr(module, "weight_function", ())
+        or getattr(module, "bias_function", ())
+        or "_v" in vars(module)  # a module takes long to find that it lacks something
         or isinstance(module.weight.data, QuantizedTensor)
     )
 

@@ -1,0 +1,45 @@
+"""Which rows of a layer belong to which of its adapters: a model may keep several projections in one layer."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Piece(NamedTuple):
+    """Rows of a layer that the same adapters change: of the adapter of each index, the rows of its own in `parts`."""
+
+    rows: slice
+    indices: tuple[int, ...]
+    parts: tuple[slice, ...]
+
+
+def pieces(starts: Sequence[int], counts: Sequence[int]) -> tuple[Piece, ...]:
+    """The pieces of all rows that adapters change, in order, given each adapter's first row and number of rows."""
+    return _pieces(tuple(starts), tuple(counts))
+
+
+@lru_cache(maxsize=256)  # a model has a few such layouts on hundreds of layers
+def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ...]:
+    spans = [(start, start + count) for start, count in zip(starts, counts)]
+    bounds = sorted({bound for span in spans for bound in span})
+    found = []
+    for first, last in zip(bounds, bounds[1:]):
+        on = tuple(i for i, (start, end) in enumerate(spans) if start <= first and last <= end)
+        if on:
+            found.append(Piece(slice(first, last), on, tuple(slice(first - starts[i], last - starts[i]) for i in on)))
+    return tuple(found)
+
+
+def gaps(of: Sequence[Piece], count: int) -> list[slice]:
+    """The rows in 0 to `count` that no piece has."""
+    ends = [0, *(piece.rows.stop for piece in of)]
+    starts = [*(piece.rows.start for piece in of), count]
+    return [slice(end, start) for end, start in zip(ends, starts) if end < start]
+
+
+def joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    """One after the other; without a copy where there is one."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)
