@@ -252,35 +252,49 @@ def small(family: str, **options):
     return _filled(getattr(supported, name)(dict(size)), **options)
 
 
-def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0):
+def _filled(
+    config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, drawn_on=None, operations=None
+):
     """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
     on the device "meta" without any numbers.
 
     dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
-    with layers quantised as the host's files have them, to be used instead of random weights.
+    with layers quantised as the host's files have them, to be used instead of random weights. drawn_on: the device that
+    draws them, where that is not `device`: a processor takes minutes for 12 billion. operations: the host's class of
+    layers, where that is not the one it takes for these dtypes.
     """
     device = device or comfy.model_management.get_torch_device()
     config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
     config.quant_config = {"mixed_ops": True} if quantised else None
+    config.custom_operations = operations
     # SD2's files give away by this gain which of them predict v.
     base = config.get_model(
         {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device
     )
     if quantised:
         base.diffusion_model.load_state_dict(quantised, assign=True)
-        return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+        return _model(base, device)
     base.diffusion_model.requires_grad_(False)
     if device.type == "meta":
         return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn_on = drawn_on or device
+    generator = torch.Generator(drawn_on).manual_seed(seed)
     for name, parameter in base.diffusion_model.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
         is_gain = parameter.ndim == 1 and name.endswith(("weight", "scale"))
-        parameter.data.copy_(is_gain + torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
+        drawn = torch.randn(parameter.shape, generator=generator, device=drawn_on)
+        parameter.data.copy_(is_gain + drawn * fan_in**-0.5)
     for name, buffer in base.diffusion_model.named_buffers():
         if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
-            buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
-    return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+            buffer.copy_(torch.randn(buffer.shape, generator=generator, device=drawn_on) * 0.1)
+    return _model(base, device)
+
+
+def _model(base, device):
+    """A MODEL of the kind that the host's loaders make, as its dynamic VRAM has one of its own."""
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    load_device = comfy.model_management.get_torch_device() if device.type == "cpu" else device
+    return kind(base, load_device=load_device, offload_device=torch.device("cpu"))
 
 
 def quantise(model) -> dict[str, torch.Tensor]:
