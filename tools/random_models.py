@@ -253,7 +253,14 @@ def small(family: str, **options):
 
 
 def _filled(
-    config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, drawn_on=None, operations=None
+    config,
+    dtype=torch.float32,
+    storage=None,
+    quantised=None,
+    device=None,
+    seed: int = 0,
+    drawn_on=None,
+    operations=None,
 ):
     """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
     on the device "meta" without any numbers.

@@ -16,12 +16,15 @@ class CannotStart(Exception):
     """One sentence for the user."""
 
 
-def make_importable(comfyui: str | None) -> None:
-    """Puts ComfyUI's folder, the pack and its tools on Python's path. An embedded Python ignores PYTHONPATH, so this is
-    done here. ComfyUI comes first: its nodes.py must win over the pack's nodes/."""
-    folders = [comfyui, str(REPO), str(REPO / "tools"), str(REPO / "benchmarks")]
-    wanted = [folder for folder in folders if folder]
-    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted]
+def make_importable(comfyui: str, site: str = "") -> None:
+    """Puts ComfyUI's folder, or the one that Python finds already if it is "", the pack and its tools on Python's path.
+    ComfyUI comes first: its nodes.py must win over the pack's nodes/. Packages in `site` come last: those that Python has
+    fit its PyTorch. An embedded Python ignores PYTHONPATH."""
+    found = None if comfyui else importlib.util.find_spec("comfy")
+    if found is not None and found.submodule_search_locations:
+        comfyui = str(Path(next(iter(found.submodule_search_locations))).parent)
+    wanted = [folder for folder in (comfyui, str(REPO), str(REPO / "tools"), str(REPO / "benchmarks")) if folder]
+    sys.path[:] = wanted + [entry for entry in sys.path if entry not in wanted] + ([site] if site else [])
 
 
 def start(device: str, host: str):
@@ -38,7 +41,9 @@ def start(device: str, host: str):
     try:
         chosen = _import(host)
     except ImportError as error:
-        raise CannotStart(f"ComfyUI could not be imported ({error}); benchmarks/README.md lists what it needs.") from error
+        raise CannotStart(
+            f"ComfyUI could not be imported ({error}); benchmarks/README.md lists what it needs."
+        ) from error
     if chosen.type != device:
         raise CannotStart(f"PyTorch found no CUDA card, only {chosen}; --device cpu tries the parts in miniature.")
     return chosen

@@ -42,11 +42,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Settings:
-    """device: "cuda" or "cpu". size: a name in sizes.SIZES. comfyui: its folder, or "" where it is importable."""
+    """device: "cuda" or "cpu". size: a name in sizes.SIZES. comfyui: its folder, or "" where it is importable. site: a
+    folder with further packages, or ""."""
 
     device: str
     size: str
     comfyui: str = ""
+    site: str = ""
     python: str = sys.executable
 
 
@@ -104,7 +106,7 @@ class _Process:
             names = [part.name for part in self.parts]
             s = self.settings
             host = self.parts[0].host
-            command = [s.python, str(self.worker), str(self.events), s.device, host, s.size, s.comfyui, *names]
+            command = [s.python, str(self.worker), str(self.events), s.device, host, s.size, s.comfyui, s.site, *names]
             with open(self.log, "wb") as log, open(self.events, encoding="utf-8") as events:
                 process = start_group(command, stdout=log, stderr=subprocess.STDOUT)
                 try:

@@ -49,20 +49,31 @@ def training_sample(model, shape: Shape) -> Sample:
 
 
 def losses(model, start: Setup, steps: int) -> list[float]:
-    """Of so many updates, on copies of the adapters' values, which are put back."""
+    """Of so many updates, on the adapters' values, which are put back."""
     parameters = start.adapters.parameters()
     before = [p.detach().clone() for p in parameters]
+    try:
+        return _trained(model, start, TrainConfig(steps=steps, learning_rate=1e-3), checkpointing=False)
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before):
+                parameter.copy_(value)
+                parameter.grad = None
+
+
+def usual_losses(model, start: Setup, steps: int, checkpointing: bool) -> list[float]:
+    """Of so many updates by the model's own optimizer, with all ranks on."""
+    rank = start.schedule.rank
+    config = TrainConfig(steps=steps + 1, optimizer=defaults_for(model).optimizer)
+    return _trained(model, start._replace(schedule=RankSchedule(rank, rank)), config, checkpointing)[:steps]
+
+
+def _trained(model, start: Setup, config: TrainConfig, checkpointing: bool) -> list[float]:
     with torch.inference_mode(False):
-        trainer = Trainer(start.adapters, TrainConfig(steps=steps, learning_rate=1e-3))
-        try:
-            with training_session(model):
-                denoiser = HostDenoiser(model, start.adapters, start.schedule, [start.sample], trainer.config)
-                trainer.run(denoiser, steps)
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before):
-                    parameter.copy_(value)
-                    parameter.grad = None
+        trainer = Trainer(start.adapters, config)
+        with training_session(model, checkpointing):
+            denoiser = HostDenoiser(model, start.adapters, start.schedule, [start.sample], config)
+            trainer.run(denoiser, config.steps)
     return trainer.losses
 
 

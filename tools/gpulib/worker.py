@@ -1,6 +1,6 @@
 """Runs parts one after the other in this process, and writes an event before and after each.
 
-    python worker.py EVENTS DEVICE HOST SIZE COMFYUI PART [PART ...]
+    python worker.py EVENTS DEVICE HOST SIZE COMFYUI SITE PART [PART ...]
 
 Started by `runner`, which reads the file EVENTS: a line of JSON for each event. This process ends after the first part
 that failed, since that may have left the card in any state, and at the limit of a part, after it has written where it
@@ -10,6 +10,7 @@ hangs.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import sys
@@ -29,13 +30,13 @@ Tell = Callable[..., None]
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 
 
-def main(events: str, device: str, host: str, size: str, folder: str, *names: str) -> int:
+def main(events: str, device: str, host: str, size: str, folder: str, site: str, *names: str) -> int:
     with open(events, "a", encoding="utf-8", buffering=1) as file:
 
         def tell(event: str, **what: Any) -> None:
             file.write(json.dumps({"event": event, **what}) + "\n")
 
-        comfyui.make_importable(folder)
+        comfyui.make_importable(folder, site)
         try:
             chosen = comfyui.start(device, host)
         except comfyui.CannotStart as error:
@@ -68,7 +69,9 @@ def run_one(part: Part, run: Run) -> dict[str, Any]:
     started, said, trace, status = time.monotonic(), "", "", PASSED
     try:
         module, function = part.call.split(":")
-        getattr(importlib.import_module(f"gpulib.checks.{module}"), function)(run, **part.arguments)
+        check = getattr(importlib.import_module(f"gpulib.checks.{module}"), function)
+        gc.freeze()  # what imports left need not be looked at in each collection, of which some parts make many
+        check(run, **part.arguments)
     except Skipped as reason:
         status, said = SKIPPED, str(reason)
     except Failed as error:

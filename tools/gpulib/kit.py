@@ -1,0 +1,93 @@
+"""A folder with all that the check needs on a machine with PyTorch and without internet: ComfyUI's source and wheels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from hostlib.build import Host
+from hostlib.errors import HostError
+from hostlib.pip import pip
+
+# Found by importing all of it in an environment that had PyTorch, torchvision, torchaudio and numpy alone.
+BESIDE_TORCH = ("comfy-kitchen", "comfy-aimdo", "einops", "torchsde", "trampoline", "prodigyopt")
+# What images with PyTorch usually have; `everything` packs it too.
+USUAL = (
+    *("certifi", "h11", "httpcore", "httpx", "huggingface-hub", "idna", "packaging", "pillow", "psutil", "pyyaml"),
+    *("regex", "safetensors", "scipy", "tokenizers", "tqdm", "transformers"),
+)
+SOURCES = ("comfy", "comfy_api/torch_helpers", "comfy_execution", "utils")
+_FILES = ("comfyui_version.py", "cuda_malloc.py", "folder_paths.py", "latent_preview.py", "node_helpers.py", "LICENSE")
+_LARGEST = 64 * 1024  # bytes of a file that is no code: larger ones are vocabularies of text encoders
+_PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
+_ARCHIVE, _WHEELS, _UNPACKED = "comfyui.zip", "wheels", "unpacked"
+
+
+def pack(host: Host, folder: Path, python: str | None, everything: bool) -> dict[str, int]:
+    """Makes the folder anew; returns the bytes of each file in it. python: the version that the machine has, such as
+    "3.12", on Linux with an x86-64 processor; None for a machine like this one. Raises HostError."""
+    if folder.exists() and not (folder / _ARCHIVE).is_file():
+        raise HostError(f"{folder} exists and is no kit; name another folder.")
+    shutil.rmtree(folder, ignore_errors=True)
+    wheels = folder / _WHEELS
+    wheels.mkdir(parents=True)
+    with zipfile.ZipFile(folder / _ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for path in _sources(host.comfyui):
+            archive.write(path, Path("ComfyUI") / path.relative_to(host.comfyui))
+    names = (*BESIDE_TORCH, *(USUAL if everything else ()))
+    pins = [f"{name}=={version}" for name, version in _versions(host, names).items()]
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(wheels), *_for(python)]
+    pip(host.python, "download", *options, *pins, purpose="download the kit's wheels")
+    return {str(path.relative_to(folder)): path.stat().st_size for path in (folder / _ARCHIVE, *wheels.iterdir())}
+
+
+def _for(python: str | None) -> Iterator[str]:
+    if python:
+        yield from ("--implementation", "cp", "--python-version", python)
+        for version in _PLATFORMS:
+            yield from ("--platform", f"manylinux_{version}_x86_64")
+
+
+def _sources(comfyui: Path) -> Iterator[Path]:
+    for name in _FILES:
+        if (comfyui / name).is_file():
+            yield comfyui / name
+    for name in SOURCES:
+        for path in sorted((comfyui / name).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                if path.suffix == ".py" or path.stat().st_size < _LARGEST:
+                    yield path
+
+
+def _versions(host: Host, names: tuple[str, ...]) -> dict[str, str]:
+    """Those that the host itself has. Raises HostError for a package that it lacks."""
+    ask = (
+        "import importlib.metadata as m, json, sys;"
+        "has = {d.metadata['Name'].lower().replace('_', '-'): d.version for d in m.distributions()};"
+        "print(json.dumps({name: has.get(name) for name in sys.argv[1:]}))"
+    )
+    said = subprocess.run([str(host.python), "-c", ask, *names], capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout)
+    lacking = [name for name, version in found.items() if version is None]
+    if lacking:
+        raise HostError(f"This ComfyUI's Python lacks {', '.join(lacking)}, so their versions are not known.")
+    return found
+
+
+def unpack(folder: Path) -> tuple[Path, Path]:
+    """The folders of ComfyUI and of the packages in the kit, unpacked beside it once. Raises HostError."""
+    if not (folder / _ARCHIVE).is_file():
+        raise HostError(f"{folder} is no kit; python3 tools/host.py gpu-kit makes one.")
+    target = folder / _UNPACKED
+    archives = [(folder / _ARCHIVE, target), *((wheel, target / "site") for wheel in (folder / _WHEELS).glob("*.whl"))]
+    done = target / "complete"
+    if not done.is_file():
+        for archive, place in archives:
+            with zipfile.ZipFile(archive) as opened:
+                opened.extractall(place)
+        done.touch()
+    return target / "ComfyUI", target / "site"
