@@ -18,8 +18,8 @@ OF_CUDA = 0.5  # GiB that CUDA itself takes on every card
 
 @contextlib.contextmanager
 def small_card(run: Run, gib: int) -> Iterator[int]:
-    """Within the block, PyTorch and all others get what a card of `gib` GiB has beside CUDA itself. Yields the bytes that
-    are taken from them. On a CPU nothing is, and 0.
+    """Within the block, PyTorch and all others get what a card of `gib` GiB has beside CUDA itself. Yields the bytes
+    that are taken from them. On a CPU nothing is, and 0.
 
     PyTorch alone would keep to its limit, but ComfyUI asks the driver how much is free, and its dynamic VRAM allocates
     without PyTorch. So the rest of the card is really taken.

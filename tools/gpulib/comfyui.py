@@ -18,8 +18,8 @@ class CannotStart(Exception):
 
 def make_importable(comfyui: str, site: str = "") -> None:
     """Puts ComfyUI's folder, or the one that Python finds already if it is "", the pack and its tools on Python's path.
-    ComfyUI comes first: its nodes.py must win over the pack's nodes/. Packages in `site` come last: those that Python has
-    fit its PyTorch. An embedded Python ignores PYTHONPATH."""
+    ComfyUI comes first: its nodes.py must win over the pack's nodes/. Packages in `site` come last: those that Python
+    has fit its PyTorch. An embedded Python ignores PYTHONPATH."""
     found = None if comfyui else importlib.util.find_spec("comfy")
     if found is not None and found.submodule_search_locations:
         comfyui = str(Path(next(iter(found.submodule_search_locations))).parent)

@@ -1,4 +1,4 @@
-"""A folder with all that the check needs on a machine with PyTorch and without internet: ComfyUI's source and wheels."""
+"""A folder with all that the check needs on a machine with PyTorch and no internet: ComfyUI's source and wheels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from hostlib.errors import HostError
 from hostlib.pip import pip
 
 # Found by importing all of it in an environment that had PyTorch, torchvision, torchaudio and numpy alone.
-BESIDE_TORCH = ("comfy-kitchen", "comfy-aimdo", "einops", "torchsde", "trampoline", "prodigyopt")
+BESIDE_TORCH = (
+    *("comfy-kitchen", "comfy-aimdo", "einops", "torchsde", "trampoline"),  # ComfyUI's
+    *("prodigyopt", "tensorboardx", "protobuf"),  # the pack's
+)
 # What images with PyTorch usually have; `everything` packs it too.
 USUAL = (
     *("certifi", "h11", "httpcore", "httpx", "huggingface-hub", "idna", "packaging", "pillow", "psutil", "pyyaml"),

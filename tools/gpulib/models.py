@@ -30,8 +30,8 @@ class Built(NamedTuple):
 
 
 def build(run: Run, shape: Shape, weights: str, in_ram: bool = False):
-    """A MODEL with random weights stored as `weights` says, computed in half precision. in_ram: they lie there, as after
-    the host's loader, and not on the card; always so under dynamic VRAM.
+    """A MODEL with random weights stored as `weights` says, computed in half precision. in_ram: they lie there, as
+    after the host's loader, and not on the card; always so under dynamic VRAM.
 
     Skips the check if host or card have no such format.
     """

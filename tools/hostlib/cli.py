@@ -71,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     gpu_options(gpu)
     kit = add("gpu-kit", commands.gpu_kit, "pack what gpu-check needs on a machine with PyTorch and without internet")
     kit.add_argument("folder", nargs="?", default=commands.KIT, metavar="FOLDER", help="(default: .gpu-check)")
-    kit.add_argument(
-        "--target-python", metavar="V", help="the machine's, such as 3.12, on 64-bit Linux (default: as here)"
-    )
+    kit.add_argument("--target-python", metavar="V", help="that machine's, such as 3.12, on Linux (default: as here)")
     kit.add_argument("--all", action="store_true", help="also what images with PyTorch usually have, such as scipy")
     python = add("python", commands.python, "run a script with the host's interpreter and the host importable")
     python.add_argument("script", metavar="SCRIPT")

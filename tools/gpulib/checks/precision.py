@@ -46,8 +46,8 @@ def _sampling_error(run: Run, kind: str, weights: str) -> None:
 
 @contextmanager
 def _in_float64():
-    """Within the block the host computes rotary embeddings by plain operations, as in its own training: its kernels take
-    no float64."""
+    """Within the block the host computes rotary embeddings by plain operations, as in its own training: its kernels
+    take no float64."""
     before, management.in_training = management.in_training, True
     try:
         yield
@@ -56,8 +56,8 @@ def _in_float64():
 
 
 def merged(model, tlora):
-    """A clone of MODEL that merges at each evaluation, into its own weights and in their precision, the update that r(t)
-    leaves on: what a T-LoRA is defined as, by none of the ways that the pack puts it on."""
+    """A clone of MODEL that merges at each evaluation, into its own weights and in their precision, the update that
+    r(t) leaves on: what a T-LoRA is defined as, by none of the ways that the pack puts it on."""
     patched = model.clone()
     patched.add_wrapper_with_key("apply_model", "gpu_check", _Merging(tlora))
     return patched

@@ -45,8 +45,8 @@ def training_speed(run: Run, kind: str) -> None:
 
 
 def sampling_speed(run: Run, kind: str) -> None:
-    """Whole samplings with nothing, with the host's own static LoRA of the same update, and with the T-LoRA: as the pack
-    puts it on, and beside the layers."""
+    """Whole samplings with nothing, with the host's own static LoRA of the same update, and with the T-LoRA: as the
+    pack puts it on, and beside the layers."""
     shape = run.size.real[kind]
     weights = _weights(run, kind, " sampling")
     runs = _Samplings(models.build(run, shape, weights), shape)
@@ -65,8 +65,8 @@ def sampling_speed(run: Run, kind: str) -> None:
 
 
 def in_turn(run: Run, candidates: dict[str, Callable]) -> dict[str, list]:
-    """What each gives, for as many rounds as the size asks for and the part's time allows, at least one. The first round
-    warms up kernels and caches, and none always follows the same one."""
+    """What each gives, for as many rounds as the size asks for and the part's time allows, at least one. The first
+    round warms up kernels and caches, and none always follows the same one."""
     names, found = list(candidates), {name: [] for name in candidates}
     for i in range(run.size.rounds + 1):
         began = time.monotonic()
