@@ -253,27 +253,20 @@ def small(family: str, **options):
 
 
 def _filled(
-    config,
-    dtype=torch.float32,
-    storage=None,
-    quantised=None,
-    device=None,
-    seed: int = 0,
-    drawn_on=None,
-    operations=None,
+    config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, ops=None, drawn_on=None
 ):
     """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
     on the device "meta" without any numbers.
 
     dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
-    with layers quantised as the host's files have them, to be used instead of random weights. drawn_on: the device that
-    draws them, where that is not `device`: a processor takes minutes for 12 billion. operations: the host's class of
-    layers, where that is not the one it takes for these dtypes.
+    with layers quantised as the host's files have them, to be used instead of random weights. ops: classes of layers
+    other than those that the host would choose. drawn_on: the device that draws the weights, where that is not
+    `device`: a processor takes minutes for 12 billion.
     """
+    config.custom_operations = ops
     device = device or comfy.model_management.get_torch_device()
     config.set_inference_dtype(storage or dtype, dtype if storage or quantised else None)
-    config.quant_config = {"mixed_ops": True} if quantised else None
-    config.custom_operations = operations
+    config.quant_config = {"mixed_ops": True} if quantised and ops is None else None
     # SD2's files give away by this gain which of them predict v.
     base = config.get_model(
         {"output_blocks.11.1.transformer_blocks.0.norm1.bias": torch.tensor([0.0, 1.0])}, device=device

@@ -65,7 +65,7 @@ class LeastFree:
         return self
 
     def _watch(self) -> None:
-        while not self._done.wait(0.01):
+        while not self._done.wait(0.05):
             self.bytes = min(self.bytes, torch.cuda.mem_get_info(self.run.device)[0])
 
     def __exit__(self, *_):

@@ -37,7 +37,7 @@ def start(device: str, host: str):
 
     comfy.options.enable_args_parsing()
     if device == "cuda":
-        _choose_allocator()
+        _before_torch(host)
     try:
         chosen = _import(host)
     except ImportError as error:
@@ -55,12 +55,11 @@ def _arguments(device: str, host: str) -> list[str]:
     return [] if host == DYNAMIC else ["--disable-dynamic-vram"]
 
 
-def _choose_allocator() -> None:
-    """Has to happen before PyTorch is imported, which main.py does too: its allocator differs by the version of
-    CUDA."""
+def _before_torch(host: str) -> None:
+    """What main.py does before PyTorch is imported: it chooses the allocator, and loads what watches the card."""
     if importlib.util.find_spec("cuda_malloc") is not None:
         import cuda_malloc  # noqa: F401
-    if importlib.util.find_spec("comfy_aimdo") is not None:
+    if host == DYNAMIC and importlib.util.find_spec("comfy_aimdo") is not None:
         import comfy_aimdo.control
 
         comfy_aimdo.control.init()

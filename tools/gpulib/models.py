@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import comfy.memory_management
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import random_models
@@ -41,7 +43,7 @@ def build(run: Run, shape: Shape, weights: str, in_ram: bool = False):
     if weights in ("fp8", "fp8_fast"):
         options["storage"] = torch.float8_e4m3fn
     if weights == "fp8_fast":
-        options["operations"] = _fp8_matmul(run)
+        options["ops"] = _fp8_matmul(run)
     if in_ram or is_dynamic():
         options["device"] = CPU
     return _make(shape, **options)
@@ -58,7 +60,8 @@ def build_small(run: Run, kind: str, weights: str) -> Built:
 
 def reference(run: Run, kind: str, worth: dict[str, Tensor], dtype: torch.dtype):
     """A small MODEL that stores and computes these weights in float32 or float64, always loaded as a whole."""
-    model = _make(run.size.small[kind], dtype=dtype, drawn_on=run.device, device=run.device)
+    with _always_loaded():
+        model = _make(run.size.small[kind], dtype=dtype, device=run.device)
     for name, parameter in _parameters(model).items():
         parameter.data.copy_(worth[name])
     return model
@@ -66,6 +69,17 @@ def reference(run: Run, kind: str, worth: dict[str, Tensor], dtype: torch.dtype)
 
 def _make(shape: Shape, **options: Any):
     return getattr(random_models, shape.function)(**shape.make, **options)
+
+
+@contextmanager
+def _always_loaded():
+    """Within the block, models are made as without dynamic VRAM."""
+    before = comfy.model_patcher.CoreModelPatcher
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcher
+    try:
+        yield
+    finally:
+        comfy.model_patcher.CoreModelPatcher = before
 
 
 def is_dynamic() -> bool:
@@ -107,7 +121,8 @@ def _quantised(run: Run, algorithm: str, shape: Shape) -> Built:
     if algorithm not in known:
         run.skip(f"this ComfyUI does not know the format {algorithm}")
     layout = known[algorithm]["comfy_tensor_layout"]
-    full = _make(shape, dtype=torch.float32, device=run.device)
+    with _always_loaded():
+        full = _make(shape, dtype=torch.float32, device=run.device)
     state, worth = full.model.diffusion_model.state_dict(), {}
     for path in _quantisable(full):
         weight = state.pop(f"{path}.weight")

@@ -11,7 +11,6 @@ PLAIN, DYNAMIC = "plain", "dynamic"  # how ComfyUI keeps weights: loaded beforeh
 # How a checkpoint stores its weights. The last five are only tried where the host or the card has them.
 FORMATS = ("bf16", "fp16", "fp8", "scaled_fp8", "fp8_fast", "nvfp4", "mxfp8", "int8")
 IN_FLOAT64 = ("bf16", "fp16", "fp8", "scaled_fp8")
-CARDS = {"sdxl": (8, 6, 12, 16), "flux": (12, 16, 8, 6)}  # GiB
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,16 @@ def parts() -> list[Part]:
         *_training(PLAIN),
         *(Part(f"sampling error {w}", "precision:sampling_error", 60, PLAIN, {"weights": w}) for w in IN_FLOAT64),
         *_training(DYNAMIC),
-        Part("quickstart, dynamic VRAM", "quickstart:quickstart", 120, DYNAMIC),
-        *_cards("sdxl", PLAIN),
+        *_cards(DYNAMIC, ("sdxl", 8), ("flux", 12), ("flux", 8)),
+        *_cards(PLAIN, ("sdxl", 8), ("sdxl", 6)),
         *_speed("sdxl", PLAIN),
-        *_cards("flux", PLAIN),
-        Part("peak sdxl", "memory_use:peak", 90, PLAIN, {"kind": "sdxl"}),
+        *_cards(PLAIN, ("flux", 12), ("flux", 16), ("flux", 8)),
         *_speed("flux", PLAIN),
-        Part("peak flux", "memory_use:peak", 90, PLAIN, {"kind": "flux"}),
-        *_cards("sdxl", DYNAMIC),
-        *_cards("flux", DYNAMIC),
+        *(Part(f"peak {kind}", "memory_use:peak", 90, PLAIN, {"kind": kind}) for kind in ("sdxl", "flux")),
+        *_cards(PLAIN, ("sdxl", 12), ("sdxl", 16), ("flux", 6)),
+        Part(f"quickstart{_suffix(DYNAMIC)}", "quickstart:quickstart", 120, DYNAMIC),
         *_speed("sdxl", DYNAMIC),
+        *_cards(DYNAMIC, ("sdxl", 6), ("flux", 16), ("sdxl", 12), ("sdxl", 16), ("flux", 6)),
     ]
 
 
@@ -52,8 +51,9 @@ def _training(host: str) -> Iterator[Part]:
         yield Part(f"train {weights}{_suffix(host)}", "formats:training", 60, host, {"weights": weights})
 
 
-def _cards(kind: str, host: str) -> Iterator[Part]:
-    for gib in CARDS[kind]:
+def _cards(host: str, *cards: tuple[str, int]) -> Iterator[Part]:
+    """Of (kind of model, GB of the card)."""
+    for kind, gib in cards:
         name = f"train {kind} in {gib} GB{_suffix(host)}"
         yield Part(name, "memory_use:small_card", 90, host, {"kind": kind, "gib": gib})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import comfy.model_management
 import sampling  # this and the next of benchmarks/
@@ -13,7 +14,7 @@ import training
 
 from .. import card, models, train
 from ..running import Run
-from ..sample import texts
+from ..sample import latent, texts
 from ..sizes import GIB as NEEDS
 from ..sizes import Shape
 
@@ -22,26 +23,23 @@ def training_speed(run: Run, kind: str) -> None:
     """A step as it is and with checkpointing, to the floor: the frozen model forward and backward to its input."""
     weights = _weights(run, kind, " checkpointing")
     setting = _Setting(run, run.size.real[kind], weights)
-    candidates = {"floor": training.Floor(setting)}
-    adapters = None
+    floor, ours = training.Floor(setting), {}
     for row, checkpointing in training.OURS.items():
         if run.free_gib() + _loaded_gib(run) < NEEDS[f"{kind} {weights}{' checkpointing' if checkpointing else ''}"]:
             run.note(**{row: "does not fit"})
             continue
-        candidates[row] = training.Ours(setting, checkpointing, adapters)
-        adapters = candidates[row].adapters
-    if adapters is None:
+        ours[row] = training.Ours(setting, checkpointing, next((o.adapters for o in ours.values()), None))
+    if not ours:
         run.skip("not even a step with checkpointing fits on the card")
-    run.note(
-        weights=weights,
-        start_seconds=next(c.start_seconds for c in candidates.values() if c is not candidates["floor"]),
-    )
-    taken = in_turn(run, {row: lambda c=c: c.seconds(run.size.timed) for row, c in candidates.items()})
-    for row, own in taken.items():
-        run.note(**{f"{row}_seconds": statistics.median(own)})
-        if row != "floor":
-            run.note(**{f"{row}_to_floor": statistics.median(a / b for a, b in zip(own, taken["floor"]))})
-    run.note(rounds=len(taken["floor"]))
+    run.note(weights=weights, start_seconds=next(iter(ours.values())).start_seconds)
+    # A step of ours is taken to be three floors, and each run makes one more that is not timed.
+    per_step = (1 + 3 * len(ours)) * floor.seconds(1)
+    steps = fitting(run, run.size.timed + 1, per_step) - 1
+    taken = in_turn(run, {row: lambda c=c: c.seconds(max(1, steps)) for row, c in {"floor": floor, **ours}.items()})
+    run.note(rounds=len(taken["floor"]), floor_seconds=statistics.median(taken["floor"]))
+    for row in ours:
+        to_floor = statistics.median(a / b for a, b in zip(taken[row], taken["floor"]))
+        run.note(**{f"{row}_seconds": statistics.median(taken[row]), f"{row}_to_floor": to_floor})
 
 
 def sampling_speed(run: Run, kind: str) -> None:
@@ -52,16 +50,29 @@ def sampling_speed(run: Run, kind: str) -> None:
     runs = _Samplings(models.build(run, shape, weights), shape)
     with torch.inference_mode():
         every = {row["what"]: model for row, model in sampling.candidates(runs, [run.size.real_rank], [1])}
-        taken = in_turn(run, {what: lambda m=m: _checked(runs, run, m) for what, m in every.items()})
+        bare, adapted = (latent(every[what], replace(shape, steps=2)) for what in ("bare", "tlora"))
+        effect = train.relative_error(adapted, bare)
+        run.require(0 < effect < float("inf"), f"the T-LoRA changes the latent by {effect:.3g}")
+        runs.steps = 2
+        per_step = runs.time(every["bare"])[1] / runs.steps
+        runs.steps = fitting(run, shape.steps, len(every) * per_step)
+        taken = in_turn(run, {what: lambda m=m: runs.time(m) for what, m in every.items()})
         runs.time(every["tlora"])
-    run.note(
-        weights=weights, rounds=len(taken["bare"]), layers=runs.ways.get("layers"), kept_mb=runs.ways.get("kept_mb")
-    )
+    run.note(weights=weights, rounds=len(taken["bare"]), steps=runs.steps, effect=effect, **runs.ways)
     for what, own in taken.items():
-        loading, steps = (statistics.median(each[i] for each in own) for i in (0, 1))
-        run.note(**{f"{what}_seconds": steps / shape.steps, f"{what}_loading": loading})
+        loading, seconds = (statistics.median(each[i] for each in own) for i in (0, 1))
+        run.note(**{f"{what}_seconds": seconds / runs.steps, f"{what}_loading": loading})
         if what != "bare":
             run.note(**{f"{what}_ratio": statistics.median(a[1] / b[1] for a, b in zip(own, taken["bare"]))})
+
+
+def fitting(run: Run, most: int, seconds: float) -> int:
+    """How many steps a round may have so that three rounds of so many seconds a step fit into what is left of the
+    part's time, at most `most`. Skips the check if it is less than one."""
+    count = int(0.8 * run.seconds_left / (3 * seconds)) if run.seconds_left < float("inf") else most
+    if count < 1:
+        run.skip(f"a round of one step takes {seconds:.0f} s here, too long for the {run.seconds_left:.0f} s left")
+    return min(most, count)
 
 
 def in_turn(run: Run, candidates: dict[str, Callable]) -> dict[str, list]:
@@ -78,12 +89,6 @@ def in_turn(run: Run, candidates: dict[str, Callable]) -> dict[str, list]:
         if i and run.seconds_left < 2 * (time.monotonic() - began) + 5:
             break
     return found
-
-
-def _checked(runs, run: Run, model):
-    loading, seconds, _ = runs.time(model)
-    run.require(seconds > 0, "a sampling took no time")
-    return loading, seconds
 
 
 def _weights(run: Run, kind: str, ending: str) -> str:
