@@ -4,7 +4,9 @@ kit for a machine without internet. Parts are stand-ins here, and no ComfyUI is 
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -240,20 +242,25 @@ def packed(tmp_path, monkeypatch):
 
     def pip(python, *arguments, purpose):
         asked.append(arguments)
-        wheels = arguments[arguments.index("--dest") + 1]
-        with zipfile.ZipFile(f"{wheels}/einops-1-py3-none-any.whl", "w") as wheel:
+        wheels = Path(arguments[arguments.index("--dest") + 1])
+        wheels.mkdir()
+        with zipfile.ZipFile(wheels / "einops-1-py3-none-any.whl", "w") as wheel:
             wheel.writestr("einops/__init__.py", "")
+            wheel.writestr("comfy_kitchen/backends/hip/large.so", "")
 
     monkeypatch.setattr(kit, "pip", pip)
     monkeypatch.setattr(kit, "_versions", lambda host, names: {name: "1" for name in names})
     host = Host(comfyui, tmp_path / "python", "0.30.0", ours=True)
-    kit.pack(host, tmp_path / "kit", "3.12", everything=False)
+    sizes = kit.pack(host, tmp_path / "kit", "3.12", everything=False)
+    assert list(sizes) == ["kit.tar.xz", "einops-1-py3-none-any.whl"] and all(sizes.values())
     return tmp_path / "kit", asked[0]
 
 
 def test_a_kit_holds_comfyuis_code_and_wheels_for_that_python(packed):
     folder, asked = packed
-    assert zipfile.ZipFile(folder / "comfyui.zip").namelist() == ["ComfyUI/comfy/ops.py", "ComfyUI/comfy/small.json"]
+    with tarfile.open(folder / "kit.tar.xz") as archive:
+        files = [member.name for member in archive if member.isfile()]
+    assert files == ["site/einops/__init__.py", "ComfyUI/comfy/ops.py", "ComfyUI/comfy/small.json"]
     assert "comfy-kitchen==1" in asked and "scipy==1" not in asked
     assert asked[asked.index("--python-version") + 1] == "3.12" and "manylinux_2_28_x86_64" in asked
 

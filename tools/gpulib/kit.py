@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,26 +28,41 @@ USUAL = (
 SOURCES = ("comfy", "comfy_api/torch_helpers", "comfy_execution", "utils")
 _FILES = ("comfyui_version.py", "cuda_malloc.py", "folder_paths.py", "latent_preview.py", "node_helpers.py", "LICENSE")
 _LARGEST = 64 * 1024  # bytes of a file that is no code: larger ones are vocabularies of text encoders
+_NOT_FOR_NVIDIA = "comfy_kitchen/backends/hip/"
 _PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
-_ARCHIVE, _WHEELS, _UNPACKED = "comfyui.zip", "wheels", "unpacked"
+_ARCHIVE, _UNPACKED = "kit.tar.xz", "unpacked"
 
 
 def pack(host: Host, folder: Path, python: str | None, everything: bool) -> dict[str, int]:
-    """Makes the folder anew; returns the bytes of each file in it. python: the version that the machine has, such as
-    "3.12", on Linux with an x86-64 processor; None for a machine like this one. Raises HostError."""
+    """Makes the folder anew, with one archive in it; returns the bytes of that and of the wheels as downloaded.
+
+    python: the version that the machine has, such as "3.12", on Linux with an x86-64 processor; None for a machine like
+    this one. Raises HostError.
+    """
     if folder.exists() and not (folder / _ARCHIVE).is_file():
         raise HostError(f"{folder} exists and is no kit; name another folder.")
-    shutil.rmtree(folder, ignore_errors=True)
-    wheels = folder / _WHEELS
-    wheels.mkdir(parents=True)
-    with zipfile.ZipFile(folder / _ARCHIVE, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for path in _sources(host.comfyui):
-            archive.write(path, Path("ComfyUI") / path.relative_to(host.comfyui))
-    names = (*BESIDE_TORCH, *(USUAL if everything else ()))
-    pins = [f"{name}=={version}" for name, version in _versions(host, names).items()]
-    options = ["--no-deps", "--only-binary=:all:", "--dest", str(wheels), *_for(python)]
-    pip(host.python, "download", *options, *pins, purpose="download the kit's wheels")
-    return {str(path.relative_to(folder)): path.stat().st_size for path in (folder / _ARCHIVE, *wheels.iterdir())}
+    with tempfile.TemporaryDirectory() as made:
+        site, wheels = Path(made) / "site", Path(made) / "wheels"
+        names = (*BESIDE_TORCH, *(USUAL if everything else ()))
+        pins = [f"{name}=={version}" for name, version in _versions(host, names).items()]
+        options = ["--no-deps", "--only-binary=:all:", "--dest", str(wheels), *_for(python)]
+        pip(host.python, "download", *options, *pins, purpose="download the kit's wheels")
+        sizes = {wheel.name: wheel.stat().st_size for wheel in wheels.iterdir()}
+        for wheel in wheels.iterdir():
+            _extract(wheel, site)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        # xz makes the kernels half as large as a wheel does.
+        with tarfile.open(folder / _ARCHIVE, "w:xz", preset=9) as archive:
+            archive.add(site, "site")
+            for path in _sources(host.comfyui):
+                archive.add(path, Path("ComfyUI") / path.relative_to(host.comfyui))
+    return {_ARCHIVE: (folder / _ARCHIVE).stat().st_size, **sizes}
+
+
+def _extract(wheel: Path, site: Path) -> None:
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(site, [name for name in opened.namelist() if not name.startswith(_NOT_FOR_NVIDIA)])
 
 
 def _for(python: str | None) -> Iterator[str]:
@@ -82,15 +99,14 @@ def _versions(host: Host, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def unpack(folder: Path) -> tuple[Path, Path]:
-    """The folders of ComfyUI and of the packages in the kit, unpacked beside it once. Raises HostError."""
+    """The folders of ComfyUI and of the packages in the kit, unpacked in it once. Raises HostError."""
     if not (folder / _ARCHIVE).is_file():
         raise HostError(f"{folder} is no kit; python3 tools/host.py gpu-kit makes one.")
     target = folder / _UNPACKED
-    archives = [(folder / _ARCHIVE, target), *((wheel, target / "site") for wheel in (folder / _WHEELS).glob("*.whl"))]
     done = target / "complete"
     if not done.is_file():
-        for archive, place in archives:
-            with zipfile.ZipFile(archive) as opened:
-                opened.extractall(place)
+        with tarfile.open(folder / _ARCHIVE) as archive:
+            # Older patch releases of Python lack the filter; the archive is our own.
+            archive.extractall(target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         done.touch()
     return target / "ComfyUI", target / "site"

@@ -207,12 +207,12 @@ def gpu_check(args: argparse.Namespace) -> int:
 
 
 def gpu_kit(args: argparse.Namespace) -> int:
-    files = kit.pack(chosen_host(args), Path(args.folder), args.target_python, args.all)
-    for name, size in sorted(files.items(), key=lambda each: -each[1]):
+    _say("Packing (the compression takes a minute) ...")
+    archive, *wheels = kit.pack(chosen_host(args), Path(args.folder), args.target_python, args.all).items()
+    for name, size in sorted(wheels, key=lambda each: -each[1]):
         print(f"{size / 1e6:6.1f} MB  {name}")
-    print(
-        f"{sum(files.values()) / 1e6:6.1f} MB in {args.folder}; there: python3 tools/gpu_check.py --kit {args.folder}"
-    )
+    print(f"With ComfyUI's code, {archive[1] / 1e6:.1f} MB in {args.folder}.")
+    print("There: python3 tools/gpu_check.py --kit FOLDER")
     return 0
 
 
