@@ -31,6 +31,9 @@ def main(arguments: list[str]) -> int:
         if args.kit:
             args.comfyui, args.site = kit.unpack(Path(args.kit))
         return command.check(args, comfyui=args.comfyui, site=args.site)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except (CannotStart, HostError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

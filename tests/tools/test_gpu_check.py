@@ -184,6 +184,22 @@ def test_the_command_writes_the_json_and_returns_the_status(worker, tmp_path, mo
     assert written["parts"][1]["figures"] == {"noted": 7} and "Failed" in written["parts"][1]["traceback"]
 
 
+def test_the_json_is_written_after_each_part(worker, tmp_path, monkeypatch):
+    path, run_parts, seen = tmp_path / "report.json", runner.run_parts, []
+
+    def looking(parts, settings, seconds, tell):
+        def told(result):
+            tell(result)
+            seen.append([each["status"] for each in json.loads(path.read_text())["parts"]])
+
+        return run_parts(parts, settings, seconds, told, worker())
+
+    monkeypatch.setattr(command.plan, "chosen", lambda only: [part("fine"), part("fine 2")])
+    monkeypatch.setattr(command.runner, "run_parts", looking)
+    assert command.check(SimpleNamespace(device="cuda", minutes=2.0, only=[], json=str(path))) == 0
+    assert seen == [["passed", "not run"], ["passed", "passed"]]
+
+
 def test_the_machine_of_the_json_is_what_its_part_found():
     found = [runner.Result("machine", PLAIN, "passed", 1.0, {"torch": "2"}), *results("passed")]
     assert report.as_json(found, device="cpu")["machine"] == {"torch": "2"}

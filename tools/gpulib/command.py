@@ -38,16 +38,19 @@ def check(
     """
     size = "full" if args.device == "cuda" else "miniature"
     settings = runner.Settings(args.device, size, str(comfyui), str(site), str(python))
-    started = time.strftime("%Y-%m-%dT%H:%M:%S")
-    results = runner.run_parts(plan.chosen(args.only), settings, 60 * args.minutes, _tell)
+    about = {"device": args.device, "minutes": args.minutes, "started": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    parts = plan.chosen(args.only)
+    known = {part.name: runner.Result(part.name, part.host) for part in parts}
+
+    def tell(result: runner.Result) -> None:
+        """As each part is over; the table on standard output comes at the end. The JSON is there if this is ended."""
+        print(report.line(result), file=sys.stderr, flush=True)
+        known[result.name] = result
+        if args.json:
+            report.write(args.json, report.as_json(list(known.values()), **about))
+
+    results = runner.run_parts(parts, settings, 60 * args.minutes, tell)
     print(report.table(results))
     if args.json:
-        about = {"device": args.device, "minutes": args.minutes, "started": started}
-        report.write(args.json, report.as_json(results, **about))
         print(f"Written to {args.json}.")
     return report.status(results)
-
-
-def _tell(result: runner.Result) -> None:
-    """As each part is over; the table on standard output comes at the end."""
-    print(report.line(result), file=sys.stderr, flush=True)
