@@ -17,7 +17,7 @@ from ..train import relative_error
 
 # A T-LoRA may double the error of the latent that the plain model's own rounding makes.
 LARGEST_RATIO = 2.0
-UPDATE = 0.3  # size of the T-LoRA's updates to their weights: without it the latent would be off by far more
+UPDATE = 1.0  # size of the updates to their weights, so that no rounding hides them
 
 
 def sampling_error(run: Run, weights: str) -> None:
