@@ -1,6 +1,9 @@
 """The parts of tools/host.py gpu-check on the real ComfyUI, in miniature: all of them pass on a CPU, and each notices
 what it is there to notice."""
 
+import importlib
+import os
+import subprocess
 import sys
 import time
 
@@ -45,7 +48,6 @@ def benchmarks(comfy):
 @pytest.fixture
 def tried():
     """tried(name): the Run in which the part of that name has run in this process. Raises what the part raises."""
-    import importlib
 
     def tried(name, **changes):
         [part] = plan.chosen([name])
@@ -78,6 +80,12 @@ def test_all_parts_pass_on_a_cpu_but_the_one_that_is_broken(host, tmp_path):
         )
         assert figures[f"peak {kind}"]["checkpointing_counted_gib"] < figures[f"peak {kind}"]["plain_counted_gib"]
     assert figures["train sdxl in 8 GB"]["memory"] == "fast"
+
+
+def test_without_a_card_it_says_so_in_one_sentence(host):
+    tool = [sys.executable, str(REPO / "tools" / "gpu_check.py"), "--comfyui", str(host.comfyui)]
+    done = subprocess.run(tool, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and "PyTorch finds no CUDA card here" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_weights_that_the_backward_pass_gets_wrong_are_noticed(tried, monkeypatch):

@@ -39,14 +39,15 @@ def start(device: str, host: str):
     if device == "cuda":
         _before_torch(host)
     try:
-        chosen = _import(host)
+        import torch
+
+        # Asked first, since ComfyUI's own import fails where there is none.
+        if device == "cuda" and not torch.cuda.is_available():
+            raise CannotStart("PyTorch finds no CUDA card here; --device cpu tries the parts themselves, in miniature.")
+        return _import(host)
     except ImportError as error:
-        raise CannotStart(
-            f"ComfyUI could not be imported ({error}); benchmarks/README.md lists what it needs."
-        ) from error
-    if chosen.type != device:
-        raise CannotStart(f"PyTorch found no CUDA card, only {chosen}; --device cpu tries the parts in miniature.")
-    return chosen
+        text = f"ComfyUI could not be imported ({error}); benchmarks/README.md lists what it needs."
+        raise CannotStart(text) from error
 
 
 def _arguments(device: str, host: str) -> list[str]:
