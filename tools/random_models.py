@@ -307,13 +307,16 @@ def small(family: str, **options):
     return _filled(getattr(supported, name)(dict(size)), **options)
 
 
-def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, ops=None):
+def _filled(
+    config, dtype=torch.float32, storage=None, quantised=None, device=None, seed: int = 0, ops=None, drawn_on=None
+):
     """A MODEL whose matrices keep the size of what goes through them, and with every gain and bias away from 0 and 1;
     on the device "meta" without any numbers.
 
     dtype: what it computes in. storage: what its weights are stored in, where that differs. quantised: a state dict
     with layers quantised as the host's files have them, to be used instead of random weights. ops: classes of layers
-    other than those that the host would choose.
+    other than those that the host would choose. drawn_on: the device that draws the weights, where that is not
+    `device`: a processor takes minutes for 12 billion.
     """
     config.custom_operations = ops
     device = device or comfy.model_management.get_torch_device()
@@ -325,19 +328,28 @@ def _filled(config, dtype=torch.float32, storage=None, quantised=None, device=No
     )
     if quantised:
         base.diffusion_model.load_state_dict(quantised, assign=True)
-        return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+        return _model(base, device)
     base.diffusion_model.requires_grad_(False)
     if device.type == "meta":
         return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    drawn_on = drawn_on or device
+    generator = torch.Generator(drawn_on).manual_seed(seed)
     for name, parameter in base.diffusion_model.named_parameters():
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
         is_gain = parameter.ndim == 1 and name.endswith(("weight", "scale"))
-        parameter.data.copy_(is_gain + torch.randn(parameter.shape, generator=generator, device=device) * fan_in**-0.5)
+        drawn = torch.randn(parameter.shape, generator=generator, device=drawn_on)
+        parameter.data.copy_(is_gain + drawn * fan_in**-0.5)
     for name, buffer in base.diffusion_model.named_buffers():
         if name.endswith("pos_embed"):  # SD3 reads it from the file: until then it is memory as it was found
-            buffer.copy_(torch.randn(buffer.shape, generator=generator, device=device) * 0.1)
-    return comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=torch.device("cpu"))
+            buffer.copy_(torch.randn(buffer.shape, generator=generator, device=drawn_on) * 0.1)
+    return _model(base, device)
+
+
+def _model(base, device):
+    """A MODEL of the kind that the host's loaders make, as its dynamic VRAM has one of its own."""
+    kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+    load_device = comfy.model_management.get_torch_device() if device.type == "cpu" else device
+    return kind(base, load_device=load_device, offload_device=torch.device("cpu"))
 
 
 def quantise(model) -> dict[str, torch.Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from gpulib.command import add_options as gpu_options
+
 from . import commands
 from .errors import HostError
 from .pins import default_version, read_pins
@@ -65,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = add("bench", commands.bench, "run benchmarks/NAME.py with the host importable")
     bench.add_argument("name", metavar="NAME")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the benchmark")
+    gpu = add("gpu-check", commands.gpu_check, "try the pack on this machine's CUDA card, as a report for a bug")
+    gpu_options(gpu)
+    kit = add("gpu-kit", commands.gpu_kit, "pack what gpu-check needs on a machine with PyTorch and without internet")
+    kit.add_argument("folder", nargs="?", default=commands.KIT, metavar="FOLDER", help="(default: .gpu-check)")
+    kit.add_argument("--target-python", metavar="V", help="that machine's, such as 3.12, on Linux (default: as here)")
+    kit.add_argument("--all", action="store_true", help="also what images with PyTorch usually have, such as scipy")
     python = add("python", commands.python, "run a script with the host's interpreter and the host importable")
     python.add_argument("script", metavar="SCRIPT")
     python.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")

@@ -8,6 +8,10 @@ import sys
 import time
 from pathlib import Path
 
+from gpulib import command as gpu
+from gpulib import kit
+from gpulib.comfyui import CannotStart
+
 from .build import (
     Host,
     ensure_fast_tests,
@@ -30,6 +34,7 @@ from .server import Server
 
 QUICKSTART = REPO / "workflows" / "01 Quickstart.json"
 TESTS = REPO / "tests"
+KIT = REPO / ".gpu-check"
 
 
 def chosen_host(args: argparse.Namespace) -> Host:
@@ -189,6 +194,26 @@ def bench(args: argparse.Namespace) -> int:
         known = sorted(path.stem for path in script.parent.glob("*.py") if not path.stem.startswith("_"))
         raise HostError(f"There is no benchmark '{args.name}'; there are: {', '.join(known) or 'none'}.")
     return _run_script(args, script)
+
+
+def gpu_check(args: argparse.Namespace) -> int:
+    try:
+        if args.list:
+            return gpu.list_parts(args)
+        host = chosen_host(args)
+        return gpu.check(args, host.python, host.comfyui)
+    except (CannotStart, ValueError) as error:
+        raise HostError(str(error)) from error
+
+
+def gpu_kit(args: argparse.Namespace) -> int:
+    _say("Packing (the compression takes a minute) ...")
+    archive, *wheels = kit.pack(chosen_host(args), Path(args.folder), args.target_python, args.all).items()
+    for name, size in sorted(wheels, key=lambda each: -each[1]):
+        print(f"{size / 1e6:6.1f} MB  {name}")
+    print(f"With ComfyUI's code, {archive[1] / 1e6:.1f} MB in {args.folder}.")
+    print("There: python3 tools/gpu_check.py --kit FOLDER")
+    return 0
 
 
 def python(args: argparse.Namespace) -> int:
