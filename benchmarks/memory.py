@@ -1,7 +1,7 @@
 """What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
 
     python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|qwen-image] [--weights bf16 fp8]
-        [--memory fast low lowest] [--pixels 1024] [--rank 64] [--json]
+        [--memory fast low lowest] [--pixels 1024] [--rank 64] [--cards 8 12 16 24] [--json]
 
 A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
 long as it lives. Two steps are made, as the optimizer's state is there from the second one on. "peak_mb" is the highest
@@ -9,7 +9,8 @@ sum, weights of the diffusion model included; "kernels" the operations that a GP
 and backward pass. With "lowest" no weight stays on the device that the host can stream from RAM: its peak is the least
 with which the model trains, and includes the two buffers through which the host streams on a GPU. Not counted: CUDA's
 own memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which
-the host moves off. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
+the host moves off. --cards adds, for cards of so many GiB, the fastest setting that fits: 0.5 GiB are left for CUDA, and
+a tenth of the peak for what the allocator loses. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
 """
 
 import argparse
@@ -284,6 +285,11 @@ def measure(args):
     return rows
 
 
+def fastest(rows, card):
+    """The fastest setting of `memory` whose peak fits on a card of so many GiB; None if none does."""
+    return next((row["memory"] for row in rows if 1.1 * row["peak_mb"] + 512 <= 1024 * card), None)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="sdxl")
@@ -293,6 +299,7 @@ def main():
     parser.add_argument("--memory", choices=("fast", "low", "lowest"), nargs="+", default=["fast", "low", "lowest"])
     parser.add_argument("--pixels", type=int, default=1024, help="the side of the picture")
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--cards", type=float, nargs="*", default=[], help="sizes of cards in GiB")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
     sys.argv = sys.argv[:1] + ["--cpu"]
@@ -301,6 +308,11 @@ def main():
     comfy.options.enable_args_parsing()
     with host_on_meta():
         rows = measure(args)
+    for weights in args.weights if args.cards else ():
+        of_weights = [row for row in rows if row["weights"] == weights]
+        rows.append(
+            {"weights": weights, **{f"{card:g}_gib": fastest(of_weights, card) or "none" for card in args.cards}}
+        )
     show(rows, args.json, model=args.model, pixels=args.pixels, rank=args.rank)
 
 

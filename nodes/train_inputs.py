@@ -264,8 +264,9 @@ def _host_and_files():
             default=MEMORY[0],
             optional=True,
             advanced=True,
-            tooltip="fast: keep all that a step needs. low: recompute parts of it (gradient checkpointing), with "
-            "less memory and more time. auto: fast if it fits, otherwise low.",
+            tooltip="fast: keep all that a step needs. low: recompute parts of it (gradient checkpointing), for about "
+            "a third more time. lowest: also leave in RAM the weights that do not fit beside the rest. auto: the "
+            "fastest that fits.",
         ),
         io.Boolean.Input(
             "thumbnail",

@@ -200,6 +200,7 @@ export class TrainingPanel {
     setText(this.state, t(`state_${state}`));
     setText(this.step, run?.steps ? `${run.step} / ${run.steps}` : "");
     this.pace.replaceChildren(...(run ? numbers(run) : []).map((text) => html("span", {}, text)));
+    this.pace.title = wayOf(run?.way);
     this.bar.setAttribute("aria-valuemax", run?.steps ?? 0);
     this.bar.setAttribute("aria-valuenow", run?.step ?? 0);
     this.filled.style.width = run?.steps ? `${(100 * run.step) / run.steps}%` : "0";
@@ -221,9 +222,14 @@ export class TrainingPanel {
   }
 }
 
-function numbers({ state, rate, left, memory: megabytes, memory_kind: kind }) {
+function numbers({ state, rate, left, memory: megabytes, memory_kind: kind, way }) {
   const pace = rate == null ? [] : [rate >= 1 ? t("rate", { rate: rate.toFixed(1) }) : t("seconds", { seconds: (1 / rate).toFixed(1) })];
   const held = megabytes == null ? [] : [t(kind === "process" ? "memory_process" : "memory_device", { memory: memory(megabytes) })];
   const time = left == null || state !== "running" ? [] : [t("left", { time: duration(left) })];
-  return [...pace, ...time, ...held];
+  return [...pace, ...time, ...held, ...(way ? [t("way", { way: way.memory })] : [])];
+}
+
+function wayOf(way) {
+  const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
+  return way ? t(`way_${way.memory}`, { in_ram: gib(way.in_ram), weights: gib(way.weights) }) : "";
 }

@@ -71,6 +71,7 @@ class LiveRun:
         self._pictures: dict[int, ValidationPicture] = {}
         self._pictures_made = 0
         self._message = self._file = ""
+        self._way: dict[str, Any] | None = None
         self._wishes: set[Literal["stop", "checkpoint"]] = set()
 
     @classmethod
@@ -150,6 +151,11 @@ class LiveRun:
             self._message = message
         self._tell()
 
+    def way(self, memory: str, in_ram: int, weights: int) -> None:
+        """Shows how the training uses memory: its setting, and how many of the weights' bytes stay in RAM."""
+        with self._lock:
+            self._way = {"memory": memory, "in_ram": in_ram, "weights": weights}
+
     @property
     def stop_requested(self) -> bool:
         """Whether the user has pressed Stop and keep."""
@@ -228,6 +234,7 @@ class LiveRun:
             "left": (self.steps - self._step) / rate if rate else None,
             "memory": memory,
             "memory_kind": kind,
+            "way": self._way,
             "pictures": [
                 {"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()
             ],

@@ -25,6 +25,7 @@ from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, fr
 from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
+from ..model.layers import bytes_to_come
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
 from ..progress import counting
 from ..sampling import apply_tlora
@@ -214,6 +215,12 @@ class Personalization:
         # Enough for the measurement: what the host takes one evaluation to need.
         with self._session(room=self.model.memory_required([batch, *largest])) as denoiser:
             return fit_for(denoiser, batch, self._leanest)
+
+    @property
+    def way(self) -> tuple[str, int, int]:
+        """How it trains, one of MEMORY but "auto"; of the weights, the bytes that stay in RAM; and all their bytes."""
+        streamed = 0 if self.fit is None or self.fit.room is None else bytes_to_come(self.model)
+        return str(self.fit), streamed, self.model.model_size()
 
     def _can_take_less(self) -> bool:
         return self.fit == FAST or (self.fit == LOW and leanest_fit(self.model, 0) != LOW)

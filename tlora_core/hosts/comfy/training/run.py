@@ -301,6 +301,7 @@ class TrainingRun:
 
     def _on_step(self, step: int, loss: float) -> bool:
         self.recorder.loss(step, loss)
+        self.live.way(*self.personalization.way)
         self.live.report(step, loss)
         self.bar.update_absolute(step, self.steps)  # raises the host's interrupt after a cancel
         self.save_requested = self.save_requested or self.live.take_save_request()
