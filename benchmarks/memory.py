@@ -9,8 +9,9 @@ sum, weights of the diffusion model included; "kernels" the operations that a GP
 and backward pass. With "lowest" no weight stays on the device that the host can stream from RAM: its peak is the least
 with which the model trains, and includes the two buffers through which the host streams on a GPU. Not counted: CUDA's
 own memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which
-the host moves off. --cards adds, for cards of so many GiB, the fastest setting that fits: 0.5 GiB are left for CUDA, and
-a tenth of the peak for what the allocator loses. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it.
+the host moves off. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it. --cards
+adds, for cards of so many GiB, the fastest setting that fits: 0.5 GiB are left for CUDA, and a tenth of the peak for
+what the allocator loses.
 """
 
 import argparse

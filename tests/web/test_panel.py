@@ -314,6 +314,14 @@ def test_after_the_server_was_away_the_page_shows_what_it_has_now(page):
     wait_for(page, "panel.state === 'idle'")
 
 
+def test_the_panel_tells_how_a_training_uses_memory(page):
+    load_workflow(page, QUICKSTART)
+    tell(page, RUN | {"state": "running", "way": {"memory": "lowest", "in_ram": 8.5 * 2**30, "weights": 12 * 2**30}})
+    shown = wait_for(page, "panel.state === 'running'")
+    assert shown["numbers"].endswith("2.0 GB GPU peakmemory lowest")
+    assert "streams 8.5 of 12.0 GiB" in page.evaluate("() => document.querySelector('.tlora-numbers').title")
+
+
 def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_enlarged(page, server):
     """On a record as the server sends it, since a training makes no such texts."""
     load_workflow(page, QUICKSTART)

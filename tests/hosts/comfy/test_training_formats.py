@@ -244,3 +244,46 @@ def test_weights_for_a_start_are_those_that_a_gguf_layer_unpacks(comfy, tmp_path
     packed, worth = gguf_pack.models(tmp_path / "model.gguf", "flux", gguf.GGMLQuantizationType.Q4_K)
     for (name, got), wanted in zip(target_layers(packed).items(), target_layers(worth).values()):
         assert torch.equal(got.weight, wanted.weight), name
+
+
+class TestOtherPacks:
+    """Layers that are torch's Linear with packed weights of a class of their own, and no function of the host's, as
+    those of bitsandbytes are."""
+
+    class Bytes(torch.Tensor):
+        """Eight bits for each number of a weight, and nothing else may be done with them."""
+
+    @pytest.fixture
+    def pair(self, comfy):
+        """(MODEL whose attention layers are packed so, MODEL of the same worth)."""
+        import comfy.utils
+        import random_models
+
+        class Packed(torch.nn.Linear):
+            def forward(self, x):
+                return torch.nn.functional.linear(
+                    x, (self.weight.as_subclass(torch.Tensor).float() - 128) * self.step, self.bias
+                )
+
+        packed, worth = random_models.small("flux"), random_models.small("flux")
+        for path, layer in random_models.attention_layers(packed).items():
+            step = layer.weight.abs().max() / 127
+            whole = (layer.weight / step).round()
+            fresh = Packed(layer.in_features, layer.out_features, device="meta")
+            with torch.inference_mode():
+                data = (whole + 128).to(torch.uint8).as_subclass(self.Bytes)
+            fresh.weight, fresh.bias, fresh.step = torch.nn.Parameter(data, False), layer.bias, step
+            comfy.utils.set_attr(packed.model.diffusion_model, path, fresh)
+            random_models.attention_layers(worth)[path].weight.copy_(whole * step)
+        return packed, worth
+
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_are_trained_through_their_own_forward_and_never_wrapped_anew(self, pair, checkpointing):
+        import random_models
+
+        packed, worth = pair
+        before = [layer.weight for layer in random_models.attention_layers(packed).values()]
+        got, wanted = (gradients(model, checkpointing=checkpointing) for model in pair)
+        assert models.relative_error(got, wanted) < 1e-5 and wanted.norm() > 0
+        for layer, weight in zip(random_models.attention_layers(packed).values(), before):
+            assert layer.weight is weight and type(weight) is self.Bytes

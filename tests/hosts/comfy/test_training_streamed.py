@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradients import MIXED, Setting
-from training_runs import images, request
+from training_runs import images, request, run
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
 
@@ -151,3 +151,14 @@ def test_a_training_goes_on_with_streamed_weights_where_nothing_else_fits(base, 
     monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *args, **kwargs: 1 << 20)
     p, got = losses(memory)
     assert str(p.fit) == "lowest" and p.fit.room > 0 and got == wanted
+    weights = base[0].model_size()
+    assert p.way[0] == "lowest" and 0.9 * weights < p.way[1] <= p.way[2] == weights
+
+
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_the_page_is_told_how_memory_is_used(base, output, memory):
+    from tlora_core.hosts.comfy.page.training import LiveRun
+
+    run(base, request(2), memory=memory)
+    way = LiveRun.states()[-1]["way"]
+    assert way == {"memory": "fast" if memory == "auto" else "low", "in_ram": 0, "weights": base[0].model_size()}

@@ -39,18 +39,16 @@ def small_card(run: Run, kind: str, gib: int) -> None:
         personalization = _personalization(model, shape, run.size.card_rank)
         times: list[float] = []
         personalization.train(run.size.timed + 1, lambda step, loss: times.append(time.perf_counter()))
-        run.note(seconds_per_step=(times[-1] - times[0]) / (len(times) - 1), memory=_chosen(personalization))
+        chosen, in_ram, _ = personalization.way
+        run.note(
+            seconds_per_step=(times[-1] - times[0]) / (len(times) - 1), memory=chosen, weights_in_ram_gib=in_ram / GIB
+        )
         if run.on_gpu:
             peak = torch.cuda.max_memory_allocated(run.device) - taken
             run.note(torch_peak_gib=peak / GIB, least_free_gib=free.bytes / GIB)
         losses = personalization.trainer.losses
     run.note(losses=losses)
     run.require(all(0 < loss < 100 for loss in losses), f"the losses are {losses}")
-
-
-def _chosen(personalization) -> str:
-    """What "auto" has chosen."""
-    return "low" if personalization.checkpointing else "fast"
 
 
 def _in_ram(run: Run, kind: str):
@@ -137,7 +135,9 @@ def _counted(run: Run, kind: str, weights: str, checkpointing: bool) -> int:
     with memory.host_on_meta():
         make = getattr(random_models, shape.function)
         model = make(**shape.make, dtype=torch.bfloat16, storage=storage, device=memory.META)
-        return memory.step(model, shape.tokens, shape.latent, run.size.real_rank, checkpointing)["peak"]
+        return memory.step(model, shape.tokens, shape.latent, run.size.real_rank, "low" if checkpointing else "fast")[
+            "peak"
+        ]
 
 
 def _measured(run: Run, kind: str, weights: str, checkpointing: bool) -> int:
