@@ -31,20 +31,22 @@ class Frozen:
 
     def __init__(self, layer: nn.Module, fetch: Callable[[nn.Module, Tensor], AbstractContextManager] | None = None):
         self.layer, self.fetch, self._forward = layer, fetch, layer.forward
-        self._overwrites: bool | None = None  # whether it writes to its input; known after the first call
+        # The layer's own forward; until its first call, what finds out whether it can be called as it is.
+        self.run: Callable[..., Tensor] = self._first_run
 
-    def run(self, x: Tensor, **options) -> Tensor:
-        """The layer's own forward. Some layers write to their input, such as the host's fp8 product, which clamps it in
-        place. These get a copy, because autograd may have kept the input for another layer's backward pass. A call on a
-        copy finds them out, before anything is recorded: copies differ from inputs in their strides, and so do the last
-        bits of what a layer makes of them."""
-        if self._overwrites is None:
-            with torch.no_grad():
-                given = x.detach().clone()
-                before = given._version
-                self._forward(given, **options)
-            self._overwrites = given._version != before
-        return self._forward(x.clone() if self._overwrites else x, **options)
+    def _first_run(self, x: Tensor, **options) -> Tensor:
+        """Some layers write to their input, such as the host's fp8 product, which clamps it in place. These get a copy,
+        because autograd may have kept the input for another layer's backward pass. A call on a copy finds them out,
+        before anything is recorded. The others get no copy, whose strides may differ from the input's, and with them
+        the last bits of the output."""
+        forward = self._forward
+        with torch.no_grad():
+            given = x.detach().clone()
+            before = given._version
+            forward(given, **options)
+        writes = given._version != before
+        self.run = (lambda x, **options: forward(x.clone(), **options)) if writes else forward
+        return self.run(x, **options)
 
     def forward(self, x: Tensor, **options) -> Tensor:
         if options or not (x.requires_grad and torch.is_grad_enabled()):

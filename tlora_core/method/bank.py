@@ -148,7 +148,7 @@ class _Branches(torch.autograd.Function):
         grad_B = grad_S = grad_A = None
         if grad_P is not None:
             columns = grad_P.shape[2]
-            grad_B = _empty_grad(B, columns, B.shape[2])
+            grad_B = torch.empty_like(B) if columns == B.shape[2] else torch.zeros_like(B)  # of components that are off
             own = grad_B[..., :columns]
             if S is None:
                 own.copy_(grad_P)
@@ -159,7 +159,7 @@ class _Branches(torch.autograd.Function):
                 torch.mul(grad_P, S[..., :columns], out=own)
         if grad_Ax is not None:
             columns = grad_Ax.shape[1 if tokens is None else 2]
-            grad_A = _empty_grad(A, columns, A.shape[1])
+            grad_A = torch.empty_like(A) if columns == A.shape[1] else torch.zeros_like(A)
             grad_A[:, :columns] = grad_Ax if tokens is None else grad_Ax.mT.to(A.dtype) @ tokens
         return grad_B, grad_S, grad_A, None, None, None, None, None
 
@@ -180,12 +180,6 @@ def masked(hidden: Tensor, on: Tensor | None, columns: int) -> Tensor:
     if on is not None:
         hidden.view(*hidden.shape[:-2], len(on), -1, hidden.shape[-1] // columns, columns).mul_(on)
     return hidden
-
-
-def _empty_grad(parameter: Tensor, columns: int, rank: int) -> Tensor:
-    """Memory for a parameter's gradient, with zeros if only the first `columns` of its `rank` components were
-    active."""
-    return torch.empty_like(parameter) if columns == rank else torch.zeros_like(parameter)
 
 
 def lora_bank(starts: Sequence[tuple[Tensor, Tensor]]) -> Bank:
