@@ -28,7 +28,7 @@ def forget_failed_step(error: BaseException) -> None:
         traceback.clear_frames(failed.__traceback__)
         failed = failed.__cause__ or failed.__context__
     with torch.inference_mode(False), torch.enable_grad():
-        pass
+        torch.ones((), requires_grad=True).mul(1).backward()
     gc.collect()
     comfy.model_management.soft_empty_cache()
 
