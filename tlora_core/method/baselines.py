@@ -5,7 +5,7 @@ W (R - I) has the weight as up and R - I as down. SVDiff (Han et al. 2023) shift
 update is U diag(change) V^T. None has a mask. Their updates and files are as large as the layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -77,20 +77,24 @@ class SVDiffAdapter(_OwnModule):
 
 
 def baseline_adapters(
-    method: str, weights: Mapping[str, Tensor], blocks: int, progress: Progress = lambda done, total: None
+    method: str,
+    shapes: Mapping[str, tuple[int, int]],
+    weight_of: Callable[[str], Tensor],
+    blocks: int,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Adapter]:
-    """One adapter for each weight [out, in]. blocks: of OFT and GSOFT ("OFT-32" has 32 blocks); SVDiff ignores it.
-    progress: as in make_adapters.
+    """One adapter for each layer. shapes: (out, in) by name. weight_of: the weight [out, in] of a name. blocks: of OFT
+    and GSOFT ("OFT-32" has 32 blocks); SVDiff ignores it. progress: as in make_adapters.
 
     Raises TLoRAError for a number of blocks that does not divide a layer's width.
     """
     if method == "svdiff":
-        return {name: SVDiffAdapter(weights[name]) for name in counted(list(weights), progress)}
-    for name, weight in weights.items():
-        if weight.shape[1] % blocks or blocks == weight.shape[1]:
+        return {name: SVDiffAdapter(weight_of(name)) for name in counted(list(shapes), progress)}
+    for name, (_, width) in shapes.items():
+        if width % blocks or blocks == width:
             raise TLoRAError(
                 f'rank is {blocks}, the number of blocks with the method "{method}", but the layer "{name}" is '
-                f"{weight.shape[1]} wide; set it to a number that divides this, for example 4 or 8."
+                f"{width} wide; set it to a number that divides this, for example 4 or 8."
             )
     is_shuffled = method == "gsoft"
-    return {name: RotationAdapter(weights[name], blocks, is_shuffled) for name in counted(list(weights), progress)}
+    return {name: RotationAdapter(weight_of(name), blocks, is_shuffled) for name in counted(list(shapes), progress)}

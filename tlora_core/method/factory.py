@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,19 @@ from .baselines import baseline_adapters
 from .random_streams import generator_for
 from .starts import STARTS, Progress, counted, orthogonal_start, orthogonal_starts, require_rank
 
-Layers = Mapping[str, tuple[int, int] | Tensor]
+
+class WithWeight(Protocol):
+    """A layer whose weight [out, in] is made on access, as of a model that does not hold it in float32."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+
+Layer = tuple[int, int] | Tensor | WithWeight
+Layers = Mapping[str, Layer]
 
 
 def make_adapters(
@@ -29,8 +41,9 @@ def make_adapters(
     """One float32 adapter per layer, on device.
 
     method: a key of METHODS. start: a key of STARTS; LoRA and Vanilla T-LoRA have their own start and ignore it.
-    layers: layer name -> (out_features, in_features), or the weight [out, in] itself, which the "_weight" starts and
-        the methods with of_weight need. An adapter depends on the seed and its layer, not on the rest of the layers.
+    layers: layer name -> (out_features, in_features), or what the "_weight" starts and the methods with of_weight need:
+        the weight [out, in] itself, or a layer WithWeight, whose weight is taken as its turn comes. An adapter depends
+        on the seed and its layer, not on the rest of the layers.
     rank: of each adapter; for the methods with of_weight, the number of blocks.
     progress: called with the layers done and all layers, since decomposing weights takes minutes on a large model; an
         exception from it ends the making.
@@ -38,10 +51,10 @@ def make_adapters(
     Raises TLoRAError for an unknown method or start, and for a rank that is too large for a layer.
     """
     require_choice("method", method, METHODS)
-    if METHODS[method].of_weight:
-        weights = {name: _weight(name, layer, method).to(device) for name, layer in layers.items()}
-        return Adapters(baseline_adapters(method, weights, rank, progress))
     shapes = {name: _shape(layer) for name, layer in layers.items()}
+    if METHODS[method].of_weight:
+        weight_of = lambda name: _weight(name, layers[name], method).to(device)  # noqa: E731
+        return Adapters(baseline_adapters(method, shapes, weight_of, rank, progress))
     for name, shape in shapes.items():
         require_rank(rank, shape, name)
     if not METHODS[method].is_orthogonal:
@@ -84,14 +97,14 @@ def _lora_start(
     return torch.zeros(out_features, rank, device=device), A.to(device)
 
 
-def _weight(name: str, layer: tuple[int, int] | Tensor, what: str) -> Tensor:
-    if not isinstance(layer, Tensor):
+def _weight(name: str, layer: Layer, what: str) -> Tensor:
+    if isinstance(layer, Sequence):
         raise TLoRAError(
             f'"{what}" needs the weight of the layer "{name}"; pass it, or choose a "random" start or another method.'
         )
-    return layer
+    return layer if isinstance(layer, Tensor) else layer.weight
 
 
-def _shape(layer: tuple[int, int] | Tensor) -> tuple[int, int]:
+def _shape(layer: Layer) -> tuple[int, int]:
     out_features, in_features = layer if isinstance(layer, Sequence) else layer.shape
     return out_features, in_features

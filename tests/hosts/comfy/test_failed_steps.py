@@ -59,22 +59,24 @@ def test_the_step_that_ran_out_of_memory_is_gone_before_it_is_made_again(base, m
     import comfy.model_management
 
     from tlora_core.hosts.comfy.training import personalize
+    from tlora_core.hosts.comfy.training.memory import FAST, LOW
 
     notes, emptied, at_retry = watched(monkeypatch), [], []
-    entered, empty = personalize.checkpointed, comfy.model_management.soft_empty_cache
+    entered, empty = personalize.training_session, comfy.model_management.soft_empty_cache
     monkeypatch.setattr(
         comfy.model_management, "soft_empty_cache", lambda: (emptied.append(notes and notes[-1].alive), empty())
     )
 
-    def retry(model):
-        gradients = sum(p.grad is not None for p in trained.trainer.parameters)
-        at_retry.append((notes[0].alive, gradients, emptied[-1], len(without_collector)))
-        return entered(model)
+    def retry(model, *fit):
+        if fit == LOW:
+            gradients = sum(p.grad is not None for p in trained.trainer.parameters)
+            at_retry.append((notes[0].alive, gradients, emptied[-1], len(without_collector)))
+        return entered(model, *fit)
 
-    monkeypatch.setattr(personalize, "checkpointed", retry)
+    monkeypatch.setattr(personalize, "training_session", retry)
     with torch.inference_mode():
         trained = training(base, steps=3, rank=8)
-        trained.checkpointing = False
+        trained.fit = FAST
         without_collector.clear()
         failing(monkeypatch, place, torch.OutOfMemoryError("injected"))
         trained.train(3)
@@ -114,16 +116,16 @@ def test_a_pause_holds_no_gradients(base, monkeypatch, without_collector):
 def test_the_measurement_of_a_step_leaves_nothing(base, monkeypatch, without_collector):
     from tlora_core.hosts.comfy.training import personalize
 
-    notes, left, chosen = Made(), [], personalize.should_checkpoint
+    notes, left, chosen = Made(), [], personalize.fit_for
 
-    def measured(denoiser, batch):
+    def measured(denoiser, *asked):
         denoiser.output_error(denoiser.samples, *[torch.zeros(1, *denoiser.samples[0].shape)] * 2, torch.ones(1))
         with notes:
-            answer = chosen(denoiser, batch)
+            answer = chosen(denoiser, *asked)
         left.extend(notes.alive)
         return answer
 
-    monkeypatch.setattr(personalize, "should_checkpoint", measured)
+    monkeypatch.setattr(personalize, "fit_for", measured)
     with torch.inference_mode():
         training(base, "auto", steps=3).train(1)
     assert len(notes.made) > 300 and left == [(1,)], "the timestep of the last evaluation alone"

@@ -2,6 +2,7 @@
 
 import gc
 import traceback
+from contextlib import suppress
 
 import comfy.model_management
 import torch
@@ -25,10 +26,13 @@ def forget_failed_step(error: BaseException) -> None:
     """
     failed: BaseException | None = error
     while failed is not None:
-        traceback.clear_frames(failed.__traceback__)
+        for frame, _ in traceback.walk_tb(failed.__traceback__):
+            with suppress(RuntimeError):  # of one that is still running
+                frame.clear()
+                _ = frame.f_locals  # up to 3.12, Python keeps what the last look at them gave; this one renews it
         failed = failed.__cause__ or failed.__context__
     with torch.inference_mode(False), torch.enable_grad():
-        pass
+        torch.ones((), requires_grad=True).mul(1).backward()
     gc.collect()
     comfy.model_management.soft_empty_cache()
 

@@ -313,32 +313,11 @@ class Personalization:
         return samples
 
     def _adapters(self, layers: Mapping[LayerName, TargetLayer]) -> Adapters:
-        request, device = self.request, self.model.load_device
-        shapes: dict[str, tuple[int, int]] = {name: layer.shape for name, layer in layers.items()}
+        request, method = self.request, METHODS[self.request.method]
+        by_name: dict[str, TargetLayer] = {name: layer for name, layer in layers.items()}
         progress = counting("making the start", self.node_id, "layer")
-        method = METHODS[request.method]
+        settings = request.method, request.start, by_name, request.rank, request.config.seed
         if not method.of_weight and not (method.is_orthogonal and "weight" in request.start):
-            return make_adapters(
-                request.method, request.start, shapes, request.rank, request.config.seed, device, progress
-            )
+            return make_adapters(*settings, self.model.load_device, progress)
         with training_session(self.model):
-            return make_adapters(
-                request.method, request.start, _Weights(layers), request.rank, request.config.seed, device, progress
-            )
-
-
-class _Weights(Mapping):
-    """The weight of each layer, made on access: all of them in float32 would not fit into the memory beside the
-    model."""
-
-    def __init__(self, layers: Mapping[LayerName, TargetLayer]):
-        self.layers = layers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.layers[LayerName(name)].weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
+            return make_adapters(*settings, self.model.load_device, progress)
