@@ -44,8 +44,10 @@ class Beside:
 def factors_of(overlay, x: Tensor) -> Factors:
     """What is on of an `overlay.Overlay`'s adapter, in the dtype of x."""
     if isinstance(overlay.active, int):
-        return Factors(*overlay.factors(x.dtype), overlay.row)
-    return _factors(*overlay.adapter.factors(), overlay.active, overlay.adapter.group, overlay.row, x)
+        up, down = overlay.factors(x.dtype)
+        return Factors(up, down, overlay.row)
+    up, down = overlay.adapter.factors()
+    return _factors(up, down, overlay.active, overlay.adapter.group, overlay.row, x)
 
 
 def add_low_rank(
