@@ -173,6 +173,32 @@ def test_rows_that_no_update_has_are_those_of_the_weight_and_written_once():
         assert error(linear(x), reference(linear, [(part, 3, 0), (other, 5, 8)], x)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_half_way_leaves_nothing_half_folded(dtype, monkeypatch):
+    linear, x = layer(dtype), torch.randn(3, 8, dtype=dtype)
+    one, two = update(1, dtype=dtype), update(2, 5, dtype)
+    fold, wanted = folded(linear), []
+    for active in (4, 2):
+        with on(fold, (one, active), (two, active, 3)):
+            wanted.append(linear(x))
+
+    owner, name = (torch.Tensor, "addmm_") if dtype == torch.float32 else (torch, "addmm")
+    done, function = [], getattr(owner, name)
+
+    def cancelled(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(function(*args, **kwargs))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), on(fold, (one, 4), (two, 6, 3)):
+        patch.setattr(owner, name, cancelled)
+        linear(x)
+    assert done
+    for active in (2, 4):
+        with on(fold, (one, active), (two, active, 3)):
+            assert error(linear(x), wanted.pop().double()) < 1e-5
+
+
 class Dtypes(TorchDispatchMode):
     """The dtypes of all that is computed within the block."""
 

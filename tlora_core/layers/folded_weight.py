@@ -77,13 +77,14 @@ class FoldedWeight(StandIn):
 
     def _updated(self, x: Tensor) -> Tensor | None:
         """The copy with what is wanted; None if there is no memory for it."""
-        if self.weight is not None and self.weight.dtype == torch.float32 and self._steps < STEPS_UNTIL_REBUILD:
-            self._follow(self.weight)
+        copy, self.weight = self.weight, None  # an error half-way leaves none that is half done
+        if copy is not None and copy.dtype == torch.float32 and self._steps < STEPS_UNTIL_REBUILD:
+            self._follow(copy)
             self._steps += 1
         else:
-            self.weight, self._steps = self._rebuilt(x), 0
-        self._folded = list(self.wanted)
-        return self.weight
+            copy, self._steps = self._rebuilt(x, copy), 0
+        self.weight, self._folded = copy, list(self.wanted)
+        return copy
 
     def _follow(self, weight: Tensor) -> None:
         """Adds and takes away what has changed since the last evaluation."""
@@ -94,10 +95,10 @@ class FoldedWeight(StandIn):
         for overlay in before.values():
             _move(weight, overlay, overlay.columns, 0)
 
-    def _rebuilt(self, x: Tensor) -> Tensor | None:
+    def _rebuilt(self, x: Tensor, copy: Tensor | None) -> Tensor | None:
         with self.own(self.layer, x) as (weight, bias):
-            if self.weight is not None:
-                return fold(weight, self.wanted, self.weight, self._folded)
+            if copy is not None:
+                return fold(weight, self.wanted, copy, self._folded)
             try:
                 copy = torch.empty_like(weight)
             except torch.OutOfMemoryError:
