@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .overlay import Overlay, StandIn
-from .rows import gaps, joined, pieces
+from .rows import joined, pieces, spans
 
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
 # stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
@@ -135,12 +135,13 @@ def fold(
     up, down = factors[0]
     if len(factors) == 1 and up.shape[0] == weight.shape[0]:
         return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
-    total = torch.empty_like(weight) if copy is None else copy
     found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
-    for rest in () if _same_rows(before, overlays) else gaps(found, weight.shape[0]):
-        total[rest].copy_(weight[rest])
+    if copy is None:
+        copy = weight.clone()
+    else:
+        for rows in spans(found) if _same_rows(before, overlays) else [slice(None)]:
+            copy[rows].copy_(weight[rows])
     for piece in found:
         up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
-        down = joined([factors[i][1] for i in piece.indices], 0)
-        torch.addmm(weight[piece.rows], up, down, out=total[piece.rows])
-    return total
+        copy[piece.rows].addmm_(up, joined([factors[i][1] for i in piece.indices], 0))
+    return copy

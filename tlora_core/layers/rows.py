@@ -33,11 +33,15 @@ def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ..
     return tuple(found)
 
 
-def gaps(of: Sequence[Piece], count: int) -> list[slice]:
-    """The rows in 0 to `count` that no piece has."""
-    ends = [0, *(piece.rows.stop for piece in of)]
-    starts = [*(piece.rows.start for piece in of), count]
-    return [slice(end, start) for end, start in zip(ends, starts) if end < start]
+def spans(of: Sequence[Piece]) -> list[slice]:
+    """All rows of the pieces, those of neighbours as one slice."""
+    found: list[slice] = []
+    for piece in of:
+        if found and found[-1].stop == piece.rows.start:
+            found[-1] = slice(found[-1].start, piece.rows.stop)
+        else:
+            found.append(piece.rows)
+    return found
 
 
 def joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
