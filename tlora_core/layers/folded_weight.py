@@ -136,12 +136,11 @@ def fold(
     if len(factors) == 1 and up.shape[0] == weight.shape[0]:
         return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
     found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
-    if copy is None:
-        copy = weight.clone()
-    else:
+    total = weight.clone() if copy is None else copy
+    if copy is not None:
         for rows in spans(found) if _same_rows(before, overlays) else [slice(None)]:
-            copy[rows].copy_(weight[rows])
+            total[rows].copy_(weight[rows])
     for piece in found:
         up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
-        copy[piece.rows].addmm_(up, joined([factors[i][1] for i in piece.indices], 0))
-    return copy
+        total[piece.rows].addmm_(up, joined([factors[i][1] for i in piece.indices], 0))
+    return total

@@ -18,11 +18,11 @@ class Piece(NamedTuple):
 
 def pieces(starts: Sequence[int], counts: Sequence[int]) -> tuple[Piece, ...]:
     """The pieces of all rows that adapters change, in order, given each adapter's first row and number of rows."""
-    return _pieces(tuple(starts), tuple(counts))
+    find = _find if torch.compiler.is_compiling() else _found  # a compiler warns of a cache
+    return find(tuple(starts), tuple(counts))
 
 
-@lru_cache(maxsize=256)  # a model has a few such layouts on hundreds of layers
-def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ...]:
+def _find(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ...]:
     spans = [(start, start + count) for start, count in zip(starts, counts)]
     bounds = sorted({bound for span in spans for bound in span})
     found = []
@@ -31,6 +31,9 @@ def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ..
         if on:
             found.append(Piece(slice(first, last), on, tuple(slice(first - starts[i], last - starts[i]) for i in on)))
     return tuple(found)
+
+
+_found = lru_cache(maxsize=256)(_find)  # a model has a few such layouts on hundreds of layers
 
 
 def spans(of: Sequence[Piece]) -> list[slice]:
