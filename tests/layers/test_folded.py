@@ -1,6 +1,6 @@
 """Updates folded into a copy of a weight, against the sum in float64."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def update(seed=0, rows=12, dtype=torch.float32):
     return LowRank(torch.randn(rows, RANK, generator=g).to(dtype), torch.randn(RANK, 8, generator=g).to(dtype))
 
 
-def folded(linear, own=None, keeps=True):
-    return FoldedWeight(linear, own or (lambda layer, like: nullcontext((layer.weight, layer.bias))), Keeping(keeps))
+def folded(linear, fetch=lambda layer, like: None, keeps=True):
+    return FoldedWeight(linear, fetch, Keeping(keeps))
 
 
 def on(fold, *overlays):
@@ -223,9 +223,7 @@ def test_where_memory_for_a_copy_is_not_there_it_is_made_anew_and_the_log_says_s
     linears, x, one = [layer(torch.bfloat16) for _ in range(3)], torch.randn(3, 8, dtype=torch.bfloat16), update()
     one = one.to(dtype=torch.bfloat16)
     keeping = Keeping(True)
-    folds = [
-        FoldedWeight(each, lambda layer, like: nullcontext((layer.weight, layer.bias)), keeping) for each in linears
-    ]
+    folds = [FoldedWeight(each, lambda layer, like: None, keeping) for each in linears]
     with on(folds[0], (one, 4)):
         wanted = linears[0](x)
 

@@ -8,7 +8,7 @@ changed by the few components that the rank has gained or lost.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,8 @@ class Keeping:
 class FoldedWeight(StandIn):
     """Folds into a copy of the weight, as large as the weight itself.
 
-    own: gives the layer's weight and bias, in the dtype and on the device of a tensor, for the length of a block.
+    fetch: gives the layer's weight and bias, in the dtype and on the device of a tensor, for the length of a block; or
+        None where they are so already.
     keeping: whether the copy is kept, shared by all layers of a sampling. is_constant: False where something else has a
         hand in the weight, which might follow the timestep too; then the copy is never kept.
     """
@@ -47,12 +48,12 @@ class FoldedWeight(StandIn):
     def __init__(
         self,
         layer: nn.Linear,
-        own: Callable[[nn.Module, Tensor], AbstractContextManager],
+        fetch: Callable[[nn.Module, Tensor], AbstractContextManager | None],
         keeping: Keeping,
         is_constant: bool = True,
     ):
         super().__init__(layer)
-        self.own, self.keeping, self.is_constant = own, keeping, is_constant
+        self.fetch, self.keeping, self.is_constant = fetch, keeping, is_constant
         self.source, self.device = layer.weight, layer.weight.device
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -65,7 +66,10 @@ class FoldedWeight(StandIn):
             if copy is not None:
                 return F.linear(x, copy, self.bias)
         self.weight, self._folded = None, []
-        with self.own(self.layer, x) as (weight, bias):
+        fetched = self.fetch(self.layer, x)
+        if fetched is None:
+            return F.linear(x, fold(self.layer.weight, self.wanted), self.layer.bias)
+        with fetched as (weight, bias):
             return F.linear(x, fold(weight, self.wanted), bias)
 
     def _keeps(self, x: Tensor) -> bool:
@@ -96,7 +100,10 @@ class FoldedWeight(StandIn):
             _move(weight, overlay, overlay.columns, 0)
 
     def _rebuilt(self, x: Tensor, copy: Tensor | None) -> Tensor | None:
-        with self.own(self.layer, x) as (weight, bias):
+        fetched = self.fetch(self.layer, x)
+        if fetched is None and copy is not None:
+            return fold(self.layer.weight, self.wanted, copy, self._folded)
+        with fetched or nullcontext((self.layer.weight, self.layer.bias)) as (weight, bias):
             if copy is not None:
                 return fold(weight, self.wanted, copy, self._folded)
             try:
