@@ -77,6 +77,9 @@ class Operations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         name, written = function._schema.name.split("::")[1], _on_meta(result)
         if written and name not in memory._NO_KERNELS:
+            if name in ("addmm", "baddbmm") and args[0].dim() > 1:
+                # On a GPU PyTorch copies the matrix first, and adds the product to the copy.
+                self._note("copy", written, args[:1], 0)
             read = _read(function, args, kwargs or {})
             self._note(name, written, read, _flops(name, written[0], args))
         return result

@@ -1,6 +1,6 @@
 """Updates folded into a copy of a weight, compared with the sum in float64."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def update(seed=0, rows=12, dtype=torch.float32):
     return LowRank(torch.randn(rows, RANK, generator=g).to(dtype), torch.randn(RANK, 8, generator=g).to(dtype))
 
 
-def folded(linear, own=None, keeps=True):
-    return FoldedWeight(linear, own or (lambda layer, like: nullcontext((layer.weight, layer.bias))), Keeping(keeps))
+def folded(linear, fetch=lambda layer, like: None, keeps=True):
+    return FoldedWeight(linear, fetch, Keeping(keeps))
 
 
 def on(fold, *overlays):
@@ -173,6 +173,31 @@ def test_rows_that_no_update_has_are_those_of_the_weight_and_written_once():
         assert error(linear(x), reference(linear, [(part, 3, 0), (other, 5, 8)], x)) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_error_half_way_leaves_nothing_half_folded(dtype, monkeypatch):
+    linear, x = layer(dtype), torch.randn(3, 8, dtype=dtype)
+    one, two = update(1, dtype=dtype), update(2, 5, dtype)
+    fold, wanted = folded(linear), []
+    for active in (4, 2):
+        with on(fold, (one, active), (two, active, 3)):
+            wanted.append(linear(x))
+
+    done, function = [], torch.Tensor.addmm_
+
+    def cancelled(*args, **kwargs):
+        if done:
+            raise KeyboardInterrupt
+        done.append(function(*args, **kwargs))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), on(fold, (one, 4), (two, 6, 3)):
+        patch.setattr(torch.Tensor, "addmm_", cancelled)
+        linear(x)
+    assert done
+    for active in (2, 4):
+        with on(fold, (one, active), (two, active, 3)):
+            assert error(linear(x), wanted.pop().double()) < 1e-5
+
+
 class Dtypes(TorchDispatchMode):
     """The dtypes of all that is computed within the block."""
 
@@ -198,9 +223,7 @@ def test_where_memory_for_a_copy_is_not_there_it_is_made_anew_and_the_log_says_s
     linears, x, one = [layer(torch.bfloat16) for _ in range(3)], torch.randn(3, 8, dtype=torch.bfloat16), update()
     one = one.to(dtype=torch.bfloat16)
     keeping = Keeping(True)
-    folds = [
-        FoldedWeight(each, lambda layer, like: nullcontext((layer.weight, layer.bias)), keeping) for each in linears
-    ]
+    folds = [FoldedWeight(each, lambda layer, like: None, keeping) for each in linears]
     with on(folds[0], (one, 4)):
         wanted = linears[0](x)
 

@@ -1,16 +1,13 @@
 """Masked low-rank products beside a layer: right for every layer and rank, at the price of two products."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
 from .rows import joined, pieces
-
-if TYPE_CHECKING:
-    from .overlay import Overlay
 
 # Modules whose linear layers make a new tensor in their own forward: torch's, and the host's.
 _MAKERS = ("torch.nn.modules.linear", "comfy.ops")
@@ -29,7 +26,7 @@ class Factors(NamedTuple):
 class Beside:
     """The forward of a layer with adapters beside it. `forward` is the layer's own, or whatever stands in for it."""
 
-    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], overlays: Sequence["Overlay"], is_own: bool):
+    def __init__(self, layer: nn.Module, forward: Callable[..., Tensor], overlays: Sequence, is_own: bool):
         """is_own: whether forward is the layer's own."""
         self.layer, self.run, self.overlays, self.is_own = layer, forward, overlays, is_own
         self.may_write = is_own and type(layer).forward.__module__ in _MAKERS
@@ -44,11 +41,13 @@ class Beside:
         return add_up(output, [F.linear(x.flatten(0, -2), down)], [up], [only.row], may_write)
 
 
-def factors_of(overlay: "Overlay", x: Tensor) -> Factors:
-    """What is on of the overlay's adapter, in the dtype of x."""
+def factors_of(overlay, x: Tensor) -> Factors:
+    """What is on of an `overlay.Overlay`'s adapter, in the dtype of x."""
     if isinstance(overlay.active, int):
-        return Factors(*overlay.factors(x.dtype), overlay.row)
-    return _factors(*overlay.adapter.factors(), overlay.active, overlay.adapter.group, overlay.row, x)
+        up, down = overlay.factors(x.dtype)
+        return Factors(up, down, overlay.row)
+    up, down = overlay.adapter.factors()
+    return _factors(up, down, overlay.active, overlay.adapter.group, overlay.row, x)
 
 
 def add_low_rank(

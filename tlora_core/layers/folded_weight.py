@@ -8,14 +8,14 @@ changed by the few components that the rank has gained or lost.
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .overlay import Overlay, StandIn
-from .rows import gaps, joined, pieces
+from .rows import joined, pieces, spans
 
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
 # stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
@@ -39,7 +39,8 @@ class Keeping:
 class FoldedWeight(StandIn):
     """Folds into a copy of the weight, as large as the weight itself.
 
-    own: gives the layer's weight and bias, in the dtype and on the device of a tensor, for the length of a block.
+    fetch: gives the layer's weight and bias, in the dtype and on the device of a tensor, for the length of a block; or
+        None where they are so already.
     keeping: whether the copy is kept, shared by all layers of a sampling. is_constant: False where something else has a
         hand in the weight, which might follow the timestep too; then the copy is never kept.
     """
@@ -47,12 +48,12 @@ class FoldedWeight(StandIn):
     def __init__(
         self,
         layer: nn.Linear,
-        own: Callable[[nn.Module, Tensor], AbstractContextManager],
+        fetch: Callable[[nn.Module, Tensor], AbstractContextManager | None],
         keeping: Keeping,
         is_constant: bool = True,
     ):
         super().__init__(layer)
-        self.own, self.keeping, self.is_constant = own, keeping, is_constant
+        self.fetch, self.keeping, self.is_constant = fetch, keeping, is_constant
         self.source, self.device = layer.weight, layer.weight.device
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
@@ -65,7 +66,10 @@ class FoldedWeight(StandIn):
             if copy is not None:
                 return F.linear(x, copy, self.bias)
         self.weight, self._folded = None, []
-        with self.own(self.layer, x) as (weight, bias):
+        fetched = self.fetch(self.layer, x)
+        if fetched is None:
+            return F.linear(x, fold(self.layer.weight, self.wanted), self.layer.bias)
+        with fetched as (weight, bias):
             return F.linear(x, fold(weight, self.wanted), bias)
 
     def _keeps(self, x: Tensor) -> bool:
@@ -77,13 +81,14 @@ class FoldedWeight(StandIn):
 
     def _updated(self, x: Tensor) -> Tensor | None:
         """The copy with what is wanted; None if there is no memory for it."""
-        if self.weight is not None and self.weight.dtype == torch.float32 and self._steps < STEPS_UNTIL_REBUILD:
-            self._follow(self.weight)
+        copy, self.weight = self.weight, None  # an error half-way leaves none that is half done
+        if copy is not None and copy.dtype == torch.float32 and self._steps < STEPS_UNTIL_REBUILD:
+            self._follow(copy)
             self._steps += 1
         else:
-            self.weight, self._steps = self._rebuilt(x), 0
-        self._folded = list(self.wanted)
-        return self.weight
+            copy, self._steps = self._rebuilt(x, copy), 0
+        self.weight, self._folded = copy, list(self.wanted)
+        return copy
 
     def _follow(self, weight: Tensor) -> None:
         """Adds and takes away what has changed since the last evaluation."""
@@ -94,10 +99,13 @@ class FoldedWeight(StandIn):
         for overlay in before.values():
             _move(weight, overlay, overlay.columns, 0)
 
-    def _rebuilt(self, x: Tensor) -> Tensor | None:
-        with self.own(self.layer, x) as (weight, bias):
-            if self.weight is not None:
-                return fold(weight, self.wanted, self.weight, self._folded)
+    def _rebuilt(self, x: Tensor, copy: Tensor | None) -> Tensor | None:
+        fetched = self.fetch(self.layer, x)
+        if fetched is None and copy is not None:
+            return fold(self.layer.weight, self.wanted, copy, self._folded)
+        with fetched or nullcontext((self.layer.weight, self.layer.bias)) as (weight, bias):
+            if copy is not None:
+                return fold(weight, self.wanted, copy, self._folded)
             try:
                 copy = torch.empty_like(weight)
             except torch.OutOfMemoryError:
@@ -134,12 +142,12 @@ def fold(
     up, down = factors[0]
     if len(factors) == 1 and up.shape[0] == weight.shape[0]:
         return torch.addmm(weight, up, down) if copy is None else torch.addmm(weight, up, down, out=copy)
-    total = torch.empty_like(weight) if copy is None else copy
     found = pieces([overlay.row for overlay in overlays], [up.shape[0] for up, _ in factors])
-    for rest in () if _same_rows(before, overlays) else gaps(found, weight.shape[0]):
-        total[rest].copy_(weight[rest])
+    total = weight.clone() if copy is None else copy
+    if copy is not None:
+        for rows in spans(found) if _same_rows(before, overlays) else [slice(None)]:
+            total[rows].copy_(weight[rows])
     for piece in found:
         up = joined([factors[i][0][part] for i, part in zip(piece.indices, piece.parts)], 1)
-        down = joined([factors[i][1] for i in piece.indices], 0)
-        torch.addmm(weight[piece.rows], up, down, out=total[piece.rows])
+        total[piece.rows].addmm_(up, joined([factors[i][1] for i in piece.indices], 0))
     return total

@@ -18,11 +18,11 @@ class Piece(NamedTuple):
 
 def pieces(starts: Sequence[int], counts: Sequence[int]) -> tuple[Piece, ...]:
     """The pieces of all rows that adapters change, in order, given each adapter's first row and number of rows."""
-    return _pieces(tuple(starts), tuple(counts))
+    find = _find if torch.compiler.is_compiling() else _found  # a compiler warns of a cache
+    return find(tuple(starts), tuple(counts))
 
 
-@lru_cache(maxsize=256)  # a model has a few such layouts on hundreds of layers
-def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ...]:
+def _find(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ...]:
     spans = [(start, start + count) for start, count in zip(starts, counts)]
     bounds = sorted({bound for span in spans for bound in span})
     found = []
@@ -33,11 +33,18 @@ def _pieces(starts: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Piece, ..
     return tuple(found)
 
 
-def gaps(of: Sequence[Piece], count: int) -> list[slice]:
-    """The rows in 0 to `count` that no piece has."""
-    ends = [0, *(piece.rows.stop for piece in of)]
-    starts = [*(piece.rows.start for piece in of), count]
-    return [slice(end, start) for end, start in zip(ends, starts) if end < start]
+_found = lru_cache(maxsize=256)(_find)  # a model has a few such layouts on hundreds of layers
+
+
+def spans(of: Sequence[Piece]) -> list[slice]:
+    """All rows of the pieces, those of neighbours as one slice."""
+    found: list[slice] = []
+    for piece in of:
+        if found and found[-1].stop == piece.rows.start:
+            found[-1] = slice(found[-1].start, piece.rows.stop)
+        else:
+            found.append(piece.rows)
+    return found
 
 
 def joined(matrices: Sequence[Tensor], dim: int) -> Tensor:

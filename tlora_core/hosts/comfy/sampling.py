@@ -21,7 +21,6 @@ device's whole memory.
 
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -148,7 +147,9 @@ class Folds:
                 keeping = Keeping(copies < _lasting_room(base, x.device))
             else:
                 keeping = Keeping(others < room)
-            self.layers |= {layer: FoldedWeight(layer, own_weight, keeping, _is_constant(layer)) for layer in layers}
+            self.layers |= {
+                layer: FoldedWeight(layer, fetched_weight, keeping, _is_constant(layer)) for layer in layers
+            }
         self.layers |= {layer: None for layer in new.values() if layer not in self.layers}
 
     def _fold_outputs(self, layers: Mapping[str, torch.nn.Module], placed: Placed, text, dtype, room: float) -> int:
@@ -181,9 +182,10 @@ def _lasting_room(base, device: torch.device) -> float:
     return (comfy.model_management.get_total_memory(device) - base.current_patcher.model_size()) / 4
 
 
-def own_weight(layer: torch.nn.Module, like: torch.Tensor):
-    """For the length of a block, the layer's weight and bias as its own forward would use them on `like`."""
-    return fetched(layer, like) if is_cast(layer) else nullcontext((layer.weight, layer.bias))
+def fetched_weight(layer: torch.nn.Module, like: torch.Tensor):
+    """For the length of a block, the layer's weight and bias as its own forward would use them on `like`; None where it
+    uses them as they are."""
+    return fetched(layer, like) if is_cast(layer) else None
 
 
 def _is_constant(layer: torch.nn.Module) -> bool:

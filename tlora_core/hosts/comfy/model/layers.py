@@ -62,12 +62,13 @@ def is_linear(module: nn.Module | None) -> bool:
 
 def is_cast(module: nn.Module) -> bool:
     """Whether the host computes or moves the layer's weight anew for each use."""
+    weight = module.weight
     return bool(
         getattr(module, "comfy_cast_weights", False)
         or getattr(module, "weight_function", ())
         or getattr(module, "bias_function", ())
         or "_v" in vars(module)  # a module takes long to find that it lacks something
-        or isinstance(module.weight.data, QuantizedTensor)
+        or (type(weight) is not nn.Parameter and isinstance(weight.data, QuantizedTensor))
     )
 
 
