@@ -59,7 +59,7 @@ class Frozen:
     def output(self, x: Tensor, text: Text | None) -> Tensor:
         """The layer's output without gradient, in a new tensor. For a text it is computed once."""
         if text is None:
-            return self.run(x)
+            return _no_view(self.run(x))
         if self not in text.outputs:
             text.outputs[self] = self.run(x)
         return text.outputs[self].clone()
@@ -87,11 +87,18 @@ def _is_simple_convolution(layer: nn.Module) -> bool:
     )
 
 
+def _no_view(output: Tensor) -> Tensor:
+    """The same numbers in the same memory, in a tensor that autograd does not know as a view. FLUX and its like write a
+    block's result onto its input in place, and that may be what this layer returns; onto a view out of a function with
+    a backward pass of its own autograd would not let them."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
 class _FrozenLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, frozen: Frozen) -> Tensor:
         ctx.frozen, ctx.shape = frozen, x.shape
-        return frozen.run(x)
+        return _no_view(frozen.run(x))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

@@ -45,6 +45,7 @@ def small_card(run: Run, gib: int) -> Iterator[int]:
 
 def empty() -> None:
     """All models off the card, and what PyTorch keeps for later given back."""
+    gc.collect()  # first: a model that is only kept by a cycle would be moved to RAM
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()

@@ -53,7 +53,10 @@ def start(device: str, host: str):
 def _arguments(device: str, host: str) -> list[str]:
     if device == "cpu":
         return ["--cpu"]
-    return [] if host == DYNAMIC else ["--disable-dynamic-vram"]
+    source = importlib.util.find_spec("comfy.cli_args")
+    known = Path(source.origin).read_text(encoding="utf-8") if source and source.origin else ""
+    option = "--disable-dynamic-vram"  # older versions have neither it nor what it disables
+    return [option] if host != DYNAMIC and option in known else []
 
 
 def _before_torch(host: str) -> None:
