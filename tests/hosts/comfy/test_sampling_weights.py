@@ -30,13 +30,9 @@ class TestCompiled:
     @pytest.mark.parametrize(
         "part,first", [("diffusion_model", "tlora"), ("diffusion_model.double_blocks.0", "compile")]
     )
-<<<<<<< HEAD
-    def test_every_evaluation_has_its_rank_and_none_compiles_again(self, flux, counter, part, first, monkeypatch):
-=======
-    def test_every_evaluation_has_its_rank_and_none_compiles_anew(
+    def test_every_evaluation_has_its_rank_and_none_compiles_again(
         self, flux, counter, part, first, monkeypatch, recwarn
     ):
->>>>>>> sampling
         import comfy.model_management
         from comfy_api.torch_helpers import set_torch_compile_wrapper
         from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
