@@ -54,11 +54,13 @@ class FoldedOutput(StandIn):
         known, output.hidden = output.hidden, {}
         hidden, ups = [], []
         for overlay in self.wanted:
-            whole = known.get(overlay.update)
+            update = overlay.adapter
+            assert isinstance(update, LowRank)  # adapters in training are never folded, since their factors change
+            whole = known.get(update)
             if whole is None:
-                whole = F.linear(x.flatten(0, -2), overlay.update.down.to(x.dtype))
+                whole = F.linear(x.flatten(0, -2), update.down.to(x.dtype))
             up, down = overlay.factors(x.dtype)
             ups.append(up)
             hidden.append(whole[:, : len(down)])
-            output.hidden[overlay.update] = whole
+            output.hidden[update] = whole
         return add_up(output.alone, hidden, ups, [each.row for each in self.wanted])

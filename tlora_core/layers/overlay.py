@@ -34,12 +34,6 @@ class Overlay(NamedTuple):
     row: int = 0
 
     @property
-    def update(self) -> LowRank:
-        """The adapter, where it is folded: those in training never are, since their factors change."""
-        assert isinstance(self.adapter, LowRank)
-        return self.adapter
-
-    @property
     def columns(self) -> int:
         """How many columns of the adapter's up are on, where the whole batch has one rank."""
         assert isinstance(self.active, int)

@@ -64,15 +64,12 @@ class Bank(nn.Module):
     def __getitem__(self, index: int) -> "BankAdapter":
         return BankAdapter(self, index)
 
-    @property
-    def starts(self) -> Starts | None:
-        return None if self.S is None else (self.B0, self.S0, self.A0)
-
     def branches(
         self, columns: int, dtype: torch.dtype, on: Tensor | None = None, text: Tensor | None = None
     ) -> list[Branch]:
         """Each adapter's branch with the first `columns` components. text [B, tokens, in]: the input of all layers."""
-        stacks = _Branches.apply(self.B, self.S, self.A, self.starts, columns, dtype, on, text)
+        starts = None if self.S is None else (self.B0, self.S0, self.A0)
+        stacks = _Branches.apply(self.B, self.S, self.A, starts, columns, dtype, on, text)
         return [Branch(P, up, A, down, on) for P, up, A, down in zip(*(stack.unbind() for stack in stacks))]
 
 
@@ -96,10 +93,10 @@ class BankAdapter(Adapter):
         return None if self.bank.S is None else self.bank.S[self.index, 0]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        bank, i, starts = self.bank, self.index, self.bank.starts
-        if bank.S is None or starts is None:
+        bank, i = self.bank, self.index
+        if bank.S is None:
             return bank.B[i], bank.A[i]
-        return difference_form((bank.B[i], bank.S[i], bank.A[i]), tuple(start[i] for start in starts))
+        return difference_form((bank.B[i], bank.S[i], bank.A[i]), (bank.B0[i], bank.S0[i], bank.A0[i]))
 
 
 class _Branches(torch.autograd.Function):

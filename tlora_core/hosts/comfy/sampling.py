@@ -54,10 +54,10 @@ from .model.weights import without_weights
 
 
 class Placed(NamedTuple):
-    """A T-LoRA's adapters in the model that is evaluated: (layer, adapter, first row of the layer) of each. ranks:
-    which ranks they have. layers: by module path."""
+    """A T-LoRA's adapters in the model that is evaluated: (layer, adapter, its rank, first row of the layer) of
+    each. ranks: which ranks they have. layers: by module path."""
 
-    adapters: list[tuple[torch.nn.Module, Adapter | LowRank, int]]
+    adapters: list[tuple[torch.nn.Module, Adapter | LowRank, int, int]]
     ranks: set[int]
     layers: dict[str, torch.nn.Module]
 
@@ -66,7 +66,7 @@ def place(base, adapters: Mapping[LayerName, Adapter | LowRank]) -> Placed:
     """The adapters in their layers of the host's model."""
     modules = diffusion_modules(base.diffusion_model)
     layers = {name.path: modules[name.path] for name in adapters}
-    placed = [(layers[name.path], adapter, name.row) for name, adapter in adapters.items()]
+    placed = [(layers[name.path], adapter, adapter.rank, name.row) for name, adapter in adapters.items()]
     return Placed(placed, {adapter.rank for adapter in adapters.values()}, layers)
 
 
@@ -91,7 +91,7 @@ class TimestepAwarePatch:
         active = self.schedule.active_of_layers(placed.ranks, timesteps, T)
         if as_tensors:
             active = {rank: torch.as_tensor(each, device=timesteps.device) for rank, each in active.items()}
-        return [Overlay(layer, adapter, active[adapter.rank], row) for layer, adapter, row in placed.adapters]
+        return [Overlay(layer, adapter, active[rank], row) for layer, adapter, rank, row in placed.adapters]
 
     def to(self, target):
         """The host moves everything that has `.to` to the sampling device, then casts it to the model's dtype, which
@@ -157,7 +157,7 @@ class Folds:
         of_text = [layer for path, layer in layers.items() if TEXT_LAYER.search(path) and not is_replaced(layer)]
         self.layers |= {layer: FoldedOutput(layer, _is_constant(layer)) for layer in of_text}
         hidden = [
-            a.rank * a.group for layer, a, _ in placed.adapters if isinstance(self.layers.get(layer), FoldedOutput)
+            rank * a.group for layer, a, rank, _ in placed.adapters if isinstance(self.layers.get(layer), FoldedOutput)
         ]
         if not hidden or not isinstance(text, torch.Tensor):
             return 0
