@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 def test_cancelled_training_stops_within_steps_and_leaves_no_trace(server, loras, trained, good):
     graph, before = TinyGraph(), files_below(loras)
     graph.picture(graph.train(steps=200, file_name="tests/cancelled")[1])
-    cancel = CancelAt(server, step=4)
+    cancel = CancelAt(server, step=4, steps=200)
     result = server.run(graph, check=False, listener=cancel)
     assert result.errors == ["The run was cancelled."]
     assert 4 <= cancel.last_step < 20

@@ -76,15 +76,18 @@ def test_full_disk_while_saving_is_said_and_leaves_no_half_written_file(server, 
     assert np.array_equal(bare_and_adapted(server, trained[0])[1], good[1])
 
 
+STEPS = 80
+
+
 class FillsDisk(CancelAt):
     """Fills a folder's disk, which had room when the training began, when it hears of a step."""
 
     def __init__(self, server, folder: Path):
-        super().__init__(server, step=0)
+        super().__init__(server, step=0, steps=STEPS)
         self.ballast = folder / "ballast"
 
-    def step(self, _node, _title, _value, _total):
-        if not self.ballast.exists():
+    def step(self, _node, _title, _value, total):
+        if total == self.steps and not self.ballast.exists():
             with open(self.ballast, "wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(4096))
@@ -93,7 +96,7 @@ class FillsDisk(CancelAt):
 def longer_training(file_name: str):
     """Long enough for a disk to fill meanwhile; always the same."""
     graph = TinyGraph()
-    return graph, graph.train(steps=80, learning_rate=0.01, seed=5, file_name=file_name).id
+    return graph, graph.train(steps=STEPS, learning_rate=0.01, seed=5, file_name=file_name).id
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +113,7 @@ def test_disk_that_fills_up_during_a_training_loses_nothing_and_run_again_only_w
         (graph, node), filling, again = (
             longer_training("filled_disk/x"),
             FillsDisk(server, folder),
-            CancelAt(server, step=10**9),
+            CancelAt(server, step=10**9, steps=STEPS),
         )
         (message,) = server.run(graph, check=False, listener=filling).errors
         assert re.search(
@@ -145,7 +148,7 @@ def test_training_that_neither_disk_can_store_is_kept_in_the_output_folder_and_t
 
 @pytest.mark.parametrize("found", [False, True], ids=["trained", "found"])
 def test_folder_that_cannot_be_written_to_is_reported_before_any_step(server, loras, straight, found):
-    folder, none = loras / f"read_only{found}", CancelAt(server, step=10**9)
+    folder, none = loras / f"read_only{found}", CancelAt(server, step=10**9, steps=STEPS)
     folder.mkdir()
     graph, node = longer_training(f"{folder.name}/x")
     graph[node]["inputs"]["seed"] = 5 if found else 6

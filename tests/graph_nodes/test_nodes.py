@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from failing_graphs import CancelAt
 from foreign_files import plain_layers, plain_state
 from graphs import TinyGraph, bare_and_adapted, cached_nodes, difference, error_of, files_below, pixels
 from PIL import Image
@@ -211,22 +212,21 @@ def test_quickstart_trains_saves_and_ends_in_one_sheet_of_eight_pictures(server)
         assert picture.height > 4 * 160 and picture.width > 2 * 160
 
 
-class StopAt:
+class StopAt(CancelAt):
     """Presses Stop and keep when a training reports this step."""
 
-    def __init__(self, server, step: int):
-        self.server, self.step_to_stop, self.last_step, self.asked = server, step, 0, False
+    def __init__(self, server, step: int, steps: int):
+        super().__init__(server, step, steps)
+        self.asked = False
 
-    def step(self, _node, _title, value, _total):
+    def step(self, _node, _title, value, total):
+        if total != self.steps:
+            return
         self.last_step = value
-        if value >= self.step_to_stop and not self.asked:
+        if value >= self.step_to_cancel and not self.asked:
             run = next(run for run in self.server.client.get_json("/tlora/runs") if run["state"] == "running")
             self.server.client.request(f"/tlora/runs/{run['id']}/stop", {})
             self.asked = True
-
-    def node_started(self, *_): ...
-
-    def finish(self): ...
 
 
 @pytest.mark.parametrize("rerun, goes_on", [("continue", True), ("auto", False)])
@@ -235,7 +235,7 @@ def test_running_a_stopped_graph_again_resumes_it_if_asked_and_only_once(server,
     training = graph.train(
         steps=60, learning_rate=1e-3, seed=40 + goes_on, file_name=f"tests/stopped_{rerun}", rerun=rerun
     )
-    stop, again = StopAt(server, 5), StopAt(server, 999)
+    stop, again = StopAt(server, 5, 60), StopAt(server, 999, 60)
     server.run(graph, listener=stop)
     result = server.run(graph, listener=again)
     assert 5 <= stop.last_step < 60

@@ -4,12 +4,16 @@ from graphs import TinyGraph, bake
 
 
 class CancelAt:
-    """Presses cancel when a training reports this step, and records the last reported step."""
+    """Presses cancel when a training of `steps` steps reports this step, and records the last reported step. The node
+    also reports how many adapters it has made; those reports have another total."""
 
-    def __init__(self, server, step: int):
+    def __init__(self, server, step: int, steps: int):
         self.server, self.step_to_cancel, self.last_step, self.is_cancelled = server, step, 0, False
+        self.steps = steps
 
-    def step(self, _node, _title, value, _total):
+    def step(self, _node, _title, value, total):
+        if total != self.steps:
+            return
         self.last_step = value
         if value >= self.step_to_cancel and not self.is_cancelled:
             self.server.client.interrupt()

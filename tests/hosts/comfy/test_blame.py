@@ -122,7 +122,7 @@ def test_a_patch_that_overwrites_what_the_backward_pass_needs_is_named(base, out
         assert 'model has a patch that cannot be trained through: "overwriting" of' in message
 
 
-def test_a_layer_that_fails_is_named_and_clip_and_vae_are_not_blamed(base, output, monkeypatch):
+def test_a_layer_that_gets_another_width_is_named(base, output, monkeypatch):
     _, clip, _ = base
     encode = clip.encode_from_tokens_scheduled
     monkeypatch.setattr(
@@ -133,7 +133,8 @@ def test_a_layer_that_fails_is_named_and_clip_and_vae_are_not_blamed(base, outpu
     message = error_of(base, memory="fast")
     assert message.startswith('model failed at the layer "label_emb.0.0" in step 1 (mat1 and mat2 shapes cannot be')
     assert message.endswith(
-        "); if a node patches the model, connect the model from before it, otherwise report this with the log."
+        "); check that clip and vae belong to this model; if a node patches the model, connect the model from before it, "
+        "otherwise report this with the log."
     )
 
 

@@ -26,7 +26,9 @@ _NO_PATCHES = (str(_OURS), str(_HOSTS), sysconfig.get_path("stdlib"), str(Path(t
 _PACKAGES = {"site-packages", "dist-packages"}
 # By which our stand-ins, and the contexts of our backward passes, hold the layer or block that they stand for.
 _HOLDING = ("layer", "frozen", "call", "block", "run", "__self__")
-_OVERWRITTEN, _OF_INFERENCE = "modified by an inplace operation", "nference tensors cannot"  # torch's words
+# torch's words
+_OVERWRITTEN, _OF_INFERENCE = "modified by an inplace operation", "nference tensors cannot"
+_OF_SHAPES = "shapes cannot be multiplied"
 
 
 class Place(NamedTuple):
@@ -57,9 +59,10 @@ def sentence_for(error: Exception, denoiser: HostDenoiser, step: int, checkpoint
             f"model has a patch that cannot be trained through{patch} ({words}); connect the model from before the "
             "node that adds the patch, and put that node after Train."
         )
+    check = "check that clip and vae belong to this model; " if _OF_SHAPES in words else ""
     return TLoRAError(
-        f"model failed at the layer {layer} in step {step} ({words}); if a node patches the model, connect the model "
-        "from before it, otherwise report this with the log."
+        f"model failed at the layer {layer} in step {step} ({words}); {check}if a node patches the model, connect the "
+        "model from before it, otherwise report this with the log."
     )
 
 
