@@ -26,10 +26,23 @@ LEFT_OUT = pytest.StashKey[int]()
 
 # `python -m pytest` puts the current folder there.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
+<<<<<<< HEAD
 # A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed
 # test.
 exit_on_signals(lambda status: pytest.exit("The test run was terminated.", status))
 # On a busy machine, the time of an example means nothing.
+=======
+
+
+def terminated(status: int):
+    """A terminated test run still stops its server. pytest takes this exception for the end, and SystemExit for a
+    failed test; its own, pytest.exit's, is an Exception, which the code under test would take for an error."""
+    raise KeyboardInterrupt("The test run was terminated.")
+
+
+exit_on_signals(terminated)
+# How long an example takes says nothing on a busy machine.
+>>>>>>> before
 hypothesis.settings.register_profile("tlora", deadline=None)
 hypothesis.settings.load_profile("tlora")
 

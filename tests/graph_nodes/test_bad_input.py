@@ -99,8 +99,8 @@ BAD = {
     ),
     "model of another family": (
         bad_training(model=diffusion_transformer),
-        r'^model failed at the layer "y_embedder\.mlp\.0" in step 1 \(mat1 and mat2 shapes .*\); check that clip and vae '
-        "belong to this model; if a node patches the model, ",
+        r'^model failed at the layer "y_embedder\.mlp\.0" in step 1 \(mat1 and mat2 shapes .*\); check that clip and '
+        "vae belong to this model; if a node patches the model, ",
     ),
     "clip of a model-only file": (
         bad_training(clip=part_of_a_model_only_file(1)),

@@ -133,8 +133,8 @@ def test_a_layer_that_gets_another_width_is_named(base, output, monkeypatch):
     message = error_of(base, memory="fast")
     assert message.startswith('model failed at the layer "label_emb.0.0" in step 1 (mat1 and mat2 shapes cannot be')
     assert message.endswith(
-        "); check that clip and vae belong to this model; if a node patches the model, connect the model from before it, "
-        "otherwise report this with the log."
+        "); check that clip and vae belong to this model; if a node patches the model, connect the model from before "
+        "it, otherwise report this with the log."
     )
 
 
