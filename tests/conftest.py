@@ -26,12 +26,6 @@ LEFT_OUT = pytest.StashKey[int]()
 
 # `python -m pytest` puts the current folder there.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != REPO]
-<<<<<<< HEAD
-# A terminated test run still stops its server: pytest takes this exception for the end, and SystemExit for a failed
-# test.
-exit_on_signals(lambda status: pytest.exit("The test run was terminated.", status))
-# On a busy machine, the time of an example means nothing.
-=======
 
 
 def terminated(status: int):
@@ -41,8 +35,7 @@ def terminated(status: int):
 
 
 exit_on_signals(terminated)
-# How long an example takes says nothing on a busy machine.
->>>>>>> before
+# On a busy machine, the time of an example means nothing.
 hypothesis.settings.register_profile("tlora", deadline=None)
 hypothesis.settings.load_profile("tlora")
 

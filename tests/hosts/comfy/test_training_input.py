@@ -49,7 +49,8 @@ def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another
         scale = torch.full((1,), 1.1)
     patched.set_model_attn2_output_patch(lambda output, options: output * scale)
     with pytest.raises(
-        TLoRAError, match="model has a patch that cannot be trained through .* connect the model from before"
+        TLoRAError,
+        match="patch that cannot be trained through: .* of .*test_training_input, .* connect the model from before",
     ):
         run((patched, *base[1:]))
     assert run(base).file

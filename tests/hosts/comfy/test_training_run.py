@@ -121,51 +121,6 @@ def test_loss_of_nan_before_any_good_state_saves_nothing_and_says_so(base, outpu
     assert not record(output)["files"] and not list((output / "loras").rglob("*.safetensors"))
 
 
-<<<<<<< HEAD
-=======
-def test_patch_that_cannot_be_trained_through_is_named_and_not_taken_for_another_models(base, output):
-    """As of IP-Adapter, whose tensors were made by its node."""
-    from tlora_core import TLoRAError
-
-    patched = base[0].clone()
-    with torch.inference_mode():
-        scale = torch.full((1,), 1.1)
-    patched.set_model_attn2_output_patch(lambda output, options: output * scale)
-    with pytest.raises(
-        TLoRAError,
-        match="patch that cannot be trained through: .* of .*test_training_run, .* connect the model from before",
-    ):
-        run((patched, *base[1:]))
-    assert run(base).file
-
-
-@pytest.mark.parametrize("broken", ["vae", "clip"])
-def test_what_vae_or_clip_cannot_compute_is_told_of_them_before_any_step(base, output, monkeypatch, broken):
-    from tlora_core import TLoRAError
-
-    _, clip, vae = base
-    encode, encode_text = vae.first_stage_model.encode, clip.cond_stage_model.encode_token_weights
-    if broken == "vae":
-        monkeypatch.setattr(vae.first_stage_model, "encode", lambda pixels: encode(pixels) * float("nan"))
-        message = (
-            "vae encodes a picture into NaN or infinite values; start ComfyUI with --fp32-vae, or connect another VAE."
-        )
-    else:
-        monkeypatch.setattr(
-            clip.cond_stage_model,
-            "encode_token_weights",
-            lambda tokens: [x * float("inf") for x in encode_text(tokens)],
-        )
-        message = (
-            'clip encodes "a photo of sks heart" into NaN or infinite values; start ComfyUI with '
-            "--fp32-text-enc, or connect another CLIP."
-        )
-    with pytest.raises(TLoRAError) as raised:
-        run(base)
-    assert str(raised.value) == message and not list(output.rglob("run.json"))
-
-
->>>>>>> before
 KILLED = """
 import sys
 sys.argv[1:] = ["--cpu", "--base-directory", sys.argv[1]]
