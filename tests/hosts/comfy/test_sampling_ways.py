@@ -107,11 +107,11 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
 
     patched = runs.apply(unet, tlora)
     during = []
-    runs.sample(patched, *runs.texts(), callback=lambda *args: during.append(len(Folds._of_models)))
-    assert set(during) == {1} and len(Folds._of_models) == 0
+    runs.sample(patched, *runs.texts(), callback=lambda *args: during.append(unet.model in Folds._of_models))
+    assert set(during) == {True} and unet.model not in Folds._of_models
     ways = runs.Ways(monkeypatch)
     models.evaluate(patched, [3.0])
-    assert ways.used == {"product"} and len(Folds._of_models) == 0 and models.is_untouched(unet)
+    assert ways.used == {"product"} and unet.model not in Folds._of_models and models.is_untouched(unet)
 
 
 def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
@@ -168,7 +168,7 @@ def test_failure_at_any_step_leaves_weights_and_next_picture_as_they_were(unet, 
 
     with pytest.raises(kinds[failure]):
         runs.sample(patched, *runs.texts(), callback=fail)
-    assert models.is_untouched(unet) and len(Folds._of_models) == 0
+    assert models.is_untouched(unet) and unet.model not in Folds._of_models
     assert all(torch.equal(v, weights[k]) for k, v in unet.model.state_dict().items())
     assert torch.equal(runs.sample(unet, *runs.texts()), plain)
     assert torch.equal(runs.sample(patched, *runs.texts()), wanted)
