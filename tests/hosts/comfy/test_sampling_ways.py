@@ -114,6 +114,27 @@ def test_nothing_is_kept_after_a_sampling_or_outside_one(unet, tlora, monkeypatc
     assert ways.used == {"product"} and unet.model not in Folds._of_models and models.is_untouched(unet)
 
 
+def test_what_is_kept_of_a_sampling_that_never_ended_goes_with_its_model(comfy):
+    import gc
+    import weakref
+
+    import comfy.model_management
+
+    from tlora_core.hosts.comfy.sampling import Folds
+
+    model = models.random_unet()
+    patched = runs.apply(model, models.random_tlora(model))
+    model.model.current_patcher = patched
+    models.evaluate(patched, [3.0])
+    assert model.model in Folds._of_models
+    network = weakref.ref(model.model)
+    model.model.current_patcher = None
+    del model, patched
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    assert network() is None
+
+
 def test_no_copies_of_a_tlora_outlast_a_sampling(unet, tlora, monkeypatch):
     """On the CPU, as on a GPU with --highvram or --gpu-only, idle models stay on the device that computes."""
     from tlora_core.hosts.comfy import sampling

@@ -22,7 +22,7 @@ device's whole memory.
 import uuid
 from collections.abc import Mapping
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import comfy.model_management
 import torch
@@ -109,7 +109,7 @@ class Folds:
         self.is_compiled = is_compiled(base, base.current_patcher)
         self.layers: dict[torch.nn.Module, StandIn | None] = {}  # None: not to be folded
         self.texts: TextMemo | None = None  # None while no layer reads a text
-        self._known: set[SamplingPatch] = set()
+        self._known: WeakSet[SamplingPatch] = WeakSet()  # weak, since a patch's copies hold the model
 
     @classmethod
     def of(cls, base) -> "Folds":
