@@ -287,3 +287,25 @@ class TestOtherPacks:
         assert models.relative_error(got, wanted) < 1e-5 and wanted.norm() > 0
         for layer, weight in zip(random_models.attention_layers(packed).values(), before):
             assert layer.weight is weight and type(weight) is self.Bytes
+
+
+def test_a_training_with_a_gguf_text_encoder_is_made_once_and_found_again(base, output):
+    import comfy.utils
+    import gguf
+    import gguf_pack
+    from training_runs import request, run
+
+    clip = base[1]
+    network, packed = clip.patcher.model, []
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer.in_features % 32 == 0:
+            fresh = gguf_pack.Ops.Linear(layer.in_features, layer.out_features, device="meta")
+            data = gguf.quants.quantize(layer.weight.detach().numpy(), gguf.GGMLQuantizationType.Q8_0)
+            weight = gguf_pack.Packed.of(torch.from_numpy(data), gguf.GGMLQuantizationType.Q8_0, layer.weight.shape)
+            fresh.weight, fresh.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+            comfy.utils.set_attr(network, path, fresh)
+            packed.append(fresh)
+    assert packed
+    first, again = (run(base, request(2)) for _ in range(2))
+    assert first.file == again.file and len(again.losses) == 2
+    assert all(type(layer.weight) is gguf_pack.Packed for layer in packed)
