@@ -225,6 +225,22 @@ SMALL = {
             "pad_tokens_multiple": 32,
         },
     ),
+    "krea2": (
+        "Krea2",
+        {
+            "image_model": "krea2",
+            "features": 256,
+            "channels": 16,
+            "patch": 2,
+            "layers": 2,
+            "heads": 4,
+            "kvheads": 1,
+            "txtlayers": 2,
+            "txtdim": 64,
+            "txtheads": 2,
+            "txtkvheads": 2,
+        },
+    ),
     "qwen-image": (
         "QwenImage",
         {"image_model": "qwen_image", "num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 64},
@@ -252,7 +268,8 @@ SMALL = {
     ),
 }
 LAYERS = re.compile(
-    r"(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|qkv|proj|out|[qkvo])$|single_blocks\.\d+\.linear1$"
+    r"^(?!txtfusion).*(attn|attention)\d?\S*\.(to_[qkv]|to_out\.0|add_[qkv]_proj|qkv|proj|out|w?[qkvo])$|"
+    r"single_blocks\.\d+\.linear1$"
 )
 
 
@@ -404,6 +421,8 @@ def conditioning(model, tokens: int = 77, seed: int = 0) -> list:
     config, generator = model.model.model_config.unet_config, torch.Generator().manual_seed(seed)
     if config.get("image_model") == "qwen_image":
         config = {"joint_attention_dim": 3584, **config}
+    if config.get("image_model") == "krea2":  # which takes the text encoder's states of several layers in one
+        config = {**config, "text_dim": config["txtlayers"] * config["txtdim"]}
     embedder = config.get("context_embedder_config", {}).get("params", {}).get("in_features")
     names = ("context_dim", "context_in_dim", "cap_feat_dim", "joint_attention_dim", "text_dim")
     context = next((config[name] for name in names if name in config), embedder)

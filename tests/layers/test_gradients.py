@@ -5,8 +5,9 @@ import pytest
 import torch
 from gradients import ALIKE, MIXED, Setting, saved_bytes, slope
 
-FAMILIES = ["sd15", "sdxl", "sd3", "flux", "chroma", "lumina2", "z-image", "qwen-image", "wan"]
+FAMILIES = ["sd15", "sdxl", "sd3", "flux", "chroma", "lumina2", "z-image", "qwen-image", "krea2", "wan"]
 SOME = ["sdxl", "sd3", "flux"]
+CURVED = {"krea2": 2e-3}  # whose loss is so curved that finite differences need a smaller step
 
 
 @pytest.mark.parametrize("input_scale", [None, 0.5])
@@ -42,7 +43,7 @@ def test_gradients_are_those_of_finite_differences(comfy, family):
             setting.gradients(levels)
             names = list(setting.adapters)
             for name in (names[0], names[len(names) // 2], names[-1]):
-                said, done = slope(setting, name, levels)
+                said, done = slope(setting, name, levels, CURVED.get(family, 1e-2))
                 assert said == pytest.approx(done, rel=3e-3), (levels, checkpointing, name)
 
 

@@ -96,6 +96,17 @@ def test_feed_forward_layers_come_beside_the_attentions(make, name, more):
     assert all(layer.row + layer.rows <= layer.module.out_features for layer in with_them.values())
 
 
+def test_krea_2_learns_in_its_blocks_and_not_where_it_reads_the_text(comfy):
+    import random_models
+
+    from tlora_core.hosts.comfy.model.families import target_layers
+
+    found = target_layers(random_models.small("krea2"))
+    assert set(found) == {f"blocks.{i}.attn.w{each}" for i in range(2) for each in "qkvo"}
+    # Keys and values have fewer heads than queries.
+    assert [found[f"blocks.0.attn.w{each}"].shape for each in "qkvo"] == [(256, 256), (64, 256), (64, 256), (256, 256)]
+
+
 def test_patterns_choose_any_linear_layer_by_its_path(make, sdxl):
     from tlora_core.hosts.comfy.model.families import target_layers
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "lumina2": ("flow", False),
     "z-image": ("flow", False),
     "qwen-image": ("flow", False),
+    "krea2": ("flow", False),
     "wan": ("flow", False),
 }
 

@@ -31,7 +31,7 @@ def partly(comfy, monkeypatch):
 
 
 @pytest.mark.parametrize("share", [0, 0.3])
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "chroma", "z-image", "qwen-image", "wan"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "chroma", "z-image", "qwen-image", "krea2", "wan"])
 def test_gradients_are_the_same_to_the_bit(comfy, partly, family, share):
     setting, found = Setting(family), []
     partly.bytes = share * sum(p.nbytes for p in setting.model.model.diffusion_model.parameters())

@@ -20,7 +20,7 @@ from .layers import fetched, linear_modules
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
 _EXCLUDED = re.compile(
-    r"refiner|txt_in|text_transformer|context_processor|pooler|embedder|"
+    r"refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
 _IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
@@ -29,8 +29,8 @@ _ATTENTION = re.compile(
     # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
     r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
-    # AuraFlow, Kandinsky, MM-DiT, Lumina2
-    r"w2[qkvo]|w1[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
+    # AuraFlow and Krea 2, Kandinsky, MM-DiT, Lumina2
+    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
 )
 # Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
 # first layer of the feed-forward is stacked below them.
