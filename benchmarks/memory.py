@@ -1,6 +1,6 @@
 """What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
 
-    python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|qwen-image] [--weights bf16 fp8]
+    python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|krea2|qwen-image] [--weights bf16 fp8]
         [--memory fast low lowest] [--pixels 1024] [--rank 64] [--cards 8 12 16 24] [--json]
 
 A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 META = torch.device("meta")
 # Their texts' tokens.
-MODELS = {"sdxl": 77, "flux": 512, "klein": 512, "z-image": 256, "qwen-image": 256}
+MODELS = {"sdxl": 77, "flux": 512, "klein": 512, "z-image": 256, "krea2": 256, "qwen-image": 256}
 STORAGES = {"bf16": None, "fp16": None, "fp8": torch.float8_e4m3fn}
 _BUDGET = 0.1  # bytes of weights that "lowest" keeps on the device
 STREAMS = 2  # as many copies to the device does the host make at once

@@ -89,6 +89,17 @@ Z_IMAGE = {
     "time_scale": 1000.0,
     "pad_tokens_multiple": 32,
 }
+KREA2 = {
+    "image_model": "krea2",
+    "features": 6144,
+    "channels": 16,
+    "patch": 2,
+    "layers": 28,
+    "heads": 48,
+    "kvheads": 12,
+    "txtlayers": 12,
+    "txtdim": 2560,
+}
 QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60}
 _UNET = {
     "image_size": 32,
@@ -311,6 +322,11 @@ def klein(**options):
 def z_image(**options):
     """Z-Image's transformer, 6 billion parameters."""
     return _filled(supported.ZImage(dict(Z_IMAGE)), **options)
+
+
+def krea2(**options):
+    """Krea 2's transformer."""
+    return _filled(supported.Krea2(dict(KREA2)), **options)
 
 
 def qwen_image(**options):
