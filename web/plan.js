@@ -38,10 +38,16 @@ function ask(body) {
   return answers.get(body);
 }
 
-/** Memory of weights, adapters and optimizer state, which is certain; the rest of a step is only known when it runs. */
-function memoryOf({ least_bytes: least, device_bytes: there }) {
+/** Whether all weights have to be on the device: memory "auto" and "lowest" leave in RAM those that do not fit. */
+const isWhole = (node) => ["fast", "low"].includes(values(node).memory);
+
+/** {text, isWrong} of the memory of weights, adapters and optimizer state, which is certain; the rest of a step is only
+ * known when it runs. */
+function memoryOf({ least_bytes: least, streamable_bytes: streamable, device_bytes: there }, isWhole) {
   const gib = (bytes) => Number((bytes / 2 ** 30).toPrecision(2));
-  return t(least > there ? "plan_too_large" : "plan_memory", { least: gib(least), there: gib(there) });
+  const isWrong = (isWhole ? least : least - streamable) > there;
+  const key = least <= there ? "plan_memory" : isWrong ? "plan_too_large" : "plan_streamed";
+  return { text: t(key, { least: gib(least), there: gib(there), weights: gib(streamable) }), isWrong };
 }
 
 const rate = ({ optimizer, learning_rate }) => (optimizer === "prodigy" ? t("plan_prodigy")
@@ -52,7 +58,7 @@ export async function planOf(node) {
   const body = asked(node), plan = body ? await ask(body) : {};
   if (plan.wrong) return { text: plan.wrong, isWrong: true };
   if (!plan.steps) return { text: t("plan_unknown"), isWrong: false };
-  const { steps, resolution, method, rank, min_rank, layers } = plan;
+  const { steps, resolution, method, rank, min_rank, layers } = plan, memory = memoryOf(plan, isWhole(node));
   return { text: [t("steps", { steps }), rate(plan), `${resolution} px`, `${method} ${rank === min_rank ? rank : `${rank}/${min_rank}`}`,
-                  t("plan_layers", { layers }), memoryOf(plan)].join(", "), isWrong: plan.least_bytes > plan.device_bytes };
+                  t("plan_layers", { layers }), memory.text].join(", "), isWrong: memory.isWrong };
 }

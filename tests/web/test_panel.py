@@ -172,6 +172,14 @@ def test_training_inside_a_subgraph_is_shown_there_and_a_cancelled_one_says_so(p
     assert ours(page.complaints) == []
 
 
+# Sets widgets of a node as a user does.
+CHANGE = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+    if (widget.name in values) {
+    widget.value = values[widget.name];
+    widget.callback?.(widget.value);
+} }"""
+
+
 def test_the_panel_shows_the_values_behind_zero_before_the_run(page):
     load_workflow(page, QUICKSTART)
     says = (
@@ -179,21 +187,51 @@ def test_the_panel_shows_the_values_behind_zero_before_the_run(page):
         r"', memory') === text"
     )
     page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 32/16, 88 layers, memory")
-    change = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
-        if (widget.name in values) {
-        widget.value = values[widget.name];
-        widget.callback?.(widget.value);
-    } }"""
     page.evaluate(
-        change, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}]
+        CHANGE, [TRAIN, {"steps": 0, "learning_rate": 0, "resolution": 0, "method": "auto", "rank": 8, "min_rank": 8}]
     )
     page.wait_for_function(says, arg="350 steps, learning rate 1.5e-3, 64 px, tlora 8, 88 layers, memory")
-    page.evaluate(change, [TRAIN, {"min_rank": 9}])
+    page.evaluate(CHANGE, [TRAIN, {"min_rank": 9}])
     page.wait_for_function(says, arg="min_rank is 9; set it to a whole number from 0 to the rank, which is 8.")
-    page.evaluate(change, [TRAIN, {"min_rank": 4}])
+    page.evaluate(CHANGE, [TRAIN, {"min_rank": 4}])
     page.evaluate("id => window.app.graph.getNodeById(id).disconnectInput(0)", TRAIN)
     page.wait_for_function("() => /loaded/.test(document.querySelector('.tlora-plan').textContent)")
     assert ours(page.complaints) == []
+
+
+@pytest.mark.parametrize(
+    "memory, streamable, says, is_wrong",
+    [
+        ("auto", 12, "part of the 12 GiB of weights stays in RAM, as they do not fit in 8 GiB", False),
+        ("lowest", 12, "part of the 12 GiB of weights stays in RAM, as they do not fit in 8 GiB", False),
+        ("low", 12, "at least 13 GiB, more than the 8 GiB available", True),
+        ("auto", 0, "at least 13 GiB, more than the 8 GiB available", True),
+    ],
+)
+def test_a_model_larger_than_the_card_is_an_error_only_where_it_must_be_there_as_a_whole(
+    page, memory, streamable, says, is_wrong
+):
+    plan = {
+        "steps": 500,
+        "learning_rate": 1.0,
+        "optimizer": "prodigy",
+        "resolution": 1024,
+        "method": "vanilla_tlora",
+        "rank": 64,
+        "min_rank": 32,
+        "layers": 300,
+        "least_bytes": 13 * 2**30,
+        "streamable_bytes": streamable * 2**30,
+        "device_bytes": 8 * 2**30,
+    }
+    page.route("**/tlora/plan", lambda route: route.fulfill(json=plan))
+    load_workflow(page, QUICKSTART)
+    page.evaluate(CHANGE, [TRAIN, {"memory": memory}])
+    page.wait_for_function(
+        """([says, isWrong]) => { const plan = document.querySelector('.tlora-plan');
+        return plan.textContent.endsWith(says) && plan.classList.contains('tlora-wrong') === isWrong; }""",
+        arg=[says, is_wrong],
+    )
 
 
 # Whether the interface has stored the open graph with a text, as it does some time after a change.

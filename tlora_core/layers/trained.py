@@ -1,10 +1,10 @@
 """Layers in training: explicit backward passes of frozen layers and of the adapters on them.
 
 By default, autograd keeps more than it needs: the cast copy of a weight that the layer casts (in fp8 and quantised
-    models, and in models that the host streams from memory), and every factor that an adapter was made of. On some
-    hosts the copy may even be overwritten before the backward pass. Here a frozen layer saves nothing and fetches its
-    weight again for the backward pass. An adapter saves its layer's input, which neighbouring layers share, and r
-    numbers per token.
+models, and in models that the host streams from memory), and every factor that an adapter was made of. On some hosts
+the copy may even be overwritten before the backward pass. Here a frozen layer saves nothing and fetches its weight
+again for the backward pass. An adapter saves its layer's input, which neighbouring layers share, and r numbers per
+token.
 """
 
 from collections import deque

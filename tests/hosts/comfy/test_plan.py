@@ -75,6 +75,7 @@ def test_sdxl_is_known_from_its_header(checkpoints):
     told = plan("CheckpointLoaderSimple", "xl.safetensors", FIELDS, CONFIG)
     weights = 2 * sum(p.numel() for p in network.state_dict().values())
     assert 1.0 < (told.pop("least_bytes") - weights) / 1e9 < 2.0 and told.pop("device_bytes") > 0
+    assert told.pop("streamable_bytes") == 0, "on the CPU, the weights are where they are"
     assert told == {
         "steps": 800,
         "learning_rate": 1e-4,
@@ -92,6 +93,16 @@ def test_sdxl_is_known_from_its_header(checkpoints):
         {**CONFIG, "steps": 7},
     )
     assert (own["steps"], own["resolution"], own["method"], own["min_rank"]) == (7, 768, "lora", 64)
+
+
+def test_weights_may_stay_in_ram_where_the_device_has_memory_of_its_own(comfy, monkeypatch):
+    import comfy.model_management
+
+    from tlora_core.hosts.comfy.routes.plan import plan
+
+    monkeypatch.setattr(comfy.model_management, "is_device_cpu", lambda device: False)
+    told = plan("TLoRATinyBaseModel", "", FIELDS, CONFIG)
+    assert 0 < told["streamable_bytes"] < told["least_bytes"]
 
 
 def test_the_tiny_base_is_what_the_run_takes(base):

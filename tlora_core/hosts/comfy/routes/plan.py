@@ -53,6 +53,7 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
     request = completed(known.defaults, config, **fields)
     schedule = request.schedule
     layers = layers_among(known.linear, request.layers, "model")
+    device = comfy.model_management.get_torch_device()
     shapes = [layer.shape for layer in layers.values()]
     return {
         "steps": request.config.steps,
@@ -65,7 +66,9 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
         "layers": len(layers),
         "least_bytes": known.weight_bytes
         + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
-        "device_bytes": comfy.model_management.get_total_memory(comfy.model_management.get_torch_device()),
+        # Of these, the weights that may stay in RAM: those of a model that is not on the CPU anyway.
+        "streamable_bytes": 0 if comfy.model_management.is_device_cpu(device) else known.weight_bytes,
+        "device_bytes": comfy.model_management.get_total_memory(device),
     }
 
 
