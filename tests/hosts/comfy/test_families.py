@@ -139,7 +139,7 @@ def test_a_pattern_that_nothing_matches_is_refused_with_examples(sdxl, which, wo
 def test_defaults_are_the_papers(make, name, wanted):
     from dataclasses import astuple
 
-    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.model.defaults import defaults_for
 
     assert astuple(defaults_for(make[name]())) == wanted
 
@@ -147,7 +147,7 @@ def test_defaults_are_the_papers(make, name, wanted):
 def test_defaults_follow_the_size_that_older_models_were_trained_at(comfy, monkeypatch):
     import random_models
 
-    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.model.defaults import defaults_for
 
     model = random_models.sdxl(64)
     for width, resolution in ((768, 512), (1024, 768)):
@@ -156,7 +156,7 @@ def test_defaults_follow_the_size_that_older_models_were_trained_at(comfy, monke
 
 
 def test_tiny_base_has_defaults_of_its_own(base):
-    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.model.defaults import defaults_for
     from tlora_core.hosts.comfy.training.personalize import filled_in
 
     usual = defaults_for(base[0])
@@ -175,7 +175,7 @@ def test_tiny_base_has_defaults_of_its_own(base):
 def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negative_prompt(make, sdxl, monkeypatch):
     import random_models
 
-    from tlora_core.hosts.comfy.model.families import is_flux
+    from tlora_core.hosts.comfy.model.defaults import is_flux
 
     flux = make["flux"]()
     assert is_flux(flux)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...training.images import to_picture
-from .model.families import is_flux
+from .model.defaults import is_flux
 from .model.noise import domain
 
 STEPS, GUIDANCE, FLUX_GUIDANCE = 20, 5.0, 3.5

@@ -1,20 +1,17 @@
-"""The layers of a model to train a T-LoRA on, and the default settings, by the layer names of model families."""
+"""The layers of a model to train a T-LoRA on, by the layer names of model families."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import comfy.model_management
-import comfy.supported_models_base
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....errors import TLoRAError
 from ....method.layer_name import LayerName
-from ....tiny.comfy import TinySDXL
 from .layers import fetched, linear_modules
 
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
@@ -65,24 +62,6 @@ class TargetLayer:
             return weight[self.row : self.row + self.rows].clone()
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Default training settings for a kind of model: the paper's for SDXL and FLUX; for other models, those of the more
-    similar of the two.
-
-    steps_of: steps of the methods that learn, and overfit, sooner because they start at zero. learning_rate: AdamW's;
-    Prodigy adapts its own. max_gradient: clips the gradient to this norm; 0 turns clipping off.
-    """
-
-    method: str
-    steps: int
-    learning_rate: float
-    optimizer: str
-    resolution: int
-    max_gradient: float = 0.0
-    steps_of: Mapping[str, int] = field(default_factory=dict)
-
-
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
     """The layers to train a T-LoRA on. A key is a module path, or "path@row" for a projection in a layer that holds
     several.
@@ -107,32 +86,6 @@ def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -
             f"layer names instead, or use another model. {_examples(linear)}"
         )
     return attention if which == ATTENTION else {**attention, **feed_forward}
-
-
-def defaults_for(model: ModelPatcher) -> Defaults:
-    """The default settings for this kind of model."""
-    network = model.model.diffusion_model
-    return defaults_of(model.model.model_config, isinstance(getattr(network, "_orig_mod", network), UNetModel))
-
-
-def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
-    """The same from the host's config of a model. is_unet: whether it is a U-Net like SDXL's; None, before the network
-    exists, infers it from the config."""
-    if isinstance(config, TinySDXL):
-        return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
-    if is_unet or (
-        is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config
-    ):
-        # A text width of 768 is SD1's and 1024 is SD2's; models with wider text were trained on pictures of 1024.
-        resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
-        return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
-    return Defaults("vanilla_tlora", 500, 1e-4, "prodigy", 1024, max_gradient=1.0, steps_of={"lora": 400})
-
-
-def is_flux(model: ModelPatcher) -> bool:
-    """Whether guidance is distilled into the model: it may have a guidance input, and is sampled without a negative
-    prompt."""
-    return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
 
 
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:

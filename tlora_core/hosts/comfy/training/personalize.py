@@ -24,7 +24,8 @@ from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ....training.trainer import Trainer
 from ..draw import draw
-from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
+from ..model.defaults import Defaults, defaults_for, is_flux
+from ..model.families import ATTENTION, TargetLayer, target_layers
 from ..model.layers import bytes_to_come
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
 from ..progress import counting
