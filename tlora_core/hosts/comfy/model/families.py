@@ -43,11 +43,13 @@ ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections."""
+    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections. role: what the
+    layer does, one of `watched.ROLES`, or "" if nobody has looked."""
 
     module: torch.nn.Linear
     row: int
     rows: int
+    role: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,29 +65,45 @@ class TargetLayer:
 
 
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
-    """The layers to train a T-LoRA on. A key is a module path, or "path@row" for a projection in a layer that holds
-    several.
+    """The layers to train a T-LoRA on by their names, which models of the known families share. A training sees for
+    itself what a model's layers do; see `training.targets`.
 
-    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
-        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
-        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
-
-    Raises TLoRAError for a model without such layers and for a pattern without a match.
+    A key is a module path, or "path@row" for a projection in a layer that holds several. which: see `chosen`. Raises
+    like that.
     """
     return layers_among(linear_modules(model), which, type(model.model).__name__)
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:
     """Like target_layers, given a model's linear layers by module path; `kind` names the model in errors."""
-    attention, feed_forward = _attention(linear), _feed_forward(linear)
+    return chosen(which, linear, _attention(linear), _feed_forward(linear), kind)
+
+
+def chosen(
+    which: str,
+    linear: Mapping[str, torch.nn.Linear],
+    attention: Mapping[LayerName, TargetLayer],
+    feed_forward: Mapping[LayerName, TargetLayer],
+    kind: str,
+) -> dict[LayerName, TargetLayer]:
+    """The layers that the input `layers` asks for.
+
+    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
+        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
+        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
+    linear: all of the model's linear layers, by module path. attention, feed_forward: those among them. kind: names
+        the model in errors.
+
+    Raises TLoRAError for a model without attention layers and for a pattern without a match.
+    """
     if which not in (ATTENTION, WITH_FEED_FORWARD):
         return _matching(which, linear, {**attention, **feed_forward})
     if not attention:
         raise TLoRAError(
-            f"model is a {kind}, whose attention layers have names unknown to T-LoRA; give patterns of "
-            f"layer names instead, or use another model. {_examples(linear)}"
+            f"model is a {kind}, in which T-LoRA finds no attention layers; give patterns of layer names instead, or "
+            f"use another model. {_examples(linear)}"
         )
-    return attention if which == ATTENTION else {**attention, **feed_forward}
+    return {**attention} if which == ATTENTION else {**attention, **feed_forward}
 
 
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:

@@ -57,7 +57,7 @@ class TrainingRun:
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
         self.live = LiveRun.begin(
-            node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers"
+            node_id, self.steps, first, f"{subject}: {self.request}, {personalization.layers_in_words}"
         )
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
