@@ -17,24 +17,30 @@ from .layers import fetched, linear_modules
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
 _EXCLUDED = re.compile(
-    r"refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?<!noise_)refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?:llm_adapter|connector)\.|modulation|instruct_out$|img_instruct_attn\.to_out|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
-_IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
+_IN_BLOCK = r"(?:^|\.)(?:\w*blocks?|\w*layers|noise_refiner)\.(?:block)?\d+\.(?:\S+\.)?"
 _ATTENTION = re.compile(
     _IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:"
     # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
     r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
     # AuraFlow and Krea 2, Kandinsky, MM-DiT, Lumina2
-    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
+    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out|"
+    r"processor\.(?:img|instruct)_(?:to_[qkv]|out)|proj_x)$"  # Boogu; Mochi and PixelDiT
 )
 # Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
 # first layer of the feed-forward is stacked below them.
-_FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
+_FUSED = re.compile(
+    _IN_BLOCK
+    + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj|(?:img|txt)_qkv|qkv_[xy])$|(?:^|\.)single_blocks\.\d+\.linear1$"
+)
 _FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
 _FEED_FORWARD = re.compile(
-    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
+    _IN_BLOCK
+    + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|mlp_[xy]|\w*feed_forward|channelwise)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
 )
 _FEED_FORWARD_ROWS = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear1$")
 

@@ -20,7 +20,8 @@ from .denoiser import HostDenoiser
 from .encode import Sample
 from .session import blocks, training_session
 
-_SIDE = 16  # of the latents, a multiple of what any U-Net halves
+_SIDE = 16  # of the small latents, a multiple of what any U-Net halves
+_SIDE_OF_PIXELS = 64  # where a model takes pixels, of which one patch holds up to 32 by 32
 
 
 class Seen(NamedTuple):
@@ -71,7 +72,9 @@ def _layers(parts: list[Part], linear: Mapping[str, torch.nn.Linear]) -> dict[La
 
 
 def _shape(sample: Sample) -> tuple[int, ...]:
-    return *sample.shape[:-2], min(_SIDE, sample.shape[-2]), min(_SIDE, sample.shape[-1])
+    channels, height, width = sample.shape[0], *sample.shape[-2:]
+    side = _SIDE_OF_PIXELS if channels == 3 else _SIDE
+    return *sample.shape[:-2], min(side, height), min(side, width)
 
 
 def _evaluate(denoiser: HostDenoiser, number: int) -> None:
