@@ -39,10 +39,6 @@ class Trial:
         )
         return flat(picture)
 
-    @cached_property
-    def base_picture(self) -> torch.Tensor:
-        return self.sample(self.model)
-
     def weights(self) -> dict[str, tuple[torch.Tensor, int]]:
         return {key: (value.clone(), value.data_ptr()) for key, value in self._network.state_dict().items()}
 
@@ -96,7 +92,7 @@ class Vae:
     first_stage_model = None
 
     def __init__(self, model):
-        self.shape = random_models.own_latent(model).shape[1:]
+        self.shape = random_models.latent(model).shape[1:]
         self.unit = model.model.latent_format.spacial_downscale_ratio
 
     def spacial_compression_encode(self) -> int:

@@ -28,7 +28,8 @@ class Setting:
         with torch.no_grad():
             for parameter in self.parameters:
                 parameter.add_(self.rand(*parameter.shape).to(dtype) * 0.2)
-        self.latents = self.rand(2, *random_models.own_latent(self.model).shape[1:]).float()
+        side = random_models.family_of(self.model).side
+        self.latents = self.rand(2, *random_models.latent(self.model, side).shape[1:]).float()
         self.noise, self.weights = self.rand(*self.latents.shape).float(), self.rand(*self.latents.shape)
 
     def rand(self, *shape):

@@ -148,12 +148,13 @@ def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
 
 
 def timestep(sampling, sigma: float) -> float:
-    """t/T by the rules of the method, each read off the host's table or formula of sigmas the other way round."""
+    """t/T by the rules of the method, each read off a table or a formula of sigmas the other way round."""
     import comfy.model_sampling as host
 
-    if isinstance(sampling, host.StableCascadeSampling):  # finely enough: sigma's slope is largest at the ends
-        times = torch.linspace(0, 1, 100001, dtype=torch.float64)
-        return float(times[(sampling.sigma(times).log() - math.log(sigma)).abs().argmin()])
+    if isinstance(sampling, host.StableCascadeSampling):  # the model's own time: the host shifts its sigmas only
+        times = torch.linspace(1e-5, 1 - 1e-5, 100000, dtype=torch.float64)
+        clean = (cosine(times) / cosine(torch.zeros(1))).square()
+        return float(times[((1 / clean - 1).log() / 2 - math.log(sigma)).abs().argmin()])
     if isinstance(sampling, host.ModelSamplingCosmosRFlow):
         return sigma / (sigma + 1)
     if isinstance(sampling, host.ModelSamplingContinuousEDM):
@@ -164,3 +165,8 @@ def timestep(sampling, sigma: float) -> float:
         assert len(table) == 1000
         return int((table - math.log(sigma)).abs().argmin()) / 1000
     return min(max(sigma, 0), 1)
+
+
+def cosine(times: torch.Tensor) -> torch.Tensor:
+    """Stable Cascade's: how much of the picture is left at times from 0 to 1, up to a factor."""
+    return ((times.double() + 0.008) / 1.008 * torch.pi / 2).cos()
