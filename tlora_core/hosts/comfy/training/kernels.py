@@ -49,8 +49,7 @@ def _backward(plain, ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...
             each.requires_grad_()
         outputs = plain(arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    pairs = [(output, gradient) for output, gradient in zip(outputs, gradients) if output.requires_grad]
-    found = iter(
-        torch.autograd.grad([each for each, _ in pairs], wanted, [each for _, each in pairs], allow_unused=True)
-    )
+    # The gradients are complete: autograd gives zeros for an output that nothing uses.
+    outputs, gradients = zip(*((output, each) for output, each in zip(outputs, gradients) if output.requires_grad))
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
     return tuple(next(found) if needs else None for needs in ctx.needs_input_grad)
