@@ -16,6 +16,7 @@ from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
 from ....layers.trained import Frozen
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
+from .kernels import make_kernels_differentiable
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
         again in the backward pass. None loads the model in full.
     """
     was_training = comfy.model_management.in_training
+    make_kernels_differentiable()
     with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
         comfy.model_management.load_models_gpu(
             [model], memory_required=1e20 if room is None else room, force_full_load=room is None
