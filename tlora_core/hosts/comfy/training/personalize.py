@@ -27,7 +27,7 @@ from ..draw import draw
 from ..model.defaults import Defaults, defaults_for, is_flux
 from ..model.families import ATTENTION, TargetLayer, target_layers
 from ..model.layers import bytes_to_come
-from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
+from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps, require_trainable
 from ..progress import counting
 from ..sampling import apply_tlora
 from .blame import sentence_for
@@ -149,6 +149,7 @@ class Personalization:
         layers = target_layers(model, request.layers)
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
+        require_trainable(self.sampling)
         self._check_config()
         # The reference trains FLUX with guidance 1.
         told = {"guidance": 1.0} if is_flux(model) else None
