@@ -24,7 +24,7 @@ from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ....training.trainer import Trainer
 from ..draw import draw
-from ..model.defaults import Defaults, defaults_for, is_flux
+from ..model.defaults import Defaults, defaults_for
 from ..model.families import ATTENTION, TargetLayer, target_layers
 from ..model.layers import bytes_to_come
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps, require_trainable
@@ -151,8 +151,8 @@ class Personalization:
         self.num_timesteps = num_timesteps(self.sampling)
         require_trainable(self.sampling)
         self._check_config()
-        # The reference trains FLUX with guidance 1.
-        told = {"guidance": 1.0} if is_flux(model) else None
+        guidance = defaults_for(model).guidance.told_in_training
+        told = None if guidance is None else {"guidance": guidance}
         encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
