@@ -140,3 +140,30 @@ def test_a_model_that_cannot_be_trained_is_refused_before_anything_is_encoded(ba
     model.add_object_patch("model_sampling", sampling_of(ms.IMG_TO_IMG))
     with pytest.raises(TLoRAError, match="one picture from another"):
         Personalization(model, clip, vae, images(1), request(1))
+
+
+@pytest.mark.parametrize("family", ["chroma-radiance", "z-image-pixel", "hidream-o1", "z-image"])
+def test_no_step_of_a_model_that_draws_pixels_outweighs_the_others(comfy, monkeypatch, family):
+    """Its error of the picture is given: 0.02, as the finest details that a model misses however little the noise."""
+    import random_models
+
+    from tlora_core import RankSchedule, make_adapters
+    from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.training.config import TrainConfig
+
+    model = random_models.small(family, device=torch.device("meta"))
+    shape = random_models.latent(model, 8).shape[1:]
+    model.load_device = torch.device("cpu")
+    missed = lambda noisy, sigmas, **inputs: latents + 0.02  # noqa: E731
+    monkeypatch.setattr(model.model, "apply_model", missed)
+    monkeypatch.setattr(HostDenoiser, "_inputs", lambda *args: {})
+    latents, sigmas = torch.zeros(4, *shape), torch.tensor([1e-3, 0.02, 0.05, 0.5])
+    samples = [Sample(latents[0], None, None, random_models.conditioning(model, 5))] * 4
+    denoiser = HostDenoiser(
+        model, make_adapters("lora", "", {"": (1, 1)}, 1, 0), RankSchedule(1, 1), samples, TrainConfig()
+    )
+    error = denoiser.output_error(samples, latents, torch.zeros_like(latents), sigmas)
+    divided_by = -0.02 / error.flatten(1)[:, 0]
+    of_pixels = torch.tensor([0.05, 0.05, 0.05, 0.5])
+    torch.testing.assert_close(divided_by, sigmas if family == "z-image" else of_pixels, rtol=1e-4, atol=1e-6)

@@ -13,6 +13,7 @@ from ....errors import TLoRAError
 from ....training.optimizers import flow_density
 
 _UNSCALED_V = getattr(host, "V_PREDICTION_DDPM", ())  # CogVideoX's; not in older hosts
+_LEAST_OF_PIXELS = 0.05
 
 
 def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
@@ -68,6 +69,22 @@ def output_scale(model_sampling, sigma: Tensor) -> Tensor:
     zero = torch.zeros_like(sigma)
     denoised = [model_sampling.calculate_denoised(sigma, output, zero) for output in (zero, torch.ones_like(sigma))]
     return denoised[0] - denoised[1]
+
+
+def loss_scale(model_sampling, latent_format, sigma: Tensor) -> Tensor:
+    """What the error of a denoised latent is divided by for the loss: `output_scale`, but in size at least 0.05 where
+    the model draws pixels.
+
+    Such models predict the picture, and their output for the host is its distance from the noisy picture divided by
+    sigma. What they miss of the picture's finest details does not vanish with sigma as noise does, so at the lowest
+    sigmas a single step's loss would be thousands of times that of others. Their training divides by sigma, but by no
+    less than 0.05 (JiT, Li and He 2025, arXiv 2511.13720). A model that draws latents is left alone: it predicts its
+    output itself.
+    """
+    scale = output_scale(model_sampling, sigma)
+    if getattr(latent_format, "spacial_downscale_ratio", None) != 1:
+        return scale
+    return scale.sign() * scale.abs().clamp(min=_LEAST_OF_PIXELS)
 
 
 def noised(model_sampling, sigma: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
