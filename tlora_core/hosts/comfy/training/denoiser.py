@@ -19,7 +19,7 @@ from ....layers.trained import moved
 from ....method.adapters import Adapters
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
-from ..model.noise import draw_sigmas, min_snr_weight, noise_level, output_scale
+from ..model.noise import draw_sigmas, loss_scale, min_snr_weight, noise_level, noised
 from ..sampling import TimestepAwarePatch, place
 from .encode import Sample, buckets
 
@@ -157,11 +157,11 @@ class HostDenoiser:
         self.patch.level = noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
-        noisy = self.sampling.noise_scaling(each, noise, latents)
+        noisy = noised(self.sampling, each, noise, latents)
         inputs = self._inputs(samples, noise[:1])
         options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
-        return (latents - denoised) / output_scale(self.sampling, each)
+        return (latents - denoised) / loss_scale(self.sampling, self.base.latent_format, each)
 
     def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that

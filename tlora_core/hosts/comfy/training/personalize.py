@@ -24,10 +24,10 @@ from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ....training.trainer import Trainer
 from ..draw import draw
-from ..model.defaults import Defaults, defaults_for, is_flux
+from ..model.defaults import Defaults, defaults_for
 from ..model.families import ATTENTION, WITH_FEED_FORWARD, TargetLayer, target_layers
 from ..model.layers import bytes_to_come
-from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
+from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps, require_trainable
 from ..progress import counting
 from ..sampling import apply_tlora
 from .blame import saying_what_failed
@@ -151,9 +151,10 @@ class Personalization:
             target_layers(model, request.layers)  # refuses a wrong pattern before anything is encoded
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
+        require_trainable(self.sampling)
         self._check_config()
-        # The reference trains FLUX with guidance 1.
-        told = {"guidance": 1.0} if is_flux(model) else None
+        guidance = defaults_for(model).guidance.told_in_training
+        told = None if guidance is None else {"guidance": guidance}
         encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
