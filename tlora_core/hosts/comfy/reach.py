@@ -45,6 +45,10 @@ class Reach:
         with _calls(layers) as called:
             yield
         self.unreached = [path for path in layers if path not in called | self.outside]
+        self.judge(layers)
+
+    def judge(self, layers: Mapping[str, nn.Module]) -> None:
+        """After the first evaluation."""
         if self.outside:
             self._say(logging.INFO, _SENTENCE_OUTSIDE.format(naming(self.outside)))
         if self.unreached:

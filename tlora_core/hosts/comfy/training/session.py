@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
 from ....layers.trained import Frozen
+from ..model.bypasses import without_compiler
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 
 
@@ -24,14 +25,14 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
     storage: no copy, and they stay valid for later sampling. A compiled model runs uncompiled, because each step has
-    forwards and ranks of its own, and would be compiled anew.
+    forwards and ranks of its own, and would be compiled anew. The host's own compiler is off for the same reason.
 
     checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
         that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
         again in the backward pass. None loads the model in full.
     """
     was_training = comfy.model_management.in_training
-    with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+    with torch.inference_mode(False), torch.enable_grad(), _uncompiled(), without_compiler():
         comfy.model_management.load_models_gpu(
             [model], memory_required=1e20 if room is None else room, force_full_load=room is None
         )
