@@ -194,7 +194,7 @@ class HostDenoiser:
         layers compute its output once; see `layers.text_memo`."""
         key = *map(id, samples), like.shape
         if key not in self._batches:
-            inputs = comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+            inputs = normal(comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples]), {})
             text = None
             if "c_crossattn" in inputs:
                 captions = tuple(id(sample.conditioning[0][0]) for sample in samples)
@@ -214,7 +214,8 @@ class HostDenoiser:
         if key not in self._conditions:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
             noise = torch.zeros_like(like)
-            with preparing(self.model):
+            # In inference mode as in a sampling: by that, some models decide to run their text adapter here.
+            with torch.inference_mode(), preparing(self.model):
                 encoded = comfy.samplers.encode_model_conds(
                     self.base.extra_conds,
                     converted,
