@@ -85,8 +85,8 @@ def naming(paths: Iterable[str]) -> str:
 
 
 _SENTENCE_OUTSIDE = (
-    "Full rank at every step for {}: the model uses them once before the sampling, on the text or a picture, where there "
-    "is no noise level to follow."
+    "Full rank at every step for {}: the model uses them once before the sampling, on the text or a picture, where no "
+    "noise level is known."
 )
 _SENTENCE_UNREACHED = (
     "No effect from {}: the model did not call them in the first evaluation. They may belong to an input that this "

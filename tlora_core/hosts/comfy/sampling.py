@@ -41,6 +41,7 @@ from ...method.adapters import Adapter, LowRank
 from ...method.layer_name import LayerName
 from ...method.schedule import RankSchedule
 from .model.bypasses import call_layers_with_adapters
+from .model.internals import hook_patches, sampling_patcher, weights_uuid
 from .model.layers import (
     TEXT_LAYER,
     bytes_to_come,
@@ -113,8 +114,8 @@ class Folds:
     _of_models: WeakKeyDictionary = WeakKeyDictionary()
 
     def __init__(self, base):
-        self.weights_uuid = base.current_weight_patches_uuid
-        self.is_compiled = is_compiled(base, base.current_patcher)
+        self.weights_uuid = weights_uuid(base)
+        self.is_compiled = is_compiled(base, sampling_patcher(base))
         self.layers: dict[torch.nn.Module, StandIn | None] = {}  # None: not to be folded
         self.texts: TextMemo | None = None  # None while no layer reads a text
         self._known: WeakSet[SamplingPatch] = WeakSet()  # weak, since a patch's copies hold the model
@@ -123,7 +124,7 @@ class Folds:
     def of(cls, base) -> "Folds":
         folds = cls._of_models.get(base)
         # The host gives its patches a new identity whenever it patches weights anew, which it may do in place.
-        if folds is None or folds.weights_uuid != base.current_weight_patches_uuid:
+        if folds is None or folds.weights_uuid != weights_uuid(base):
             folds = cls._of_models[base] = cls(base)
         return folds
 
@@ -146,7 +147,7 @@ class Folds:
         foldable = [
             layer for layer in new.values() if layer not in self.layers and _is_foldable(layer, x.device, dtype)
         ]
-        for is_moved, others in ((False, 0), (True, bytes_to_come(base.current_patcher))):
+        for is_moved, others in ((False, 0), (True, bytes_to_come(sampling_patcher(base)))):
             # Where the host moves or casts weights as they are used, there must be room for all the others too.
             layers = [layer for layer in foldable if is_cast(layer) is is_moved]
             copies = sum(layer.weight.numel() * dtype.itemsize for layer in layers)
@@ -178,7 +179,7 @@ class Folds:
 def _room(base, x: torch.Tensor) -> float:
     """Bytes that the evaluation of x leaves free. Other models' weights count as free where the host takes them off the
     device when their memory is asked for."""
-    patcher, free = base.current_patcher, comfy.model_management.get_free_memory(x.device)
+    patcher, free = sampling_patcher(base), comfy.model_management.get_free_memory(x.device)
     # Hosts without that method take nothing off by themselves.
     with_evictable = patcher.get_free_memory(x.device) if hasattr(patcher, "get_free_memory") else free
     own = patcher.loaded_size()  # counted as evictable too, but needed
@@ -187,7 +188,7 @@ def _room(base, x: torch.Tensor) -> float:
 
 def _lasting_room(base, device: torch.device) -> float:
     """Bytes for copies of weights by what does not change from one sampling to the next."""
-    return (comfy.model_management.get_total_memory(device) - base.current_patcher.model_size()) / 4
+    return (comfy.model_management.get_total_memory(device) - sampling_patcher(base).model_size()) / 4
 
 
 def fetched_weight(layer: torch.nn.Module, like: torch.Tensor):
@@ -240,12 +241,12 @@ class SamplingPatch(TimestepAwarePatch):
     def evaluation(self, base, x, sigma, text):
         placed = self.placed(base, x.device)
         timesteps, T = noise_level(base.model_sampling, sigma)
-        patcher = base.current_patcher  # set while sampling only
+        patcher = sampling_patcher(base)
         if patcher is None:
             return self.overlays(placed, timesteps, T), None, None
         folds = Folds.of(base)
         overlays = self.overlays(placed, timesteps, T, as_tensors=folds.is_compiled)
-        if self.fold is False or patcher.hook_patches or any(isinstance(o.active, torch.Tensor) for o in overlays):
+        if self.fold is False or hook_patches(patcher) or any(isinstance(o.active, torch.Tensor) for o in overlays):
             return overlays, None, None
         folds.prepare(self, base, x, text)
         if folds.texts is None or not isinstance(text, torch.Tensor):
@@ -253,7 +254,7 @@ class SamplingPatch(TimestepAwarePatch):
         return overlays, folds.layers, folds.texts.find(text, x.device, base.get_dtype_inference())
 
     def watched(self, base, x):
-        patcher = base.current_patcher
+        patcher = sampling_patcher(base)
         if self.reach.unreached is not None or (patcher is not None and is_compiled(base, patcher)):
             return nullcontext()  # a compiled block would be compiled anew for what watches it
         return self.reach.evaluating(self.placed(base, x.device).layers)

@@ -1,10 +1,11 @@
 """Ways of the host that leave a layer's forward out, and what makes it call the forward nevertheless.
 
-An adapter stands in for its layer's forward. Two things of newer hosts compute without it. `comfy.ops.linear_input_act`
-(since 0.30) fuses an activation with the layer behind it, and reads that layer's weight itself. The Comfy Compiler (since
-about 0.34, on CUDA with dynamic VRAM) records what a block allocates and captures it as a CUDA graph, which it replays
-instead of running the block: an adapter would keep the rank of the step that was captured, and what it keeps from one
-step to the next is an error to the compiler.
+An adapter stands in for its layer's forward. Two things of newer hosts compute without it:
+
+- `comfy.ops.linear_input_act` (since 0.30) fuses an activation with the layer behind it, whose weight it reads itself.
+- The Comfy Compiler (since about 0.34, on CUDA with dynamic VRAM) records what a block allocates. What an adapter keeps
+  from one step to the next is an error to it. It also captures a block as a CUDA graph and replays that instead of
+  running the block, with the rank of the step that was captured.
 """
 
 from collections.abc import Callable
