@@ -24,7 +24,11 @@ def test_this_version_of_the_host_has_all(comfy, caplog):
     ("module", "name", "what"),
     [
         ("comfy.samplers", "cond_cat", "without comfy.samplers.cond_cat, training fails"),
-        ("comfy.model_patcher", "ModelPatcher.loaded_size", "without comfy.model_patcher.ModelPatcher.loaded_size, the"),
+        (
+            "comfy.model_patcher",
+            "ModelPatcher.loaded_size",
+            "without comfy.model_patcher.ModelPatcher.loaded_size, the",
+        ),
     ],
 )
 def test_what_is_missing_is_told_in_one_line(comfy, caplog, monkeypatch, module, name, what):
