@@ -74,8 +74,8 @@ def check() -> list[Part]:
         for part in missing:
             named.setdefault(part.without, []).append(f"{part.module}.{part.name.lstrip('?')}")
         logging.warning(
-            "[T-LoRA] ComfyUI %s is not as this version of T-LoRA knows it: %s. All else works. Look for a newer version "
-            "of T-LoRA.",
+            "[T-LoRA] ComfyUI %s is not as this version of T-LoRA knows it: %s. All else works. Look for a newer "
+            "version of T-LoRA.",
             comfyui_version.__version__,
             "; ".join(f"without {' and '.join(names)}, {without}" for without, names in named.items()),
         )
