@@ -99,7 +99,7 @@ def _is_there(part: Part) -> bool:
 def sampling_patcher(base) -> Any:
     """The patcher that samples with the model `base`, and knows of a change of its weights; None outside of a sampling,
     and where this ComfyUI does not tell."""
-    return getattr(base, "current_patcher", None) if weights_uuid(base) is not None else None
+    return getattr(base, "current_patcher", None) if hasattr(base, "current_weight_patches_uuid") else None
 
 
 def weights_uuid(base) -> uuid.UUID | None:
