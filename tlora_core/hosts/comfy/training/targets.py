@@ -11,7 +11,6 @@ from ....method.adapters import Adapters
 from ....method.layer_name import LayerName
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
-from ..model.attention import pytorch_attention
 from ..model.families import ATTENTION, TargetLayer, chosen
 from ..model.layers import linear_modules
 from ..model.watched import FEED_FORWARD, ROLES, Part, watched
@@ -40,7 +39,7 @@ def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which:
     """
     linear = linear_modules(model)
     room = model.memory_required([1, *_shape(sample)])
-    with training_session(model, room=room), pytorch_attention():
+    with training_session(model, room=room):
         denoiser = HostDenoiser(model, Adapters({}), RankSchedule(1, 1), [sample], config)
         network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
         with saying_what_failed(denoiser, 1):
