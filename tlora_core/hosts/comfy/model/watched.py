@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ def watched(
     first = _evaluated(network, linear, blocks, lambda: evaluate(0), apart=True, leaves=True)
     second = _evaluated(network, linear, blocks, lambda: evaluate(1), apart=True)
     mixed = [_evaluated(network, linear, blocks, lambda n=n: evaluate(n), apart=False) for n in (0, 1)]
-    of_picture = [_differ(a.queries, b.queries) for a, b in zip(first.attentions, second.attentions)]
+    pairs = zip_longest(first.attentions, (attention.queries for attention in second.attentions))
+    of_picture = [other is None or _differ(one.queries, other) for one, other in pairs if one is not None]
     own = {path for path in first.inputs if _differ_any(first.inputs[path], second.inputs.get(path, []))}
     reached = {path for path in mixed[0].inputs if _differ_any(mixed[0].inputs[path], mixed[1].inputs.get(path, []))}
     return _Reading(network, linear, first, of_picture, own, reached).result()

@@ -184,12 +184,12 @@ class HostDenoiser:
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = noised(self.sampling, each, noise, latents)
-        inputs = self._inputs(samples, noise[:1])
+        inputs = self.inputs(samples, noise[:1])
         options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
         return (latents - denoised) / loss_scale(self.sampling, self.base.latent_format, each)
 
-    def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
+    def inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that
         layers compute its output once; see `layers.text_memo`."""
         key = *map(id, samples), like.shape

@@ -43,6 +43,8 @@ def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which:
         denoiser = HostDenoiser(model, Adapters({}), RankSchedule(1, 1), [sample], config)
         network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
         with saying_what_failed(denoiser, 1):
+            # Some models read the text here, once, by layers that no step evaluates.
+            denoiser.inputs(denoiser.samples, torch.zeros(1, *_shape(sample), device=denoiser.device))
             seen = watched(network, linear, blocks(network), lambda number: _evaluate(denoiser, number))
     attention = [part for part in seen.parts if part.role != FEED_FORWARD]
     feed_forward = [part for part in seen.parts if part.role == FEED_FORWARD]
@@ -84,4 +86,4 @@ def _evaluate(denoiser: HostDenoiser, number: int) -> None:
         torch.randn(1, *_shape(sample), generator=generator).to(denoiser.device) for _ in ("latent", "noise")
     )
     sigmas = denoiser.levels.sigmas.float()
-    denoiser.output_error([sample], latents, noise, sigmas[len(sigmas) // 2].reshape(1))
+    denoiser.output_error(denoiser.samples, latents, noise, sigmas[len(sigmas) // 2].reshape(1))
