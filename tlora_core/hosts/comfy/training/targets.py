@@ -32,7 +32,7 @@ class Seen(NamedTuple):
 
 
 def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which: str = ATTENTION) -> Seen:
-    """The layers to train a T-LoRA on, from four evaluations of the model on small latents; see `model.watched`.
+    """The layers to train a T-LoRA on, from a few evaluations of the model on small latents; see `model.watched`.
 
     sample: one training picture, for its caption and the kind of its latent. which: see `families.chosen`. Raises like
     that.
@@ -45,7 +45,13 @@ def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which:
         with saying_what_failed(denoiser, 1):
             # Some models read the text here, once, by layers that no step evaluates.
             denoiser.inputs(denoiser.samples, torch.zeros(1, *_shape(sample), device=denoiser.device))
-            seen = watched(network, linear, blocks(network), lambda number: _evaluate(denoiser, number))
+            seen = watched(
+                network,
+                linear,
+                blocks(network),
+                lambda number: _evaluate(denoiser, number),
+                feed_forward=which != ATTENTION,
+            )
     attention = [part for part in seen.parts if part.role != FEED_FORWARD]
     feed_forward = [part for part in seen.parts if part.role == FEED_FORWARD]
     layers = chosen(
