@@ -58,12 +58,14 @@ def _kohya(tlora: TLoRAFile) -> Tensors:
 
 
 def _comfyui(tlora: TLoRAFile) -> Tensors:
-    """Parts of modules keep the names that the host has for them; the others become updates of whole modules."""
+    """Updates of whole modules. Where the file does not say how many rows a module has, as those of earlier versions,
+    its parts keep the host's names for them, if it has one for each."""
     named = named_parts(tlora.layers, tlora.base_model)
-    rest = {name: layer for name, layer in tlora.layers.items() if name not in named}
-    parts = {key: tlora.layers[name] for name, key in named.items()}
-    whole = joined(rest, tlora.base_model, tlora.heights)
-    return _pairs(parts, lambda key: key) | _pairs(whole, lambda path: f"diffusion_model.{path}")
+    whole = {name.path for name in tlora.layers if name not in named} | tlora.heights.keys()
+    parts = {key: tlora.layers[name] for name, key in named.items() if name.path not in whole}
+    rest = {name: layer for name, layer in tlora.layers.items() if name.path in whole}
+    modules = joined(rest, tlora.base_model, tlora.heights)
+    return _pairs(parts, lambda key: key) | _pairs(modules, lambda path: f"diffusion_model.{path}")
 
 
 def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tensors:
