@@ -197,7 +197,7 @@ TABLE: dict[str, Row] = {
     "lotus-d": _unet(42, 14),
     "svd": _unet(84, 28, fails={"layers": "misses the middle block's attention over time"}),
     "cascade-c": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}),
-    "cascade-b": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}, step=2e-3),
+    "cascade-b": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}, step=3e-2),
     # Transformers that make pictures
     "sd3": Row(
         {"joint_blocks.*_block.attn.qkv@0-128-256-384": 12, "joint_blocks.*.x_block.attn.proj": 2},
@@ -253,6 +253,7 @@ TABLE: dict[str, Row] = {
         {"language_model.layers.*.self_attn.[qkvo]_proj": 8},
         fails={
             "layers": "takes the vision tower, too",
+            "training auto": "fails in the small sizes at which memory is measured",
             **_failing("keeps the prompt's keys and values from one evaluation to the next", "gradients", "sampling"),
         },
     ),

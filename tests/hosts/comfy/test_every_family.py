@@ -8,6 +8,8 @@ import sampling_runs as runs
 import torch
 from family_table import CHECKS, TABLE
 
+from tlora_core.files.export import LAYOUTS
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -104,3 +106,53 @@ def test_sampling_applies_the_rank_of_each_sigma_in_either_way(trial, monkeypatc
     assert models.relative_error(pictures[0], base) > 1e-3
     assert torch.equal(trial.sample(trial.model), base)
     trial.assert_untouched(before)
+
+
+def test_file_draws_the_same_in_our_loader_and_the_hosts_where_all_ranks_are_on(trial, tmp_path):
+    """The host's loader is given the layout that the file's note recommends where it cannot find all layers itself."""
+    from host_lora import by_the_host
+
+    from tlora_core import TLoRAFile
+    from tlora_core.files.export import export
+
+    tlora = trial.tlora(min_rank=8)
+    tlora.save(tmp_path / "own.safetensors")
+    again = TLoRAFile.load(tmp_path / "own.safetensors")
+    assert again.schedule == tlora.schedule and again.heights == tlora.heights
+    assert same_layers(again.layers, tlora.layers)
+    assert "comfyui" in tlora.note or not tlora.note
+    if tlora.note:
+        export(tlora, tmp_path / "own.safetensors", "comfyui", torch.float32)
+    ours = trial.sample(runs.apply(trial.model, again))
+    theirs = trial.sample(by_the_host(trial.model, tmp_path / "own.safetensors"))
+    assert models.relative_error(theirs, ours) < 1e-5
+    assert models.relative_error(theirs, trial.sample(trial.model)) > 1e-3
+
+
+def same_layers(one, other) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(layer.up, other[name].up) and torch.equal(layer.down, other[name].down)
+        for name, layer in one.items()
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exports_are_read_back_whole(trial, layout, tmp_path):
+    """By us in every layout, and by the host in its own."""
+    from host_lora import by_the_host, host_updates, our_updates
+
+    from tlora_core import TLoRAError
+    from tlora_core.files.export import export
+    from tlora_core.files.foreign import load_any
+    from tlora_core.hosts.comfy.model.description import describe_model
+
+    tlora = trial.tlora()
+    try:
+        path = export(tlora, tmp_path / "a.safetensors", layout, torch.float32)
+    except TLoRAError as error:
+        assert layout in ("diffusers", "reference") and "choose the layout kohya or comfyui" in str(error)
+        return
+    wanted = our_updates(trial.model, tlora)
+    torch.testing.assert_close(our_updates(trial.model, load_any(path, describe_model(trial.model)).tlora), wanted)
+    if layout == "comfyui":
+        torch.testing.assert_close(host_updates(by_the_host(trial.model, path)), wanted)
