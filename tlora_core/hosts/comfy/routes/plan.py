@@ -19,7 +19,8 @@ from ....errors import TLoRAError
 from ....method.adapters import METHODS
 from ....tiny.comfy import unet_config
 from ....training.optimizers import STATE_SIZES
-from ..model.families import Defaults, defaults_of, layers_among
+from ..model.defaults import Defaults, defaults_of
+from ..model.families import layers_among
 from ..training.personalize import completed
 
 # The host's loaders of model files: {node: (folder, input)}.
