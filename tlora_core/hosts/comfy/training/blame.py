@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ....errors import TLoRAError
+from ....layers.saving import saving
 from ..model.layers import modules_by_path
 from .denoiser import HostDenoiser
 from .failure import failure_words, ran_out_of_memory
@@ -139,12 +140,12 @@ def _overwriting(denoiser: HostDenoiser, paths: dict[nn.Module, str]) -> Place |
     kept: list[tuple[Tensor, int]] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append((tensor.detach(), tensor._version))  # a detached tensor has the version of its origin
-        return kept[-1][0]
+        kept.append((tensor, tensor._version))
+        return tensor
 
     writes = _Writes(paths)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), writes:
+        with saving(keep), writes:
             outputs = list(denoiser.losses([0], torch.Generator().manual_seed(0)))
         del outputs
     except Exception:

@@ -9,6 +9,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ....layers.overlay import replaced_forward
+from ....layers.saving import saving
 from ....training.optimizers import STATE_SIZES
 from ..model.layers import is_dynamic, stored
 from .denoiser import HostDenoiser
@@ -113,16 +114,16 @@ class _Kept:
         self.depth = 0
 
     def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self.saving = saving(self._pack)
         self.replaced = replaced_forward()
         replace = self.replaced.__enter__()
         for block in blocks(self.network):
             replace(block, self._counting(block.forward))
-        self.hooks.__enter__()
+        self.saving.__enter__()
         return self
 
     def __exit__(self, *error):
-        self.hooks.__exit__(*error)
+        self.saving.__exit__(*error)
         return self.replaced.__exit__(*error)
 
     def need(self) -> Need:
@@ -150,6 +151,4 @@ class _Kept:
                     self.inside[-1] += storage.nbytes()
                 else:
                     self.outside += storage.nbytes()
-        return (
-            tensor.detach()
-        )  # with its history it would hold the graph that holds it, and with that the model, for good
+        return tensor

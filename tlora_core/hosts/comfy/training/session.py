@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
+from ....layers.protected import Protected
 from ....layers.trained import Frozen
 from ..model.attention import pytorch_attention
 from ..model.bypasses import without_compiler
@@ -50,7 +51,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
             )
             with replaced_forward() as replace:
                 _freeze(network, replace)
-                _protect_norms(network, replace)
+                _protect(network, replace)
                 if checkpointing:
                     _checkpoint(network, replace)
                 yield
@@ -108,22 +109,9 @@ def _freeze(network: nn.Module, replace: Replace) -> None:
             replace(module, Frozen(module, fetched if is_cast(module) else None).forward)
 
 
-def _protect_norms(network: nn.Module, replace: Replace) -> None:
-    """The blocks of FLUX and its like write each result onto their input in place, after a norm has kept that for its
-    backward pass. Such a norm gets a copy."""
-    if isinstance(getattr(network, "_orig_mod", network), UNetModel):
-        return
+def _protect(network: nn.Module, replace: Replace) -> None:
     for block in blocks(network):
-        for child in block.children():
-            if type(child).__name__.endswith("Norm") and not any(child.children()):
-                replace(child, _on_a_copy(child.forward))
-
-
-def _on_a_copy(forward: Callable) -> Callable:
-    def on_a_copy(x: Tensor, *args, **kwargs):
-        return forward(x.clone() if x.requires_grad else x, *args, **kwargs)
-
-    return on_a_copy
+        replace(block, Protected(block).forward)
 
 
 def _checkpoint(network: nn.Module, replace: Replace) -> None:
