@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import sampling_runs as runs
@@ -102,6 +103,21 @@ def test_user_is_told_once_of_layers_with_full_rank(anima, caplog):
     assert sentence.startswith("Full rank at every step for") and "llm_adapter.blocks.0" in sentence
     assert caplog.text.count(sentence) == 1
     assert f"{len(outside_file(anima).layers)} layers" in sentence
+
+
+def test_node_shows_it_below_what_it_shows_already(anima, monkeypatch):
+    from server import PromptServer
+
+    from tlora_core.hosts.comfy.progress import adding_to
+
+    shown = []
+    page = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
+    monkeypatch.setattr(PromptServer, "instance", page, raising=False)
+    for report, start in (("the file's report", "the file's report\nFull rank"), ("", "Full rank")):
+        sampled(runs.apply(anima, outside_file(anima), tell=adding_to(report, "7")))
+        ((node, text),) = shown
+        assert node == "7" and text.startswith(start)
+        shown.clear()
 
 
 def test_file_whose_layers_all_follow_the_noise_level_says_nothing(unet, tlora, caplog):
