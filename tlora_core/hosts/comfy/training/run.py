@@ -56,9 +56,9 @@ class TrainingRun:
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
-        self.live = LiveRun.begin(
-            node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers"
-        )
+        layers = len(personalization.adapters)
+        title = f"{subject}: {self.request}, {layers} layers, {personalization.guidance}"
+        self.live = LiveRun.begin(node_id, self.steps, first, title)
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
