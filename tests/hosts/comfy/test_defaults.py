@@ -208,8 +208,10 @@ def test_the_panel_says_during_a_training_how_the_model_is_guided(base, output):
     from tlora_core.hosts.comfy.page.training import LiveRun
 
     run(base)
-    assert list(LiveRun._runs.values())[-1].title == (
-        "sks heart: tlora, rank 4, min_rank 2, alpha 1; 6 steps of adamw at 0.01, 64 pixels, 88 layers, pictures at CFG 5"
+    title = list(LiveRun._runs.values())[-1].title
+    assert title == (
+        "sks heart: tlora, rank 4, min_rank 2, alpha 1; 6 steps of adamw at 0.01, 64 pixels, 88 layers, "
+        "pictures at CFG 5"
     )
 
 
