@@ -16,7 +16,8 @@ from ..method.adapters import LowRank
 from ..method.layer_name import LayerName
 from .atomic import stem_of, write_tensors
 from .dtypes import require_dtype
-from .layer_names import diffusers_name, family_of, part_number
+from .fused_modules import joined
+from .layer_names import diffusers_name, family_of, named_parts, part_number
 from .reference_layout import reference_tensors, write_reference
 from .tlora_file import TLoRAFile, plain_metadata
 
@@ -57,7 +58,12 @@ def _kohya(tlora: TLoRAFile) -> Tensors:
 
 
 def _comfyui(tlora: TLoRAFile) -> Tensors:
-    return _pairs(fused(tlora), lambda path: f"diffusion_model.{path}")
+    """Parts of modules keep the names that the host has for them; the others become updates of whole modules."""
+    named = named_parts(tlora.layers, tlora.base_model)
+    rest = {name: layer for name, layer in tlora.layers.items() if name not in named}
+    parts = {key: tlora.layers[name] for name, key in named.items()}
+    whole = joined(rest, tlora.base_model, tlora.heights)
+    return _pairs(parts, lambda key: key) | _pairs(whole, lambda path: f"diffusion_model.{path}")
 
 
 def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tensors:
@@ -103,40 +109,9 @@ def _model_part(name: str) -> str:
 
 
 def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
-    """Layers by module path; the parts of a fused module are joined into one update of the whole module."""
-    parts: dict[str, list[LayerName]] = {}
-    for name in tlora.layers:
-        parts.setdefault(name.path, []).append(name)
-    return {
-        path: tlora.layers[names[0]] if names == [path] else _joined(tlora, path, names)
-        for path, names in parts.items()
-    }
-
-
-def _joined(tlora: TLoRAFile, path: str, names: list[LayerName]) -> LowRank:
-    layers = [(name.row, tlora.layers[name]) for name in names]
-    height = _height(tlora.base_model, path.rpartition(".")[2], layers)
-    if height is None or any(row + layer.up.shape[0] > height for row, layer in layers):
-        raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
-    up = torch.zeros(height, sum(layer.up.shape[1] for _, layer in layers))
-    column = 0
-    for row, layer in layers:
-        up[row : row + layer.up.shape[0], column : column + layer.up.shape[1]] = layer.up
-        column += layer.up.shape[1]
-    return LowRank(up, torch.cat([layer.down.float() for _, layer in layers]))
-
-
-def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> int | None:
-    """Number of rows of a fused module, given (first row, update) of its parts; None if unknown."""
-    width = layers[0][1].down.shape[1]
-    if kind == "linear1":
-        return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
-    if kind == "qkv" and len(layers) == 3:
-        # The three parts may differ in height: keys and values may have fewer heads than queries.
-        return max(row + layer.up.shape[0] for row, layer in layers)
-    if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
-        return 3 * width
-    return None
+    """Layers by module path; the parts of a fused module are joined into one update of the whole module. Raises
+    TLoRAError for a module of unknown size."""
+    return joined(tlora.layers, tlora.base_model, tlora.heights)
 
 
 def _split(tlora: TLoRAFile) -> dict[LayerName, LowRank]:

@@ -231,6 +231,14 @@ def stored_keys(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[La
     return {name: _key_beside_parts(name, layer, base_model) or layer_key(name) for name, layer in layers.items()}
 
 
+def named_parts(layers: Mapping[LayerName, LowRank], base_model: str) -> dict[LayerName, str]:
+    """The parts of modules that ComfyUI's Load LoRA has names for, and those."""
+    keys = {
+        name: part_key(base_model, name.path, name.row, layer.shape) for name, layer in layers.items() if name.is_part
+    }
+    return {name: key for name, key in keys.items() if key}
+
+
 def _key_beside_parts(name: LayerName, layer: LowRank, base_model: str) -> str | None:
     if not name.is_part:
         return onetrainer_key(base_model, name.path)

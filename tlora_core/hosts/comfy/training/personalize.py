@@ -162,6 +162,7 @@ class Personalization:
                 model, clip, vae, request.class_word, request.resolution, seeds
             )
         self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
+        self.heights = {name.path: layer.module.out_features for name, layer in layers.items() if name.is_part}
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
         # Nodes run in inference mode; autograd refuses tensors made in it.
@@ -287,6 +288,7 @@ class Personalization:
             token=request.token,
             class_word=request.class_word,
             training=training,
+            heights=self.heights,
         )
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
