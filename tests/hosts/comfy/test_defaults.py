@@ -10,16 +10,12 @@ PROMPT = "a photo of a dog"
 
 def usual(family, **said):
     """The defaults of the family, or of one whose config says something else; no network is made."""
-    import comfy.supported_models
     import random_models
 
     from tlora_core.hosts.comfy.model.defaults import defaults_of
 
     small = random_models.SMALL[family]
-    told = {**small.config, **said}
-    config = getattr(comfy.supported_models, small.host_class)(dict(told))
-    config.unet_config.update({key: value for key, value in told.items() if key in config.unet_extra_config})
-    return defaults_of(config)
+    return defaults_of(random_models.config_of(replace(small, config={**small.config, **said})))
 
 
 @pytest.mark.parametrize(
