@@ -55,7 +55,8 @@ class LoadTLoRA(io.ComfyNode):
         if model is None:
             blocked = ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output.")
             return io.NodeOutput(blocked, loaded.tlora, loaded.report)
-        return io.NodeOutput(_applied(model, loaded.tlora, strength, cls.hidden.unique_id), loaded.tlora, loaded.report)
+        applied = _applied(model, loaded.tlora, strength, cls.hidden.unique_id, loaded.report)
+        return io.NodeOutput(applied, loaded.tlora, loaded.report)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
@@ -111,8 +112,14 @@ class ApplyTLoRA(io.ComfyNode):
         return io.NodeOutput(_applied(model, tlora, strength, cls.hidden.unique_id))
 
 
-def _applied(model, tlora, strength, node_id):
-    return show_active_rank(apply_tlora(model, tlora, strength), tlora.schedule, node_id if strength else None)
+def _applied(model, tlora, strength, node_id, report=""):
+    """report: what the node shows already; a sampling may add to it."""
+
+    def tell(sentence: str) -> None:
+        say(f"{report}\n{sentence}".lstrip(), node_id)
+
+    patched = apply_tlora(model, tlora, strength, tell=tell)
+    return show_active_rank(patched, tlora.schedule, node_id if strength else None)
 
 
 class SaveTLoRA(io.ComfyNode):

@@ -205,10 +205,8 @@ def test_the_panel_says_during_a_training_how_the_model_is_guided(base, output):
 
     run(base)
     title = list(LiveRun._runs.values())[-1].title
-    assert title == (
-        "sks heart: tlora, rank 4, min_rank 2, alpha 1; 6 steps of adamw at 0.01, 64 pixels, 88 layers, "
-        "pictures at CFG 5"
-    )
+    asked = "sks heart: tlora, rank 4, min_rank 2, alpha 1; 6 steps of adamw at 0.01, 64 pixels"
+    assert title.startswith(f"{asked}, pictures at CFG 5, 88 layers")
 
 
 def test_guidance_is_told_in_words(comfy):

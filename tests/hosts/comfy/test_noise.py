@@ -157,7 +157,7 @@ def test_no_step_of_a_model_that_draws_pixels_outweighs_the_others(comfy, monkey
     model.load_device = torch.device("cpu")
     missed = lambda noisy, sigmas, **inputs: latents + 0.02  # noqa: E731
     monkeypatch.setattr(model.model, "apply_model", missed)
-    monkeypatch.setattr(HostDenoiser, "_inputs", lambda *args: {})
+    monkeypatch.setattr(HostDenoiser, "inputs", lambda *args: {})
     latents, sigmas = torch.zeros(4, *shape), torch.tensor([1e-3, 0.02, 0.05, 0.5])
     samples = [Sample(latents[0], None, None, random_models.conditioning(model, 5))] * 4
     denoiser = HostDenoiser(

@@ -17,24 +17,30 @@ from .layers import fetched, linear_modules
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
 _EXCLUDED = re.compile(
-    r"refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?<!noise_)refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?:llm_adapter|connector)\.|modulation|instruct_out$|img_instruct_attn\.to_out|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
-_IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
+_IN_BLOCK = r"(?:^|\.)(?:\w*blocks?|\w*layers|noise_refiner)\.(?:block)?\d+\.(?:\S+\.)?"
 _ATTENTION = re.compile(
     _IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:"
     # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
     r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
     # AuraFlow and Krea 2, Kandinsky, MM-DiT, Lumina2
-    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
+    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out|"
+    r"processor\.(?:img|instruct)_(?:to_[qkv]|out)|proj_x)$"  # Boogu; Mochi and PixelDiT
 )
 # Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
 # first layer of the feed-forward is stacked below them.
-_FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
+_FUSED = re.compile(
+    _IN_BLOCK
+    + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj|(?:img|txt)_qkv|qkv_[xy])$|(?:^|\.)single_blocks\.\d+\.linear1$"
+)
 _FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
 _FEED_FORWARD = re.compile(
-    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
+    _IN_BLOCK
+    + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|mlp_[xy]|\w*feed_forward|channelwise)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
 )
 _FEED_FORWARD_ROWS = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear1$")
 
@@ -43,11 +49,13 @@ ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections."""
+    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections. role: what the
+    layer does, one of `watched.ROLES`, or "" if nobody has looked."""
 
     module: torch.nn.Linear
     row: int
     rows: int
+    role: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -63,29 +71,45 @@ class TargetLayer:
 
 
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
-    """The layers to train a T-LoRA on. A key is a module path, or "path@row" for a projection in a layer that holds
-    several.
+    """The layers to train a T-LoRA on by their names, which models of the known families share. A training sees for
+    itself what a model's layers do; see `training.targets`.
 
-    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
-        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
-        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
-
-    Raises TLoRAError for a model without such layers and for a pattern without a match.
+    A key is a module path, or "path@row" for a projection in a layer that holds several. which: see `chosen`. Raises
+    like that.
     """
     return layers_among(linear_modules(model), which, type(model.model).__name__)
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:
     """Like target_layers, given a model's linear layers by module path; `kind` names the model in errors."""
-    attention, feed_forward = _attention(linear), _feed_forward(linear)
+    return chosen(which, linear, _attention(linear), _feed_forward(linear), kind)
+
+
+def chosen(
+    which: str,
+    linear: Mapping[str, torch.nn.Linear],
+    attention: Mapping[LayerName, TargetLayer],
+    feed_forward: Mapping[LayerName, TargetLayer],
+    kind: str,
+) -> dict[LayerName, TargetLayer]:
+    """The layers that the input `layers` asks for.
+
+    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
+        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
+        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
+    linear: all of the model's linear layers, by module path. attention, feed_forward: those among them. kind: names
+        the model in errors.
+
+    Raises TLoRAError for a model without attention layers and for a pattern without a match.
+    """
     if which not in (ATTENTION, WITH_FEED_FORWARD):
         return _matching(which, linear, {**attention, **feed_forward})
     if not attention:
         raise TLoRAError(
-            f"model is a {kind}, whose attention layers have names unknown to T-LoRA; give patterns of "
-            f"layer names instead, or use another model. {_examples(linear)}"
+            f"model is a {kind}, in which T-LoRA finds no attention layers; give patterns of layer names instead, or "
+            f"use another model. {_examples(linear)}"
         )
-    return attention if which == ATTENTION else {**attention, **feed_forward}
+    return {**attention} if which == ATTENTION else {**attention, **feed_forward}
 
 
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:

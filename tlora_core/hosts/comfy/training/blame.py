@@ -3,6 +3,7 @@
 import sysconfig
 import traceback
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -37,6 +38,18 @@ class Place(NamedTuple):
 
     layer: str
     patch: str
+
+
+@contextmanager
+def saying_what_failed(denoiser: HostDenoiser, step: int, checkpointing: bool = False):
+    """Within the block, errors of the model name the layer or the patch that they come from."""
+    try:
+        yield
+    except Exception as error:
+        sentence = sentence_for(error, denoiser, step, checkpointing)
+        if sentence is None:
+            raise
+        raise sentence from error
 
 
 def sentence_for(error: Exception, denoiser: HostDenoiser, step: int, checkpointing: bool) -> TLoRAError | None:

@@ -1,6 +1,7 @@
 """The host's model as a `trainer.Denoiser`."""
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,13 +15,17 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ....errors import TLoRAError
 from ....layers.text_memo import Text
 from ....layers.trained import moved
 from ....method.adapters import Adapters
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
+from ..model.families import ATTENTION
 from ..model.noise import draw_sigmas, loss_scale, min_snr_weight, noise_level, noised
-from ..sampling import TimestepAwarePatch, place
+from ..reach import Reach, naming
+from ..sampling import Placed, TimestepAwarePatch, place
+from ..whole_sampling import preparing
 from .encode import Sample, buckets
 
 
@@ -67,11 +72,32 @@ class TrainingPatch(TimestepAwarePatch):
     def __init__(self, adapters: Adapters, schedule: RankSchedule):
         super().__init__(schedule)
         self.adapters, self._placed = adapters, None
+        self.reach = _TrainedReach()
 
     def evaluation(self, base, x, sigma, text):
+        return self.overlays(self._place(base), *self.level), None, self.text
+
+    def watched(self, base, x):
+        return self.reach.evaluating(self._place(base).layers)
+
+    def _place(self, base) -> Placed:
         if self._placed is None:  # layers are not replaced within a training session
             self._placed = place(base, self.adapters)
-        return self.overlays(self._placed, *self.level), None, self.text
+        return self._placed
+
+
+class _TrainedReach(Reach):
+    """Raises TLoRAError where no layer can learn, as the model calls none."""
+
+    def judge(self, layers):
+        if self.unreached:
+            sentence = (
+                f"layers has {naming(self.unreached)} that this model does not call in its evaluations with these "
+                "inputs, for example as they work on the text before; they learn nothing"
+            )
+            if len(self.unreached) == len(layers):
+                raise TLoRAError(f'{sentence}, so choose others or "{ATTENTION}".')
+            logging.warning("[T-LoRA] %s.", sentence)
 
 
 class HostDenoiser:
@@ -158,17 +184,17 @@ class HostDenoiser:
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = noised(self.sampling, each, noise, latents)
-        inputs = self._inputs(samples, noise[:1])
+        inputs = self.inputs(samples, noise[:1])
         options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
         return (latents - denoised) / loss_scale(self.sampling, self.base.latent_format, each)
 
-    def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
+    def inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that
         layers compute its output once; see `layers.text_memo`."""
         key = *map(id, samples), like.shape
         if key not in self._batches:
-            inputs = comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+            inputs = normal(comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples]), {})
             text = None
             if "c_crossattn" in inputs:
                 captions = tuple(id(sample.conditioning[0][0]) for sample in samples)
@@ -188,16 +214,18 @@ class HostDenoiser:
         if key not in self._conditions:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
             noise = torch.zeros_like(like)
-            encoded = comfy.samplers.encode_model_conds(
-                self.base.extra_conds,
-                converted,
-                noise,
-                self.device,
-                "positive",
-                latent_image=noise,
-                denoise_mask=None,
-                seed=0,
-            )
+            # In inference mode as in a sampling: by that, some models decide to run their text adapter here.
+            with torch.inference_mode(), preparing(self.model):
+                encoded = comfy.samplers.encode_model_conds(
+                    self.base.extra_conds,
+                    converted,
+                    noise,
+                    self.device,
+                    "positive",
+                    latent_image=noise,
+                    denoise_mask=None,
+                    seed=0,
+                )
             self._conditions[key] = {
                 name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()
             }

@@ -56,8 +56,7 @@ class TrainingRun:
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
-        layers = len(personalization.adapters)
-        title = f"{subject}: {self.request}, {layers} layers, {personalization.guidance}"
+        title = f"{subject}: {self.request}, {personalization.guidance}, {personalization.layers_in_words}"
         self.live = LiveRun.begin(node_id, self.steps, first, title)
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
 from ....layers.trained import Frozen
+from ..model.attention import pytorch_attention
+from ..model.bypasses import without_compiler
+from ..model.internals import RESIDENT
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
+from .kernels import make_kernels_differentiable
 
 
 @contextmanager
@@ -24,14 +28,15 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
     storage: no copy, and they stay valid for later sampling. A compiled model runs uncompiled, because each step has
-    forwards and ranks of its own, and would be compiled anew.
+    forwards and ranks of its own, and would be compiled anew. The host's own compiler is off for the same reason.
 
     checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
         that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
         again in the backward pass. None loads the model in full.
     """
-    was_training = comfy.model_management.in_training
-    with torch.inference_mode(False), torch.enable_grad(), _uncompiled():
+    was_training = getattr(comfy.model_management, "in_training", False)
+    make_kernels_differentiable()
+    with torch.inference_mode(False), torch.enable_grad(), _uncompiled(), without_compiler(), pytorch_attention():
         comfy.model_management.load_models_gpu(
             [model], memory_required=1e20 if room is None else room, force_full_load=room is None
         )
@@ -135,7 +140,7 @@ def _leave_inference_mode(module: nn.Module) -> None:
     for name, buffer in module._buffers.items():
         if _is_of_inference(buffer):
             module._buffers[name] = _same_storage(buffer)
-    for name in _RESIDENT:
+    for name in RESIDENT:
         if _is_of_inference(vars(module).get(name)):
             setattr(module, name, _same_storage(vars(module)[name]))
     # Of a LoRA that the host adds beside the layer (its bypass LoRA).
@@ -144,10 +149,6 @@ def _leave_inference_mode(module: nn.Module) -> None:
         lora.weights = type(weights)(
             _same_storage(w) if isinstance(w, Tensor) and w.is_inference() else w for w in weights
         )
-
-
-# Attributes in which the host's dynamic VRAM keeps a layer's cast weight and bias from one use to the next.
-_RESIDENT = ("_v_weight", "_v_bias")
 
 
 def _is_of_inference(tensor: Tensor | None) -> TypeGuard[Tensor]:
