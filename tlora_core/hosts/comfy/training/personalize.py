@@ -153,8 +153,9 @@ class Personalization:
         self.num_timesteps = num_timesteps(self.sampling)
         require_trainable(self.sampling)
         self._check_config()
-        guidance = defaults_for(model).guidance.told_in_training
-        told = None if guidance is None else {"guidance": guidance}
+        self.guidance = defaults_for(model).guidance
+        told_in_training = self.guidance.told_in_training
+        told = None if told_in_training is None else {"guidance": told_in_training}
         encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
