@@ -24,7 +24,7 @@ from .kernels import make_kernels_differentiable
 
 
 @contextmanager
-def training_session(model: ModelPatcher, checkpointing: bool = False, room: int | None = None):
+def training_session(model: ModelPatcher, checkpointing: bool = False, room: int | None = None, protected: bool = True):
     """The model loaded and fit for autograd; leaves its weights bit-identical, whatever happens inside.
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
@@ -34,6 +34,8 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
     checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
         that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
         again in the backward pass. None loads the model in full.
+    protected: see `layers.protected`; needed for a backward pass through whole blocks. Without it each block runs once
+        for each call.
     """
     was_training = getattr(comfy.model_management, "in_training", False)
     make_kernels_differentiable()
@@ -51,7 +53,8 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
             )
             with replaced_forward() as replace:
                 _freeze(network, replace)
-                _protect(network, replace)
+                if protected:
+                    _protect(network, replace)
                 if checkpointing:
                     _checkpoint(network, replace)
                 yield

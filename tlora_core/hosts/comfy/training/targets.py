@@ -39,7 +39,7 @@ def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which:
     """
     linear = linear_modules(model)
     room = model.memory_required([1, *_shape(sample)])
-    with training_session(model, room=room):
+    with training_session(model, room=room, protected=False):
         denoiser = HostDenoiser(model, Adapters({}), RankSchedule(1, 1), [sample], config)
         network = getattr(model.model.diffusion_model, "_orig_mod", model.model.diffusion_model)
         with saying_what_failed(denoiser, 1):
