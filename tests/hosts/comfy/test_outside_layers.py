@@ -141,7 +141,13 @@ def test_layer_that_the_model_does_not_call_is_named_once(unet, tlora, caplog):
     assert sentence.startswith("No effect from 1 layer (idle)") and caplog.text.count(sentence) == 1
 
 
-def test_only_the_first_evaluation_is_watched(unet, tlora):
+@pytest.mark.parametrize(("is_compiled", "hooks"), [(False, [1, 0, 0]), (True, [0, 0, 0])])
+def test_only_the_first_evaluation_is_watched_and_none_of_a_compiled_model(
+    unet, tlora, monkeypatch, is_compiled, hooks
+):
+    from tlora_core.hosts.comfy import sampling
+
+    monkeypatch.setattr(sampling, "is_compiled", lambda *_: is_compiled)
     layer = unet.model.diffusion_model.get_submodule(next(iter(tlora.layers)))
     watched = []
 
@@ -152,7 +158,7 @@ def test_only_the_first_evaluation_is_watched(unet, tlora):
     model = runs.apply(unet, tlora)
     model.add_wrapper_with_key("apply_model", "note", note)
     runs.sample(model, *runs.texts(), steps=3)
-    assert watched == [1, 0, 0] and not layer._forward_pre_hooks
+    assert watched == hooks and not layer._forward_pre_hooks
 
 
 def test_model_is_restored_when_a_sampling_is_cancelled(anima):
