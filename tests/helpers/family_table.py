@@ -47,7 +47,6 @@ _OF_A_PICTURE = {"layers": "takes layers for another picture, which a training h
 _FROM_A_PICTURE = "makes one picture from another"
 _REFINER = {"layers": "misses the image tokens' refiner"}
 _UNKNOWN = {"layers": "has names unknown to us"}
-_MEAN_FLOW = _failing("asks for the sigmas of a sampling", "gradients", *TRAINING)
 
 
 def _unet(inputs: int, outputs: int, **more) -> Row:
@@ -93,7 +92,6 @@ def _pixart() -> Row:
             "blocks.*.cross_attn.kv_linear@0-96-192": 4,
             "blocks.*.cross_attn.proj": 2,
         },
-        fails={"training auto": "divides by zero where it measures memory"},
     )
 
 
@@ -129,7 +127,6 @@ def _pixel_dit() -> Row:
         },
         fails={
             "layers": "misses the main blocks",
-            **_failing("writes in place onto what the backward pass needs", "gradients", *TRAINING),
         },
     )
 
@@ -252,8 +249,6 @@ TABLE: dict[str, Row] = {
         {"language_model.layers.*.self_attn.[qkvo]_proj": 8},
         fails={
             "layers": "takes the vision tower, too",
-            "training auto": "fails in the small sizes at which memory is measured",
-            **_failing("keeps the prompt's keys and values from one evaluation to the next", "gradients", "sampling"),
         },
     ),
     "omnigen2": Row(
@@ -290,22 +285,20 @@ TABLE: dict[str, Row] = {
             "double_blocks.*.attn.???_attn_qkv@0-256-512-768": 12,
             "double_blocks.*.attn.img_attn_proj": 2,
         },
-        fails={**_UNKNOWN, **_failing("has a rotation without a backward pass", "gradients", *TRAINING)},
+        fails={**_UNKNOWN},
         double=False,
     ),
     "hunyuan-image21": _flux(),
-    "hunyuan-image21-distilled": _flux(fails=_MEAN_FLOW),
+    "hunyuan-image21-distilled": _flux(),
     "kandinsky5-image": _kandinsky(),
     "ernie": Row(
         {"layers.*.self_attention.to_[qkv]": 6, "layers.*.self_attention.to_out.0": 2},
-        fails=_failing("has a rotation without a backward pass", "gradients", *TRAINING),
         double=False,
     ),
     # Transformers that make videos
     "mochi": Row({"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2}, fails=_UNKNOWN),
     "ltxv": Row(
         {"transformer_blocks.*.attn[12].to_[qkv]": 12, "transformer_blocks.*.attn[12].to_out.0": 4},
-        fails=_failing("writes in place onto what the backward pass needs", "gradients", *TRAINING),
     ),
     "ltxav": Row(
         {
@@ -330,8 +323,8 @@ TABLE: dict[str, Row] = {
     "hunyuan-video-i2v": _flux(),
     "skyreels-i2v": _flux(),
     "hunyuan-video15": _flux(),
-    "hunyuan-video15-sr": _flux(fails=_MEAN_FLOW),
-    "hunyuan-image21-refiner": _flux(fails=_MEAN_FLOW),
+    "hunyuan-video15-sr": _flux(),
+    "hunyuan-image21-refiner": _flux(),
     "cosmos-t2v": _cosmos(),
     "cosmos-i2v": _cosmos(),
     "cosmos-predict2": _predict2(),

@@ -74,6 +74,8 @@ def sentence_for(error: Exception, denoiser: HostDenoiser, step: int, checkpoint
             "node that adds the patch, and put that node after Train."
         )
     check = "check that clip and vae belong to this model; " if _OF_SHAPES in words else ""
+    if isinstance(error, ZeroDivisionError):  # PixArt divides by its size in steps of 64 cells
+        check = "raise resolution; "
     return TLoRAError(
         f"model failed at the layer {layer} in step {step} ({words}); {check}if a node patches the model, connect the "
         "model from before it, otherwise report this with the log."

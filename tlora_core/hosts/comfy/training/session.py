@@ -19,6 +19,7 @@ from ....layers.trained import Frozen
 from ..model.attention import pytorch_attention
 from ..model.bypasses import without_compiler
 from ..model.internals import RESIDENT
+from ..model.kept_state import nothing_kept
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 from .kernels import make_kernels_differentiable
 
@@ -34,8 +35,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
     checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
         that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
         again in the backward pass. None loads the model in full.
-    protected: see `layers.protected`; needed for a backward pass through whole blocks. Without it each block runs once
-        for each call.
+    protected: whether blocks that overwrite what autograd has saved are found and protected; see `layers.protected`.
     """
     was_training = getattr(comfy.model_management, "in_training", False)
     make_kernels_differentiable()
@@ -51,7 +51,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
             comfy.model_management.in_training = (
                 True  # lets the host take differentiable paths where it has faster ones
             )
-            with replaced_forward() as replace:
+            with replaced_forward() as replace, nothing_kept(model.model):
                 _freeze(network, replace)
                 if protected:
                     _protect(network, replace)
