@@ -43,10 +43,8 @@ def _failing(reason: str, *checks: str) -> dict[str, str]:
     return dict.fromkeys(checks, reason)
 
 
-_OF_A_PICTURE = {"layers": "takes layers for another picture, which a training has not"}
 _FROM_A_PICTURE = "makes one picture from another"
-_REFINER = {"layers": "misses the image tokens' refiner"}
-_UNKNOWN = {"layers": "has names unknown to us"}
+_WITH_SOUND = "draws a video together with its sound"
 
 
 def _unet(inputs: int, outputs: int, **more) -> Row:
@@ -68,6 +66,11 @@ def _flux(single: int = 1, width: int = 256, **more) -> Row:
 def _wan(blocks: int = 2, also: Mapping[str, int] | None = None, **more) -> Row:
     layers = {"blocks.*.self_attn.[qkvo]": 4 * blocks, "blocks.*.cross_attn.[qkvo]": 4 * blocks}
     return Row({**layers, **(also or {})}, **more)
+
+
+def _of_picture(blocks: int = 2) -> Mapping[str, int]:
+    """Keys and values of another picture's tokens. Without one the model gives them the text."""
+    return {"blocks.*.cross_attn.[kv]_img": 2 * blocks}
 
 
 def _next(width: int, keys: int, **more) -> Row:
@@ -125,9 +128,6 @@ def _pixel_dit() -> Row:
             "pixel_blocks.*.attn.qkv@0-64-128-192": 3,
             "pixel_blocks.*.attn.proj": 1,
         },
-        fails={
-            "layers": "misses the main blocks",
-        },
     )
 
 
@@ -141,17 +141,13 @@ def _cosmos() -> Row:
     )
 
 
-def _predict2(**fails: str) -> Row:
+def _predict2() -> Row:
     return Row(
         {
             "blocks.*.self_attn.[qkv]_proj": 6,
             "blocks.*.self_attn.output_proj": 2,
             "blocks.*.cross_attn.[qkv]_proj": 6,
             "blocks.*.cross_attn.output_proj": 2,
-        },
-        fails={
-            **fails,
-            **_failing("has a rotation without a backward pass", "gradients", *TRAINING),
         },
         double=False,
     )
@@ -171,7 +167,6 @@ def _kandinsky() -> Row:
 def _cogvideox() -> Row:
     return Row(
         {"blocks.*.[qkv]": 6, "blocks.*.attn_out": 2},
-        fails=_UNKNOWN,
     )
 
 
@@ -191,7 +186,7 @@ TABLE: dict[str, Row] = {
     "koala-700m": _unet(36, 12),
     "koala-1b": _unet(72, 24),
     "lotus-d": _unet(42, 14, refused=_FROM_A_PICTURE),
-    "svd": _unet(84, 28, fails={"layers": "misses the middle block's attention over time"}),
+    "svd": _unet(84, 28),
     "cascade-c": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}),
     "cascade-b": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}, step=3e-2),
     # Transformers that make pictures
@@ -227,15 +222,14 @@ TABLE: dict[str, Row] = {
             "transformer_blocks.*.attn.???_qkv@0-128-256-384": 12,
             "transformer_blocks.*.attn.to_out.0": 2,
         },
-        fails={"layers": "misses queries, keys and values"},
     ),
     "chroma": _flux(),
     "chroma-radiance": _flux(),
-    "lumina2": _next(192, 96, fails=_REFINER),
-    "newbie": _next(192, 96, fails=_REFINER),
-    "z-image": _next(288, 288, fails=_REFINER, step=2e-3),
-    "z-image-omni": _next(288, 288, fails=_REFINER),
-    "z-image-pixel": _next(288, 288, fails=_REFINER),
+    "lumina2": _next(192, 96),
+    "newbie": _next(192, 96),
+    "z-image": _next(288, 288, step=2e-3),
+    "z-image-omni": _next(288, 288),
+    "z-image-pixel": _next(288, 288),
     "pixeldit": _pixel_dit(),
     "pid": _pixel_dit(),
     "hidream": Row(
@@ -247,9 +241,6 @@ TABLE: dict[str, Row] = {
     ),
     "hidream-o1": Row(
         {"language_model.layers.*.self_attn.[qkvo]_proj": 8},
-        fails={
-            "layers": "takes the vision tower, too",
-        },
     ),
     "omnigen2": Row(
         {
@@ -258,7 +249,6 @@ TABLE: dict[str, Row] = {
             "layers.*.attn.to_[qkv]": 6,
             "layers.*.attn.to_out.0": 2,
         },
-        fails=_REFINER,
     ),
     "boogu": Row(
         {
@@ -272,7 +262,6 @@ TABLE: dict[str, Row] = {
             "single_stream_layers.*.attn.to_[qkv]": 3,
             "single_stream_layers.*.attn.to_out.0": 1,
         },
-        fails={"layers": "misses the joint attention's projections and the image tokens' refiner"},
     ),
     "ideogram4": Row({"layers.*.attention.qkv@0-256-512-768": 6, "layers.*.attention.o": 2}),
     "krea2": Row({"blocks.*.attn.w[qkvo]": 8}, step=2e-3),
@@ -285,7 +274,6 @@ TABLE: dict[str, Row] = {
             "double_blocks.*.attn.???_attn_qkv@0-256-512-768": 12,
             "double_blocks.*.attn.img_attn_proj": 2,
         },
-        fails={**_UNKNOWN},
         double=False,
     ),
     "hunyuan-image21": _flux(),
@@ -296,7 +284,7 @@ TABLE: dict[str, Row] = {
         double=False,
     ),
     # Transformers that make videos
-    "mochi": Row({"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2}, fails=_UNKNOWN),
+    "mochi": Row({"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2}),
     "ltxv": Row(
         {"transformer_blocks.*.attn[12].to_[qkv]": 12, "transformer_blocks.*.attn[12].to_out.0": 4},
     ),
@@ -307,17 +295,11 @@ TABLE: dict[str, Row] = {
             "transformer_blocks.*.audio_to_video_attn.to_[qkv]": 3,
             "transformer_blocks.*.audio_to_video_attn.to_out.0": 1,
         },
-        fails={
-            "layers": "takes attention over sound and text, too",
-            **_failing("fails without a latent of sound", "gradients", *TRAINING),
-        },
+        refused=_WITH_SOUND,
     ),
     "minimax-h3": Row(
         {"blocks.?.attn.qkv_proj@0-128-256-384": 6, "blocks.?.attn.out_proj": 2},
-        fails={
-            "layers": "cuts queries, keys and values in wrong places",
-            **_failing("fails without a latent of sound", "gradients", *TRAINING),
-        },
+        refused=_WITH_SOUND,
     ),
     "hunyuan-video": _flux(),
     "hunyuan-video-i2v": _flux(),
@@ -329,23 +311,23 @@ TABLE: dict[str, Row] = {
     "cosmos-i2v": _cosmos(),
     "cosmos-predict2": _predict2(),
     "cosmos-predict2-i2v": _predict2(),
-    "anima": _predict2(layers="takes the text's adapter, too"),
+    "anima": _predict2(),
     "wan": _wan(),
-    "wan21-i2v": _wan(fails=_OF_A_PICTURE),
-    "wan21-fun": _wan(fails=_OF_A_PICTURE),
+    "wan21-i2v": _wan(also=_of_picture()),
+    "wan21-fun": _wan(also=_of_picture()),
     "wan21-vace": _wan(also={"vace_blocks.*.self_attn.[qkvo]": 4, "vace_blocks.*.cross_attn.[qkvo]": 4}),
-    "wan21-camera": _wan(fails=_OF_A_PICTURE),
-    "wan21-humo": _wan(fails={"layers": "takes layers for sound, which a training has not"}),
-    "wan21-scail": _wan(fails=_OF_A_PICTURE),
-    "wan21-scail2": _wan(fails=_OF_A_PICTURE),
+    "wan21-camera": _wan(also=_of_picture()),
+    "wan21-humo": _wan(),
+    "wan21-scail": _wan(also=_of_picture()),
+    "wan21-scail2": _wan(also=_of_picture()),
     "wan21-causal": _wan(),
     "wan21-flowrvs": _wan(refused=_FROM_A_PICTURE),
     "wan22-5b": _wan(),
     "wan22-14b-i2v": _wan(),
     "wan22-camera": _wan(),
     "wan22-s2v": _wan(),
-    "wan22-animate": _wan(5, fails=_OF_A_PICTURE),
-    "wandancer": _wan(fails=_OF_A_PICTURE),
+    "wan22-animate": _wan(5, also=_of_picture(5)),
+    "wandancer": _wan(),
     "kandinsky5": _kandinsky(),
     "cogvideox-2b": _cogvideox(),
     "cogvideox-i2v": _cogvideox(),
@@ -356,6 +338,5 @@ TABLE: dict[str, Row] = {
             "blocks.*.attn.proj_out.vid": 1,
             "blocks.*.attn.proj_out.all": 1,
         },
-        fails=_UNKNOWN,
     ),
 }
