@@ -51,13 +51,13 @@ def _unet(inputs: int, outputs: int, **more) -> Row:
     return Row({"*.attn[12].to_[qkv]": inputs, "*.attn[12].to_out.0": outputs}, **more)
 
 
-def _flux(single: int = 1, width: int = 256, **more) -> Row:
+def _flux(width: int = 256, **more) -> Row:
     thirds = f"@0-{width}-{2 * width}-{3 * width}"
     return Row(
         {
             f"double_blocks.*.???_attn.qkv{thirds}": 6,
             "double_blocks.*.img_attn.proj": 1,
-            f"single_blocks.*.linear1{thirds}": 3 * single,
+            f"single_blocks.*.linear1{thirds}": 3,
         },
         **more,
     )
@@ -213,8 +213,8 @@ TABLE: dict[str, Row] = {
     "flux-inpaint": _flux(),
     "flux-canny": _flux(),
     "flux-schnell": _flux(),
-    "flux2-dev": _flux(2),
-    "flux2-klein": _flux(2),
+    "flux2-dev": _flux(128),
+    "flux2-klein": _flux(128),
     "ovis": _flux(),
     "longcat": _flux(),
     "lens": Row(

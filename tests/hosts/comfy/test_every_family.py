@@ -104,14 +104,13 @@ def factors(training):
 
 
 def test_sampling_applies_the_rank_of_each_sigma_in_either_way(trial, monkeypatch):
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from family_checks import Trial
 
     fresh = Trial(trial.name)  # whose model keeps nothing of other samplings
     base, before = fresh.sample(fresh.model), trial.weights()
     tlora, pictures = trial.tlora(), []
-    # A U-Net's keys and values of the text are computed once for each text.
-    folded = {"weight", "output"} if isinstance(trial.model.model.diffusion_model, UNetModel) else {"weight"}
+    # Where cross-attention sees the text as it came, its keys and values are computed once for each text.
+    folded = {"weight", *(["output"] if any("attn2.to_k" in name for name in trial.shapes) else [])}
     for fold, ways in ((None, folded), (False, {"product"})):
         recorded, used = runs.Evaluations(trial.model), runs.Ways(monkeypatch)
         pictures.append(trial.sample(runs.apply(recorded.model, tlora, -0.8, fold=fold)))
