@@ -9,8 +9,10 @@ from ..tlora_core.hosts.comfy.page.rank import show_active_rank
 from ..tlora_core.hosts.comfy.page.training import shown_when_it_fails
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_training
+from ..tlora_core.hosts.comfy.training.found import train_or_find
+from ..tlora_core.hosts.comfy.training.keeping import RERUNS, Keeping
 from ..tlora_core.hosts.comfy.training.personalize import filled_in
-from ..tlora_core.hosts.comfy.training.run import RERUNS, Keeping, stopped_runs, train_or_find
+from ..tlora_core.hosts.comfy.training.run import stopped_runs
 from ..tlora_core.reports.plot import loss_curve
 from ..tlora_core.training.config import TrainConfig
 from ..tlora_core.training.dataset import training_list

@@ -5,8 +5,8 @@ Saved workflows store values in the order of the inputs, so a new input must com
 
 from comfy_api.latest import io
 
+from ..tlora_core.hosts.comfy.training.keeping import RERUNS
 from ..tlora_core.hosts.comfy.training.personalize import MEMORY
-from ..tlora_core.hosts.comfy.training.run import RERUNS
 from ..tlora_core.method.adapters import METHODS
 from ..tlora_core.method.starts import STARTS
 from ..tlora_core.training.dataset import FRAMINGS

@@ -30,7 +30,8 @@ def request(steps=6, rate=0.01, **changes):
 
 def run(base, asked=None, file_name="run/heart", pictures=None, prior=(), **keeping):
     """Runs a training as the host runs a node: in inference mode."""
-    from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
+    from tlora_core.hosts.comfy.training.found import train_or_find
+    from tlora_core.hosts.comfy.training.keeping import Keeping
 
     with torch.inference_mode():
         return train_or_find(

@@ -124,7 +124,7 @@ def _wan(host_class: str, model_type: str, **changes) -> Family:
 
 
 def _hunyuan(host_class: str, config: dict, **changes) -> Family:
-    return Family(host_class, {**config, **changes}, text(64, config["vec_in_dim"]))
+    return Family(host_class, {**config, **changes}, text(64, config["vec_in_dim"] or 8))
 
 
 def _cosmos(host_class: str, config: dict, **changes) -> Family:

@@ -171,13 +171,13 @@ def test_training_that_no_disk_can_store_is_kept_in_the_output_or_temp_folder_an
     "config", [{}, {"optimizer": "prodigy", "ema_decay": 0.9}, {"optimizer": "adafactor"}], ids=str
 )
 def test_sizes_of_file_and_run_state_are_known_before_the_first_step(base, output, monkeypatch, method, config):
-    from tlora_core.hosts.comfy.training import run as training_run
+    from tlora_core.hosts.comfy.training import found
 
-    asked, told = training_run._needs, []
-    monkeypatch.setattr(training_run, "_needs", lambda *args: told.extend(asked(*args)) or told)
+    asked, told = found._needs, []
+    monkeypatch.setattr(found, "_needs", lambda *args: told.extend(asked(*args)) or told)
     forget = []
     monkeypatch.setattr(
-        training_run.RunFolder,
+        found.RunFolder,
         "remove_state",
         lambda folder: forget.append((folder.path / "checkpoint.pt").stat().st_size),
     )

@@ -63,11 +63,11 @@ def test_an_unfinished_run_of_the_first_version_is_recognised_and_trained_again(
 
 
 def test_a_finished_run_of_every_version_is_found(base, output, monkeypatch):
-    from tlora_core.hosts.comfy.training import run as training_run
+    from tlora_core.hosts.comfy.training import found
 
     for steps, version in ((1, "0.1.0"), (2, "0.2.0")):
         with monkeypatch.context() as patch:
-            patch.setattr(training_run, "RESULTS_OF", version)
+            patch.setattr(found, "RESULTS_OF", version)
             first = run(base, request(steps))
         monkeypatch.setattr("tlora_core.version.__version__", "9.9.9")
         assert run(base, request(steps)).file == first.file and len(folders(output)) == steps

@@ -93,7 +93,7 @@ def test_nan_from_vae_or_clip_is_reported_before_any_step(base, output, monkeypa
 )
 def test_invalid_keeping_is_refused(comfy, changes, message):
     from tlora_core import TLoRAError
-    from tlora_core.hosts.comfy.training.run import Keeping
+    from tlora_core.hosts.comfy.training.keeping import Keeping
 
     with pytest.raises(TLoRAError, match=message):
         Keeping(**changes)
@@ -101,7 +101,7 @@ def test_invalid_keeping_is_refused(comfy, changes, message):
 
 def test_missing_packages_are_named_before_anything_is_trained(comfy, monkeypatch):
     from tlora_core import TLoRAError, make_adapters
-    from tlora_core.hosts.comfy.training.run import Keeping
+    from tlora_core.hosts.comfy.training.keeping import Keeping
     from tlora_core.training.config import TrainConfig
     from tlora_core.training.trainer import Trainer
 

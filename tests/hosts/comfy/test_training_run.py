@@ -12,7 +12,7 @@ from training_runs import Wish, cancel, folders, nan_after, record, request, run
 
 
 def test_a_run_is_named_like_its_file_without_the_number_that_was_added(comfy):
-    from tlora_core.hosts.comfy.training.run import _without_counter
+    from tlora_core.hosts.comfy.training.found import _without_counter
 
     assert [_without_counter(name) for name in ("dog_v1.5_00001_", "sks_dog2_00012_", "dog_123456_", "v2_0")] == [
         "dog_v1.5",
@@ -130,7 +130,9 @@ import folder_paths
 import utils.extra_config  # as main.py does, before what old ComfyUIs put on the path hides it
 import torch
 torch.set_num_threads(1)
-from tlora_core.hosts.comfy.training import run as training_run
+from tlora_core.hosts.comfy.page.training import LiveRun
+from tlora_core.hosts.comfy.training.found import train_or_find
+from tlora_core.hosts.comfy.training.keeping import Keeping
 from tlora_core.hosts.comfy.training.personalize import TrainRequest
 from tlora_core.training.config import TrainConfig
 from tlora_core.training.dataset import training_images
@@ -141,10 +143,10 @@ config = TrainConfig(steps=12, learning_rate=0.01)
 asked = TrainRequest("sks", "heart", rank=4, min_rank=2, resolution=64, config=config)
 with torch.inference_mode():
     base = tiny_base.load(str(Path(world.__file__).parent / "weights" / "tiny_base.safetensors"))
-    report = training_run.LiveRun.report
-    training_run.LiveRun.report = lambda live, step, loss: (report(live, step, loss), print("step", step, flush=True))
-    keeping = training_run.Keeping(checkpoint_every=2)
-    done = training_run.train_or_find(*base, training_images(pixels), asked, keeping, "heart")
+    report = LiveRun.report
+    LiveRun.report = lambda live, step, loss: (report(live, step, loss), print("step", step, flush=True))
+    keeping = Keeping(checkpoint_every=2)
+    done = train_or_find(*base, training_images(pixels), asked, keeping, "heart")
 print("done", done.losses, flush=True)
 """
 

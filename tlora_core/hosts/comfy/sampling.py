@@ -42,6 +42,7 @@ from ...method.layer_name import LayerName
 from ...method.schedule import RankSchedule
 from .model.bypasses import call_layers_with_adapters
 from .model.internals import hook_patches, sampling_patcher, weights_uuid
+from .model.kept_state import nothing_kept, without_results
 from .model.layers import (
     TEXT_LAYER,
     bytes_to_come,
@@ -83,7 +84,9 @@ class TimestepAwarePatch:
 
     def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
         overlays, folded, text = self.evaluation(executor.class_obj, x, sigma, c_crossattn)
-        with overlaid(overlays, folded, text), self.watched(executor.class_obj, x):
+        base = executor.class_obj
+        args = [without_results(each) if isinstance(each, dict) else each for each in args]
+        with overlaid(overlays, folded, text), self.watched(base, x), nothing_kept(base):
             return executor(x, sigma, c_concat, c_crossattn if text is None else text.value, *args, **kwargs)
 
     def evaluation(self, base, x, sigma, text) -> tuple[list[Overlay], StandIns | None, Text | None]:

@@ -16,8 +16,9 @@ from comfy.utils import ProgressBar
 
 from tlora_core.hosts.comfy.draw import draw
 from tlora_core.hosts.comfy.sampling import apply_tlora
+from tlora_core.hosts.comfy.training.found import train_or_find
+from tlora_core.hosts.comfy.training.keeping import Keeping
 from tlora_core.hosts.comfy.training.personalize import TrainRequest
-from tlora_core.hosts.comfy.training.run import Keeping, train_or_find
 from tlora_core.tiny import comfy as tiny
 from tlora_core.tiny import world
 from tlora_core.training.config import TrainConfig

@@ -1,76 +1,30 @@
-"""A training run as the user sees it: watched, paused for pictures and saves, stopped, resumed, found again."""
+"""A training run as the user sees it, from its current step to its end: watched, paused, stopped, saved."""
 
 import hashlib
 import logging
-import re
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from comfy.model_management import InterruptProcessingException
-from comfy.model_patcher import ModelPatcher
-from comfy.sd import CLIP, VAE
 from comfy.utils import ProgressBar
 
-from ....errors import TLoRAError, require_choice
-from ....files.atomic import stem_of, write_whole
-from ....files.card import read_card
+from ....errors import TLoRAError
+from ....files.atomic import write_whole
 from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import one_line
-from ....packages import required
-from ....training.dataset import TrainingImage, caption_of
+from ....training.dataset import caption_of
 from ....training.images import thumbnail as make_thumbnail
 from ....training.run_folder import Recorder, RunFolder
-from ....training.trainer import STATE_FORMAT, TrainingDiverged
+from ....training.trainer import TrainingDiverged
 from ..draw import strip
-from ..files import class_pictures_folder, lora_path, name_of, new_lora_path, runs_folder, save_elsewhere
+from ..files import lora_path, name_of, new_lora_path, save_elsewhere
 from ..page.training import Ended, LiveRun
-from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
-from .class_pictures import ClassPictures
-from .fingerprint import RESULTS_BEFORE, RESULTS_OF, AsTrained, fingerprint
-from .personalize import Personalization, TrainRequest
+from .keeping import Keeping
+from .personalize import Personalization
 
-RERUNS = ("auto", "continue", "restart")
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """What a run shows and saves; none of it changes the result.
-
-    validation_prompts: drawn every `validate_every` steps (0: never), with {token} and {class_word} filled in.
-    checkpoint_every: steps between saves of the run state, from which the run can resume (0: never).
-    checkpoint_files: each such save also writes a T-LoRA file.
-    save_on_cancel: a cancel saves the run state and a T-LoRA file.
-    rerun: what to do if an equal run exists. "auto" uses a finished or stopped run as it is and resumes an unfinished
-        one; "continue" also resumes a stopped one; "restart" trains again.
-    wandb: also sends the record to Weights & Biases. memory: see personalize.MEMORY.
-    thumbnail: stores the first of the last validation pictures in the files, scaled down; never a training picture.
-    """
-
-    validation_prompts: tuple[str, ...] = ()
-    validate_every: int = 0
-    checkpoint_every: int = 100
-    checkpoint_files: bool = False
-    save_on_cancel: bool = False
-    rerun: str = RERUNS[0]
-    wandb: bool = False
-    memory: str = "auto"
-    thumbnail: bool = True
-
-    def __post_init__(self) -> None:
-        require_choice("rerun", self.rerun, RERUNS)
-        for name in ("validate_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise TLoRAError(f"{name} is {getattr(self, name)}; set it to a number of steps, or 0 for never.")
-        if self.validate_every and not self.validation_prompts:
-            raise TLoRAError(
-                f"validate_every is {self.validate_every}, but validation_prompts is empty; write one prompt per line."
-            )
-        if self.wandb:
-            required("wandb", "The input wandb")
 
 
 @dataclass(frozen=True)
@@ -80,162 +34,6 @@ class Outcome:
     tlora: TLoRAFile
     file: str
     losses: list[float] = field(default_factory=list)
-
-
-def train_or_find(
-    model: ModelPatcher,
-    clip: CLIP,
-    vae: VAE,
-    images: Sequence[TrainingImage],
-    request: TrainRequest,
-    keeping: Keeping,
-    file_name: str,
-    node_id: str | None = None,
-    prior: Sequence[TrainingImage] = (),
-) -> Outcome:
-    """Trains a T-LoRA and saves it under `file_name`, or returns the result of an equal finished run.
-
-    Raises TLoRAError, and lets the host's interrupt through. `model` is unchanged in every case.
-    """
-    _check_parts(clip, vae)
-    path = new_lora_path(file_name)  # refuses an invalid name before any work
-    draws = request.config.prior_weight and not prior  # the model draws class pictures with the sampler
-    base = model if draws else AsTrained(model)
-    parts = base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request
-    key = fingerprint(RESULTS_OF, *parts)
-    found = None if keeping.rerun == "restart" else _found(key, parts)
-    if found is not None:
-        outcome = _finished(found, file_name, keeping)
-        if outcome is not None:
-            _show_found(outcome, request, node_id)
-            return outcome
-    require_writable(path.parent, LORAS_ADVICE)
-    require_writable(runs_folder(), RUNS_ADVICE)
-    personalization = Personalization(
-        model,
-        clip,
-        vae,
-        images,
-        request,
-        prior,
-        keeping.memory,
-        ClassPictures(class_pictures_folder(), node_id),
-        node_id,
-    )
-    state = None if found is None else found.load_state()
-    remark = ""
-    if state is not None and state.get("format") != STATE_FORMAT:
-        remark = (
-            f"The first {state['step']} steps were trained by an older version and cannot be resumed; training starts "
-            "again."
-        )
-        logging.warning("[T-LoRA] %s", remark)
-        state = None
-    if state is not None:
-        personalization.go_on_from(state)
-    require_room(_needs(personalization, keeping, path, found if state else None))
-    if found is None or state is None:
-        settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
-        found = RunFolder.create(runs_folder(), _without_counter(stem_of(path)), key, request.config.steps, settings)
-    else:
-        found.update(state="running", message="")
-    return TrainingRun(personalization, found, keeping, file_name, node_id, remark).go()
-
-
-def _found(key: str, parts: Sequence) -> RunFolder | None:
-    """The run with this key, or one of an earlier version with the same parts."""
-    return RunFolder.find(runs_folder(), key) or next(
-        filter(None, (RunFolder.find(runs_folder(), fingerprint(version, *parts)) for version in RESULTS_BEFORE)), None
-    )
-
-
-def _without_counter(name: str) -> str:
-    """A new file's name without the number that `new_lora_path` appended. The user's own numbers and dots stay."""
-    return re.sub(r"_\d{5,}_$", "", name)
-
-
-def _check_parts(clip: CLIP | None, vae: VAE | None) -> None:
-    """Raises TLoRAError for a part that the model file does not hold: the host's loaders give None, or a VAE without a
-    network."""
-    for name, part, node in (("clip", clip, "Load CLIP"), ("vae", vae, "Load VAE")):
-        if getattr(part, "patcher", None) is None:
-            raise TLoRAError(
-                f"{name} is empty, because the model file holds none; connect the {name} of a {node} node."
-            )
-
-
-def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken_up: RunFolder | None) -> list[Need]:
-    """The disk space for the rest of a training: its T-LoRA files beside `path`, and its run states. taken_up: the run
-    that it resumes, or None."""
-    trainer, every = personalization.trainer, keeping.checkpoint_every
-    to_come = (personalization.request.config.steps - 1) // every - trainer.step // every if every else 0
-    files = 1 + (to_come if keeping.checkpoint_files else 0)
-    # A new run state replaces the old one only once it is complete, so two exist for a while.
-    states = min(to_come, 2 if taken_up is None else 1)
-    return [
-        Need(
-            path.parent,
-            files * personalization.file_bytes(DTYPE),
-            "the T-LoRA file" if files == 1 else "T-LoRA files",
-            LORAS_ADVICE,
-        ),
-        Need(runs_folder(), states * trainer.state_bytes, "the run state", "set checkpoint_every to 0"),
-    ]
-
-
-def stopped_runs() -> int:
-    """How many runs the user has stopped since the host started. The number changes with each stop."""
-    return TrainingRun.stopped
-
-
-def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
-    done, steps = len(outcome.losses), request.config.steps
-    live = LiveRun.begin(node_id, steps, done, str(request))
-    for step, loss in enumerate(outcome.losses, 1):
-        live.report(step, loss)
-    hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to resume."
-    live.finish("found", " ".join(filter(None, (hint, outcome.tlora.note))), outcome.file)
-
-
-def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | None:
-    """The result of a run that needs no more training, under `file_name`; None if it must be trained."""
-    wanted = ("done",) if keeping.rerun == "continue" else ("done", "stopped")
-    if run.record["state"] not in wanted:
-        return None
-    intact = [name for name in run.record["files"].values() if _hash(name) in _hashes(run)]
-    if not intact:
-        return None
-    wished = [name for name in intact if keeping.thumbnail or not read_card(lora_path(name)).thumbnail]
-    name = run.record["files"].get(file_name)
-    if name not in wished:
-        path = new_lora_path(file_name)
-        if wished:
-            write_whole(path, lambda temporary: shutil.copyfile(lora_path(wished[0]), temporary))
-        else:
-            TLoRAFile.load(lora_path(intact[0])).save(path, DTYPE)
-        name = name_of(path)
-        run.update(files={**run.record["files"], file_name: name}, sha256_also=sorted(_hashes(run) | {_hash(name)}))
-    return Outcome(TLoRAFile.load(lora_path(name)), name, run.load_losses())
-
-
-def _hashes(run: RunFolder) -> set[str]:
-    """SHA-256 of the files of the run's result, with and without a thumbnail."""
-    return {run.record["sha256"], *run.record.get("sha256_also", ())}
-
-
-def _hash(name: str) -> str:
-    """SHA-256 of a file in the loras folders; empty if the file is gone."""
-    try:
-        return _file_hash(lora_path(name))
-    except (TLoRAError, OSError):
-        return ""
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        file_digest = getattr(hashlib, "file_digest", None)  # from Python 3.11 on
-        digest = hashlib.sha256(file.read()) if file_digest is None else file_digest(file, "sha256")
-        return digest.hexdigest()
 
 
 class TrainingRun:
@@ -258,9 +56,8 @@ class TrainingRun:
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
-        self.live = LiveRun.begin(
-            node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers"
-        )
+        title = f"{subject}: {self.request}, {personalization.guidance}, {personalization.layers_in_words}"
+        self.live = LiveRun.begin(node_id, self.steps, first, title)
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
@@ -377,7 +174,7 @@ class TrainingRun:
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
         self._note_down(
             lambda: self.folder.update(
-                files={self.file_name: name}, sha256=_hash(name), step=self.trainer.step, unsaved=0
+                files={self.file_name: name}, sha256=result_hash(name), step=self.trainer.step, unsaved=0
             )
         )
         return name, tlora.note
@@ -420,7 +217,7 @@ class TrainingRun:
 
         def write(temporary: Path) -> None:
             TLoRAFile.load(path).save(temporary, DTYPE, self.picture)
-            self.folder.update(sha256_also=sorted(_hashes(self.folder) | {_file_hash(temporary)}))
+            self.folder.update(sha256_also=sorted(result_hashes(self.folder) | {_file_hash(temporary)}))
 
         if self.picture is not None:
             write_whole(path, write)
@@ -491,3 +288,28 @@ class TrainingRun:
         """Tells the page first, because the disk may be the cause."""
         self.live.finish(state, message, file)
         self._note_down(lambda: self.folder.update(state=state, message=message, **more))
+
+
+def stopped_runs() -> int:
+    """How many runs the user has stopped since the host started. The number changes with each stop."""
+    return TrainingRun.stopped
+
+
+def result_hashes(run: RunFolder) -> set[str]:
+    """SHA-256 of the files of the run's result, with and without a thumbnail."""
+    return {run.record["sha256"], *run.record.get("sha256_also", ())}
+
+
+def result_hash(name: str) -> str:
+    """SHA-256 of a file in the loras folders; empty if the file is gone."""
+    try:
+        return _file_hash(lora_path(name))
+    except (TLoRAError, OSError):
+        return ""
+
+
+def _file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        file_digest = getattr(hashlib, "file_digest", None)  # from Python 3.11 on
+        digest = hashlib.sha256(file.read()) if file_digest is None else file_digest(file, "sha256")
+        return digest.hexdigest()
