@@ -286,6 +286,7 @@ TABLE: dict[str, Row] = {
             "double_blocks.*.attn.???_attn_qkv@0-256-512-768": 12,
             "double_blocks.*.attn.img_attn_proj": 2,
         },
+        idle=("double_blocks.1.attn.txt_attn_qkv@0",),
         fails={**_UNKNOWN},
         double=False,
     ),
@@ -305,13 +306,8 @@ TABLE: dict[str, Row] = {
         {
             "transformer_blocks.*.attn[12].to_[qkv]": 6,
             "transformer_blocks.*.attn[12].to_out.0": 2,
-            "transformer_blocks.*.audio_to_video_attn.to_[qkv]": 3,
-            "transformer_blocks.*.audio_to_video_attn.to_out.0": 1,
         },
-        fails={
-            "layers": "takes attention over sound and text, too",
-            **_failing("fails without a latent of sound", "gradients", *TRAINING),
-        },
+        fails={"layers": "takes attention over sound and text, too"},
     ),
     "minimax-h3": Row(
         {"blocks.?.attn.qkv_proj@0-128-256-384": 6, "blocks.?.attn.out_proj": 2},
