@@ -8,7 +8,7 @@ at the real sizes.
 from .family import Family
 from .full_size import flux, klein, krea2, qwen_image, sdxl, z_image
 from .inputs import conditioning, latent, own_latent
-from .making import family_of, model_of, quantise
+from .making import config_of, family_of, model_of, quantise
 from .tloras import attention_layers, random_tlora
 from .transformers import TRANSFORMERS
 from .unets import UNETS
@@ -27,6 +27,7 @@ __all__ = [
     "Family",
     "attention_layers",
     "conditioning",
+    "config_of",
     "family_of",
     "flux",
     "klein",

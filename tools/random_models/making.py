@@ -18,12 +18,17 @@ def family_of(model) -> Family:
     return model.get_attachment(_FAMILY)
 
 
-def model_of(family: Family, **options):
-    """A MODEL of the family; `options` are those of `_filled`."""
+def config_of(family: Family):
+    """The host's config of the family, as it detects it in a file."""
     config = getattr(supported, family.host_class)(dict(family.config))
     # The class has values of its own for some entries, and they come before the config's.
     config.unet_config.update({key: value for key, value in family.config.items() if key in config.unet_extra_config})
-    model = _filled(config, **options)
+    return config
+
+
+def model_of(family: Family, **options):
+    """A MODEL of the family; `options` are those of `_filled`."""
+    model = _filled(config_of(family), **options)
     model.set_attachments(_FAMILY, family)
     return model
 

@@ -42,7 +42,8 @@ def random_tlora(
     schedule = RankSchedule(rank, rank // 2 if min_rank is None else min_rank)
     sampling = model.model.model_sampling
     T = num_timesteps(sampling)
-    return TLoRAFile(layers, "tlora", schedule, T, domain(sampling), type(model.model.model_config).__name__.lower())
+    kind = type(model.model.model_config).__name__.lower()
+    return TLoRAFile(layers, "tlora", schedule, T, domain(sampling), kind, heights=_heights(model, layers))
 
 
 def _shapes(model, split: tuple[str, ...]) -> dict[str, tuple[int, int]]:
@@ -54,3 +55,9 @@ def _shapes(model, split: tuple[str, ...]) -> dict[str, tuple[int, int]]:
         else:
             shapes[path] = (rows, columns)
     return shapes
+
+
+def _heights(model, names) -> dict[str, int]:
+    """Rows of each module of which `names` has a part."""
+    parts = {name.partition("@")[0] for name in names if "@" in name}
+    return {path: model.model.diffusion_model.get_submodule(path).out_features for path in parts}

@@ -10,16 +10,12 @@ PROMPT = "a photo of a dog"
 
 def usual(family, **said):
     """The defaults of the family, or of one whose config says something else; no network is made."""
-    import comfy.supported_models
     import random_models
 
     from tlora_core.hosts.comfy.model.defaults import defaults_of
 
     small = random_models.SMALL[family]
-    told = {**small.config, **said}
-    config = getattr(comfy.supported_models, small.host_class)(dict(told))
-    config.unet_config.update({key: value for key, value in told.items() if key in config.unet_extra_config})
-    return defaults_of(config)
+    return defaults_of(random_models.config_of(replace(small, config={**small.config, **said})))
 
 
 @pytest.mark.parametrize(
@@ -200,3 +196,23 @@ def test_a_training_tells_a_guidance_of_1_where_it_is_distilled_in(comfy, family
     asked = filled_in(model, {"steps": 1}, **fields)
     made = Personalization(model, Clip(model), Vae(model), images(1), asked)
     assert made.samples[0].conditioning[0][1].get("guidance") == told
+
+
+def test_the_panel_says_during_a_training_how_the_model_is_guided(base, output):
+    from training_runs import run
+
+    from tlora_core.hosts.comfy.page.training import LiveRun
+
+    run(base)
+    title = list(LiveRun._runs.values())[-1].title
+    asked = "sks heart: tlora, rank 4, min_rank 2, alpha 1; 6 steps of adamw at 0.01, 64 pixels"
+    assert title.startswith(f"{asked}, pictures at CFG 5, 88 layers")
+
+
+def test_guidance_is_told_in_words(comfy):
+    says = {family: str(usual(family).guidance) for family in ("flux", "flux-schnell", "z-image")}
+    assert says == {
+        "flux": "guidance 1 in training and 3.5 in pictures, without a negative prompt",
+        "flux-schnell": "pictures without CFG",
+        "z-image": "pictures at CFG 4",
+    }

@@ -257,9 +257,8 @@ class SamplingPatch(TimestepAwarePatch):
         return overlays, folds.layers, folds.texts.find(text, x.device, base.get_dtype_inference())
 
     def watched(self, base, x):
-        patcher = sampling_patcher(base)
-        if self.reach.unreached is not None or (patcher is not None and is_compiled(base, patcher)):
-            return nullcontext()  # a compiled block would be compiled anew for what watches it
+        if sampling_patcher(base) is not None and Folds.of(base).is_compiled:
+            return nullcontext()  # what watches a compiled block would make it be compiled anew
         return self.reach.evaluating(self.placed(base, x.device).layers)
 
     @contextmanager

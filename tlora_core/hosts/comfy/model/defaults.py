@@ -30,6 +30,12 @@ class Guidance(NamedTuple):
     def has_negative_prompt(self) -> bool:
         return self.scale != 1
 
+    def __str__(self) -> str:
+        if self.told is not None:
+            told = f"guidance {self.told_in_training:g} in training and {self.told:g} in pictures"
+            return f"{told}, without a negative prompt"
+        return f"pictures at CFG {self.scale:g}" if self.has_negative_prompt else "pictures without CFG"
+
 
 @dataclass(frozen=True)
 class Defaults:

@@ -65,6 +65,7 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
         "rank": schedule.rank,
         "min_rank": schedule.min_rank,
         "layers": len(layers),
+        "guidance": known.defaults.guidance._asdict(),
         "least_bytes": known.weight_bytes
         + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
         # Of these, the weights that may stay in RAM: those of a model that is not on the CPU anyway.

@@ -113,8 +113,8 @@ def require_picture(base) -> None:
     """Raises TLoRAError unless the host's model `base` can be trained on latents of pictures alone."""
     if any(each.__name__ in _WITH_SOUND for each in type(base).__mro__):
         raise TLoRAError(
-            f"model draws a video together with its sound ({type(base).__name__}), so it cannot learn from a picture; "
-            "use a model that draws pictures, or videos alone."
+            f"model draws a video together with its sound ({type(base).__name__}), so it cannot be trained on "
+            "pictures; use a model that draws pictures, or videos alone."
         )
 
 

@@ -154,8 +154,9 @@ class Personalization:
         require_trainable(self.sampling)
         require_picture(model.model)
         self._check_config()
-        guidance = defaults_for(model).guidance.told_in_training
-        told = None if guidance is None else {"guidance": guidance}
+        self.guidance = defaults_for(model).guidance
+        told_in_training = self.guidance.told_in_training
+        told = None if told_in_training is None else {"guidance": told_in_training}
         encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
@@ -167,6 +168,7 @@ class Personalization:
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
         layers, self.layers_in_words = seen_layers(model, self.samples[0], request.config, request.layers)
         self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
+        self.heights = {name.path: layer.module.out_features for name, layer in layers.items() if name.is_part}
         # Nodes run in inference mode; autograd refuses tensors made in it.
         with torch.inference_mode(False), torch.enable_grad():
             self.adapters = self._adapters(layers)
@@ -285,6 +287,7 @@ class Personalization:
             token=request.token,
             class_word=request.class_word,
             training=training,
+            heights=self.heights,
         )
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
