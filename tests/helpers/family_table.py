@@ -39,12 +39,7 @@ class Row:
         return ", ".join(dict.fromkeys(pattern.partition("@")[0] for pattern in self.layers))
 
 
-def _failing(reason: str, *checks: str) -> dict[str, str]:
-    return dict.fromkeys(checks, reason)
-
-
 _FROM_A_PICTURE = "makes one picture from another"
-_WITH_SOUND = "draws a video together with its sound"
 
 
 def _unet(inputs: int, outputs: int, **more) -> Row:
@@ -274,6 +269,7 @@ TABLE: dict[str, Row] = {
             "double_blocks.*.attn.???_attn_qkv@0-256-512-768": 12,
             "double_blocks.*.attn.img_attn_proj": 2,
         },
+        idle=("double_blocks.1.attn.txt_attn_qkv@0",),
         double=False,
     ),
     "hunyuan-image21": _flux(),
@@ -292,14 +288,11 @@ TABLE: dict[str, Row] = {
         {
             "transformer_blocks.*.attn[12].to_[qkv]": 6,
             "transformer_blocks.*.attn[12].to_out.0": 2,
-            "transformer_blocks.*.audio_to_video_attn.to_[qkv]": 3,
-            "transformer_blocks.*.audio_to_video_attn.to_out.0": 1,
         },
-        refused=_WITH_SOUND,
     ),
     "minimax-h3": Row(
         {"blocks.?.attn.qkv_proj@0-128-256-384": 6, "blocks.?.attn.out_proj": 2},
-        refused=_WITH_SOUND,
+        refused="draws a video together with its sound",
     ),
     "hunyuan-video": _flux(),
     "hunyuan-video-i2v": _flux(),
