@@ -33,25 +33,27 @@ class Narrow:
         import comfy.ops
         import random_models
         import torch
+
         from tlora_core.hosts.comfy.model.families import target_layers
 
         self.model = random_models.sdxl(64, context=64, dtype=dtype)
         network = self.model.model.diffusion_model
         self.names = list(target_layers(self.model))
-        self.layers = []
         for name in self.names:
             parent, _, last = name.path.rpartition(".")
             layer = comfy.ops.disable_weight_init.Linear(WIDTH, WIDTH, bias=False, dtype=dtype)
             torch.nn.init.normal_(layer.weight).requires_grad_(False)
             setattr(network.get_submodule(parent), last, layer)
-        self.layers = [module for path, module in network.named_modules() if path in set(self.names)]
-        self.is_text = [path.endswith(("attn2.to_k", "attn2.to_v")) for path, _ in network.named_modules() if path in set(self.names)]
+        of_paths = {path: module for path, module in network.named_modules() if path in set(self.names)}
+        self.layers = list(of_paths.values())
+        self.is_text = [path.endswith(("attn2.to_k", "attn2.to_v")) for path in of_paths]
         self.class_obj = self.model.model
         self.x = torch.randn(2, TOKENS, WIDTH, dtype=dtype)
         self.text = torch.randn(2, TOKENS, WIDTH, dtype=dtype)
 
     def tlora(self):
         import torch
+
         from tlora_core import LowRank, RankSchedule, TLoRAFile
         from tlora_core.hosts.comfy.model.noise import domain
 
@@ -74,7 +76,7 @@ class Narrow:
         self.class_obj.current_patcher = self.model
         best = float("inf")
         for i in range(rounds + 3):
-            sigma = torch.full((2,), 14.0 * 0.93**(i % 60))
+            sigma = torch.full((2,), 14.0 * 0.93 ** (i % 60))
             began = time.process_time()
             if patch is None:
                 self(self.x, sigma, None, self.text)
@@ -88,6 +90,7 @@ class Narrow:
 
 def measure(dtype: str, rounds: int) -> list[dict]:
     import torch
+
     from tlora_core.hosts.comfy.sampling import Folds, SamplingPatch
 
     narrow = Narrow(getattr(torch, dtype))

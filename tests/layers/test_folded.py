@@ -227,12 +227,18 @@ def test_where_memory_for_a_copy_is_not_there_it_is_made_anew_and_the_log_says_s
     with on(folds[0], (one, 4)):
         wanted = linears[0](x)
 
-    def out_of_memory(*_, **__):
-        raise torch.OutOfMemoryError("no memory")
+    allocate, asked = torch.empty, []
 
-    monkeypatch.setattr(torch, "empty_like", out_of_memory)
+    def out_of_memory(*args, **kwargs):
+        asked.append(keeping.is_on)
+        if keeping.is_on:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", out_of_memory)
     for fold in folds[1:]:
         with on(fold, (one, 4)):
             assert torch.equal(fold.layer(x), wanted)
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
-    assert "Too little memory to keep" in caplog.text and not keeping.is_on
+    assert "Too little memory to keep" in caplog.text and not keeping.is_on and asked == [True, False, False]
+    assert all(fold.weight is None for fold in folds), "others let go of theirs"

@@ -60,11 +60,12 @@ class FoldedOutputs(Group):
         self.ready.clear()
         on = [i for i, each in enumerate(self.wanted) if each]
         for part in [on] if len(on) == len(self.layers) and alike(self.wanted) else [[i] for i in on]:
-            made = text.outputs.get((self, *part))
+            key = self, *part
+            made = text.outputs.get(key)
             if made is None:
                 made = Made(self._alone(part, text.value))
                 if text.is_kept and self.is_constant:
-                    text.outputs[self, *part] = made
+                    text.outputs[key] = made
             total = made.alone.clone() if text.is_kept else made.alone
             self.ready |= zip(part, self._sum(part, text.value, made, total))
         self.ready_for = ref(text), [list(each) for each in self.wanted]  # weak, since the text holds what is made

@@ -24,6 +24,7 @@ from .rows import joined, pieces, spans
 # In float32 each step rounds the weight once more, by 6e-8 of its size at most. Below this number of steps the sum
 # stays under what is promised of the output, 1e-5, by a wide margin; then the copy is made anew.
 STEPS_UNTIL_REBUILD = 32
+_NOTHING = torch.empty(0)
 
 
 class Keeping:
@@ -88,8 +89,8 @@ class FoldedWeights(Group):
 
     def drop(self) -> None:
         """Forgets all copies."""
-        self.stack: Tensor | None = None
-        self.copies: Sequence[Tensor] = ()
+        self.stack = _NOTHING
+        self.copies: Sequence[Tensor] = ()  # views of the stack
         self.biases: list[Tensor | None] = [None for _ in self.layers]
         self.steps = 0  # since the copies were made from the weights
         self._forget_folded()
@@ -117,11 +118,11 @@ class FoldedWeights(Group):
     @torch.no_grad()
     def _update(self, x: Tensor) -> None:
         is_kept = self._keeps()
-        if not is_kept or (self.stack is not None and self.stack.dtype != x.dtype):
+        if not is_kept or self.stack.dtype != x.dtype:
             self.drop()
         before = self.folded
         self._forget_folded()  # an error half-way leaves none that is half done
-        if self.stack is None:
+        if not self.copies:
             self._allocate(x)
         moves = self.stack.dtype == torch.float32 and self.steps < STEPS_UNTIL_REBUILD
         moves = moves and all(map(_same_places, before, self.wanted))

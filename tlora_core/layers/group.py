@@ -54,8 +54,11 @@ def _is_run(overlays: Sequence[Overlay]) -> bool:
         return False
     stack, step = one.stack, two.index - one.index
     return all(
-        isinstance(adapter, Stacked) and adapter.stack is stack and adapter.index == one.index + i * step
-        and each_active == active and each_row == row
+        isinstance(adapter, Stacked)
+        and adapter.stack is stack
+        and adapter.index == one.index + i * step
+        and each_active == active
+        and each_row == row
         for i, (_, adapter, each_active, each_row) in enumerate(overlays)
     )
 
@@ -63,11 +66,11 @@ def _is_run(overlays: Sequence[Overlay]) -> bool:
 def product(overlays: Sequence[Overlay], dtype: torch.dtype, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
     """Of the overlays, one on each of n layers that are `alike`: up [n, rows, c] and down [n, c, in] with the columns
     from first to last."""
-    adapter = overlays[0].adapter
-    if len(overlays) == 1:
-        up, down = (factor[None] for factor in adapter.on(last, first))
+    adapters = [overlay.adapter for overlay in overlays]
+    if len(adapters) == 1:
+        up, down = (factor[None] for factor in adapters[0].on(last, first))
     else:
-        assert isinstance(adapter, Stacked)
-        indices = [overlay.adapter.index for overlay in overlays]
-        up, down = adapter.stack.some(range(indices[0], indices[-1] + 1, indices[1] - indices[0]), last, first)
+        places = [adapter.index for adapter in adapters if isinstance(adapter, Stacked)]
+        assert isinstance(adapters[0], Stacked)
+        up, down = adapters[0].stack.some(range(places[0], places[-1] + 1, places[1] - places[0]), last, first)
     return up.to(dtype), down.to(dtype)

@@ -20,6 +20,7 @@ device's whole memory.
 """
 
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -135,7 +136,7 @@ class Folds:
         placed, dtype = patch.placed(base, x), base.get_dtype_inference()
         kinds: dict[torch.nn.Module, tuple] = {}  # layers of one kind have adapters of the same sizes
         for layer, adapter, rank, row in placed.adapters:
-            kinds[layer] = (*kinds.get(layer, ()), adapter.shape, rank, row)
+            kinds[layer] = (*kinds.get(layer, ()), *(factor.shape for factor in adapter.factors()), rank, row)
         new = {path: layer for path, layer in placed.layers.items() if layer not in self.layers}
         room = _room(base, x) if patch.fold is None else float("inf")
         room -= self._fold_outputs(new, kinds, placed, text, dtype, room)
@@ -264,12 +265,14 @@ class SamplingPatch(TimestepAwarePatch):
         return self._placed[key]
 
     def _in_order(self, base) -> dict[LayerName, LowRank]:
-        """The updates in the order of the model's modules, which as a rule is that of their use, those of text layers
-        last: layers are folded together with those that follow."""
+        """The updates in the order of the model's modules, which as a rule is that of their use: layers are folded
+        together with those that follow. Text layers are last, and those with several updates apart from those with one,
+        so that what is folded together is evenly spaced in a stack."""
         order = {path: i for i, path in enumerate(diffusion_modules(base.diffusion_model))}
+        counts = Counter(name.path for name in self.layers)
 
         def place(name: LayerName) -> tuple:
-            return bool(TEXT_LAYER.search(name.path)), order[name.path], name.row
+            return bool(TEXT_LAYER.search(name.path)), counts[name.path], order[name.path], name.row
 
         return {name: self.layers[name] for name in sorted(self.layers, key=place)}
 
