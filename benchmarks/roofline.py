@@ -192,7 +192,8 @@ def evaluation(model, kind: str, size: int, patched, is_short: bool = False) -> 
 def tlora_on_meta(model, rank: int):
     """A T-LoRA of the model's default method on its attention, from half the rank on."""
     from tlora_core import LowRank, RankSchedule, TLoRAFile
-    from tlora_core.hosts.comfy.model.families import defaults_for, target_layers
+    from tlora_core.hosts.comfy.model.defaults import defaults_for
+    from tlora_core.hosts.comfy.model.families import target_layers
     from tlora_core.hosts.comfy.model.noise import domain
     from tlora_core.method.adapters import METHODS
 

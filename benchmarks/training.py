@@ -176,7 +176,8 @@ class Ours:
         import torch
 
         from tlora_core import make_adapters
-        from tlora_core.hosts.comfy.model.families import defaults_for, target_layers
+        from tlora_core.hosts.comfy.model.defaults import defaults_for
+        from tlora_core.hosts.comfy.model.families import target_layers
         from tlora_core.training.config import TrainConfig
         from tlora_core.training.trainer import Trainer
 

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension
 from server import PromptServer
 
 from ..tlora_core.hosts.comfy.routes import files as file_routes
+from ..tlora_core.hosts.comfy.routes import templates as template_routes
 from ..tlora_core.hosts.comfy.routes import training as live_routes
 from .apply import ApplyTLoRA, LoadTLoRA, SaveTLoRA
 from .bake import BakeTLoRA
@@ -42,6 +43,6 @@ class TLoRAExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> TLoRAExtension:
-    for module in (live_routes, file_routes):
+    for module in (live_routes, file_routes, template_routes):
         module.add_routes(PromptServer.instance.routes)
     return TLoRAExtension()

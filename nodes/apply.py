@@ -8,7 +8,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.hosts.comfy.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.page.rank import show_active_rank
-from ..tlora_core.hosts.comfy.progress import say
+from ..tlora_core.hosts.comfy.progress import adding_to, say
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
 from ..tlora_core.training.images import thumbnail as make_thumbnail
@@ -55,7 +55,8 @@ class LoadTLoRA(io.ComfyNode):
         if model is None:
             blocked = ExecutionBlocker("Load T-LoRA: connect a model to use its MODEL output.")
             return io.NodeOutput(blocked, loaded.tlora, loaded.report)
-        return io.NodeOutput(_applied(model, loaded.tlora, strength, cls.hidden.unique_id), loaded.tlora, loaded.report)
+        applied = _applied(model, loaded.tlora, strength, cls.hidden.unique_id, loaded.report)
+        return io.NodeOutput(applied, loaded.tlora, loaded.report)
 
     @classmethod
     def fingerprint_inputs(cls, file, **kwargs):
@@ -111,8 +112,10 @@ class ApplyTLoRA(io.ComfyNode):
         return io.NodeOutput(_applied(model, tlora, strength, cls.hidden.unique_id))
 
 
-def _applied(model, tlora, strength, node_id):
-    return show_active_rank(apply_tlora(model, tlora, strength), tlora.schedule, node_id if strength else None)
+def _applied(model, tlora, strength, node_id, report=""):
+    """report: what the node shows already; a sampling may add to it."""
+    patched = apply_tlora(model, tlora, strength, tell=adding_to(report, node_id))
+    return show_active_rank(patched, tlora.schedule, node_id if strength else None)
 
 
 class SaveTLoRA(io.ComfyNode):

@@ -33,8 +33,21 @@ SHOWN = {
     "10": ("teal flower", 3),
     "11": ("lime circle", 2),
     "12": ("lime circle", 2),
+    "13": ("maroon star", 2),
+    "14": ("cyan star", 2),
+    "15": ("rust triangle", 2),
+    "16": ("plum flower", 2),
+    "17": ("cyan star", 2),
+    "18": ("plum flower", 2),
+    "19": ("teal flower", 2),
 }
-WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12")  # training pictures, which come before the generated ones
+WITH_ITS_PICTURES = (
+    "01",
+    "02",
+    "03",
+    "04",
+    *map(str, range(11, 20)),
+)  # training pictures, which come before the generated ones
 NOT_NEEDED = (
     "TLoRAEvaluate",
     "PreviewAny",
@@ -55,7 +68,7 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
     files = iter(files)
     for number, node in list(prompt.items()):
         kind, given = node["class_type"], node["inputs"]
-        if kind == "CheckpointLoaderSimple":
+        if kind in ("CheckpointLoaderSimple", "UNETLoader"):
             node.update(class_type="TLoRATinyBaseModel", inputs={})
         elif kind == "LoadImage":
             node.update(
@@ -88,7 +101,7 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
             )
         elif kind == "TLoRAPrompts":
             given.update(prompts=SCENES, subject=f"sks {concept.shape}", prompt_set="own")
-        elif kind in ("EmptyLatentImage", "EmptySD3LatentImage"):
+        elif kind in ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage"):
             node.update(class_type="EmptyLatentImage", inputs={"width": 64, "height": 64, "batch_size": 1})
         elif kind == "KSampler":
             given.update(steps=20, cfg=4.0)
@@ -99,6 +112,7 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
                 "class_type": "SaveImage",
                 "inputs": {"images": [number, 0], "filename_prefix": f"new/{int(number):03}"},
             }
+    _take_parts_of_the_base(prompt)
     drawn = [number for number, node in prompt.items() if node["class_type"] == "TLoRATinySampleConcept"]
     for node in prompt.values():
         if node["inputs"].get("mask", [None])[0] in drawn:
@@ -109,6 +123,19 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
             "inputs": {"images": [number, 0], "filename_prefix": f"seen/{int(number):03}"},
         }
     return prompt
+
+
+def _take_parts_of_the_base(prompt: dict) -> None:
+    """Replaces a text encoder and a VAE of files of their own by the tiny base's."""
+    base = next((number for number, node in prompt.items() if node["class_type"] == "TLoRATinyBaseModel"), None)
+    parts = {"CLIPLoader": 1, "VAELoader": 2}
+    loaders = {number: parts[node["class_type"]] for number, node in prompt.items() if node["class_type"] in parts}
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and value[0] in loaders:
+                node["inputs"][name] = [base, loaders[value[0]]]
+    for number in loaders:
+        del prompt[number]
 
 
 def mosaic(pictures: list[Image.Image], across: int) -> Image.Image:

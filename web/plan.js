@@ -53,12 +53,17 @@ function memoryOf({ least_bytes: least, streamable_bytes: streamable, device_byt
 const rate = ({ optimizer, learning_rate }) => (optimizer === "prodigy" ? t("plan_prodigy")
   : t("plan_rate", { rate: Number(learning_rate.toPrecision(3)).toExponential() }));
 
+function guided({ scale, told, told_in_training: inTraining }) {
+  if (told !== null) return t("plan_told", { told, inTraining });
+  return scale === 1 ? t("plan_unguided") : t("plan_guided", { scale });
+}
+
 /** {text, isWrong} for the panel's line. */
 export async function planOf(node) {
   const body = asked(node), plan = body ? await ask(body) : {};
   if (plan.wrong) return { text: plan.wrong, isWrong: true };
   if (!plan.steps) return { text: t("plan_unknown"), isWrong: false };
-  const { steps, resolution, method, rank, min_rank, layers } = plan, memory = memoryOf(plan, isWhole(node));
+  const { steps, resolution, method, rank, min_rank, layers, guidance } = plan, memory = memoryOf(plan, isWhole(node));
   return { text: [t("steps", { steps }), rate(plan), `${resolution} px`, `${method} ${rank === min_rank ? rank : `${rank}/${min_rank}`}`,
-                  t("plan_layers", { layers }), memory.text].join(", "), isWrong: memory.isWrong };
+                  guided(guidance), t("plan_layers", { layers }), memory.text].join(", "), isWrong: memory.isWrong };
 }

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from foreign_files import assert_close, update
+from host_lora import by_the_host, host_updates
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -48,22 +49,6 @@ def family(request, comfy):
     return request.param, model, TLoRAFile(layers, "vanilla_tlora", RankSchedule(2, 1), 1.0, "flow", base_model)
 
 
-def changes(model, path) -> dict[str, torch.Tensor]:
-    """What the host's Load LoRA adds to the weights, by module path."""
-    import comfy.lora
-    import comfy.sd
-    import comfy.utils
-
-    stock, _ = comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0)
-    weights = {key: comfy.utils.get_attr(model.model, key) for key in stock.patches}
-    return {
-        key.removeprefix("diffusion_model.").removesuffix(".weight"): comfy.lora.calculate_weight(
-            stock.patches[key], torch.zeros_like(weight), key
-        )
-        for key, weight in weights.items()
-    }
-
-
 def assert_whole(changed, tlora, but=()):
     for name, layer in tlora.layers.items():
         path, row = name.path, name.row
@@ -74,7 +59,7 @@ def assert_whole(changed, tlora, but=()):
 def test_the_host_loads_all_of_it_as_a_plain_lora_or_the_file_says_so(family, tmp_path):
     name, model, tlora = family
     tlora.save(tmp_path / "a.safetensors")
-    changed = changes(model, tmp_path / "a.safetensors")
+    changed = host_updates(by_the_host(model, tmp_path / "a.safetensors"))
     known = FAMILIES[name]
     unknown = set() if known is None else {layer for layer in tlora.layers if "@" in layer and layer != known}
     assert_whole(changed, tlora, unknown)
@@ -86,7 +71,7 @@ def test_the_host_loads_all_of_it_as_a_plain_lora_or_the_file_says_so(family, tm
             f"find {total - len(unknown)} of the file's {total} layers" in tlora.note and "Export T-LoRA" in tlora.note
         )
         export(tlora, tmp_path / "b.safetensors", "comfyui", torch.float32)
-        assert_whole(changes(model, tmp_path / "b.safetensors"), tlora)
+        assert_whole(host_updates(by_the_host(model, tmp_path / "b.safetensors")), tlora)
 
 
 def test_we_read_it_back_and_what_earlier_versions_called_its_layers(family, tmp_path):

@@ -11,21 +11,16 @@ ALIKE, MIXED = (0.5, 0.5), (0.2, 0.9)  # noise levels of the two samples of a ba
 class Setting:
     """A small model with adapters on all target layers, moved away from their start."""
 
-    def __init__(self, family, dtype=DOUBLE, storage=None, model=None):
+    def __init__(self, family, dtype=DOUBLE, storage=None, model=None, layers="attention"):
         import random_models
 
         from tlora_core import make_adapters
         from tlora_core.hosts.comfy.model.families import target_layers
 
-        # No SDXL is small enough, so this is one with fewer blocks and a narrow text.
-        self.model = model or (
-            random_models.sdxl(64, (0, 1, 1), 64, dtype=dtype)
-            if family == "sdxl"
-            else random_models.small(family, dtype=dtype)
-        )
+        self.model = model or random_models.small(family, dtype=dtype)
         if storage is not None:
             cast_to(self.model, storage)
-        self.layers = target_layers(self.model)
+        self.layers = target_layers(self.model, layers)
         shapes = {name: layer.shape for name, layer in self.layers.items()}
         self.adapters = make_adapters("tlora", "last_random", shapes, 4, 0).to(dtype)
         self.parameters = self.adapters.parameters()
@@ -33,7 +28,8 @@ class Setting:
         with torch.no_grad():
             for parameter in self.parameters:
                 parameter.add_(self.rand(*parameter.shape).to(dtype) * 0.2)
-        self.latents = self.rand(2, *random_models.latent(self.model).shape[1:]).float()
+        side = random_models.family_of(self.model).side
+        self.latents = self.rand(2, *random_models.latent(self.model, side).shape[1:]).float()
         self.noise, self.weights = self.rand(*self.latents.shape).float(), self.rand(*self.latents.shape)
 
     def rand(self, *shape):
@@ -104,6 +100,8 @@ def slope(setting, name, levels, step=1e-2):
 
 
 def saved_bytes(setting) -> int:
+    from tlora_core.layers.saving import saving
+
     saved = {}
 
     def pack(tensor):
@@ -111,7 +109,7 @@ def saved_bytes(setting) -> int:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in setting.model.model.diffusion_model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saving(pack):
         loss = setting.loss(ALIKE)
     total = sum(size for pointer, size in saved.items() if pointer not in weights)
     del loss

@@ -1,5 +1,7 @@
 """Whole samplings by the host, with the expected result of each evaluation. Import inside tests that use `comfy`."""
 
+import math
+
 import host_models
 import torch
 
@@ -92,7 +94,7 @@ class Evaluations:
     def __init__(self, model):
         self.calls = []
         self.model = model.clone()
-        self.sigmas_of_timesteps = model.get_model_object("model_sampling").sigmas
+        self.sampling = model.get_model_object("model_sampling")
         self.model.add_wrapper_with_key("apply_model", "recorder", self._record)
 
     def _record(self, executor, x, sigma, c_concat, c_crossattn, control, transformer_options, **kwargs):
@@ -116,7 +118,7 @@ class Evaluations:
         modules = dict(base.diffusion_model.named_modules())
         for x, sigma, (c_concat, text, hints, options), kwargs, output in self.calls:
             assert len(set(sigma.tolist())) == 1
-            merged = merged_weights(modules, timestep(self.sigmas_of_timesteps, float(sigma[0])), applied)
+            merged = merged_weights(modules, timestep(self.sampling, float(sigma[0])), applied)
             originals = {path: modules[path].weight for path in merged}
             try:
                 for path, weight in merged.items():
@@ -145,11 +147,26 @@ def merged_weights(modules, t: float, applied) -> dict[str, torch.Tensor]:
     return {path: weight.to(modules[path].weight.dtype) for path, weight in sums.items()}
 
 
-def timestep(sigmas_of_timesteps: torch.Tensor, sigma: float) -> float:
-    """t/T by the rules of the method: the nearest of 1000 timesteps in log sigma for noise and v prediction, else
-    sigma."""
-    if float(sigmas_of_timesteps[-1]) <= 1:
-        return sigma
-    assert len(sigmas_of_timesteps) == 1000
-    table = sigmas_of_timesteps.double().log()
-    return int((table - torch.tensor(sigma).double().log()).abs().argmin()) / 1000
+def timestep(sampling, sigma: float) -> float:
+    """t/T by the rules of the method, each read off a table or a formula of sigmas the other way round."""
+    import comfy.model_sampling as host
+
+    if isinstance(sampling, host.StableCascadeSampling):  # the model's own time: the host shifts its sigmas only
+        times = torch.linspace(1e-5, 1 - 1e-5, 100000, dtype=torch.float64)
+        clean = (cosine(times) / cosine(torch.zeros(1))).square()
+        return float(times[((1 / clean - 1).log() / 2 - math.log(sigma)).abs().argmin()])
+    if isinstance(sampling, host.ModelSamplingCosmosRFlow):
+        return sigma / (sigma + 1)
+    if isinstance(sampling, host.ModelSamplingContinuousEDM):
+        low, high = math.log(sampling.sigma_min), math.log(sampling.sigma_max)
+        return min(max((math.log(sigma) - low) / (high - low), 0), 1)
+    if isinstance(sampling, host.ModelSamplingDiscrete):
+        table = sampling.sigmas.double().log()
+        assert len(table) == 1000
+        return int((table - math.log(sigma)).abs().argmin()) / 1000
+    return min(max(sigma, 0), 1)
+
+
+def cosine(times: torch.Tensor) -> torch.Tensor:
+    """Stable Cascade's: how much of the picture is left at times from 0 to 1, up to a factor."""
+    return ((times.double() + 0.008) / 1.008 * torch.pi / 2).cos()

@@ -383,3 +383,16 @@ def test_scripts_see_the_hosts_nodes_module_and_the_core(host):
     said = subprocess.run([sys.executable, "-c", ask], env=env, cwd="/", capture_output=True, text=True, check=True)
     nodes, core = map(Path, said.stdout.split("\n")[:2])
     assert nodes == host.comfyui / "nodes.py" and core == HOST_TOOL.parents[1] / "tlora_core" / "__init__.py"
+
+
+@pytest.mark.parametrize(("given", "used"), [("", "pinned"), ("newer", "newer")])
+def test_interface_of_the_environment_goes_before_the_pinned_one(fake_host, monkeypatch, given, used):
+    seen = {}
+    monkeypatch.setenv(commands.NEWEST_FRONTEND, given)
+    monkeypatch.setattr(commands, "chosen_host", lambda args: fake_host)
+    monkeypatch.setattr(commands, "ensure_test_packages", lambda python: Path("packages"))
+    monkeypatch.setattr(commands, "ensure_newest_frontend", lambda python: Path("pinned"))
+    monkeypatch.setattr(commands, "find_chromium", lambda: "chromium")
+    monkeypatch.setattr(commands, "run_foreground", lambda command, env: seen.update(env) or 0)
+    assert commands.test(cli.parse(["test", "--comfyui", "somewhere"])) == 0
+    assert seen[commands.NEWEST_FRONTEND] == used

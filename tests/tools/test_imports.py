@@ -31,7 +31,7 @@ HOSTS_ORDER = (("diffusers", "comfy"),)
 COMFY_ORDER = (
     ("model",),
     ("page",),
-    ("progress", "room"),
+    ("progress", "room", "reach", "whole_sampling"),
     ("sampling", "draw", "files", "encoders"),
     ("training",),
     ("routes",),

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 from hostlib import cli
+from hostlib import commands as commands_of_the_tool
 from places import REPO
 
 WORKFLOWS = sorted((REPO / ".github" / "workflows").glob("*.yml"))
@@ -33,7 +34,9 @@ def hooks():
 
 
 def commands():
-    found = [line for path in WORKFLOWS for step in steps_of(read(path)) for line in step.get("run", "").splitlines()]
+    lines = [line for path in WORKFLOWS for step in steps_of(read(path)) for line in step.get("run", "").splitlines()]
+    # All lines but those on what newest.yml sets up beside this repository.
+    found = [line for line in lines if not re.search(r"ComfyUI/| -C ComfyUI | -m venv ", line)]
     found += [hook["entry"] for hook in hooks()]
     shell = (REPO / ".ci" / "run").read_text().splitlines()
     return found + [re.sub(r"^exec | </dev/null$", "", line) for line in shell if "tools/" in line]
@@ -73,6 +76,19 @@ def test_lint_is_one_command_everywhere():
     assert [hook["entry"] for hook in hooks()] == [lint]
     lines = [line.removesuffix(" </dev/null") for line in (REPO / ".ci" / "run").read_text().splitlines()]
     assert lines.index(lint) < lines.index("exec python3 tools/host.py test")
+
+
+def test_newest_host_is_tested_weekly_with_the_newest_interface():
+    workflow = read(REPO / ".github" / "workflows" / "newest.yml")
+    (schedule,) = workflow["on"]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", schedule["cron"]) and "workflow_dispatch" in workflow["on"]
+    ours, hosts = (step["with"] for step in steps_of(workflow) if step.get("uses", "").startswith("actions/checkout@"))
+    assert hosts == {"repository": "Comfy-Org/ComfyUI", "path": "ComfyUI"}  # no ref: the newest commit
+    set_up, run = (step for step in steps_of(workflow) if step.get("name", "").startswith(("Set up", "Run")))
+    assert "--target interface comfyui-frontend-package\n" in set_up["run"]  # no version: the newest
+    assert run["working-directory"] == ours["path"] and f"../{hosts['path']}" in run["run"]
+    folder = "${{ github.workspace }}/interface/comfyui_frontend_package/static"
+    assert run["env"] == {commands_of_the_tool.NEWEST_FRONTEND: folder}
 
 
 def test_only_a_tested_tag_is_published():

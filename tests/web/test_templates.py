@@ -10,9 +10,11 @@ from PIL import Image
 from places import REPO
 
 TEMPLATES = {path.stem: path for path in sorted((REPO / "workflows").glob("*.json"))}
-NEED_FILES = {name for name in TEMPLATES if name[:2] in ("02", "03", "04", "05", "06", "10")}
+OF_SEVERAL_FILES = {name for name in TEMPLATES if name[:2] in ("13", "14", "15", "16", "17", "18")}
+NEED_FILES = {name for name in TEMPLATES if name[:2] in ("02", "03", "04", "05", "06", "10", "19")} | OF_SEVERAL_FILES
 # What only a person can fill in: files that do not come with the pack.
-TO_CHOOSE = ("ckpt_name", "file")
+TO_CHOOSE = ("ckpt_name", "file", "unet_name", "clip_name", "vae_name")
+FOLDERS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae", "ckpt_name": "checkpoints"}
 UNREGISTERED = (
     "() => window.app.graph.nodes.map(node => node.type).filter(type => !(type in "
     "window.LiteGraph.registered_node_types))"
@@ -98,10 +100,13 @@ def test_template_lacks_nothing_but_the_files_to_choose(server, name):
     assert missing and len(answer.errors) >= 1
     unexpected = [error for error in answer.errors if not re.search(rf"\b({'|'.join(TO_CHOOSE)})\b", error)]
     assert unexpected == []
-    hinted = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
-    assert hinted and all(
-        model["url"].endswith(model["name"]) and model["directory"] == "checkpoints" for model in hinted
-    )
+    hinted = {model["name"]: model for node in workflow["nodes"] for model in node["properties"].get("models", [])}
+    assert all(model["url"].endswith("/" + name) for name, model in hinted.items())
+    # The hint of every file that a node names, and no other.
+    named = {
+        node["inputs"][key]: folder for node in missing for key, folder in FOLDERS.items() if key in node["inputs"]
+    }
+    assert {name: model["directory"] for name, model in hinted.items()} == named
 
 
 @pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - NEED_FILES - {"01 Quickstart"}))

@@ -222,7 +222,7 @@ def _baked(tlora: TLoRAFile, weights: Callable[[RankSchedule], Sequence[float]],
             "tlora has updates for parts of a layer whose whole size is not known, so it cannot become a plain LoRA; "
             "use it with Apply T-LoRA."
         ) from error
-    return replace(baked, layers=whole, schedule=_constant(whole))
+    return replace(baked, layers=whole, schedule=_constant(whole), heights={})
 
 
 def _on_at(schedule: RankSchedule, t: float, T: float) -> list[float]:

@@ -16,7 +16,8 @@ from ..method.adapters import LowRank
 from ..method.layer_name import LayerName
 from .atomic import stem_of, write_tensors
 from .dtypes import require_dtype
-from .layer_names import diffusers_name, family_of, part_number
+from .fused_modules import joined
+from .layer_names import diffusers_name, family_of, is_flux_family, named_parts, part_number
 from .reference_layout import reference_tensors, write_reference
 from .tlora_file import TLoRAFile, plain_metadata
 
@@ -57,7 +58,14 @@ def _kohya(tlora: TLoRAFile) -> Tensors:
 
 
 def _comfyui(tlora: TLoRAFile) -> Tensors:
-    return _pairs(fused(tlora), lambda path: f"diffusion_model.{path}")
+    """Updates of whole modules. Where the file does not say how many rows a module has, as those of earlier versions,
+    its parts keep the host's names for them, if it has one for each."""
+    named = named_parts(tlora.layers, tlora.base_model)
+    whole = {name.path for name in tlora.layers if name not in named} | tlora.heights.keys()
+    parts = {key: tlora.layers[name] for name, key in named.items() if name.path not in whole}
+    rest = {name: layer for name, layer in tlora.layers.items() if name.path in whole}
+    modules = joined(rest, tlora.base_model, tlora.heights)
+    return _pairs(parts, lambda key: key) | _pairs(modules, lambda path: f"diffusion_model.{path}")
 
 
 def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tensors:
@@ -72,14 +80,16 @@ def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tenso
 def _diffusers(tlora: TLoRAFile) -> Tensors:
     tensors = {}
     for name, layer in _split(tlora).items():
-        key = f"{_model_part(name)}.{_named(name, layer)}"
+        key = f"{_model_part(name)}.{_named(tlora.base_model, name, layer)}"
         # Without an alpha, diffusers uses the rank, so the scale is 1.
         tensors[f"{key}.lora_B.weight"], tensors[f"{key}.lora_A.weight"] = layer.up, layer.down
     return tensors
 
 
 def _reference(tlora: TLoRAFile) -> Tensors:
-    return reference_tensors(tlora, {_named(name, layer): layer for name, layer in _split(tlora).items()})
+    return reference_tensors(
+        tlora, {_named(tlora.base_model, name, layer): layer for name, layer in _split(tlora).items()}
+    )
 
 
 LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
@@ -90,9 +100,11 @@ LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
 }
 
 
-def _named(name: LayerName, layer: LowRank) -> str:
+def _named(base_model: str, name: LayerName, layer: LowRank) -> str:
     part = part_number(name.row, layer.shape) if name.is_part else None
-    named = None if part is None and name.is_part else diffusers_name(name.path, part)
+    # Modules of HunyuanVideo are called like FLUX's, and those of its LoRAs are not.
+    unknown = (part is None and name.is_part) or (family_of(name) == "flux" and not is_flux_family(base_model))
+    named = None if unknown else diffusers_name(name.path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')
     return named
@@ -103,40 +115,9 @@ def _model_part(name: str) -> str:
 
 
 def fused(tlora: TLoRAFile) -> dict[str, LowRank]:
-    """Layers by module path; the parts of a fused module are joined into one update of the whole module."""
-    parts: dict[str, list[LayerName]] = {}
-    for name in tlora.layers:
-        parts.setdefault(name.path, []).append(name)
-    return {
-        path: tlora.layers[names[0]] if names == [path] else _joined(tlora, path, names)
-        for path, names in parts.items()
-    }
-
-
-def _joined(tlora: TLoRAFile, path: str, names: list[LayerName]) -> LowRank:
-    layers = [(name.row, tlora.layers[name]) for name in names]
-    height = _height(tlora.base_model, path.rpartition(".")[2], layers)
-    if height is None or any(row + layer.up.shape[0] > height for row, layer in layers):
-        raise TLoRAError(f'The size of the module "{path}" is not known; choose the layout diffusers.')
-    up = torch.zeros(height, sum(layer.up.shape[1] for _, layer in layers))
-    column = 0
-    for row, layer in layers:
-        up[row : row + layer.up.shape[0], column : column + layer.up.shape[1]] = layer.up
-        column += layer.up.shape[1]
-    return LowRank(up, torch.cat([layer.down.float() for _, layer in layers]))
-
-
-def _height(base_model: str, kind: str, layers: list[tuple[int, LowRank]]) -> int | None:
-    """Number of rows of a fused module, given (first row, update) of its parts; None if unknown."""
-    width = layers[0][1].down.shape[1]
-    if kind == "linear1":
-        return (9 if base_model.startswith("flux2") else sum(_FUSED["linear1"])) * width
-    if kind == "qkv" and len(layers) == 3:
-        # The three parts may differ in height: keys and values may have fewer heads than queries.
-        return max(row + layer.up.shape[0] for row, layer in layers)
-    if kind == "qkv" and all(layer.up.shape[0] == width for _, layer in layers):
-        return 3 * width
-    return None
+    """Layers by module path; the parts of a fused module are joined into one update of the whole module. Raises
+    TLoRAError for a module of unknown size."""
+    return joined(tlora.layers, tlora.base_model, tlora.heights)
 
 
 def _split(tlora: TLoRAFile) -> dict[LayerName, LowRank]:

@@ -27,11 +27,13 @@ from ..method.schedule import RankSchedule
 from ..version import __version__
 from .atomic import HASH_TO_COME, write_tensors
 from .dtypes import HEADER_DTYPES, require_dtype
-from .layer_names import layer_key, stored_keys
+from .fused_modules import can_join
+from .layer_names import layer_key, named_parts, stored_keys
 from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
 
 FORMAT_VERSION = 2  # the newest version this code reads; _metadata decides which one it writes
 METADATA_KEY = "tlora"
+MAX_HEIGHT = 1_000_000  # rows of a module; a file by hand could name a number that no memory can hold
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
@@ -57,6 +59,7 @@ class TLoRAFile:
     base_model: the model family it was trained on, for example "sdxl".
     token, class_word: the prompt's "sks" and "dog".
     training: the training settings as JSON values. Stored unchanged: put no path, user name or image in it.
+    heights: path of each module that layers name a part of -> all of its rows, as far as known.
 
     Raises TLoRAError when the fields contradict each other.
     """
@@ -71,6 +74,7 @@ class TLoRAFile:
     class_word: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
     pack_version: str = __version__
+    heights: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", {LayerName(name): layer for name, layer in self.layers.items()})
@@ -89,15 +93,17 @@ class TLoRAFile:
     @property
     def note(self) -> str:
         """A sentence for the user if other programs cannot find all of the file's layers; else empty."""
-        found = sum(
-            not name.is_part or key != layer_key(name)
-            for name, key in stored_keys(self.layers, self.base_model).items()
-        )
-        if found == len(self.layers):
+        named = named_parts(self.layers, self.base_model)
+        lost = {name for name in self.layers if name.is_part and name not in named}
+        if not lost:
             return ""
+        modules = {name.path for name in lost}
+        parts = {name: layer for name, layer in self.layers.items() if name.path in modules}
+        can_export = can_join(parts, self.base_model, self.heights)
         return (
-            f"Other programs find {found} of the file's {len(self.layers)} layers, as they have no names for parts of "
-            "this model's modules; for them, use Export T-LoRA with the layout comfyui."
+            f"Other programs find {len(self.layers) - len(lost)} of the file's {len(self.layers)} layers, as they have "
+            "no names for parts of this model's modules"
+            + ("; for them, use Export T-LoRA with the layout comfyui." if can_export else ".")
         )
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
@@ -153,6 +159,9 @@ def _check_fields(file: TLoRAFile) -> None:
     for name in ("noise_domain", "base_model"):
         if not getattr(file, name):
             raise TLoRAError(f"{name} is empty; without it the T-LoRA cannot be applied again.")
+    heights = file.heights
+    if not isinstance(heights, Mapping) or not all(type(n) is int and 0 < n <= MAX_HEIGHT for n in heights.values()):
+        raise TLoRAError(f"heights is not a table of rows; pass a whole number from 1 to {MAX_HEIGHT} for each module.")
     if not isinstance(file.training, Mapping):
         raise TLoRAError("training is not a table of parameters; pass names and JSON values.")
 
@@ -201,6 +210,7 @@ def _metadata(file: TLoRAFile) -> dict[str, str]:
         "keys": {
             name: key for name, key in stored_keys(file.layers, file.base_model).items() if key != layer_key(name)
         },
+        **({"heights": dict(file.heights)} if file.heights else {}),
     }
     try:
         text = json.dumps(content, allow_nan=False)
@@ -261,7 +271,8 @@ def _read(path: Path) -> TLoRAFile:
         )
     schedule = read_schedule(content)
     rest = ("num_timesteps", "noise_domain", "base_model", "token", "class_word", "training", "pack_version")
-    return TLoRAFile(layers, content["method"], schedule, *(_field(content, name) for name in rest))
+    fields = [_field(content, name) for name in rest]
+    return TLoRAFile(layers, content["method"], schedule, *fields, heights=content.get("heights", {}))
 
 
 def read_schedule(content: Mapping[str, Any]) -> RankSchedule:

@@ -104,7 +104,7 @@ class FoldedWeights(Group):
         wanted, all layers' copies are brought to that."""
         if (
             self.wanted[i] != self.folded[i]
-            or self.layers[i]._parameters["weight"] is not self.sources[i]  # a module takes long to find an attribute
+            or self.layers[i].weight is not self.sources[i]
             or self.copies[i].dtype != x.dtype
         ):
             self._update(x)

@@ -40,7 +40,7 @@ class Frozen:
         before anything is recorded. The others get no copy, whose strides may differ from the input's, and with them
         the last bits of the output."""
         forward = self._forward
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             given = x.detach().clone()
             before = given._version
             forward(given, **options)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tlora_core import Adapters, RankSchedule, make_adapters
-from tlora_core.hosts.comfy.model.families import defaults_for, target_layers
+from tlora_core.hosts.comfy.model.defaults import defaults_for
+from tlora_core.hosts.comfy.model.families import target_layers
 from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
 from tlora_core.hosts.comfy.training.encode import Sample
 from tlora_core.hosts.comfy.training.session import training_session

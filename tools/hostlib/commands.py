@@ -35,6 +35,7 @@ from .server import Server
 QUICKSTART = REPO / "workflows" / "01 Quickstart.json"
 TESTS = REPO / "tests"
 KIT = REPO / ".gpu-check"
+NEWEST_FRONTEND = "TLORA_NEWEST_FRONTEND"  # variable for the tests: the folder of the newest interface
 
 
 def chosen_host(args: argparse.Namespace) -> Host:
@@ -134,7 +135,8 @@ def test(args: argparse.Namespace) -> int:
     browser = find_chromium()
     if browser:
         env["CHROMIUM"] = browser
-        env["TLORA_NEWEST_FRONTEND"] = str(ensure_newest_frontend(host.python))
+        if not env.get(NEWEST_FRONTEND):  # which may name one that is newer than the pinned
+            env[NEWEST_FRONTEND] = str(ensure_newest_frontend(host.python))
     else:
         _say(f"{ABSENT} The browser tests will be SKIPPED.")
     return _run_tests(host.python, args.arguments, env, f"Tests on ComfyUI {host.version}")

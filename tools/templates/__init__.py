@@ -1,5 +1,14 @@
 """The contents of the pack's templates, which `make_workflows.py` writes."""
 
+from .families import (
+    draw_with_krea2_turbo,
+    draw_with_sdxl_lightning,
+    draw_with_z_image_turbo,
+    train_klein_on_one_image,
+    train_krea2_on_one_image,
+    train_qwen_image_on_one_image,
+    train_z_image_on_one_image,
+)
 from .full_size import (
     generate_with_a_file,
     train_flux_on_one_image,
@@ -31,4 +40,11 @@ TEMPLATES = {
     "10 Which checkpoint to keep": which_checkpoint_to_keep,
     "11 Stop a training and go on": stop_and_go_on,
     "12 Several pictures with masks, no download": several_images_with_masks,
+    "13 FLUX.2 Klein, train on one picture": train_klein_on_one_image,
+    "14 Z-Image, train on one picture": train_z_image_on_one_image,
+    "15 Qwen-Image, train on one picture": train_qwen_image_on_one_image,
+    "16 Krea 2, train on one picture": train_krea2_on_one_image,
+    "17 Z-Image, draw with Turbo": draw_with_z_image_turbo,
+    "18 Krea 2, draw with Turbo": draw_with_krea2_turbo,
+    "19 SDXL, draw with Lightning": draw_with_sdxl_lightning,
 }

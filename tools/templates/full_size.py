@@ -101,7 +101,16 @@ runs out, set **rank** to 32 and **min_rank** to 16, then **resolution** to 512.
         "dog",
     )
     add_real_pictures(
-        template, loaded, trained, x, "EmptySD3LatentImage", negative=False, steps=20, cfg=1.0, scheduler="simple"
+        template,
+        loaded,
+        trained,
+        x,
+        "EmptySD3LatentImage",
+        negative=False,
+        guidance=3.5,
+        steps=20,
+        cfg=1.0,
+        scheduler="simple",
     )
 
 

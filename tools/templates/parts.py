@@ -153,11 +153,24 @@ def add_comparison(template, base, settings, x, title, file_name, sheet_width=37
 
 
 def add_real_pictures(
-    template, loaded, adapted, x, latent="EmptyLatentImage", negative=True, steps=30, cfg=5.0, **sampling
+    template,
+    loaded,
+    adapted,
+    x,
+    latent="EmptyLatentImage",
+    negative=True,
+    guidance=None,
+    side=1024,
+    steps=30,
+    cfg=5.0,
+    column=None,
+    **sampling,
 ):
-    """Prompts for the subject of `adapted`, a node with MODEL and T-LoRA, its sampler, and saved pictures, as wide as
-    the remaining room. loaded: a node with CLIP and VAE of a model for 1024 pixels."""
-    column = Column(template, x, 290)
+    """Prompts for the subject of `adapted`, a node with MODEL and T-LoRA, its sampler, and saved pictures of `side`
+    pixels, as wide as the remaining room. loaded: a node with CLIP and VAE. negative: whether there is a negative
+    prompt. guidance: what to tell a model with guidance distilled into it. column: the one to put the prompts in, if
+    there is one at x already."""
+    column = column or Column(template, x, 290)
     prompts = column.add(
         "TLoRAPrompts",
         200,
@@ -170,8 +183,10 @@ def add_real_pictures(
     else:
         conditioning = positive["CONDITIONING"]
         empty = column.add("ConditioningZeroOut", 50, folded=True, conditioning=conditioning)
-        positive = column.add("FluxGuidance", 80, folded=True, conditioning=conditioning, guidance=3.5)
-    size = column.add(latent, LATENT, folded=not negative, width=1024, height=1024)
+    if guidance is not None:
+        conditioning = positive["CONDITIONING"]
+        positive = column.add("FluxGuidance", 80, folded=True, conditioning=conditioning, guidance=guidance)
+    size = column.add(latent, LATENT, folded=not negative, width=side, height=side)
     parts = {"model": adapted, "positive": positive, "negative": empty, "latent": size}
     sampled = add_sampler(column, **parts, steps=steps, cfg=cfg, **sampling)
     decoded = column.add("VAEDecode", 55, folded=True, samples=sampled["LATENT"], vae=loaded["VAE"])

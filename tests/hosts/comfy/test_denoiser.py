@@ -241,8 +241,8 @@ def test_copies_of_a_tlora_that_was_trained_on_top_of_leave_the_device(base):
     from tlora_core.hosts.comfy.training.session import training_session
 
     model = apply_tlora(base[0], random_models.random_tlora(base[0], 4))
-    (patch,) = (w for keyed in model.wrappers.values() for each in keyed.values() for w in each)
+    ((patch,),) = model.wrappers["apply_model"].values()
     with training_session(model):
-        patch.placed(model.model, torch.empty(1, device="meta"))
+        patch.placed(model.model, torch.device("meta"))
         assert patch._placed
     assert not patch._placed

@@ -39,7 +39,7 @@ def train(model, batch, checkpointing, prior, method=None, **config):
     import random_models
 
     from tlora_core import RankSchedule
-    from tlora_core.hosts.comfy.model.families import defaults_for
+    from tlora_core.hosts.comfy.model.defaults import defaults_for
     from tlora_core.hosts.comfy.training.denoiser import HostDenoiser
     from tlora_core.hosts.comfy.training.encode import Sample
     from tlora_core.hosts.comfy.training.session import training_session

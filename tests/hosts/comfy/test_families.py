@@ -128,65 +128,6 @@ def test_a_pattern_that_nothing_matches_is_refused_with_examples(sdxl, which, wo
         target_layers(sdxl, which)
 
 
-@pytest.mark.parametrize(
-    "name, wanted",
-    [
-        ("sdxl", ("tlora", 800, 1e-4, "adamw", 1024, 0.0, {"lora": 500, "vanilla_tlora": 500})),
-        ("flux", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
-        ("sd3", ("vanilla_tlora", 500, 1e-4, "prodigy", 1024, 1.0, {"lora": 400})),
-    ],
-)
-def test_defaults_are_the_papers(make, name, wanted):
-    from dataclasses import astuple
-
-    from tlora_core.hosts.comfy.model.families import defaults_for
-
-    assert astuple(defaults_for(make[name]())) == wanted
-
-
-def test_defaults_follow_the_size_that_older_models_were_trained_at(comfy, monkeypatch):
-    import random_models
-
-    from tlora_core.hosts.comfy.model.families import defaults_for
-
-    model = random_models.sdxl(64)
-    for width, resolution in ((768, 512), (1024, 768)):
-        monkeypatch.setitem(model.model.model_config.unet_config, "context_dim", width)
-        assert defaults_for(model).resolution == resolution
-
-
-def test_tiny_base_has_defaults_of_its_own(base):
-    from tlora_core.hosts.comfy.model.families import defaults_for
-    from tlora_core.hosts.comfy.training.personalize import filled_in
-
-    usual = defaults_for(base[0])
-    assert (usual.steps, usual.learning_rate, usual.resolution) == (350, 1.5e-3, 64)
-    asked = filled_in(
-        base[0], {"steps": 0, "learning_rate": 0.0}, token="sks", class_word="heart", method="auto", resolution=0
-    )
-    assert (asked.config.steps, asked.config.learning_rate, asked.resolution, asked.method) == (
-        350,
-        1.5e-3,
-        64,
-        "tlora",
-    )
-
-
-def test_only_models_with_guidance_distilled_into_them_are_drawn_without_a_negative_prompt(make, sdxl, monkeypatch):
-    import random_models
-
-    from tlora_core.hosts.comfy.model.families import is_flux
-
-    flux = make["flux"]()
-    assert is_flux(flux)
-    monkeypatch.setitem(flux.model.model_config.unet_config, "guidance_embed", False)  # schnell
-    assert is_flux(flux)
-    assert [
-        is_flux(model)
-        for model in (sdxl, make["sd3"](), random_models.small("chroma"), random_models.small("qwen-image"))
-    ] == [False] * 4
-
-
 def test_looking_at_a_models_layers_does_not_keep_it_in_memory(make):
     from tlora_core.hosts.comfy.model.families import target_layers
 

@@ -85,6 +85,7 @@ def test_sdxl_is_known_from_its_header(checkpoints):
         "rank": 64,
         "min_rank": 32,
         "layers": 560,
+        "guidance": {"scale": 5.0, "told": None, "told_in_training": None},
     }
     own = plan(
         "CheckpointLoaderSimple",

@@ -26,6 +26,7 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
 
     from tlora_core.hosts.comfy.training.memory import _Kept, training_memory
     from tlora_core.hosts.comfy.training.session import checkpointed, training_session
+    from tlora_core.layers.saving import saving
 
     model = {
         "sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64),
@@ -39,7 +40,7 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
         with _Kept(model.model.diffusion_model) as kept:
             denoiser.output_error(denoiser.samples * 2, latents, latents, sigmas)
         assert said.plain == pytest.approx(kept.need().plain, rel=0.1)
-        with checkpointed(model), torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        with checkpointed(model), saving(lambda t: seen.append(t) or t):
             seen = []
             denoiser.output_error(denoiser.samples * 2, latents, latents, sigmas)
     weights = {p.data_ptr() for p in model.model.diffusion_model.parameters()}
@@ -257,16 +258,14 @@ def test_a_quantised_model_is_trained(output, comfy, memory, loaded):
     assert losses[0] == pytest.approx(losses[2], rel=1e-3) and losses[1] == pytest.approx(losses[3], rel=1e-3)
 
 
-def test_inputs_of_the_latents_size_are_those_of_each_size(comfy, monkeypatch):
+def test_inputs_of_the_latents_size_are_those_of_each_size(comfy):
     """An inpainting model gets the masked picture beside the latents."""
     import random_models
 
     from tlora_core.hosts.comfy.training.memory import training_memory
     from tlora_core.hosts.comfy.training.session import training_session
 
-    name, size = random_models.SMALL["sd15"]
-    monkeypatch.setitem(random_models.SMALL, "sd15", (name, {**size, "in_channels": 9}))
-    model = random_models.small("sd15")
+    model = random_models.small("sd15-inpaint")
     with training_session(model):
         denoiser = denoiser_for(model, 4, 40)
         assert training_memory(denoiser, 1).plain > 0

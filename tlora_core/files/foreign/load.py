@@ -306,6 +306,7 @@ def _file(matches: Matches, method: str, settings: _Settings) -> TLoRAFile:
         base_model,
         settings.token,
         settings.class_word,
+        heights={name.path: model.shapes[name.path][0] for name in layers if name.is_part} if model else {},
     )
 
 

@@ -11,31 +11,42 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ...training.images import to_picture
-from .model.families import is_flux
+from .model.defaults import defaults_for
 from .model.noise import domain
 
-STEPS, GUIDANCE, FLUX_GUIDANCE = 20, 5.0, 3.5
+STEPS = 20
 
 
 def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], resolution: int, seed: int) -> Tensor:
     """One picture for each prompt, all from the same seed: [len(prompts), resolution, resolution, 3] in 0..1 on the
-    CPU. Euler, 20 steps, guidance 5; on FLUX its distilled guidance, 3.5."""
-    scale, told = (1.0, {"guidance": FLUX_GUIDANCE}) if is_flux(model) else (GUIDANCE, {})
+    CPU. Euler, 20 steps, with the guidance that suits the model; see `model.defaults`."""
+    guidance = defaults_for(model).guidance
     scheduler = "simple" if domain(model.get_model_object("model_sampling")) == "flow" else "normal"
     latent = _empty_latent(model, vae, resolution)
     pictures = []
     for prompt in prompts:
-        positive, negative = (_conditioning(clip, text, told) for text in (prompt, ""))
+        positive, negative = (_conditioning(clip, text, guidance.told) for text in (prompt, ""))
         noise = comfy.sample.prepare_noise(latent, seed)
         drawn = comfy.sample.sample(
-            model, noise, STEPS, scale, "euler", scheduler, positive, negative, latent, disable_pbar=True, seed=seed
+            model,
+            noise,
+            STEPS,
+            guidance.scale,
+            "euler",
+            scheduler,
+            positive,
+            negative,
+            latent,
+            disable_pbar=True,
+            seed=seed,
         )
         decoded = vae.decode(drawn)
         pictures.append(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu())
     return torch.cat(pictures)
 
 
-def _conditioning(clip: CLIP, text: str, told: dict) -> list:
+def _conditioning(clip: CLIP, text: str, guidance: float | None) -> list:
+    told = {} if guidance is None else {"guidance": guidance}
     encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
     return [[tensor, {**options, **told}] for tensor, options in encoded]
 

@@ -21,7 +21,8 @@ device's whole memory.
 
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -41,6 +42,9 @@ from ...layers.text_memo import Text, TextMemo
 from ...method.adapters import Adapter, LowRank
 from ...method.layer_name import LayerName
 from ...method.schedule import RankSchedule
+from .model.bypasses import call_layers_with_adapters
+from .model.internals import hook_patches, sampling_patcher, weights_uuid
+from .model.kept_state import nothing_kept, without_results
 from .model.layers import (
     TEXT_LAYER,
     bytes_to_come,
@@ -53,6 +57,8 @@ from .model.layers import (
 )
 from .model.noise import noise_level, num_timesteps
 from .model.weights import without_weights
+from .reach import Reach
+from .whole_sampling import WholeSampling
 
 
 class Placed(NamedTuple):
@@ -80,11 +86,17 @@ class TimestepAwarePatch:
 
     def __call__(self, executor, x, sigma, c_concat=None, c_crossattn=None, *args, **kwargs):
         overlays, folded, text = self.evaluation(executor.class_obj, x, sigma, c_crossattn)
-        with overlaid(overlays, folded, text):
+        base = executor.class_obj
+        args = [without_results(each) if isinstance(each, dict) else each for each in args]
+        with overlaid(overlays, folded, text), self.watched(base, x), nothing_kept(base):
             return executor(x, sigma, c_concat, c_crossattn if text is None else text.value, *args, **kwargs)
 
     def evaluation(self, base, x, sigma, text) -> tuple[list[Overlay], StandIns | None, Text | None]:
         """What is put on for one evaluation, what folds it on which layers, and the text that comes back."""
+        raise NotImplementedError
+
+    def watched(self, base, x) -> AbstractContextManager:
+        """Around an evaluation: notices in the first one which layers the model calls; see `reach`."""
         raise NotImplementedError
 
     def overlays(self, placed: Placed, timesteps: torch.Tensor, T: float, as_tensors: bool = False) -> list[Overlay]:
@@ -107,8 +119,8 @@ class Folds:
     _of_models: WeakKeyDictionary = WeakKeyDictionary()
 
     def __init__(self, base):
-        self.weights_uuid = base.current_weight_patches_uuid
-        self.is_compiled = is_compiled(base, base.current_patcher)
+        self.weights_uuid = weights_uuid(base)
+        self.is_compiled = is_compiled(base, sampling_patcher(base))
         self.layers: dict[torch.nn.Module, StandIn | None] = {}  # None: not to be folded
         self.texts: TextMemo | None = None  # None while no layer reads a text
         self._known: WeakSet[SamplingPatch] = WeakSet()  # weak, since a patch's copies hold the model
@@ -117,7 +129,7 @@ class Folds:
     def of(cls, base) -> "Folds":
         folds = cls._of_models.get(base)
         # The host gives its patches a new identity whenever it patches weights anew, which it may do in place.
-        if folds is None or folds.weights_uuid != base.current_weight_patches_uuid:
+        if folds is None or folds.weights_uuid != weights_uuid(base):
             folds = cls._of_models[base] = cls(base)
         return folds
 
@@ -133,7 +145,7 @@ class Folds:
         if patch in self._known:
             return
         self._known.add(patch)
-        placed, dtype = patch.placed(base, x), base.get_dtype_inference()
+        placed, dtype = patch.placed(base, x.device), base.get_dtype_inference()
         kinds: dict[torch.nn.Module, tuple] = {}  # layers of one kind have adapters of the same sizes
         for layer, adapter, rank, row in placed.adapters:
             kinds[layer] = (*kinds.get(layer, ()), *(factor.shape for factor in adapter.factors()), rank, row)
@@ -143,7 +155,7 @@ class Folds:
         foldable = [
             layer for layer in new.values() if layer not in self.layers and _is_foldable(layer, x.device, dtype)
         ]
-        for is_moved, others in ((False, 0), (True, bytes_to_come(base.current_patcher))):
+        for is_moved, others in ((False, 0), (True, bytes_to_come(sampling_patcher(base)))):
             # Where the host moves or casts weights as they are used, there must be room for all the others too.
             layers = [layer for layer in foldable if is_cast(layer) is is_moved]
             copies = sum(layer.weight.numel() * dtype.itemsize for layer in layers)
@@ -188,7 +200,7 @@ def _groups(layers: Sequence[torch.nn.Module], kinds: Mapping[torch.nn.Module, t
 def _room(base, x: torch.Tensor) -> float:
     """Bytes that the evaluation of x leaves free. Other models' weights count as free where the host takes them off the
     device when their memory is asked for."""
-    patcher, free = base.current_patcher, comfy.model_management.get_free_memory(x.device)
+    patcher, free = sampling_patcher(base), comfy.model_management.get_free_memory(x.device)
     # Hosts without that method take nothing off by themselves.
     with_evictable = patcher.get_free_memory(x.device) if hasattr(patcher, "get_free_memory") else free
     own = patcher.loaded_size()  # counted as evictable too, but needed
@@ -197,7 +209,7 @@ def _room(base, x: torch.Tensor) -> float:
 
 def _lasting_room(base, device: torch.device) -> float:
     """Bytes for copies of weights by what does not change from one sampling to the next."""
-    return (comfy.model_management.get_total_memory(device) - base.current_patcher.model_size()) / 4
+    return (comfy.model_management.get_total_memory(device) - sampling_patcher(base).model_size()) / 4
 
 
 def fetched_weight(layer: torch.nn.Module, like: torch.Tensor):
@@ -232,30 +244,51 @@ class SamplingPatch(TimestepAwarePatch):
     host leaves idle ones on the GPU.
 
     fold: whether it folds where a layer allows that. None keeps what it folds into as memory allows, True always does.
+    tell: gets what a user must know of layers that do not follow the noise level.
     """
 
-    def __init__(self, tlora: TLoRAFile, strength: float, fold: bool | None = None):
+    def __init__(
+        self,
+        tlora: TLoRAFile,
+        strength: float,
+        fold: bool | None = None,
+        tell: Callable[[str], object] | None = None,
+    ):
         super().__init__(tlora.schedule)
         self.layers, self.strength, self.fold = tlora.layers, strength, fold
+        self.reach = Reach(tell)
         self._placed: dict[tuple, Placed] = {}
 
     def evaluation(self, base, x, sigma, text):
-        placed = self.placed(base, x)
+        placed = self.placed(base, x.device)
         timesteps, T = noise_level(base.model_sampling, sigma)
-        patcher = base.current_patcher  # set while sampling only
+        patcher = sampling_patcher(base)
         if patcher is None:
             return self.overlays(placed, timesteps, T), None, None
         folds = Folds.of(base)
         overlays = self.overlays(placed, timesteps, T, as_tensors=folds.is_compiled)
-        if self.fold is False or patcher.hook_patches or any(isinstance(o.active, torch.Tensor) for o in overlays):
+        if self.fold is False or hook_patches(patcher) or any(isinstance(o.active, torch.Tensor) for o in overlays):
             return overlays, None, None
         folds.prepare(self, base, x, text)
         if folds.texts is None or not isinstance(text, torch.Tensor):
             return overlays, folds.layers, None
         return overlays, folds.layers, folds.texts.find(text, x.device, base.get_dtype_inference())
 
-    def placed(self, base, x) -> Placed:
-        key = base, x.device, base.get_dtype_inference()
+    def watched(self, base, x):
+        if sampling_patcher(base) is not None and Folds.of(base).is_compiled:
+            return nullcontext()  # what watches a compiled block would make it be compiled anew
+        return self.reach.evaluating(self.placed(base, x.device).layers)
+
+    @contextmanager
+    def full_rank(self, patcher: ModelPatcher):
+        """Within the block, all layers have all their components."""
+        placed = self.placed(patcher.model, patcher.load_device)
+        overlays = [Overlay(layer, adapter, rank, row) for layer, adapter, rank, row in placed.adapters]
+        with overlaid(overlays), self.reach.preparing(placed.layers):
+            yield
+
+    def placed(self, base, device: torch.device) -> Placed:
+        key = base, device, base.get_dtype_inference()
         if key not in self._placed:
             # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
             # is not.
@@ -288,9 +321,15 @@ class SamplingPatch(TimestepAwarePatch):
         self._placed.clear()
 
 
-def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fold: bool | None = None) -> ModelPatcher:
-    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`: see SamplingPatch. Nodes
-    that would save or combine its weights stop with an error; see `weights`.
+def apply_tlora(
+    model: ModelPatcher,
+    tlora: TLoRAFile,
+    strength: float = 1.0,
+    fold: bool | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> ModelPatcher:
+    """A clone of `model` that samples with the T-LoRA; `model` itself is untouched. `fold`, `tell`: see SamplingPatch.
+    Nodes that would save or combine its weights stop with an error; see `weights`.
 
     Raises TLoRAError when the T-LoRA does not fit the model: a layer that is missing or has another shape, or a noise
     schedule whose timestep is unknown.
@@ -303,9 +342,11 @@ def apply_tlora(model: ModelPatcher, tlora: TLoRAFile, strength: float = 1.0, fo
     num_timesteps(sampling)
     # A key of its own for each application: the host appends wrappers of one key, and clones share keys.
     key = f"tlora-{uuid.uuid4()}"
-    patch = SamplingPatch(tlora, strength, fold)
+    patch = SamplingPatch(tlora, strength, fold, tell)
+    call_layers_with_adapters()
     patched.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, patch)
     for moment in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_CLEANUP):
         patched.add_callback_with_key(moment, key, patch.forget)
         patched.add_callback_with_key(moment, key, Folds.forget)
+    WholeSampling(patch.full_rank).put_on(patched, key)
     return without_weights(patched)

@@ -9,7 +9,7 @@ import random_models
 import torch
 from sampling import PeakMemory  # of benchmarks/
 
-from tlora_core.hosts.comfy.model.families import defaults_for
+from tlora_core.hosts.comfy.model.defaults import defaults_for
 from tlora_core.hosts.comfy.training.personalize import Personalization, TrainRequest
 from tlora_core.training.config import TrainConfig
 from tlora_core.training.dataset import training_images

@@ -1,43 +1,46 @@
-"""The layers of a model to train a T-LoRA on, and the default settings, by the layer names of model families."""
+"""The layers of a model to train a T-LoRA on, by the layer names of model families."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import comfy.model_management
-import comfy.supported_models_base
 import torch
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....errors import TLoRAError
 from ....method.layer_name import LayerName
-from ....tiny.comfy import TinySDXL
 from .layers import fetched, linear_modules
 
 # Parts of a model whose only input is the text or the timestep do not learn a subject. In models with a separate text
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
 _EXCLUDED = re.compile(
-    r"refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?<!noise_)refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
+    r"(?:llm_adapter|connector|visual)\.|modulation|instruct_out$|img_instruct_attn\.to_out|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
-_IN_BLOCK = r"(?:^|\.)(?:\w*blocks|\w*layers)\.(?:block)?\d+\.(?:\S+\.)?"
+_IN_BLOCK = r"(?:^|\.)(?:\w*blocks?|\w*layers|noise_refiner)\.(?:block)?\d+\.(?:\S+\.)?"
 _ATTENTION = re.compile(
     _IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:"
     # diffusers' names: U-Nets, Qwen-Image, OmniGen2, LTX, HiDream, Cosmos
     r"to_(?:q|k|v|out)(?:\.0)?|add_[qkv]_proj|to_[qkv]_t|"
     r"[qkvo]|[qkv]_img|[qkvo]_proj|out(?:put)?_proj|q_linear|"  # Wan, Cosmos Predict2, HunyuanDiT, PixArt
     # AuraFlow and Krea 2, Kandinsky, MM-DiT, Lumina2
-    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out)$"
+    r"w[12]?[qkvo]|to_(?:query|key|value)|out_layer|proj|out|"
+    r"processor\.(?:img|instruct)_(?:to_[qkv]|out)|proj_x)$"  # Boogu; Mochi and PixelDiT
 )
 # Query, key and value stacked in one layer: MM-DiT and FLUX, Lumina2, HunyuanDiT, PixArt. In FLUX's single blocks, the
 # first layer of the feed-forward is stacked below them.
-_FUSED = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj)$|(?:^|\.)single_blocks\.\d+\.linear1$")
+_FUSED = re.compile(
+    _IN_BLOCK
+    + r"\w*att(?:n\d?|ention)\.(?:W?qkv|qkv_proj|(?:img|txt)_qkv|qkv_[xy])$|(?:^|\.)single_blocks\.\d+\.linear1$"
+)
 _FUSED_KEY_VALUE = re.compile(_IN_BLOCK + r"\w*att(?:n\d?|ention)\.kv_(?:proj|linear)$")
 _FEED_FORWARD = re.compile(
-    _IN_BLOCK + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|feed_forward)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
+    _IN_BLOCK
+    + r"(?:ff|ffn|ff_\w+|\w*mlp[CX]?|mlp_[xy]|\w*feed_forward|channelwise)\.\S+$|(?:^|\.)single_blocks\.\d+\.linear2$"
 )
 _FEED_FORWARD_ROWS = re.compile(r"(?:^|\.)single_blocks\.\d+\.linear1$")
 
@@ -46,11 +49,13 @@ ATTENTION, WITH_FEED_FORWARD = "attention", "attention+feed-forward"
 
 @dataclass(frozen=True)
 class TargetLayer:
-    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections."""
+    """A linear layer to adapt, or `rows` rows from `row` on of a layer that holds several projections. role: what the
+    layer does, one of `watched.ROLES`, or "" if nobody has looked."""
 
     module: torch.nn.Linear
     row: int
     rows: int
+    role: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -65,74 +70,46 @@ class TargetLayer:
             return weight[self.row : self.row + self.rows].clone()
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Default training settings for a kind of model: the paper's for SDXL and FLUX; for other models, those of the more
-    similar of the two.
-
-    steps_of: steps of the methods that learn, and overfit, sooner because they start at zero. learning_rate: AdamW's;
-    Prodigy adapts its own. max_gradient: clips the gradient to this norm; 0 turns clipping off.
-    """
-
-    method: str
-    steps: int
-    learning_rate: float
-    optimizer: str
-    resolution: int
-    max_gradient: float = 0.0
-    steps_of: Mapping[str, int] = field(default_factory=dict)
-
-
 def target_layers(model: ModelPatcher, which: str = ATTENTION) -> dict[LayerName, TargetLayer]:
-    """The layers to train a T-LoRA on. A key is a module path, or "path@row" for a projection in a layer that holds
-    several.
+    """The layers to train a T-LoRA on by their names, which models of the known families share. A training sees for
+    itself what a model's layers do; see `training.targets`.
 
-    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
-        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
-        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
-
-    Raises TLoRAError for a model without such layers and for a pattern without a match.
+    A key is a module path, or "path@row" for a projection in a layer that holds several. which: see `chosen`. Raises
+    like that.
     """
     return layers_among(linear_modules(model), which, type(model.model).__name__)
 
 
 def layers_among(linear: Mapping[str, torch.nn.Linear], which: str, kind: str) -> dict[LayerName, TargetLayer]:
     """Like target_layers, given a model's linear layers by module path; `kind` names the model in errors."""
-    attention, feed_forward = _attention(linear), _feed_forward(linear)
+    return chosen(which, linear, _attention(linear), _feed_forward(linear), kind)
+
+
+def chosen(
+    which: str,
+    linear: Mapping[str, torch.nn.Linear],
+    attention: Mapping[LayerName, TargetLayer],
+    feed_forward: Mapping[LayerName, TargetLayer],
+    kind: str,
+) -> dict[LayerName, TargetLayer]:
+    """The layers that the input `layers` asks for.
+
+    which: "attention", the projections of the model's attention (the paper's choice); "attention+feed-forward", those
+        and the feed-forward layers; or patterns of module paths, separated by line breaks or commas, for example
+        "*.attn2.*, middle_block.*". A pattern may match a shared layer's name with or without the row.
+    linear: all of the model's linear layers, by module path. attention, feed_forward: those among them. kind: names
+        the model in errors.
+
+    Raises TLoRAError for a model without attention layers and for a pattern without a match.
+    """
     if which not in (ATTENTION, WITH_FEED_FORWARD):
         return _matching(which, linear, {**attention, **feed_forward})
     if not attention:
         raise TLoRAError(
-            f"model is a {kind}, whose attention layers have names unknown to T-LoRA; give patterns of "
-            f"layer names instead, or use another model. {_examples(linear)}"
+            f"model is a {kind}, in which T-LoRA finds no attention layers; give patterns of layer names instead, or "
+            f"use another model. {_examples(linear)}"
         )
-    return attention if which == ATTENTION else {**attention, **feed_forward}
-
-
-def defaults_for(model: ModelPatcher) -> Defaults:
-    """The default settings for this kind of model."""
-    network = model.model.diffusion_model
-    return defaults_of(model.model.model_config, isinstance(getattr(network, "_orig_mod", network), UNetModel))
-
-
-def defaults_of(config: comfy.supported_models_base.BASE, is_unet: bool | None = None) -> Defaults:
-    """The same from the host's config of a model. is_unet: whether it is a U-Net like SDXL's; None, before the network
-    exists, infers it from the config."""
-    if isinstance(config, TinySDXL):
-        return Defaults("tlora", 350, 1.5e-3, "adamw", 64)
-    if is_unet or (
-        is_unet is None and "model_channels" in config.unet_config and "image_model" not in config.unet_config
-    ):
-        # A text width of 768 is SD1's and 1024 is SD2's; models with wider text were trained on pictures of 1024.
-        resolution = {768: 512, 1024: 768}.get(config.unet_config.get("context_dim"), 1024)
-        return Defaults("tlora", 800, 1e-4, "adamw", resolution, steps_of={"lora": 500, "vanilla_tlora": 500})
-    return Defaults("vanilla_tlora", 500, 1e-4, "prodigy", 1024, max_gradient=1.0, steps_of={"lora": 400})
-
-
-def is_flux(model: ModelPatcher) -> bool:
-    """Whether guidance is distilled into the model: it may have a guidance input, and is sampled without a negative
-    prompt."""
-    return model.model.model_config.unet_config.get("image_model") in ("flux", "flux2")
+    return {**attention} if which == ATTENTION else {**attention, **feed_forward}
 
 
 def _attention(linear: Mapping[str, torch.nn.Linear]) -> dict[LayerName, TargetLayer]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ....files.layer_fit import check_fit
 from ....files.tlora_file import TLoRAFile
+from .internals import has_compile_wrapper, is_resident
 
 # Model -> its modules, by weak references, as the model is one of them.
 _modules: WeakKeyDictionary = WeakKeyDictionary()
@@ -43,11 +44,9 @@ def forget_modules(patcher: ModelPatcher) -> None:
 
 def is_compiled(base, patcher: ModelPatcher) -> bool:
     """Whether torch.compile wraps the model or one of its blocks, outside or inside the T-LoRA's wrapper."""
-    from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
-
     modules = diffusion_modules(base.diffusion_model).values()
     return (
-        bool(patcher.get_wrappers("apply_model", COMPILE_KEY))
+        has_compile_wrapper(patcher)
         or hasattr(base.diffusion_model, _COMPILED)
         or any(hasattr(m, _COMPILED) or m._compiled_call_impl is not None for m in modules)
     )
@@ -67,7 +66,7 @@ def is_cast(module: nn.Module) -> bool:
         getattr(module, "comfy_cast_weights", False)
         or getattr(module, "weight_function", ())
         or getattr(module, "bias_function", ())
-        or "_v" in vars(module)  # a module takes long to find that it lacks something
+        or is_resident(module)
         or (type(weight) is not nn.Parameter and isinstance(weight.data, QuantizedTensor))
     )
 
@@ -108,7 +107,7 @@ def fetched(layer: nn.Module, like: Tensor):
 
 
 def is_dynamic(patcher: ModelPatcher) -> bool:
-    """Whether the host decides at each use of a weight where it is, its default for NVIDIA cards."""
+    """Whether the host decides at each use of a weight where it is: its dynamic VRAM, the default on most cards."""
     return getattr(patcher, "is_dynamic", bool)()
 
 

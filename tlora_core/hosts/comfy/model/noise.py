@@ -12,6 +12,9 @@ from torch import Tensor
 from ....errors import TLoRAError
 from ....training.optimizers import flow_density
 
+_UNSCALED_V = getattr(host, "V_PREDICTION_DDPM", ())  # CogVideoX's; not in older hosts
+_LEAST_OF_PIXELS = 0.05
+
 
 def noise_level(model_sampling, sigma: Tensor) -> tuple[Tensor, float]:
     """(t, T): the timestep of each sigma [B] in the unit of the model's parameterisation, and the largest timestep.
@@ -57,22 +60,63 @@ def domain(model_sampling) -> str:
 
 def output_scale(model_sampling, sigma: Tensor) -> Tensor:
     """-d(denoised) / d(model output). The error of a denoised latent divided by it is the error of the model's
-    prediction (noise, v or flow; for EDM with the opposite sign), which the paper's loss uses. Otherwise sigma^2 would
-    weight the loss, which would come almost entirely from the noisiest timesteps, those that T-LoRA protects.
+    prediction (noise, v, flow or picture), which the paper's loss uses. Otherwise sigma^2 would weight the loss, which
+    would come almost entirely from the noisiest timesteps, those that T-LoRA protects.
 
-    sigma [B], any float dtype. Raises TLoRAError for a prediction type that training does not support.
+    sigma: [B, ...], any float dtype. Measured on the host's own formula, which is affine in the output: see
+    `require_trainable`.
     """
-    m = model_sampling
-    if isinstance(m, host.X0 | host.IMG_TO_IMG_FLOW):
-        return torch.ones_like(sigma)
-    if isinstance(m, host.V_PREDICTION):  # EDM's output scale is the same
-        return sigma * m.sigma_data / (sigma.square() + m.sigma_data**2).sqrt()
-    if isinstance(m, host.EPS | host.CONST):
-        return sigma
-    raise TLoRAError(
-        f"Training on this model's prediction type ({type(m).__mro__[1].__name__}) is not supported; use a model "
-        "with noise, v, EDM or flow prediction."
+    zero = torch.zeros_like(sigma)
+    denoised = [model_sampling.calculate_denoised(sigma, output, zero) for output in (zero, torch.ones_like(sigma))]
+    return denoised[0] - denoised[1]
+
+
+def loss_scale(model_sampling, latent_format, sigma: Tensor) -> Tensor:
+    """What the error of a denoised latent is divided by for the loss: `output_scale`, but in size at least 0.05 where
+    the model draws pixels.
+
+    Such models predict the picture, and their output for the host is its distance from the noisy picture divided by
+    sigma. What they miss of the picture's finest details does not vanish with sigma as noise does, so at the lowest
+    sigmas a single step's loss would be thousands of times that of others. Their training divides by sigma, but by no
+    less than 0.05 (JiT, Li and He 2025, arXiv 2511.13720). A model that draws latents is left alone: it predicts its
+    output itself.
+    """
+    scale = output_scale(model_sampling, sigma)
+    if getattr(latent_format, "spacial_downscale_ratio", None) != 1:
+        return scale
+    return scale.sign() * scale.abs().clamp(min=_LEAST_OF_PIXELS)
+
+
+def noised(model_sampling, sigma: Tensor, noise: Tensor, latents: Tensor) -> Tensor:
+    """The latents [B, ...] with noise of the same shape, as the model takes them at sigma [B, 1, ...]."""
+    noisy = model_sampling.noise_scaling(sigma, noise, latents)
+    # CogVideoX gets latents unscaled, and its formula for the denoised latent is that of latents with the variance
+    # kept at 1, as in its own training.
+    return noisy / (sigma.square() + 1).sqrt() if isinstance(model_sampling, _UNSCALED_V) else noisy
+
+
+def require_trainable(model_sampling) -> None:
+    """Raises TLoRAError unless the model draws from noise, and its denoised latent is affine in its output, with a
+    slope that depends on sigma alone and is nowhere 0 or infinite. Only then is there a loss on the output."""
+    m, kind = model_sampling, type(model_sampling).__bases__[-1].__name__
+    sigma = m.sigmas[:: max(1, len(m.sigmas) // 8)].double()
+    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
+    is_noised = not torch.equal(m.noise_scaling(sigma, one, zero), m.noise_scaling(sigma, zero, zero))
+    if isinstance(m, host.IMG_TO_IMG) or not is_noised:
+        raise TLoRAError(
+            f"model makes one picture from another, such as its depth or a mask ({kind}), so it cannot learn to draw a "
+            "subject; use a model that draws pictures from noise."
+        )
+    slope = output_scale(m, sigma)
+    affine = all(
+        torch.allclose(m.calculate_denoised(sigma, zero, x) - m.calculate_denoised(sigma, output, x), output * slope)
+        for output, x in ((3 * one, zero), (one, one), (-2 * one, -one))
     )
+    if not affine or not (slope.isfinite() & (slope != 0)).all():
+        raise TLoRAError(
+            f"model's prediction type ({kind}) gives no loss to train on, because its denoised latent is not "
+            "proportional to an error of its output; use a model with noise, v, EDM or flow prediction."
+        )
 
 
 def draw_sigmas(
@@ -86,11 +130,14 @@ def draw_sigmas(
     """`count` training sigmas, float32 on the CPU: t from the given density over the range low..high of the model's
     training timesteps, 0 clean and 1 pure noise. Raises TLoRAError for a density that does not suit the model."""
     m = model_sampling
-    if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux):
+    if isinstance(m, host.ModelSamplingDiscreteFlow | host.ModelSamplingFlux | host.ModelSamplingCosmosRFlow):
         level = (
             torch.rand(count, generator=generator) if density == "uniform" else flow_density(density, count, generator)
         )
-        return (low + (high - low) * level).clamp(min=1e-4)
+        time = (low + (high - low) * level).clamp(min=1e-4)
+        if isinstance(m, host.ModelSamplingCosmosRFlow):  # sigma is the ratio of noise to picture
+            return (time / (1 - time)).clamp(m.sigma_min.cpu(), m.sigma_max.cpu())
+        return time
     if density != "uniform":
         raise TLoRAError(f"timestep_density is {density}, which is for flow models (FLUX, SD3); set it to uniform.")
     first, last = math.floor(low * len(m.sigmas)), math.ceil(high * len(m.sigmas))
@@ -104,6 +151,7 @@ def min_snr_weight(model_sampling, sigma: Tensor, gamma: float) -> Tensor:
     Raises TLoRAError for models that predict neither noise nor v.
     """
     m, snr = model_sampling, sigma.clamp(min=1e-6) ** -2
-    if isinstance(m, host.CONST | host.X0) or not isinstance(m, host.EPS | host.V_PREDICTION):
+    predicts_v = isinstance(m, host.V_PREDICTION) or isinstance(m, _UNSCALED_V)
+    if isinstance(m, host.X0) or not (predicts_v or isinstance(m, host.EPS)):
         raise TLoRAError("min_snr_gamma is for models that predict noise or v; set it to 0 for this one.")
-    return snr.clamp(max=gamma) / (snr + 1 if isinstance(m, host.V_PREDICTION) else snr)
+    return snr.clamp(max=gamma) / (snr + 1 if predicts_v else snr)

@@ -19,7 +19,8 @@ from ....errors import TLoRAError
 from ....method.adapters import METHODS
 from ....tiny.comfy import unet_config
 from ....training.optimizers import STATE_SIZES
-from ..model.families import Defaults, defaults_of, layers_among
+from ..model.defaults import Defaults, defaults_of
+from ..model.families import layers_among
 from ..training.personalize import completed
 
 # The host's loaders of model files: {node: (folder, input)}.
@@ -64,6 +65,7 @@ def plan(loader: str, file: str, fields: Mapping[str, Any], config: Mapping[str,
         "rank": schedule.rank,
         "min_rank": schedule.min_rank,
         "layers": len(layers),
+        "guidance": known.defaults.guidance._asdict(),
         "least_bytes": known.weight_bytes
         + adapter_bytes(request.method, shapes, schedule.rank, request.config.optimizer),
         # Of these, the weights that may stay in RAM: those of a model that is not on the CPU anyway.

@@ -24,7 +24,7 @@ from ..progress import say
 from .fingerprint import fingerprint
 
 PROMPT = "a photo of {class_word}"
-DRAWN_SINCE = "0.1.0"  # the version since which equal settings give equal pictures
+DRAWN_SINCE = "0.2.0"  # the version since which equal settings give equal pictures
 
 
 class ClassPictures:

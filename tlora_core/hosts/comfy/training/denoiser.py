@@ -1,6 +1,7 @@
 """The host's model as a `trainer.Denoiser`."""
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,13 +15,18 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ....errors import TLoRAError
 from ....layers.text_memo import Text
 from ....layers.trained import moved
 from ....method.adapters import Adapters
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
-from ..model.noise import draw_sigmas, min_snr_weight, noise_level, output_scale
-from ..sampling import TimestepAwarePatch, place
+from ..model.families import ATTENTION
+from ..model.kept_state import forget_kept
+from ..model.noise import draw_sigmas, loss_scale, min_snr_weight, noise_level, noised
+from ..reach import Reach, naming
+from ..sampling import Placed, TimestepAwarePatch, place
+from ..whole_sampling import preparing
 from .encode import Sample, buckets
 
 
@@ -38,23 +44,25 @@ def normal(value: Any, made: dict[int, Tensor]) -> Any:
     return value
 
 
-# The host's EasyCache and LazyCache: they skip steps of a sampling, and would return one picture's result for another.
-_CACHES = ("easycache",)
 _BATCHES_KEPT = 4  # for each, SDXL's layers keep 24 MB for the text
 _IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # only a sampler calls other kinds
 
 
 def training_options(model: ModelPatcher) -> dict:
-    """The model's transformer_options, with those of its wrappers that matter in training."""
-    options = {
-        key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES
-    }
+    """The model's transformer_options, with those of its wrappers that matter in training. Without caches: the host's
+    EasyCache and LazyCache, for example, skip steps of a sampling, and would return one picture's result for
+    another."""
+    options = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if not _is_cache(k)}
     wrappers = {
-        kind: {key: list(each) for key, each in keyed.items() if key not in _CACHES}
+        kind: {key: list(each) for key, each in keyed.items() if not _is_cache(key)}
         for kind, keyed in model.wrappers.items()
         if kind in _IN_TRAINING
     }
     return {**options, "wrappers": wrappers}
+
+
+def _is_cache(key: str | None) -> bool:
+    return "cache" in str(key)
 
 
 class TrainingPatch(TimestepAwarePatch):
@@ -67,11 +75,47 @@ class TrainingPatch(TimestepAwarePatch):
     def __init__(self, adapters: Adapters, schedule: RankSchedule):
         super().__init__(schedule)
         self.adapters, self._placed = adapters, None
+        self.reach = _TrainedReach()
 
     def evaluation(self, base, x, sigma, text):
+        # After the evaluation, a checkpointed block runs again with what is there now.
+        forget_kept(base)
+        return self.overlays(self._place(base), *self.level), None, self.text
+
+    def watched(self, base, x):
+        return self.reach.evaluating(self._place(base).layers)
+
+    def _place(self, base) -> Placed:
         if self._placed is None:  # layers are not replaced within a training session
             self._placed = place(base, self.adapters)
-        return self.overlays(self._placed, *self.level), None, self.text
+        return self._placed
+
+
+class _TrainedReach(Reach):
+    """Raises TLoRAError where no layer can learn, as the model calls none."""
+
+    def judge(self, layers):
+        if self.unreached:
+            sentence = (
+                f"layers has {naming(self.unreached)} that this model does not call in its evaluations with these "
+                "inputs, for example as they work on the text before; they learn nothing"
+            )
+            if len(self.unreached) == len(layers):
+                raise TLoRAError(f'{sentence}, so choose others or "{ATTENTION}".')
+            logging.warning("[T-LoRA] %s.", sentence)
+
+
+# The host's models whose latent is a video and its sound in one, by class: a picture is not enough for them.
+_WITH_SOUND = ("MiniMaxH3",)
+
+
+def require_picture(base) -> None:
+    """Raises TLoRAError unless the host's model `base` can be trained on latents of pictures alone."""
+    if any(each.__name__ in _WITH_SOUND for each in type(base).__mro__):
+        raise TLoRAError(
+            f"model draws a video together with its sound ({type(base).__name__}), so it cannot be trained on "
+            "pictures; use a model that draws pictures, or videos alone."
+        )
 
 
 class HostDenoiser:
@@ -154,21 +198,31 @@ class HostDenoiser:
     def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """The model's prediction (noise, v or flow) minus its target, [B, C, ...]. latents, noise: of that shape, in
         the model's scale. sigmas: [B] on the CPU. Each sample has the ranks of its own timestep."""
+        if len(samples) > 1 and self._is_of_one_sigma:
+            each = zip(samples, *(tensor.split(1) for tensor in (latents, noise, sigmas)))
+            return torch.cat([self.output_error([sample], *rest) for sample, *rest in each])
         self.patch.level = noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
-        noisy = self.sampling.noise_scaling(each, noise, latents)
-        inputs = self._inputs(samples, noise[:1])
-        options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
+        noisy = noised(self.sampling, each, noise, latents)
+        inputs = self.inputs(samples, noise[:1])
+        # A mean-flow model is told the next sigma, too. To the same sigma, its mean flow is the flow itself.
+        steps = {"sigmas": sigmas, "sample_sigmas": sigmas[:1].repeat(2)}
+        options = {**self.options, **steps, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
-        return (latents - denoised) / output_scale(self.sampling, each)
+        return (latents - denoised) / loss_scale(self.sampling, self.base.latent_format, each)
 
-    def _inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
+    @property
+    def _is_of_one_sigma(self) -> bool:
+        """Whether the host's model looks up one next sigma for the whole batch."""
+        return getattr(self.base.diffusion_model, "time_r_in", None) is not None
+
+    def inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that
         layers compute its output once; see `layers.text_memo`."""
         key = *map(id, samples), like.shape
         if key not in self._batches:
-            inputs = comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples])
+            inputs = normal(comfy.samplers.cond_cat([self._condition(sample, like) for sample in samples]), {})
             text = None
             if "c_crossattn" in inputs:
                 captions = tuple(id(sample.conditioning[0][0]) for sample in samples)
@@ -188,16 +242,19 @@ class HostDenoiser:
         if key not in self._conditions:
             converted = comfy.sampler_helpers.convert_cond(sample.conditioning)[:1]
             noise = torch.zeros_like(like)
-            encoded = comfy.samplers.encode_model_conds(
-                self.base.extra_conds,
-                converted,
-                noise,
-                self.device,
-                "positive",
-                latent_image=noise,
-                denoise_mask=None,
-                seed=0,
-            )
+            # In inference mode as in a sampling: by that, some models decide to run their text adapter here.
+            with torch.inference_mode(), preparing(self.model):
+                encoded = comfy.samplers.encode_model_conds(
+                    self.base.extra_conds,
+                    converted,
+                    noise,
+                    self.device,
+                    "positive",
+                    latent_image=noise,
+                    denoise_mask=None,
+                    seed=0,
+                    latent_shapes=[like.shape],  # for models that can take several kinds of latents at once
+                )
             self._conditions[key] = {
                 name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()
             }

@@ -24,18 +24,20 @@ from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
 from ....training.trainer import Trainer
 from ..draw import draw
-from ..model.families import ATTENTION, Defaults, TargetLayer, defaults_for, is_flux, target_layers
+from ..model.defaults import Defaults, defaults_for
+from ..model.families import ATTENTION, WITH_FEED_FORWARD, TargetLayer, target_layers
 from ..model.layers import bytes_to_come
-from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps
+from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps, require_trainable
 from ..progress import counting
 from ..sampling import apply_tlora
-from .blame import sentence_for
+from .blame import saying_what_failed
 from .class_pictures import ClassPictures
-from .denoiser import HostDenoiser
+from .denoiser import HostDenoiser, require_picture
 from .encode import Encoder, Takes
 from .failure import forget_failed_step, ran_out_of_memory
 from .memory import FAST, LOW, Fit, fit_for, leanest_fit
 from .session import training_session
+from .targets import seen_layers
 
 # "fast" keeps everything that the backward pass needs; "low" recomputes it block by block (gradient checkpointing);
 # "lowest" also leaves in RAM the weights that do not fit beside the rest; "auto" is the fastest of them that fits.
@@ -47,7 +49,7 @@ _OF_A_FILE, _OF_A_LAYER = 8192, 1024  # at most so many bytes: a file's header, 
 class TrainRequest:
     """What the user asks for. Together with the pictures and the model it determines the result.
 
-    layers: see `families.target_layers`. framing: one of dataset.FRAMINGS. flip: also trains on each picture mirrored.
+    layers: see `families.chosen`. framing: one of dataset.FRAMINGS. flip: also trains on each picture mirrored.
     curve: see RankSchedule.from_text; "" for the formula. token, class_word: runs of white space become one space, as
         in captions.
     Raises TLoRAError if a field is out of range.
@@ -145,12 +147,16 @@ class Personalization:
         self.fit: Fit | None = {"fast": FAST, "low": LOW}.get(memory)
         self._leanest = memory == "lowest"
         self.model, self.clip, self.vae, self.request, self.node_id = model, clip, vae, request, node_id
-        layers = target_layers(model, request.layers)
+        if request.layers not in (ATTENTION, WITH_FEED_FORWARD):
+            target_layers(model, request.layers)  # refuses a wrong pattern before anything is encoded
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
+        require_trainable(self.sampling)
+        require_picture(model.model)
         self._check_config()
-        # The reference trains FLUX with guidance 1.
-        told = {"guidance": 1.0} if is_flux(model) else None
+        self.guidance = defaults_for(model).guidance
+        told_in_training = self.guidance.told_in_training
+        told = None if told_in_training is None else {"guidance": told_in_training}
         encoder = Encoder(clip, vae, request.config.outside_mask, told, Takes.of(model))
         encoder.check_resolution(request.resolution)
         if request.config.prior_weight and not prior:
@@ -158,9 +164,11 @@ class Personalization:
             prior = (class_pictures or ClassPictures()).of(
                 model, clip, vae, request.class_word, request.resolution, seeds
             )
-        self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
+        layers, self.layers_in_words = seen_layers(model, self.samples[0], request.config, request.layers)
+        self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
+        self.heights = {name.path: layer.module.out_features for name, layer in layers.items() if name.is_part}
         # Nodes run in inference mode; autograd refuses tensors made in it.
         with torch.inference_mode(False), torch.enable_grad():
             self.adapters = self._adapters(layers)
@@ -200,13 +208,8 @@ class Personalization:
             denoiser = HostDenoiser(
                 self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior
             )
-            try:
+            with saying_what_failed(denoiser, self.trainer.step + 1, checkpointing):
                 yield denoiser
-            except Exception as error:
-                sentence = sentence_for(error, denoiser, self.trainer.step + 1, checkpointing)
-                if sentence is None:
-                    raise
-                raise sentence from error
 
     def _measured(self) -> Fit:
         """How to train, found by a measurement on small latents."""
@@ -284,6 +287,7 @@ class Personalization:
             token=request.token,
             class_word=request.class_word,
             training=training,
+            heights=self.heights,
         )
 
     def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:

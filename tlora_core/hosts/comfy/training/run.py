@@ -56,9 +56,8 @@ class TrainingRun:
         self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
-        self.live = LiveRun.begin(
-            node_id, self.steps, first, f"{subject}: {self.request}, {len(personalization.adapters)} layers"
-        )
+        title = f"{subject}: {self.request}, {personalization.guidance}, {personalization.layers_in_words}"
+        self.live = LiveRun.begin(node_id, self.steps, first, title)
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
