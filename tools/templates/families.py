@@ -67,7 +67,7 @@ SDXL_LIGHTNING = {
     "directory": "checkpoints",
     "url": HUB + "ByteDance/SDXL-Lightning/resolve/main/sdxl_lightning_4step.safetensors",
 }
-_NOTE, _LATENT = 430, "EmptySD3LatentImage"
+_NOTE, _LATENT = 335, "EmptySD3LatentImage"
 _FIRST_STEPS = """1. Choose the model's files, and your picture in *Load Image*. The centre square is used; a plain \
 background helps.
 2. Set **class_word** to what the subject is: dog, mug, person.
