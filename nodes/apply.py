@@ -8,7 +8,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from ..tlora_core.files.dtypes import DTYPES
 from ..tlora_core.hosts.comfy.files import file_stamp, load_lora, lora_names, name_of, new_lora_path, told_of
 from ..tlora_core.hosts.comfy.page.rank import show_active_rank
-from ..tlora_core.hosts.comfy.progress import say
+from ..tlora_core.hosts.comfy.progress import adding_to, say
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_file_name
 from ..tlora_core.training.images import thumbnail as make_thumbnail
@@ -114,11 +114,7 @@ class ApplyTLoRA(io.ComfyNode):
 
 def _applied(model, tlora, strength, node_id, report=""):
     """report: what the node shows already; a sampling may add to it."""
-
-    def tell(sentence: str) -> None:
-        say(f"{report}\n{sentence}".lstrip(), node_id)
-
-    patched = apply_tlora(model, tlora, strength, tell=tell)
+    patched = apply_tlora(model, tlora, strength, tell=adding_to(report, node_id))
     return show_active_rank(patched, tlora.schedule, node_id if strength else None)
 
 

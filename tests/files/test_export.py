@@ -55,6 +55,11 @@ def test_flux_rows_are_exported_and_read_back(tmp_path, layout):
     if layout in ("diffusers", "reference"):
         assert_same_updates(loaded, tlora)
         return
+    if layout == "comfyui":  # the host has names for the parts, whatever the module holds besides
+        assert loaded.layers.keys() == tlora.layers.keys()
+        for name, layer in tlora.layers.items():
+            assert_close(update(loaded.layers[name], loaded.layers[name].rank), update(layer, layer.rank))
+        return
     # One update of the whole fused module, which holds the same at the same rows.
     whole = {name: update(layer, layer.rank) for name, layer in loaded.layers.items()}
     for name, layer in tlora.layers.items():
@@ -116,6 +121,10 @@ def test_a_layer_without_a_name_in_the_layout_is_refused_and_nothing_is_written(
         ("flux2", "single_blocks.0.linear1", {0: 6, 6: 6, 12: 6}, 54),
         ("lumina2", "layers.0.attention.qkv", {0: 6, 6: 2, 8: 2}, 10),
         ("flux", "double_blocks.0.img_attn.qkv", {6: 6}, 18),
+        ("hunyuandit", "blocks.0.attn1.Wqkv", {0: 6, 6: 6, 12: 6}, 18),
+        ("hunyuandit", "blocks.0.attn2.kv_proj", {0: 8, 8: 8}, 16),
+        ("pixartsigma", "blocks.0.cross_attn.kv_linear", {0: 6, 6: 6}, 12),
+        ("minimaxh3", "blocks.0.attn.qkv_proj", {0: 6, 6: 9, 15: 9}, 24),  # as earlier versions cut it
     ],
 )
 def test_a_fused_module_has_the_height_that_it_has_in_the_model(base_model, path, parts, height):
@@ -124,10 +133,24 @@ def test_a_fused_module_has_the_height_that_it_has_in_the_model(base_model, path
     assert whole.up.shape == (height, 2 * len(parts))
 
 
-def test_a_fused_module_of_unknown_height_is_refused():
+def test_a_fused_module_is_as_high_as_the_file_says():
+    layers = {"blocks.0.mixed@4": LowRank(torch.ones(2, 2), torch.ones(2, 6), 1)}
+    heights = {"blocks.0.mixed": 50}
+    tlora = TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "tomorrows", heights=heights)
+    (whole,) = fused(tlora).values()
+    assert whole.up.shape == (50, 2) and whole.up[4:6].all() and whole.up.count_nonzero() == 4
+
+
+@pytest.mark.parametrize("layout", ["kohya", "comfyui"])
+@pytest.mark.parametrize("heights", [{}, {"layers.0.attention.qkv": 7}])
+def test_a_fused_module_of_unknown_height_is_refused_without_sending_on(tmp_path, layout, heights):
+    """Also by the note of the file itself, which names no layout that would be refused."""
     layers = {"layers.0.attention.qkv@6": LowRank(torch.ones(2, 2), torch.ones(2, 6), 1)}
-    with pytest.raises(TLoRAError, match="size of the module .*layers.0.attention.qkv"):
-        fused(TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2"))
+    tlora = TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "lumina2", heights=heights)
+    assert "find 0 of the file's 1 layers" in tlora.note and "Export" not in tlora.note
+    with pytest.raises(TLoRAError, match="size of the module .*layers.0.attention.qkv") as caught:
+        export(tlora, tmp_path / "a.safetensors", layout)
+    assert "layout" not in str(caught.value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

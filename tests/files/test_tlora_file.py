@@ -212,6 +212,9 @@ def test_values_the_dtype_cannot_hold_are_not_saved(tmp_path, value):
         ({"token": "s\x00ks"}, "token is"),
         ({"class_word": "\ud800"}, "class_word is"),
         ({"training": [1]}, "training is not a table"),
+        ({"heights": [1]}, "heights is not a table"),
+        ({"heights": {"a.b": 1.5}}, "heights is not a table"),
+        ({"heights": {"a.b": 10**9}}, "heights is not a table"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(changes, named):

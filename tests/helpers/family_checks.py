@@ -8,7 +8,7 @@ import sampling_runs as runs
 import torch
 from family_table import TABLE, Row
 
-RANK, MIN_RANK = 8, 2
+RANK, MIN_RANK = 8, 3  # no rank changes at a third of the way, where a sampling of three steps is
 
 
 class Trial:

@@ -100,6 +100,8 @@ def slope(setting, name, levels, step=1e-2):
 
 
 def saved_bytes(setting) -> int:
+    from tlora_core.layers.saving import saving
+
     saved = {}
 
     def pack(tensor):
@@ -107,7 +109,7 @@ def saved_bytes(setting) -> int:
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in setting.model.model.diffusion_model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saving(pack):
         loss = setting.loss(ALIKE)
     total = sum(size for pointer, size in saved.items() if pointer not in weights)
     del loss

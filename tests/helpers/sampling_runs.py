@@ -123,12 +123,15 @@ class Evaluations:
             try:
                 for path, weight in merged.items():
                     modules[path].weight = torch.nn.Parameter(weight, requires_grad=False)
+                # What the model keeps of other evaluations belongs to other weights.
+                getattr(base.diffusion_model, "clear_kv_cache", lambda: None)()
                 with torch.inference_mode():
                     hints = hints and {name: list(parts) for name, parts in hints.items()}
                     expected = base.apply_model(x, sigma, c_concat, text, hints, options, **kwargs)
             finally:
                 for path, weight in originals.items():
                     modules[path].weight = weight
+                getattr(base.diffusion_model, "clear_kv_cache", lambda: None)()
             error = float((output.double() - expected.double()).norm() / expected.double().norm())
             assert error < below, (float(sigma[0]), error)
 

@@ -17,7 +17,7 @@ from ..method.layer_name import LayerName
 from .atomic import stem_of, write_tensors
 from .dtypes import require_dtype
 from .fused_modules import joined
-from .layer_names import diffusers_name, family_of, named_parts, part_number
+from .layer_names import diffusers_name, family_of, is_flux_family, named_parts, part_number
 from .reference_layout import reference_tensors, write_reference
 from .tlora_file import TLoRAFile, plain_metadata
 
@@ -58,12 +58,14 @@ def _kohya(tlora: TLoRAFile) -> Tensors:
 
 
 def _comfyui(tlora: TLoRAFile) -> Tensors:
-    """Parts of modules keep the names that the host has for them; the others become updates of whole modules."""
+    """Updates of whole modules. Where the file does not say how many rows a module has, as those of earlier versions,
+    its parts keep the host's names for them, if it has one for each."""
     named = named_parts(tlora.layers, tlora.base_model)
-    rest = {name: layer for name, layer in tlora.layers.items() if name not in named}
-    parts = {key: tlora.layers[name] for name, key in named.items()}
-    whole = joined(rest, tlora.base_model, tlora.heights)
-    return _pairs(parts, lambda key: key) | _pairs(whole, lambda path: f"diffusion_model.{path}")
+    whole = {name.path for name in tlora.layers if name not in named} | tlora.heights.keys()
+    parts = {key: tlora.layers[name] for name, key in named.items() if name.path not in whole}
+    rest = {name: layer for name, layer in tlora.layers.items() if name.path in whole}
+    modules = joined(rest, tlora.base_model, tlora.heights)
+    return _pairs(parts, lambda key: key) | _pairs(modules, lambda path: f"diffusion_model.{path}")
 
 
 def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tensors:
@@ -78,14 +80,16 @@ def _pairs(layers: Mapping[str, LowRank], key_of: Callable[[str], str]) -> Tenso
 def _diffusers(tlora: TLoRAFile) -> Tensors:
     tensors = {}
     for name, layer in _split(tlora).items():
-        key = f"{_model_part(name)}.{_named(name, layer)}"
+        key = f"{_model_part(name)}.{_named(tlora.base_model, name, layer)}"
         # Without an alpha, diffusers uses the rank, so the scale is 1.
         tensors[f"{key}.lora_B.weight"], tensors[f"{key}.lora_A.weight"] = layer.up, layer.down
     return tensors
 
 
 def _reference(tlora: TLoRAFile) -> Tensors:
-    return reference_tensors(tlora, {_named(name, layer): layer for name, layer in _split(tlora).items()})
+    return reference_tensors(
+        tlora, {_named(tlora.base_model, name, layer): layer for name, layer in _split(tlora).items()}
+    )
 
 
 LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
@@ -96,9 +100,11 @@ LAYOUTS: dict[str, Callable[[TLoRAFile], Tensors]] = {
 }
 
 
-def _named(name: LayerName, layer: LowRank) -> str:
+def _named(base_model: str, name: LayerName, layer: LowRank) -> str:
     part = part_number(name.row, layer.shape) if name.is_part else None
-    named = None if part is None and name.is_part else diffusers_name(name.path, part)
+    # Modules of HunyuanVideo are called like FLUX's, and those of its LoRAs are not.
+    unknown = (part is None and name.is_part) or (family_of(name) == "flux" and not is_flux_family(base_model))
+    named = None if unknown else diffusers_name(name.path, part)
     if named is None:
         raise TLoRAError(f'diffusers\' name of the layer "{name}" is not known; choose the layout kohya or comfyui.')
     return named

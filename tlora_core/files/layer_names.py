@@ -185,7 +185,7 @@ def part_key(base_model: str, path: str, row: int, shape: tuple[int, int]) -> st
     part = part_number(row, shape)
     if part is None:
         return None
-    if base_model.startswith(_FLUX_FAMILIES):
+    if is_flux_family(base_model):
         return onetrainer_key(base_model, path, part)
     for family, table in _QKV_KEYS.items():
         for pattern, key in table.items():
@@ -206,8 +206,13 @@ def part_number(row: int, shape: tuple[int, int]) -> int | None:
 def onetrainer_key(base_model: str, path: str, part: int | None = None) -> str | None:
     """OneTrainer's name of a layer of FLUX, which ComfyUI and diffusers also read; None for a layer without a name and
     for other models."""
-    named = diffusers_name(path, part) if base_model.startswith(_FLUX_FAMILIES) and family_of(path) == "flux" else None
+    named = diffusers_name(path, part) if is_flux_family(base_model) and family_of(path) == "flux" else None
     return named and "lora_transformer_" + _plain(named)
+
+
+def is_flux_family(base_model: str) -> bool:
+    """Whether the LoRAs of this family (TLoRAFile.base_model) name layers as FLUX's do."""
+    return base_model.startswith(_FLUX_FAMILIES)
 
 
 def family_of(path: str) -> str | None:

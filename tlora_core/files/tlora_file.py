@@ -33,6 +33,7 @@ from .untrusted import PHRASE_KEY, check_header, check_line, one_line, printable
 
 FORMAT_VERSION = 2  # the newest version this code reads; _metadata decides which one it writes
 METADATA_KEY = "tlora"
+MAX_HEIGHT = 1_000_000  # rows of a module; a file by hand could name a number that no memory can hold
 
 _UP, _DOWN, _ALPHA = ".lora_up.weight", ".lora_down.weight", ".alpha"
 _LAYER_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*(@[0-9]{1,9})?")
@@ -92,16 +93,17 @@ class TLoRAFile:
     @property
     def note(self) -> str:
         """A sentence for the user if other programs cannot find all of the file's layers; else empty."""
-        lost = {name: layer for name, layer in self.layers.items() if name.is_part}
-        for name in named_parts(lost, self.base_model):
-            del lost[name]
+        named = named_parts(self.layers, self.base_model)
+        lost = {name for name in self.layers if name.is_part and name not in named}
         if not lost:
             return ""
-        way_out = "; for them, use Export T-LoRA with the layout comfyui"
+        modules = {name.path for name in lost}
+        parts = {name: layer for name, layer in self.layers.items() if name.path in modules}
+        can_export = can_join(parts, self.base_model, self.heights)
         return (
             f"Other programs find {len(self.layers) - len(lost)} of the file's {len(self.layers)} layers, as they have "
             "no names for parts of this model's modules"
-            f"{way_out if can_join(lost, self.base_model, self.heights) else ''}."
+            + ("; for them, use Export T-LoRA with the layout comfyui." if can_export else ".")
         )
 
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32, thumbnail: bytes | None = None) -> None:
@@ -158,8 +160,8 @@ def _check_fields(file: TLoRAFile) -> None:
         if not getattr(file, name):
             raise TLoRAError(f"{name} is empty; without it the T-LoRA cannot be applied again.")
     heights = file.heights
-    if not isinstance(heights, Mapping) or not all(type(rows) is int and rows > 0 for rows in heights.values()):
-        raise TLoRAError("heights is not a table of numbers of rows; pass a whole number above 0 for each module.")
+    if not isinstance(heights, Mapping) or not all(type(n) is int and 0 < n <= MAX_HEIGHT for n in heights.values()):
+        raise TLoRAError(f"heights is not a table of rows; pass a whole number from 1 to {MAX_HEIGHT} for each module.")
     if not isinstance(file.training, Mapping):
         raise TLoRAError("training is not a table of parameters; pass names and JSON values.")
 

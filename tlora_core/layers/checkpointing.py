@@ -5,7 +5,6 @@ in place, so the recomputation would start from overwritten values. Such a block
 block is an ordinary one, in which autograd raises an error for any other tensor that was overwritten.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..method.bank import Branch
+from .containers import tensors_in, with_tensors
 from .overlay import replaced_forward
 from .trained import Trained, branches_of
 
@@ -33,12 +33,12 @@ class Checkpointed:
             return self.run(*args, **kwargs)
         forwards = [(layer, layer.__dict__["forward"]) for layer in self.layers if "forward" in layer.__dict__]
         call = _Call(self, (args, kwargs), forwards)
-        tensors = _tensors(call.arguments)
+        tensors = tensors_in(call.arguments)
         if not call.trained and not any(t.requires_grad for t in tensors):
             return self.run(*args, **kwargs)
         with torch.no_grad():
             output, factors = call.noted()
-        return _replaced(output, _Checkpoint.apply(call, _tensors(output), *tensors, *factors))
+        return with_tensors(output, _Checkpoint.apply(call, tensors_in(output), *tensors, *factors))
 
 
 class _Call:
@@ -47,8 +47,8 @@ class _Call:
     def __init__(self, block: Checkpointed, arguments, forwards: Iterable[tuple[nn.Module, Callable]]):
         self.block, self.forwards = block, forwards
         # In new containers, since the host changes its dictionaries later.
-        self.arguments = _replaced(arguments, _tensors(arguments))
-        self.count = len(_tensors(arguments))
+        self.arguments = with_tensors(arguments, tensors_in(arguments))
+        self.count = len(tensors_in(arguments))
         owners = (getattr(forward, "__self__", None) for _, forward in forwards)
         self.trained = [owner for owner in owners if isinstance(owner, Trained)]
 
@@ -59,7 +59,7 @@ class _Call:
         try:
             for layer, used in calls:
                 layer.used = used
-            output = self(_tensors(self.arguments))
+            output = self(tensors_in(self.arguments))
             self.used = [(layer, is_text, len(each)) for layer, used in calls for is_text, each in used]
             branches = [each for _, used in calls for _, each in used]
         finally:
@@ -83,7 +83,7 @@ class _Call:
         overwritten = self.block.overwritten
         given = [t.clone() if overwritten is None or i in overwritten else t for i, t in enumerate(tensors)]
         before = [t._version for t in given]
-        args, kwargs = _replaced(self.arguments, given)
+        args, kwargs = with_tensors(self.arguments, given)
         with replaced_forward() as replace:
             for layer, forward in self.forwards:
                 replace(layer, forward)
@@ -108,7 +108,7 @@ class _Checkpoint(torch.autograd.Function):
         wanted, count = ctx.needs_input_grad[2:], ctx.call.count
         inputs = [t.detach().requires_grad_() if needs else t for t, needs in zip(ctx.saved_tensors, wanted)]
         with ctx.call.given(inputs[count:]), torch.enable_grad():
-            outputs = _tensors(ctx.call(inputs[:count]))
+            outputs = tensors_in(ctx.call(inputs[:count]))
         pairs = [(o, g) for o, g in zip(outputs, gradients) if o.requires_grad and g is not None]
         leaves = [t for t, needs in zip(inputs, wanted) if needs]
         found = iter(_gradients(pairs, leaves))
@@ -121,30 +121,3 @@ def _gradients(pairs: Sequence[tuple[Tensor, Tensor]], leaves: Sequence[Tensor])
         return [None] * len(leaves)
     outputs, gradients = zip(*pairs)
     return torch.autograd.grad(outputs, leaves, gradients, allow_unused=True)
-
-
-def _tensors(value) -> list[Tensor]:
-    """The tensors in nested containers, in order."""
-    found = []
-    _walk(value, found.append)
-    return found
-
-
-def _replaced(value, tensors: Iterable[Tensor]) -> Any:
-    """A copy of `value`, in new containers, with its tensors replaced."""
-    following = iter(tensors)
-    return _walk(value, lambda _: next(following))
-
-
-def _walk(value, change: Callable) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _walk(v, change) for key, v in value.items()}
-    if isinstance(value, tuple | list):
-        new = [_walk(v, change) for v in value]
-        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: _walk(getattr(value, f.name), change) for f in dataclasses.fields(value) if f.init}
-        return dataclasses.replace(value, **fields)
-    return value

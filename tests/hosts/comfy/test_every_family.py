@@ -42,28 +42,36 @@ def test_the_table_has_a_row_for_every_family(comfy):
 
 
 def test_layers_are_those_of_attention_over_image_tokens(trial):
+    import random_models
     from family_checks import expected_targets
 
-    from tlora_core.hosts.comfy.model.families import target_layers
     from tlora_core.hosts.comfy.model.layers import linear_modules
+    from tlora_core.hosts.comfy.training.encode import Sample
+    from tlora_core.hosts.comfy.training.targets import seen_layers
+    from tlora_core.training.config import TrainConfig
 
+    if "sound" in trial.row.refused:
+        pytest.skip("a training, which looks for layers, is refused")
     linear = linear_modules(trial.model)
     wanted = {name: (start, stop) for name, (_, start, stop) in expected_targets(trial.row, linear).items()}
-    found = {name: (layer.row, layer.row + layer.rows) for name, layer in target_layers(trial.model).items()}
-    assert found == wanted
+    sample = Sample(random_models.own_latent(trial.model)[0], None, None, trial.texts[0])
+    layers = seen_layers(trial.model, sample, TrainConfig()).layers
+    assert {name: (layer.row, layer.row + layer.rows) for name, layer in layers.items()} == wanted
 
 
 def test_gradients_are_those_of_finite_differences(trial):
-    from gradients import MIXED, Setting, slope
+    from gradients import ALIKE, MIXED, Setting, slope
 
     dtype = torch.float64 if trial.row.double else torch.float32
     setting = Setting(trial.name, dtype, layers=trial.row.patterns)
+    names = [name for name in setting.adapters if name not in trial.row.idle]
+    first, middle, last = names[0], names[len(names) // 2], names[-1]
     with setting.session():
-        plain = [gradient.clone() for gradient in setting.gradients(MIXED)]
-        names = [name for name in setting.adapters if name not in trial.row.idle]
-        for name in (names[0], names[len(names) // 2], names[-1]):
-            said, done = slope(setting, name, MIXED, trial.row.step)
-            assert said == pytest.approx(done, rel=3e-3), name
+        for levels, some in ((ALIKE, [middle]), (MIXED, [first, middle, last])):
+            plain = [gradient.clone() for gradient in setting.gradients(levels)]
+            for name in some:
+                said, done = slope(setting, name, levels, trial.row.step)
+                assert said == pytest.approx(done, rel=3e-3), (levels, name)
     with setting.session(checkpointing=True):
         for one, other in zip(plain, setting.gradients(MIXED)):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9 if trial.row.double else 1e-6)
@@ -101,11 +109,13 @@ def test_sampling_applies_the_rank_of_each_sigma_in_either_way(trial, monkeypatc
     fresh = Trial(trial.name)  # whose model keeps nothing of other samplings
     base, before = fresh.sample(fresh.model), trial.weights()
     tlora, pictures = trial.tlora(), []
-    for fold, ways in ((None, {"weight", "output"}), (False, {"product"})):
+    # Where cross-attention sees the text as it came, its keys and values are computed once for each text.
+    folded = {"weight", *(["output"] if any("attn2.to_k" in name for name in trial.shapes) else [])}
+    for fold, ways in ((None, folded), (False, {"product"})):
         recorded, used = runs.Evaluations(trial.model), runs.Ways(monkeypatch)
         pictures.append(trial.sample(runs.apply(recorded.model, tlora, -0.8, fold=fold)))
         monkeypatch.undo()
-        assert used.used and used.used <= ways
+        assert used.used == ways
         recorded.assert_merged((tlora, -0.8))
     assert models.relative_error(*pictures) < 1e-5
     assert models.relative_error(pictures[0], base) > 1e-3
@@ -143,7 +153,7 @@ def same_layers(one, other) -> bool:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exports_are_read_back_whole(trial, layout, tmp_path):
-    """By us in every layout, and by the host in its own."""
+    """By us in every layout, and by the host in its own. Two layouts are for some families only."""
     from host_lora import by_the_host, host_updates, our_updates
 
     from tlora_core.files.export import export
@@ -154,7 +164,7 @@ def test_exports_are_read_back_whole(trial, layout, tmp_path):
     try:
         path = export(tlora, tmp_path / "a.safetensors", layout, torch.float32)
     except TLoRAError as error:
-        assert layout in ("diffusers", "reference") and "choose the layout kohya or comfyui" in str(error)
+        assert layout in ("diffusers", "reference") and "layout" in str(error)
         return
     wanted = our_updates(trial.model, tlora)
     torch.testing.assert_close(our_updates(trial.model, load_any(path, describe_model(trial.model)).tlora), wanted)

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import sampling_runs as runs
@@ -104,6 +105,21 @@ def test_user_is_told_once_of_layers_with_full_rank(anima, caplog):
     assert f"{len(outside_file(anima).layers)} layers" in sentence
 
 
+def test_node_shows_it_below_what_it_shows_already(anima, monkeypatch):
+    from server import PromptServer
+
+    from tlora_core.hosts.comfy.progress import adding_to
+
+    shown = []
+    page = SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
+    monkeypatch.setattr(PromptServer, "instance", page, raising=False)
+    for report, start in (("the file's report", "the file's report\nFull rank"), ("", "Full rank")):
+        sampled(runs.apply(anima, outside_file(anima), tell=adding_to(report, "7")))
+        ((node, text),) = shown
+        assert node == "7" and text.startswith(start)
+        shown.clear()
+
+
 def test_file_whose_layers_all_follow_the_noise_level_says_nothing(unet, tlora, caplog):
     told = []
     runs.sample(runs.apply(unet, tlora, tell=told.append), *runs.texts(), steps=1)
@@ -125,7 +141,13 @@ def test_layer_that_the_model_does_not_call_is_named_once(unet, tlora, caplog):
     assert sentence.startswith("No effect from 1 layer (idle)") and caplog.text.count(sentence) == 1
 
 
-def test_only_the_first_evaluation_is_watched(unet, tlora):
+@pytest.mark.parametrize(("is_compiled", "hooks"), [(False, [1, 0, 0]), (True, [0, 0, 0])])
+def test_only_the_first_evaluation_is_watched_and_none_of_a_compiled_model(
+    unet, tlora, monkeypatch, is_compiled, hooks
+):
+    from tlora_core.hosts.comfy import sampling
+
+    monkeypatch.setattr(sampling, "is_compiled", lambda *_: is_compiled)
     layer = unet.model.diffusion_model.get_submodule(next(iter(tlora.layers)))
     watched = []
 
@@ -136,7 +158,7 @@ def test_only_the_first_evaluation_is_watched(unet, tlora):
     model = runs.apply(unet, tlora)
     model.add_wrapper_with_key("apply_model", "note", note)
     runs.sample(model, *runs.texts(), steps=3)
-    assert watched == [1, 0, 0] and not layer._forward_pre_hooks
+    assert watched == hooks and not layer._forward_pre_hooks
 
 
 def test_model_is_restored_when_a_sampling_is_cancelled(anima):

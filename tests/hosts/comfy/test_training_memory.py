@@ -26,6 +26,7 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
 
     from tlora_core.hosts.comfy.training.memory import _Kept, training_memory
     from tlora_core.hosts.comfy.training.session import checkpointed, training_session
+    from tlora_core.layers.saving import saving
 
     model = {
         "sdxl": lambda: random_models.sdxl(64, (0, 1, 1), 64),
@@ -39,7 +40,7 @@ def test_it_is_foretold_from_small_pictures(comfy, name):
         with _Kept(model.model.diffusion_model) as kept:
             denoiser.output_error(denoiser.samples * 2, latents, latents, sigmas)
         assert said.plain == pytest.approx(kept.need().plain, rel=0.1)
-        with checkpointed(model), torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        with checkpointed(model), saving(lambda t: seen.append(t) or t):
             seen = []
             denoiser.output_error(denoiser.samples * 2, latents, latents, sigmas)
     weights = {p.data_ptr() for p in model.model.diffusion_model.parameters()}

@@ -22,6 +22,11 @@ def say(text: str, node_id: str | None) -> None:
         server.send_progress_text(text, node_id)
 
 
+def adding_to(text: str, node_id: str | None) -> Callable[[str], None]:
+    """Shows a later sentence on the node, below the text that it shows already."""
+    return lambda sentence: say(f"{text}\n{sentence}".lstrip(), node_id)
+
+
 def counting(what: str, node_id: str | None, unit: str = "step") -> Callable[[int, int], None]:
     """A callback (done, total) that shows the node's progress, in units such as layers. Its first call must have
     done = 0. It raises the host's interrupt after a cancel."""

@@ -19,7 +19,7 @@ and that other layer.
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -57,8 +57,9 @@ def watched(
     linear: Mapping[str, nn.Module],
     blocks: Iterable[nn.Module],
     evaluate: Callable[[int], object],
+    feed_forward: bool = True,
 ) -> Watched:
-    """What the model's linear layers do.
+    """What the model's linear layers do, from two evaluations; with the feed-forward layers from four.
 
     network: the diffusion model, ready for autograd, whose attention is PyTorch's. linear: its linear layers by module
     path. blocks: those that it runs one after the other. evaluate: evaluates the model on a small noisy latent, one for
@@ -67,11 +68,13 @@ def watched(
     blocks = list(blocks)
     first = _evaluated(network, linear, blocks, lambda: evaluate(0), apart=True, leaves=True)
     second = _evaluated(network, linear, blocks, lambda: evaluate(1), apart=True)
-    mixed = [_evaluated(network, linear, blocks, lambda n=n: evaluate(n), apart=False) for n in (0, 1)]
     pairs = zip_longest(first.attentions, (attention.queries for attention in second.attentions))
     of_picture = [other is None or _differ(one.queries, other) for one, other in pairs if one is not None]
     own = {path for path in first.inputs if _differ_any(first.inputs[path], second.inputs.get(path, []))}
-    reached = {path for path in mixed[0].inputs if _differ_any(mixed[0].inputs[path], mixed[1].inputs.get(path, []))}
+    if not feed_forward:
+        return _Reading(network, linear, first, of_picture, own, set()).result()
+    mixed = [_evaluated(network, linear, blocks, lambda n=n: evaluate(n), apart=False).inputs for n in (0, 1)]
+    reached = {path for path in mixed[0] if _differ_any(mixed[0][path], mixed[1].get(path, []))}
     return _Reading(network, linear, first, of_picture, own, reached).result()
 
 
@@ -182,46 +185,33 @@ def _evaluated(
     """One evaluation, seen."""
     seen, places, cutting = _Seen(), [""], _Leaves() if leaves else None
     with ExitStack() as hooks:
-        for path, module in network.named_modules():
-            hooks.enter_context(_tracked(module, path, places))
-        for path, layer in linear.items():
-            hooks.enter_context(_watched_layer(layer, path, seen, cutting))
         if cutting is not None:
+            for path, module in network.named_modules():
+                _track(module, path, places, hooks)
             _cut_between(network, linear, blocks, cutting, hooks)
+        for path, layer in linear.items():
+            _watch_layer(layer, path, seen, cutting, hooks)
         with _Attentions(seen, places, cutting, apart):
             evaluate()
     return seen
 
 
-@contextmanager
-def _tracked(module: nn.Module, path: str, places: list[str]):
+def _track(module: nn.Module, path: str, places: list[str], hooks: ExitStack) -> None:
     """Keeps the paths of the modules that are running, the innermost last."""
-    handles = (
-        module.register_forward_pre_hook(lambda *_: places.append(path)),
-        module.register_forward_hook(lambda *_: (places.pop(), None)[1], always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    hooks.callback(module.register_forward_pre_hook(lambda *_: places.append(path)).remove)
+    hooks.callback(module.register_forward_hook(lambda *_: (places.pop(), None)[1], always_call=True).remove)
 
 
-@contextmanager
-def _watched_layer(layer: nn.Module, path: str, seen: _Seen, leaves: _Leaves | None):
+def _watch_layer(layer: nn.Module, path: str, seen: _Seen, leaves: _Leaves | None, hooks: ExitStack) -> None:
     def before(_, args):
         seen.inputs[path].append(_numbers(args[0]))
         if leaves is not None:
             seen.origins[path].append(leaves.origins(args[0]))
 
-    handles = [layer.register_forward_pre_hook(before)]
+    hooks.callback(layer.register_forward_pre_hook(before).remove)
     if leaves is not None:
-        handles.append(layer.register_forward_hook(lambda _, args, output: leaves.cut(output, path)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        cut = layer.register_forward_hook(lambda _, args, output: leaves.cut(output, path))
+        hooks.callback(cut.remove)
 
 
 def _cut_between(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ....errors import TLoRAError
+from ....layers.saving import saving
 from ..model.layers import modules_by_path
 from .denoiser import HostDenoiser
 from .failure import failure_words, ran_out_of_memory
@@ -73,6 +74,8 @@ def sentence_for(error: Exception, denoiser: HostDenoiser, step: int, checkpoint
             "node that adds the patch, and put that node after Train."
         )
     check = "check that clip and vae belong to this model; " if _OF_SHAPES in words else ""
+    if isinstance(error, ZeroDivisionError):  # PixArt divides by its size in steps of 64 cells
+        check = "raise resolution; "
     return TLoRAError(
         f"model failed at the layer {layer} in step {step} ({words}); {check}if a node patches the model, connect the "
         "model from before it, otherwise report this with the log."
@@ -139,12 +142,12 @@ def _overwriting(denoiser: HostDenoiser, paths: dict[nn.Module, str]) -> Place |
     kept: list[tuple[Tensor, int]] = []
 
     def keep(tensor: Tensor) -> Tensor:
-        kept.append((tensor.detach(), tensor._version))  # a detached tensor has the version of its origin
-        return kept[-1][0]
+        kept.append((tensor, tensor._version))
+        return tensor
 
     writes = _Writes(paths)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), writes:
+        with saving(keep), writes:
             outputs = list(denoiser.losses([0], torch.Generator().manual_seed(0)))
         del outputs
     except Exception:

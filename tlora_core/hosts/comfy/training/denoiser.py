@@ -22,6 +22,7 @@ from ....method.adapters import Adapters
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
 from ..model.families import ATTENTION
+from ..model.kept_state import forget_kept
 from ..model.noise import draw_sigmas, loss_scale, min_snr_weight, noise_level, noised
 from ..reach import Reach, naming
 from ..sampling import Placed, TimestepAwarePatch, place
@@ -43,23 +44,25 @@ def normal(value: Any, made: dict[int, Tensor]) -> Any:
     return value
 
 
-# The host's EasyCache and LazyCache: they skip steps of a sampling, and would return one picture's result for another.
-_CACHES = ("easycache",)
 _BATCHES_KEPT = 4  # for each, SDXL's layers keep 24 MB for the text
 _IN_TRAINING = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)  # only a sampler calls other kinds
 
 
 def training_options(model: ModelPatcher) -> dict:
-    """The model's transformer_options, with those of its wrappers that matter in training."""
-    options = {
-        key: value for key, value in model.model_options.get("transformer_options", {}).items() if key not in _CACHES
-    }
+    """The model's transformer_options, with those of its wrappers that matter in training. Without caches: the host's
+    EasyCache and LazyCache, for example, skip steps of a sampling, and would return one picture's result for
+    another."""
+    options = {k: v for k, v in model.model_options.get("transformer_options", {}).items() if not _is_cache(k)}
     wrappers = {
-        kind: {key: list(each) for key, each in keyed.items() if key not in _CACHES}
+        kind: {key: list(each) for key, each in keyed.items() if not _is_cache(key)}
         for kind, keyed in model.wrappers.items()
         if kind in _IN_TRAINING
     }
     return {**options, "wrappers": wrappers}
+
+
+def _is_cache(key: str | None) -> bool:
+    return "cache" in str(key)
 
 
 class TrainingPatch(TimestepAwarePatch):
@@ -75,6 +78,8 @@ class TrainingPatch(TimestepAwarePatch):
         self.reach = _TrainedReach()
 
     def evaluation(self, base, x, sigma, text):
+        # After the evaluation, a checkpointed block runs again with what is there now.
+        forget_kept(base)
         return self.overlays(self._place(base), *self.level), None, self.text
 
     def watched(self, base, x):
@@ -98,6 +103,19 @@ class _TrainedReach(Reach):
             if len(self.unreached) == len(layers):
                 raise TLoRAError(f'{sentence}, so choose others or "{ATTENTION}".')
             logging.warning("[T-LoRA] %s.", sentence)
+
+
+# The host's models whose latent is a video and its sound in one, by class: a picture is not enough for them.
+_WITH_SOUND = ("MiniMaxH3",)
+
+
+def require_picture(base) -> None:
+    """Raises TLoRAError unless the host's model `base` can be trained on latents of pictures alone."""
+    if any(each.__name__ in _WITH_SOUND for each in type(base).__mro__):
+        raise TLoRAError(
+            f"model draws a video together with its sound ({type(base).__name__}), so it cannot be trained on "
+            "pictures; use a model that draws pictures, or videos alone."
+        )
 
 
 class HostDenoiser:
@@ -180,14 +198,24 @@ class HostDenoiser:
     def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
         """The model's prediction (noise, v or flow) minus its target, [B, C, ...]. latents, noise: of that shape, in
         the model's scale. sigmas: [B] on the CPU. Each sample has the ranks of its own timestep."""
+        if len(samples) > 1 and self._is_of_one_sigma:
+            each = zip(samples, *(tensor.split(1) for tensor in (latents, noise, sigmas)))
+            return torch.cat([self.output_error([sample], *rest) for sample, *rest in each])
         self.patch.level = noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = noised(self.sampling, each, noise, latents)
         inputs = self.inputs(samples, noise[:1])
-        options = {**self.options, "sigmas": sigmas, "cond_or_uncond": [0] * len(samples)}
+        # A mean-flow model is told the next sigma, too. To the same sigma, its mean flow is the flow itself.
+        steps = {"sigmas": sigmas, "sample_sigmas": sigmas[:1].repeat(2)}
+        options = {**self.options, **steps, "cond_or_uncond": [0] * len(samples)}
         denoised = self.base.apply_model(noisy, sigmas, **inputs, transformer_options=options)
         return (latents - denoised) / loss_scale(self.sampling, self.base.latent_format, each)
+
+    @property
+    def _is_of_one_sigma(self) -> bool:
+        """Whether the host's model looks up one next sigma for the whole batch."""
+        return getattr(self.base.diffusion_model, "time_r_in", None) is not None
 
     def inputs(self, samples: Sequence[Sample], like: Tensor) -> dict:
         """The model's inputs besides latents and timesteps. Samples with the same captions share one text, so that
@@ -225,6 +253,7 @@ class HostDenoiser:
                     latent_image=noise,
                     denoise_mask=None,
                     seed=0,
+                    latent_shapes=[like.shape],  # for models that can take several kinds of latents at once
                 )
             self._conditions[key] = {
                 name: cond.process_cond(batch_size=1, area=None) for name, cond in encoded[0]["model_conds"].items()

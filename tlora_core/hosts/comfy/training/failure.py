@@ -1,13 +1,19 @@
-"""What is done about a step that fails: nothing of it stays in memory."""
+"""What is done about an evaluation or a step that fails: nothing of it stays in memory."""
 
 import gc
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TypeVar
 
 import comfy.model_management
 import torch
+from comfy.model_management import InterruptProcessingException
 
+from ....errors import TLoRAError
 from ....files.untrusted import one_line
+
+_Result = TypeVar("_Result")
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -41,3 +47,18 @@ def failure_words(error: Exception) -> str:
     """What an error says, on one line; with its class where that is the better half."""
     words = one_line(error)
     return words if type(error) is RuntimeError and words else f"{type(error).__name__}: {words}".removesuffix(": ")
+
+
+def at_smallest(sides: Sequence[int], run: Callable[[int], _Result]) -> _Result:
+    """What `run` gives for the first of `sides`, those of small latents, that the model can be evaluated on: some
+    models fail below a size of their own. Raises the error at the last side."""
+    for side in sides[:-1]:
+        try:
+            return run(side)
+        except (TLoRAError, InterruptProcessingException):
+            raise
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            forget_failed_step(error)
+    return run(sides[-1])

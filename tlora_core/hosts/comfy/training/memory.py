@@ -1,6 +1,7 @@
 """How much memory a training step will take, measured on small latents beforehand."""
 
 import gc
+import math
 from typing import NamedTuple
 
 import comfy.model_management
@@ -9,12 +10,17 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ....layers.overlay import replaced_forward
+from ....layers.saving import saving
 from ....training.optimizers import STATE_SIZES
 from ..model.layers import is_dynamic, stored
 from .denoiser import HostDenoiser
+from .encode import Sample
+from .failure import at_smallest
 from .session import blocks
 
-_PROBES = (16, 32)  # sides of the latents that are measured, multiples of what any U-Net halves
+# Sides of the smaller of the two latents that are measured, multiples of what any U-Net halves; the other is twice as
+# large. The first does for almost all models.
+_SIDES = (16, 32, 64)
 # What a backward pass holds besides: gradients on their way, and buffers of attention and convolution.
 _MARGIN = 1.25
 
@@ -50,21 +56,24 @@ def training_memory(denoiser: HostDenoiser, batch: int) -> Need:
     step.
     """
     sample = max(denoiser.samples, key=lambda s: s.mean.numel())
-    height, width = sample.mean.shape[-2:]
-    cells, measured = [], []
-    for side in _PROBES:
-        shape = (*sample.mean.shape[:-2], min(side, height), min(side, width))
-        latents = torch.zeros(1, *shape, device=denoiser.device)
-        sigmas = torch.full((1,), float(denoiser.levels.sigma_max))
-        with _Kept(denoiser.base.diffusion_model) as kept:
-            denoiser.output_error([sample], latents, latents, sigmas)
-        cells.append(shape[-2] * shape[-1])
-        measured.append(kept.need())
+    (cells, small), (more, large) = at_smallest(
+        _SIDES, lambda side: [_measured(denoiser, sample, each) for each in (side, 2 * side)]
+    )
     gc.collect()  # the measurement leaves cycles behind, and they hold factors
-    if cells[0] == cells[1]:
-        return Need(*(batch * each for each in measured[1]))
-    grown = (height * width - cells[0]) / (cells[1] - cells[0])
-    return Need(*(int(batch * (small + grown * (large - small))) for small, large in zip(*measured)))
+    if cells == more:
+        return Need(*(batch * each for each in large))
+    grown = (math.prod(sample.shape[-2:]) - cells) / (more - cells)
+    return Need(*(int(batch * (one + grown * (other - one))) for one, other in zip(small, large)))
+
+
+def _measured(denoiser: HostDenoiser, sample: Sample, side: int) -> tuple[int, Need]:
+    """(cells, need) of latents with this side, or with the sample's own where that is smaller."""
+    height, width = (min(side, own) for own in sample.shape[-2:])
+    latents = torch.zeros(1, *sample.shape[:-2], height, width, device=denoiser.device)
+    sigmas = torch.full((1,), float(denoiser.levels.sigma_max))
+    with _Kept(denoiser.base.diffusion_model) as kept:
+        denoiser.output_error([sample], latents, latents, sigmas)
+    return height * width, kept.need()
 
 
 def state_bytes(denoiser: HostDenoiser) -> int:
@@ -113,16 +122,16 @@ class _Kept:
         self.depth = 0
 
     def __enter__(self):
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+        self.saving = saving(self._pack)
         self.replaced = replaced_forward()
         replace = self.replaced.__enter__()
         for block in blocks(self.network):
             replace(block, self._counting(block.forward))
-        self.hooks.__enter__()
+        self.saving.__enter__()
         return self
 
     def __exit__(self, *error):
-        self.hooks.__exit__(*error)
+        self.saving.__exit__(*error)
         return self.replaced.__exit__(*error)
 
     def need(self) -> Need:
@@ -150,6 +159,4 @@ class _Kept:
                     self.inside[-1] += storage.nbytes()
                 else:
                     self.outside += storage.nbytes()
-        return (
-            tensor.detach()
-        )  # with its history it would hold the graph that holds it, and with that the model, for good
+        return tensor

@@ -32,7 +32,7 @@ from ..progress import counting
 from ..sampling import apply_tlora
 from .blame import saying_what_failed
 from .class_pictures import ClassPictures
-from .denoiser import HostDenoiser
+from .denoiser import HostDenoiser, require_picture
 from .encode import Encoder, Takes
 from .failure import forget_failed_step, ran_out_of_memory
 from .memory import FAST, LOW, Fit, fit_for, leanest_fit
@@ -152,6 +152,7 @@ class Personalization:
         self.sampling = model.get_model_object("model_sampling")
         self.num_timesteps = num_timesteps(self.sampling)
         require_trainable(self.sampling)
+        require_picture(model.model)
         self._check_config()
         self.guidance = defaults_for(model).guidance
         told_in_training = self.guidance.told_in_training

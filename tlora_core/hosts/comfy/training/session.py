@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from ....layers.checkpointing import Checkpointed
 from ....layers.overlay import is_replaced, replaced_forward
+from ....layers.protected import Protected
 from ....layers.trained import Frozen
 from ..model.attention import pytorch_attention
 from ..model.bypasses import without_compiler
 from ..model.internals import RESIDENT
+from ..model.kept_state import nothing_kept
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 from .kernels import make_kernels_differentiable
 
 
 @contextmanager
-def training_session(model: ModelPatcher, checkpointing: bool = False, room: int | None = None):
+def training_session(model: ModelPatcher, checkpointing: bool = False, room: int | None = None, protected: bool = True):
     """The model loaded and fit for autograd; leaves its weights bit-identical, whatever happens inside.
 
     Nodes run in inference mode, whose tensors autograd refuses. The weights are wrapped anew around the same
@@ -33,6 +35,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
     checkpointing: see `checkpointed`. room: bytes on the device to leave for everything but the weights. The weights
         that do not fit beside it stay in RAM, and the host streams them to the device at each use, in the forward and
         again in the backward pass. None loads the model in full.
+    protected: whether blocks that overwrite what autograd has saved are found and protected; see `layers.protected`.
     """
     was_training = getattr(comfy.model_management, "in_training", False)
     make_kernels_differentiable()
@@ -48,9 +51,10 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
             comfy.model_management.in_training = (
                 True  # lets the host take differentiable paths where it has faster ones
             )
-            with replaced_forward() as replace:
+            with replaced_forward() as replace, nothing_kept(model.model):
                 _freeze(network, replace)
-                _protect_norms(network, replace)
+                if protected:
+                    _protect(network, replace)
                 if checkpointing:
                     _checkpoint(network, replace)
                 yield
@@ -108,22 +112,9 @@ def _freeze(network: nn.Module, replace: Replace) -> None:
             replace(module, Frozen(module, fetched if is_cast(module) else None).forward)
 
 
-def _protect_norms(network: nn.Module, replace: Replace) -> None:
-    """The blocks of FLUX and its like write each result onto their input in place, after a norm has kept that for its
-    backward pass. Such a norm gets a copy."""
-    if isinstance(getattr(network, "_orig_mod", network), UNetModel):
-        return
+def _protect(network: nn.Module, replace: Replace) -> None:
     for block in blocks(network):
-        for child in block.children():
-            if type(child).__name__.endswith("Norm") and not any(child.children()):
-                replace(child, _on_a_copy(child.forward))
-
-
-def _on_a_copy(forward: Callable) -> Callable:
-    def on_a_copy(x: Tensor, *args, **kwargs):
-        return forward(x.clone() if x.requires_grad else x, *args, **kwargs)
-
-    return on_a_copy
+        replace(block, Protected(block).forward)
 
 
 def _checkpoint(network: nn.Module, replace: Replace) -> None:
