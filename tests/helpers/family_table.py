@@ -121,9 +121,7 @@ def _pixel_dit() -> Row:
             "pixel_blocks.*.attn.qkv@0-64-128-192": 3,
             "pixel_blocks.*.attn.proj": 1,
         },
-        fails={
-            "layers": "misses the main blocks",
-        },
+        idle=("patch_blocks.1.attn.qkv_y@0",),
     )
 
 
@@ -314,7 +312,9 @@ TABLE: dict[str, Row] = {
     "skyreels-i2v": _flux(),
     "hunyuan-video15": _flux(),
     "hunyuan-video15-sr": _flux(),
-    "hunyuan-image21-refiner": _flux(),
+    "hunyuan-image21-refiner": _flux(
+        fails=dict.fromkeys(TRAINING, "takes latents that the host makes of its VAE's with other channels and frames")
+    ),
     "cosmos-t2v": _cosmos(),
     "cosmos-i2v": _cosmos(),
     "cosmos-predict2": _predict2(),
