@@ -282,7 +282,8 @@ TABLE: dict[str, Row] = {
         double=False,
     ),
     # Transformers that make videos
-    "mochi": Row({"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2},
+    "mochi": Row(
+        {"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2},
         idle=("blocks.1.attn.qkv_y@0",),
     ),
     "ltxv": Row(

@@ -62,7 +62,11 @@ def _watched(denoiser: HostDenoiser, linear: Mapping[str, torch.nn.Linear], side
     network = denoiser.base.diffusion_model
     network = getattr(network, "_orig_mod", network)
     return watched(
-        network, linear, blocks(network), lambda number: _evaluate(denoiser, number, latents.shape), feed_forward=feed_forward
+        network,
+        linear,
+        blocks(network),
+        lambda number: _evaluate(denoiser, number, latents.shape),
+        feed_forward=feed_forward,
     )
 
 
