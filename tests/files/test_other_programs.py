@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from foreign_files import assert_close, update
-from host_lora import by_the_host, host_updates
+from host_lora import by_the_host, host_updates, our_updates
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -96,3 +96,34 @@ def test_rows_that_are_no_part_of_the_module_get_no_parts_name():
     rows = {"double_blocks.0.img_attn.qkv@3": 6, "double_blocks.1.img_attn.qkv@0": 12, "single_blocks.0.linear1@18": 36}
     layers = {name: LowRank(torch.ones(count, 2), torch.ones(2, 6), 1) for name, count in rows.items()}
     assert "find 0 of the file's 3 layers" in TLoRAFile(layers, "lora", RankSchedule(2, 2), 1.0, "flow", "flux").note
+
+
+def test_a_trainings_file_says_how_high_the_modules_are_of_which_it_has_parts(comfy):
+    from family_checks import Trial, personalization
+
+    trial = Trial("ovis")
+    with torch.inference_mode():
+        training = personalization(trial, "fast", method="vanilla_tlora")
+        training.train(1)
+        tlora = training.tlora()
+    layers = tlora.layers
+    assert tlora.heights == {
+        name.path: trial.model.model.diffusion_model.get_submodule(name.path).out_features
+        for name in layers
+        if name.is_part
+    }
+    assert tlora.heights["single_blocks.0.linear1"] == 11 * 256  # FLUX.1's has 7 times the width
+
+
+def test_a_foreign_files_parts_are_exported_to_the_height_of_the_model_it_was_loaded_for(comfy, tmp_path):
+    from family_checks import Trial
+
+    from tlora_core.files.foreign import load_any
+    from tlora_core.hosts.comfy.model.description import describe_model
+
+    trial = Trial("ovis")
+    export(trial.tlora(), tmp_path / "a.safetensors", "diffusers", torch.float32)
+    loaded = load_any(tmp_path / "a.safetensors", describe_model(trial.model)).tlora
+    export(loaded, tmp_path / "b.safetensors", "kohya", torch.float32)
+    changed = host_updates(by_the_host(trial.model, tmp_path / "b.safetensors"))
+    torch.testing.assert_close(changed, our_updates(trial.model, trial.tlora()))
