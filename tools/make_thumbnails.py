@@ -39,7 +39,7 @@ SHOWN = {
     "16": ("plum flower", 2),
     "17": ("cyan star", 2),
     "18": ("plum flower", 2),
-    "19": ("teal flower", 2),
+    "19": ("plum flower", 2),
 }
 WITH_ITS_PICTURES = (
     "01",

@@ -92,8 +92,9 @@ class Vae:
     first_stage_model = None
 
     def __init__(self, model):
-        self.shape = random_models.latent(model).shape[1:]
-        self.unit = model.model.latent_format.spacial_downscale_ratio
+        kind = model.model.latent_format
+        self.shape = kind.process_out(random_models.latent(model)).shape[1:]  # some formats pack what a VAE gives
+        self.unit = kind.spacial_downscale_ratio
 
     def spacial_compression_encode(self) -> int:
         return self.unit

@@ -39,23 +39,20 @@ class Row:
         return ", ".join(dict.fromkeys(pattern.partition("@")[0] for pattern in self.layers))
 
 
-_OF_A_PICTURE = {"layers": "takes layers for another picture, which a training has not"}
 _FROM_A_PICTURE = "makes one picture from another"
-_REFINER = {"layers": "misses the image tokens' refiner"}
-_UNKNOWN = {"layers": "has names unknown to us"}
 
 
 def _unet(inputs: int, outputs: int, **more) -> Row:
     return Row({"*.attn[12].to_[qkv]": inputs, "*.attn[12].to_out.0": outputs}, **more)
 
 
-def _flux(single: int = 1, width: int = 256, **more) -> Row:
+def _flux(width: int = 256, **more) -> Row:
     thirds = f"@0-{width}-{2 * width}-{3 * width}"
     return Row(
         {
             f"double_blocks.*.???_attn.qkv{thirds}": 6,
             "double_blocks.*.img_attn.proj": 1,
-            f"single_blocks.*.linear1{thirds}": 3 * single,
+            f"single_blocks.*.linear1{thirds}": 3,
         },
         **more,
     )
@@ -64,6 +61,11 @@ def _flux(single: int = 1, width: int = 256, **more) -> Row:
 def _wan(blocks: int = 2, also: Mapping[str, int] | None = None, **more) -> Row:
     layers = {"blocks.*.self_attn.[qkvo]": 4 * blocks, "blocks.*.cross_attn.[qkvo]": 4 * blocks}
     return Row({**layers, **(also or {})}, **more)
+
+
+def _of_picture(blocks: int = 2) -> Mapping[str, int]:
+    """Keys and values of another picture's tokens. Without one the model gives them the text."""
+    return {"blocks.*.cross_attn.[kv]_img": 2 * blocks}
 
 
 def _next(width: int, keys: int, **more) -> Row:
@@ -135,7 +137,7 @@ def _cosmos() -> Row:
     )
 
 
-def _predict2(**fails: str) -> Row:
+def _predict2() -> Row:
     return Row(
         {
             "blocks.*.self_attn.[qkv]_proj": 6,
@@ -143,7 +145,6 @@ def _predict2(**fails: str) -> Row:
             "blocks.*.cross_attn.[qkv]_proj": 6,
             "blocks.*.cross_attn.output_proj": 2,
         },
-        fails=fails,
         double=False,
     )
 
@@ -162,7 +163,6 @@ def _kandinsky() -> Row:
 def _cogvideox() -> Row:
     return Row(
         {"blocks.*.[qkv]": 6, "blocks.*.attn_out": 2},
-        fails=_UNKNOWN,
     )
 
 
@@ -182,7 +182,7 @@ TABLE: dict[str, Row] = {
     "koala-700m": _unet(36, 12),
     "koala-1b": _unet(72, 24),
     "lotus-d": _unet(42, 14, refused=_FROM_A_PICTURE),
-    "svd": _unet(84, 28, fails={"layers": "misses the middle block's attention over time"}),
+    "svd": _unet(84, 28),
     "cascade-c": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}),
     "cascade-b": Row({"*.attention.attn.to_[qkv]": 12, "*.attention.attn.out_proj": 4}, step=3e-2),
     # Transformers that make pictures
@@ -209,8 +209,8 @@ TABLE: dict[str, Row] = {
     "flux-inpaint": _flux(),
     "flux-canny": _flux(),
     "flux-schnell": _flux(),
-    "flux2-dev": _flux(2),
-    "flux2-klein": _flux(2),
+    "flux2-dev": _flux(128),
+    "flux2-klein": _flux(128),
     "ovis": _flux(),
     "longcat": _flux(),
     "lens": Row(
@@ -218,15 +218,15 @@ TABLE: dict[str, Row] = {
             "transformer_blocks.*.attn.???_qkv@0-128-256-384": 12,
             "transformer_blocks.*.attn.to_out.0": 2,
         },
-        fails={"layers": "misses queries, keys and values"},
+        idle=("transformer_blocks.1.attn.txt_qkv@0",),
     ),
     "chroma": _flux(),
     "chroma-radiance": _flux(),
-    "lumina2": _next(192, 96, fails=_REFINER),
-    "newbie": _next(192, 96, fails=_REFINER),
-    "z-image": _next(288, 288, fails=_REFINER, step=2e-3),
-    "z-image-omni": _next(288, 288, fails=_REFINER),
-    "z-image-pixel": _next(288, 288, fails=_REFINER),
+    "lumina2": _next(192, 96),
+    "newbie": _next(192, 96),
+    "z-image": _next(288, 288, step=2e-3),
+    "z-image-omni": _next(288, 288),
+    "z-image-pixel": _next(288, 288),
     "pixeldit": _pixel_dit(),
     "pid": _pixel_dit(),
     "hidream": Row(
@@ -238,9 +238,6 @@ TABLE: dict[str, Row] = {
     ),
     "hidream-o1": Row(
         {"language_model.layers.*.self_attn.[qkvo]_proj": 8},
-        fails={
-            "layers": "takes the vision tower, too",
-        },
     ),
     "omnigen2": Row(
         {
@@ -249,7 +246,6 @@ TABLE: dict[str, Row] = {
             "layers.*.attn.to_[qkv]": 6,
             "layers.*.attn.to_out.0": 2,
         },
-        fails=_REFINER,
     ),
     "boogu": Row(
         {
@@ -263,7 +259,6 @@ TABLE: dict[str, Row] = {
             "single_stream_layers.*.attn.to_[qkv]": 3,
             "single_stream_layers.*.attn.to_out.0": 1,
         },
-        fails={"layers": "misses the joint attention's projections and the image tokens' refiner"},
     ),
     "ideogram4": Row({"layers.*.attention.qkv@0-256-512-768": 6, "layers.*.attention.o": 2}),
     "krea2": Row({"blocks.*.attn.w[qkvo]": 8}, step=2e-3),
@@ -277,7 +272,6 @@ TABLE: dict[str, Row] = {
             "double_blocks.*.attn.img_attn_proj": 2,
         },
         idle=("double_blocks.1.attn.txt_attn_qkv@0",),
-        fails={**_UNKNOWN},
         double=False,
     ),
     "hunyuan-image21": _flux(),
@@ -288,7 +282,10 @@ TABLE: dict[str, Row] = {
         double=False,
     ),
     # Transformers that make videos
-    "mochi": Row({"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2}, fails=_UNKNOWN),
+    "mochi": Row(
+        {"blocks.*.attn.qkv_[xy]@0-256-512-768": 12, "blocks.*.attn.proj_x": 2},
+        idle=("blocks.1.attn.qkv_y@0",),
+    ),
     "ltxv": Row(
         {"transformer_blocks.*.attn[12].to_[qkv]": 12, "transformer_blocks.*.attn[12].to_out.0": 4},
     ),
@@ -297,14 +294,9 @@ TABLE: dict[str, Row] = {
             "transformer_blocks.*.attn[12].to_[qkv]": 6,
             "transformer_blocks.*.attn[12].to_out.0": 2,
         },
-        fails={"layers": "takes attention over sound and text, too"},
     ),
     "minimax-h3": Row(
         {"blocks.?.attn.qkv_proj@0-128-256-384": 6, "blocks.?.attn.out_proj": 2},
-        fails={
-            "layers": "cuts queries, keys and values in wrong places",
-            "gradients": "cannot be evaluated without a latent of sound",
-        },
         refused="draws a video together with its sound",
     ),
     "hunyuan-video": _flux(),
@@ -319,23 +311,23 @@ TABLE: dict[str, Row] = {
     "cosmos-i2v": _cosmos(),
     "cosmos-predict2": _predict2(),
     "cosmos-predict2-i2v": _predict2(),
-    "anima": _predict2(layers="takes the text's adapter, too"),
+    "anima": _predict2(),
     "wan": _wan(),
-    "wan21-i2v": _wan(fails=_OF_A_PICTURE),
-    "wan21-fun": _wan(fails=_OF_A_PICTURE),
+    "wan21-i2v": _wan(also=_of_picture()),
+    "wan21-fun": _wan(also=_of_picture()),
     "wan21-vace": _wan(also={"vace_blocks.*.self_attn.[qkvo]": 4, "vace_blocks.*.cross_attn.[qkvo]": 4}),
-    "wan21-camera": _wan(fails=_OF_A_PICTURE),
-    "wan21-humo": _wan(fails={"layers": "takes layers for sound, which a training has not"}),
-    "wan21-scail": _wan(fails=_OF_A_PICTURE),
-    "wan21-scail2": _wan(fails=_OF_A_PICTURE),
+    "wan21-camera": _wan(also=_of_picture()),
+    "wan21-humo": _wan(),
+    "wan21-scail": _wan(also=_of_picture()),
+    "wan21-scail2": _wan(also=_of_picture()),
     "wan21-causal": _wan(),
     "wan21-flowrvs": _wan(refused=_FROM_A_PICTURE),
     "wan22-5b": _wan(),
     "wan22-14b-i2v": _wan(),
     "wan22-camera": _wan(),
     "wan22-s2v": _wan(),
-    "wan22-animate": _wan(5, fails=_OF_A_PICTURE),
-    "wandancer": _wan(fails=_OF_A_PICTURE),
+    "wan22-animate": _wan(5, also=_of_picture(5)),
+    "wandancer": _wan(),
     "kandinsky5": _kandinsky(),
     "cogvideox-2b": _cogvideox(),
     "cogvideox-i2v": _cogvideox(),
@@ -346,6 +338,5 @@ TABLE: dict[str, Row] = {
             "blocks.*.attn.proj_out.vid": 1,
             "blocks.*.attn.proj_out.all": 1,
         },
-        fails=_UNKNOWN,
     ),
 }

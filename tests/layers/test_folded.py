@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tlora_core.layers.folded_weight import STEPS_UNTIL_REBUILD, FoldedWeight, Keeping
+from tlora_core.layers.folded_weight import STEPS_UNTIL_REBUILD, FoldedWeights, Keeping
 from tlora_core.layers.overlay import Overlay, overlaid
 from tlora_core.method.adapters import LowRank
 
@@ -30,7 +30,7 @@ def update(seed=0, rows=12, dtype=torch.float32):
 
 
 def folded(linear, fetch=lambda layer, like: None, keeps=True):
-    return FoldedWeight(linear, fetch, Keeping(keeps))
+    return FoldedWeights([linear], fetch, Keeping(keeps)).stand_ins()[0]
 
 
 def on(fold, *overlays):
@@ -72,7 +72,7 @@ def test_many_steps_do_not_add_up_their_rounding():
     for i in range(20 * STEPS_UNTIL_REBUILD):
         with on(fold, (one, i % (RANK + 1))):
             got = linear(x)
-        remade += fold._steps == 0
+        remade += fold.group.steps == 0
     assert error(got, reference(linear, [(one, i % (RANK + 1))], x)) < 1e-6
     assert remade >= 19
 
@@ -182,7 +182,7 @@ def test_an_error_half_way_leaves_nothing_half_folded(dtype, monkeypatch):
         with on(fold, (one, active), (two, active, 3)):
             wanted.append(linear(x))
 
-    done, function = [], torch.Tensor.addmm_
+    done, function = [], torch.Tensor.baddbmm_
 
     def cancelled(*args, **kwargs):
         if done:
@@ -190,7 +190,7 @@ def test_an_error_half_way_leaves_nothing_half_folded(dtype, monkeypatch):
         done.append(function(*args, **kwargs))
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), on(fold, (one, 4), (two, 6, 3)):
-        patch.setattr(torch.Tensor, "addmm_", cancelled)
+        patch.setattr(torch.Tensor, "baddbmm_", cancelled)
         linear(x)
     assert done
     for active in (2, 4):
@@ -223,16 +223,22 @@ def test_where_memory_for_a_copy_is_not_there_it_is_made_anew_and_the_log_says_s
     linears, x, one = [layer(torch.bfloat16) for _ in range(3)], torch.randn(3, 8, dtype=torch.bfloat16), update()
     one = one.to(dtype=torch.bfloat16)
     keeping = Keeping(True)
-    folds = [FoldedWeight(each, lambda layer, like: None, keeping) for each in linears]
+    folds = [FoldedWeights([each], lambda layer, like: None, keeping).stand_ins()[0] for each in linears]
     with on(folds[0], (one, 4)):
         wanted = linears[0](x)
 
-    def out_of_memory(*_, **__):
-        raise torch.OutOfMemoryError("no memory")
+    allocate, asked = torch.empty, []
 
-    monkeypatch.setattr(torch, "empty_like", out_of_memory)
+    def out_of_memory(*args, **kwargs):
+        asked.append(keeping.is_on)
+        if keeping.is_on:
+            raise torch.OutOfMemoryError("no memory")
+        return allocate(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", out_of_memory)
     for fold in folds[1:]:
         with on(fold, (one, 4)):
             assert torch.equal(fold.layer(x), wanted)
     assert [record.message for record in caplog.records] == [caplog.records[0].message]
-    assert "Too little memory to keep" in caplog.text and not keeping.is_on
+    assert "Too little memory to keep" in caplog.text and not keeping.is_on and asked == [True, False, False]
+    assert all(fold.weight is None for fold in folds), "others let go of theirs"

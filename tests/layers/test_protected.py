@@ -179,6 +179,29 @@ def test_the_trial_changes_nothing_that_the_block_is_given():
     assert options == {"number": 4}
 
 
+def test_a_trial_holds_nothing_once_it_is_over():
+    import weakref
+
+    from tlora_core.layers.protected import Protected
+
+    made = []
+
+    class Exponential(nn.Module):
+        """Autograd saves the result of the function that it calls."""
+
+        def forward(self, x):
+            result = torch.exp(x)
+            made.append(weakref.ref(result.untyped_storage()))
+            return result * 2
+
+    protected = Protected(Exponential())
+    output = protected.forward(torch.ones(3, requires_grad=True))
+    assert protected.places == {} and len(made) == 2, "the trial, and the block itself"
+    assert made[0]() is None and made[1]() is not None
+    del output
+    assert made[1]() is None
+
+
 class TestSaving:
     def test_the_outer_pack_gets_what_the_inner_one_gives(self):
         from tlora_core.layers.saving import saving

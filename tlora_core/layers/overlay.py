@@ -51,9 +51,8 @@ class StandIn:
     wanted: the overlays that are on. text: the one that the model is given in this evaluation.
     """
 
-    def __init__(self, layer: nn.Linear):
-        self.layer = layer
-        self.wanted: list[Overlay] = []
+    def __init__(self, layer: nn.Linear, wanted: list[Overlay]):
+        self.layer, self.wanted = layer, wanted
         self.text: Text | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -54,6 +54,7 @@ class Protected:
         seen: list[tuple[Tensor, int, nn.Module, int]] = []
 
         def note(tensor: Tensor, module: nn.Module, number: int) -> Tensor:
+            tensor = tensor.detach()  # with its history it would hold the graph that holds it, for good
             seen.append((tensor, tensor._version, module, number))
             return tensor
 

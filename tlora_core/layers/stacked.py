@@ -43,6 +43,11 @@ class Stack:
             self._on, self._given = list(zip(ups.unbind(), downs.unbind())), (last, first)
         return self._on
 
+    def some(self, of: range, last: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """up [n, out, last - first] and down [n, last - first, in] of those updates, as views."""
+        chosen = slice(of.start, of.stop, of.step)
+        return self.up[chosen, first:last].transpose(1, 2), self.down[chosen, first:last]
+
 
 def stacked(
     updates: Mapping[Name, LowRank], strength: float, device: torch.device, dtype: torch.dtype

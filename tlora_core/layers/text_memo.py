@@ -1,15 +1,32 @@
 """Texts that come back at every step: what a layer makes of one needs computing once."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
+from ..method.adapters import LowRank
+
 _TEXTS_KEPT = 4  # conditional and unconditional text, and as many again for areas
+
+
+@dataclass
+class Made:
+    """What n layers make of one text: alone [n, B, tokens, out], and with each adapter's down [n, B * tokens,
+    group * r], by the adapter of the first of them."""
+
+    alone: Tensor
+    hidden: dict[LowRank, Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.alone, *self.hidden.values()]
 
 
 class Text:
     """A text as a model's layers get it: `value` itself, which they recognise by its identity.
 
-    outputs: what layers keep of it, by the object that keeps it; nothing unless is_kept. version: of the value, when it
+    outputs: what layers keep of it, by what keeps it; nothing unless is_kept. version: of the value, when it
     was taken up.
     """
 

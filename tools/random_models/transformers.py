@@ -32,7 +32,8 @@ _NO_VECTOR = {**_FLUX, "vec_in_dim": None, "guidance_embed": False, "txt_ids_dim
 _FLUX2 = {
     "image_model": "flux2",
     **_STREAMS,
-    "depth_single_blocks": 2,
+    "hidden_size": 128,  # narrow, as the host pads its text to 512 tokens
+    "num_heads": 1,
     "in_channels": 128,
     "out_channels": 128,
     "patch_size": 1,
@@ -146,7 +147,7 @@ TRANSFORMERS = {
             "micro_condition": True,
         },
         text(64),
-        side=64,
+        side=40,
     ),
     "pixart-sigma": Family(
         "PixArtSigma",
@@ -159,7 +160,7 @@ TRANSFORMERS = {
             "micro_condition": False,
         },
         text(64),
-        side=64,
+        side=40,
     ),
     "hydit": Family("HunyuanDiT", {**_HUNYUAN_DIT, "image_model": "hydit"}, hunyuan_dit_text),
     "hydit1": Family(

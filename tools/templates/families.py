@@ -18,7 +18,7 @@ from .parts import (
     model_and_image,
 )
 
-UNET, CLIP, VAE, APPLY = 95, 120, 70, 90  # heights
+UNET, CLIP, VAE, APPLY = 95, 120, 90, 230  # heights
 
 
 def _hint(repository: str, path: str) -> dict:
@@ -67,7 +67,7 @@ SDXL_LIGHTNING = {
     "directory": "checkpoints",
     "url": HUB + "ByteDance/SDXL-Lightning/resolve/main/sdxl_lightning_4step.safetensors",
 }
-_NOTE, _LATENT = 430, "EmptySD3LatentImage"
+_NOTE, _LATENT = 335, "EmptySD3LatentImage"
 _FIRST_STEPS = """1. Choose the model's files, and your picture in *Load Image*. The centre square is used; a plain \
 background helps.
 2. Set **class_word** to what the subject is: dog, mug, person.
@@ -175,10 +175,10 @@ def draw_with_sdxl_lightning(template):
     fast = column.add(
         "CheckpointLoaderSimple", LOADER, "To draw with", models=[SDXL_LIGHTNING], ckpt_name=SDXL_LIGHTNING["name"]
     )
-    column.group("2  Two models", BLUE)
     trained, x = _training(template, column.beside, model_and_image(loaded, image))
-    sampling = {"steps": 4, "sampler_name": "euler", "scheduler": "sgm_uniform"}
-    _pictures(template, x, loaded, trained, fast["MODEL"], "EmptyLatentImage", 1024, 1.0, sampling)
+    adapted = _applied(column, trained, fast)
+    sampling = {"steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "sgm_uniform"}
+    add_real_pictures(template, loaded, adapted, x, negative=False, **sampling)
 
 
 def _distilled(base: str, fast: str, steps: str, ranks: str) -> str:
@@ -207,11 +207,11 @@ def _train(
     clip = column.add("CLIPLoader", CLIP, models=[parts.clip], clip_name=parts.clip["name"], type=parts.kind)
     vae = column.add("VAELoader", VAE, models=[parts.vae], vae_name=parts.vae["name"])
     fast = distilled and column.add("UNETLoader", UNET, "To draw with", models=[distilled], unet_name=distilled["name"])
-    column.group("2  Two models" if fast else "2  A model", BLUE)
     loaded = {"MODEL": model["MODEL"], "CLIP": clip["CLIP"], "VAE": vae["VAE"]}
     trained, x = _training(template, column.beside, model_and_image(loaded, image))
-    sampling = {"scheduler": "simple", **sampling}
-    _pictures(template, x, loaded, trained, fast and fast["MODEL"], latent, side, cfg, sampling)
+    adapted = _applied(column, trained, fast)
+    sampling = {"scheduler": "simple", "cfg": cfg, **sampling}
+    add_real_pictures(template, loaded, adapted, x, latent, negative=cfg != 1, side=side, **sampling)
 
 
 def _training(template, x, inputs):
@@ -229,13 +229,11 @@ def _training(template, x, inputs):
     return trained, column.beside
 
 
-def _pictures(template, x, loaded, trained, fast, latent, side, cfg, sampling):
-    """Prompts and pictures, drawn with the trained model or, with the T-LoRA applied, with `fast`."""
-    column = Column(template, x, 290)
-    model = trained["MODEL"]
-    if fast:
-        model = column.add("TLoRAApply", APPLY, model=fast, tlora=trained["T-LoRA"])["MODEL"]
-    adapted = {"MODEL": model, "T-LoRA": trained["T-LoRA"]}
-    add_real_pictures(
-        template, loaded, adapted, x, latent, negative=cfg != 1, cfg=cfg, side=side, column=column, **sampling
-    )
+def _applied(column, trained, fast):
+    """MODEL and T-LoRA to draw with: those of the training, or its T-LoRA on `fast`, a second model in the column."""
+    if not fast:
+        column.group("2  A model", BLUE)
+        return trained
+    applied = column.add("TLoRAApply", APPLY, "The T-LoRA on it", model=fast["MODEL"], tlora=trained["T-LoRA"])
+    column.group("2  Two models", BLUE)
+    return {"MODEL": applied["MODEL"], "T-LoRA": trained["T-LoRA"]}

@@ -52,9 +52,10 @@ def test_attributes_that_only_instances_have_and_whole_modules_can_be_missing_to
         internals.Part("comfy.model_base", "?current_patcher", "a"),
         internals.Part("comfy.model_base", "?current_pather", "b"),
         internals.Part("comfy.no_such_module", "anything", "b"),
+        internals.Part("a_package_that_is_not_installed", "anything", "c"),
     ]
     monkeypatch.setattr(internals, "PARTS", parts)
-    assert internals.check() == parts[1:]
+    assert internals.check() == parts[1:3]
     assert "without comfy.model_base.current_pather and comfy.no_such_module.anything, b." in caplog.text
 
 

@@ -20,7 +20,8 @@ device's whole memory.
 """
 
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -32,8 +33,9 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 
 from ...files.dtypes import DTYPES, is_plain
 from ...files.tlora_file import TLoRAFile
-from ...layers.folded_output import FoldedOutput
-from ...layers.folded_weight import FoldedWeight, Keeping
+from ...layers.folded_output import FoldedOutput, FoldedOutputs
+from ...layers.folded_weight import FoldedWeights, Keeping
+from ...layers.group import grouped
 from ...layers.overlay import Overlay, StandIn, StandIns, is_replaced, overlaid
 from ...layers.stacked import stacked
 from ...layers.text_memo import Text, TextMemo
@@ -144,9 +146,12 @@ class Folds:
             return
         self._known.add(patch)
         placed, dtype = patch.placed(base, x.device), base.get_dtype_inference()
+        kinds: dict[torch.nn.Module, tuple] = {}  # layers of one kind have adapters of the same sizes
+        for layer, adapter, rank, row in placed.adapters:
+            kinds[layer] = (*kinds.get(layer, ()), *(factor.shape for factor in adapter.factors()), rank, row)
         new = {path: layer for path, layer in placed.layers.items() if layer not in self.layers}
         room = _room(base, x) if patch.fold is None else float("inf")
-        room -= self._fold_outputs(new, placed, text, dtype, room)
+        room -= self._fold_outputs(new, kinds, placed, text, dtype, room)
         foldable = [
             layer for layer in new.values() if layer not in self.layers and _is_foldable(layer, x.device, dtype)
         ]
@@ -159,15 +164,18 @@ class Folds:
                 keeping = Keeping(copies < _lasting_room(base, x.device))
             else:
                 keeping = Keeping(others < room)
-            self.layers |= {
-                layer: FoldedWeight(layer, fetched_weight, keeping, _is_constant(layer)) for layer in layers
-            }
+            for group in _groups(layers, kinds, dtype):
+                self._add(FoldedWeights(group, fetched_weight, keeping, _is_constant(group[0])))
         self.layers |= {layer: None for layer in new.values() if layer not in self.layers}
 
-    def _fold_outputs(self, layers: Mapping[str, torch.nn.Module], placed: Placed, text, dtype, room: float) -> int:
+    def _add(self, group: FoldedWeights | FoldedOutputs) -> None:
+        self.layers |= zip(group.layers, group.stand_ins())
+
+    def _fold_outputs(self, layers, kinds, placed: Placed, text, dtype, room: float) -> int:
         """Into the text's outputs, and how many bytes they take for one text."""
         of_text = [layer for path, layer in layers.items() if TEXT_LAYER.search(path) and not is_replaced(layer)]
-        self.layers |= {layer: FoldedOutput(layer, _is_constant(layer)) for layer in of_text}
+        for group in _groups(of_text, kinds, dtype):
+            self._add(FoldedOutputs(group, _is_constant(group[0])))
         hidden = [
             rank * a.group for layer, a, rank, _ in placed.adapters if isinstance(self.layers.get(layer), FoldedOutput)
         ]
@@ -177,6 +185,16 @@ class Folds:
         self.texts = self.texts or TextMemo(room=room)
         self.texts.bytes_per_token += numbers * dtype.itemsize
         return text.shape[:-1].numel() * numbers * dtype.itemsize
+
+
+def _groups(layers: Sequence[torch.nn.Module], kinds: Mapping[torch.nn.Module, tuple], dtype: torch.dtype):
+    """The layers in groups to be folded together. One whose numbers might follow the timestep is in none of others,
+    since these are made ahead of their use."""
+    return grouped(
+        layers,
+        lambda layer: (kinds[layer], layer.in_features, layer.out_features, _is_constant(layer) or layer),
+        lambda layer: layer.in_features * layer.out_features * dtype.itemsize,
+    )
 
 
 def _room(base, x: torch.Tensor) -> float:
@@ -275,9 +293,21 @@ class SamplingPatch(TimestepAwarePatch):
             # Copies that autograd accepts, since another T-LoRA may be trained on the patched model. What nodes make
             # is not.
             with torch.inference_mode(False):
-                copies = stacked(self.layers, self.strength, *key[1:])
+                copies = stacked(self._in_order(base), self.strength, *key[1:])
             self._placed[key] = place(base, copies)
         return self._placed[key]
+
+    def _in_order(self, base) -> dict[LayerName, LowRank]:
+        """The updates in the order of the model's modules, which as a rule is that of their use: layers are folded
+        together with those that follow. Text layers are last, and those with several updates apart from those with one,
+        so that what is folded together is evenly spaced in a stack."""
+        order = {path: i for i, path in enumerate(diffusion_modules(base.diffusion_model))}
+        counts = Counter(name.path for name in self.layers)
+
+        def place(name: LayerName) -> tuple:
+            return bool(TEXT_LAYER.search(name.path)), counts[name.path], order[name.path], name.row
+
+        return {name: self.layers[name] for name in sorted(self.layers, key=place)}
 
     def to(self, target):
         """Where the adapters are moved, copies are made anew."""

@@ -1,7 +1,7 @@
 """A T-LoRA's part in a sampling outside of the model's evaluations.
 
 Some models have layers that the host runs when it prepares the conditioning (`extra_conds`), for example Anima's text
-adapter, the connectors of LTX's audio models and the vision tower of HiDream-O1. No noise level is known there, and the
+adapter, the connectors of LTX's audio models and MiniMax's token refiner. No noise level is known there, and the
 result serves all steps, so adapters on such layers have their full rank. Which layers these are is not asked: within
 `extra_conds` all have it, and those that only evaluations use are not called there.
 """

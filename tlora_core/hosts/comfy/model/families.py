@@ -18,7 +18,7 @@ from .layers import fetched, linear_modules
 # stream, its attention's output projection is excluded too, as in the paper's settings for FLUX (to_add_out there).
 _EXCLUDED = re.compile(
     r"(?<!noise_)refiner|txt_in|txtfusion|text_transformer|context_processor|pooler|embedder|"
-    r"(?:llm_adapter|connector|visual)\.|modulation|instruct_out$|img_instruct_attn\.to_out|"
+    r"(?:llm_adapter|connector|visual)\.|audio|modulation|instruct_out$|img_instruct_attn\.to_out|"
     r"(?:txt_attn|context_block\.attn)\.proj$|double_layers\.\d+\.attn\.w1o$"
 )
 _IN_BLOCK = r"(?:^|\.)(?:\w*blocks?|\w*layers|noise_refiner)\.(?:block)?\d+\.(?:\S+\.)?"

@@ -5,7 +5,7 @@ ComfyUI changes such things without notice. `check` says at the start what this 
 before anything fails on it.
 """
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -27,6 +27,7 @@ class Part(NamedTuple):
 _SAMPLING, _TRAINING = "T-LoRAs have no effect", "training fails"
 _SLOWER = "sampling with a T-LoRA is slower"
 _WEIGHTS = "nodes that save or merge models drop the T-LoRA without a word"
+_KERNELS = "training fails on models whose kernels have no gradient of their own"
 _MEMORY = "the memory that is free is not known, and training and sampling fail"
 PARTS = (
     Part("comfy.patcher_extension", "WrappersMP.APPLY_MODEL", _SAMPLING),
@@ -57,9 +58,12 @@ PARTS = (
     Part("comfy.samplers", "cond_cat", _TRAINING),
     Part("comfy.sampler_helpers", "convert_cond", _TRAINING),
     Part("comfy.ldm.modules.attention", "attention_pytorch", "the pack does not load"),
+    Part("comfy.ldm.modules.attention", "?optimized_attention_override", "training fails with some attention kernels"),
     Part("comfy.ldm.modules.attention", "BasicTransformerBlock", "the pack does not load"),
     Part("comfy.ldm.modules.diffusionmodules.openaimodel", "ResBlock", "the pack does not load"),
     Part("comfy.ldm.modules.diffusionmodules.openaimodel", "UNetModel", "the pack does not load"),
+    Part("comfy_kitchen", "list_backends", _KERNELS),
+    Part("comfy_kitchen", "registry.get_implementation", _KERNELS),
     Part("comfy_api.torch_helpers.torch_compile", "COMPILE_KEY", "a compiled model is compiled anew at each step"),
 )
 
@@ -83,6 +87,8 @@ def check() -> list[Part]:
 
 
 def _is_there(part: Part) -> bool:
+    if importlib.util.find_spec(part.module.partition(".")[0]) is None:
+        return True  # a package that is not installed, so that the host does without it, too
     try:
         found = importlib.import_module(part.module)
         if part.name.startswith("?"):

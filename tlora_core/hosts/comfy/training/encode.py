@@ -56,7 +56,14 @@ class Takes(NamedTuple):
         )
         key = "context_dim" if isinstance(network, UNetModel) else "context_in_dim"
         width = config.get(key) if isinstance(network, UNetModel) or config.get("image_model") in _OF_FLUX else None
-        return cls(model.get_model_object("latent_format").latent_channels, width if isinstance(width, int) else 0)
+        return cls(_channels_of_vae(model.get_model_object("latent_format")), width if isinstance(width, int) else 0)
+
+
+def _channels_of_vae(latent_format) -> int:
+    """How many channels the VAE's latents have; 0 for a model that packs them in a way of its own."""
+    channels, sides = latent_format.latent_channels, (1,) * (latent_format.latent_dimensions - 2)
+    packed = latent_format.process_in(torch.zeros(1, channels, *sides, 2, 2))
+    return channels if packed.shape[1] == channels else 0
 
 
 _OF_FLUX = ("flux", "flux2", "chroma")  # whose config says how wide the text is that the encoder gives

@@ -70,6 +70,7 @@ def _measured(denoiser: HostDenoiser, sample: Sample, side: int) -> tuple[int, N
     """(cells, need) of latents with this side, or with the sample's own where that is smaller."""
     height, width = (min(side, own) for own in sample.shape[-2:])
     latents = torch.zeros(1, *sample.shape[:-2], height, width, device=denoiser.device)
+    latents = denoiser.base.process_latent_in(latents)  # which may have another number of channels
     sigmas = torch.full((1,), float(denoiser.levels.sigma_max))
     with _Kept(denoiser.base.diffusion_model) as kept:
         denoiser.output_error([sample], latents, latents, sigmas)

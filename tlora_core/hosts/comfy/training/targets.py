@@ -57,11 +57,16 @@ def _watched(denoiser: HostDenoiser, linear: Mapping[str, torch.nn.Linear], side
     """What the layers do on latents with this side."""
     shape = _shape(denoiser.samples[0], side)
     # Some models read the text here, once, by layers that no step evaluates.
-    denoiser.inputs(denoiser.samples, torch.zeros(1, *shape, device=denoiser.device))
+    latents = denoiser.base.process_latent_in(torch.zeros(1, *shape, device=denoiser.device))
+    denoiser.inputs(denoiser.samples, latents)
     network = denoiser.base.diffusion_model
     network = getattr(network, "_orig_mod", network)
     return watched(
-        network, linear, blocks(network), lambda number: _evaluate(denoiser, number, shape), feed_forward=feed_forward
+        network,
+        linear,
+        blocks(network),
+        lambda number: _evaluate(denoiser, number, latents.shape),
+        feed_forward=feed_forward,
     )
 
 
@@ -92,10 +97,10 @@ def _shape(sample: Sample, side: int) -> tuple[int, ...]:
     return *sample.shape[:-2], min(side, height), min(side, width)
 
 
-def _evaluate(denoiser: HostDenoiser, number: int, shape: tuple[int, ...]) -> None:
+def _evaluate(denoiser: HostDenoiser, number: int, shape: torch.Size) -> None:
     """Evaluates the model in the middle of its noise levels. Not only the noise differs with the number: some models
     start from the picture itself."""
     generator = torch.Generator().manual_seed(number)
-    latents, noise = (torch.randn(1, *shape, generator=generator).to(denoiser.device) for _ in ("latent", "noise"))
+    latents, noise = (torch.randn(shape, generator=generator).to(denoiser.device) for _ in ("latent", "noise"))
     sigmas = denoiser.levels.sigmas.float()
     denoiser.output_error(denoiser.samples, latents, noise, sigmas[len(sigmas) // 2].reshape(1))
