@@ -24,22 +24,16 @@ _found: WeakKeyDictionary = WeakKeyDictionary()
 
 @contextmanager
 def nothing_kept(base) -> Iterator[None]:
-    """Within the block, the diffusion model of `base`, the host's model, keeps what it has computed in the block and
-    nothing else."""
+    """Around one evaluation of `base`, the host's model: it keeps what it computes within the block and nothing
+    else."""
     before = [(module, name, vars(module)[name]) for module, name in _kept(base.diffusion_model)]
-    forget_kept(base)
     try:
+        for module, name, value in before:
+            setattr(module, name, _empty(value))  # a new one, so that what is there stays as it is
         yield
     finally:
         for module, name, value in before:
             setattr(module, name, value)
-
-
-def forget_kept(base) -> None:
-    """The model keeps nothing of what it has computed. Its attributes are set anew, so that what others hold of them
-    stays as it is."""
-    for module, name in _kept(base.diffusion_model):
-        setattr(module, name, _empty(vars(module)[name]))
 
 
 def without_results(options: dict) -> dict:
