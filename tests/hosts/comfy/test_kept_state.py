@@ -83,11 +83,13 @@ def test_attributes_that_say_that_they_are_caches_are_emptied_and_put_back(comfy
     from tlora_core.hosts.comfy.model.kept_state import nothing_kept
 
     network = nn.Sequential(Keeping(), nn.Linear(2, 2))
+    network[0].teacache = [1]  # of a node pack that skips steps
     module, before = network[0], dict(vars(network[0]))
     with pytest.raises(ValueError), nothing_kept(SimpleNamespace(diffusion_model=network)):
         assert (module.kv_cache, module._Cache, module.prefix_cache) == ([], {}, None)
         assert module.prefix_cache_enabled is False and module.cache_size == 5
         assert module.other is before["other"] and module.cached_table is before["_buffers"]["cached_table"]
+        assert module.teacache == [1]
         module.kv_cache.append(1)
         raise ValueError
     assert vars(module) == before and len(module.kv_cache) == 1
