@@ -1,16 +1,12 @@
-"""What is expected of each of the host's families: the layers that a T-LoRA is trained on, and what does not hold yet.
+"""What is expected of each of the host's families: the layers that a T-LoRA is trained on, and what a training refuses.
 
 A layer is a target if its output becomes query, key or value of an attention over image tokens, or if it takes back
 what that attention gives to the image. What it gives back to the text is left out, as in the paper; so are layers that
-see the text alone, and those for inputs that a training has not: another picture, a face, sound.
+see the text alone, and those that run only with inputs that a training has not: a face, sound.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-
-# The checks of test_every_family.py. "auto" and "low" are a training's settings of `memory`.
-TRAINING = ("training auto", "training low")
-CHECKS = ("layers", "gradients", *TRAINING, "sampling", "file", "exports")
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,6 @@ class Row:
     layers: pattern of module paths -> how many targets it stands for. A pattern stands for all linear layers that it
     matches. "@0-256-768" behind it says that rows 0 to 255, and 256 to 767, are a target each.
     idle: targets that do not learn, since what they give to the last block's text goes nowhere.
-    fails: check -> why it does not hold.
     refused: what a training says of such a model before it starts; "" if it can be trained.
     step: of finite differences; smaller where the loss is curved more.
     double: whether the host can compute the model in float64.
@@ -28,7 +23,6 @@ class Row:
 
     layers: Mapping[str, int]
     idle: tuple[str, ...] = ()
-    fails: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
     step: float = 1e-2
     double: bool = True
@@ -304,9 +298,7 @@ TABLE: dict[str, Row] = {
     "skyreels-i2v": _flux(),
     "hunyuan-video15": _flux(),
     "hunyuan-video15-sr": _flux(),
-    "hunyuan-image21-refiner": _flux(
-        fails=dict.fromkeys(TRAINING, "takes latents that the host makes of its VAE's with other channels and frames")
-    ),
+    "hunyuan-image21-refiner": _flux(),
     "cosmos-t2v": _cosmos(),
     "cosmos-i2v": _cosmos(),
     "cosmos-predict2": _predict2(),

@@ -17,8 +17,6 @@ def test_the_table_says_what_the_tests_do_with_a_family(comfy, monkeypatch):
 
     for changes, says in (
         ({}, "trained and sampled"),
-        ({"fails": {"layers": "misses a refiner"}}, "trained and sampled; misses a refiner"),
-        ({"fails": {"training low": "has no backward pass"}}, "sampled; not trained: has no backward pass"),
         ({"refused": "makes one picture from another"}, "sampled; training refused: makes one picture from another"),
     ):
         monkeypatch.setitem(family_table.TABLE, "flux", family_table.Row({}, **changes))
