@@ -6,14 +6,11 @@ to. From then on autograd keeps copies in these places, and only there.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .containers import tensors_in, with_tensors
 from .overlay import replaced_forward
@@ -54,25 +51,25 @@ class Protected:
     def _overwritten(self, args, kwargs) -> Places:
         """Makes the trial."""
         args, kwargs = with_tensors((args, kwargs), [tensor.clone() for tensor in tensors_in((args, kwargs))])
-        writes, places = _Writes(), Places()
         seen: list[tuple[Tensor, int, nn.Module, int]] = []
 
         def note(tensor: Tensor, module: nn.Module, number: int) -> Tensor:
             tensor = tensor.detach()  # with its history it would hold the graph that holds it, for good
-            seen.append((tensor, writes.count(tensor), module, number))  # held, so that its memory is not used again
+            seen.append((tensor, tensor._version, module, number))
             return tensor
 
         # Not `saving`: whoever counts what is kept must not count the trial.
         watch = _Watch(lambda pack: torch.autograd.graph.saved_tensors_hooks(pack, _as_it_is), {self.block}, note)
         # A checkpointed block that runs again is told what its layers are to use, for one run.
         given = [(layer, list(layer.given)) for layer in self._trained()]
-        with self._watched(watch, set(self.block.modules())) as run, writes:
+        with self._watched(watch, set(self.block.modules())) as run:
             run(*args, **kwargs)
         for layer, each in given:
             layer.given.clear()
             layer.given.extend(each)
-        for tensor, count, module, number in seen:
-            if writes.count(tensor) != count:
+        places = Places()
+        for tensor, version, module, number in seen:
+            if tensor._version != version:
                 places.setdefault(module, set()).add(number)
         return places
 
@@ -125,24 +122,3 @@ class _Watch:
     def _pack(self, tensor: Tensor) -> Tensor:
         module, numbers = self.running[-1]
         return self.note(tensor, module, next(numbers))
-
-
-class _Writes(TorchDispatchMode):
-    """Counts how often memory is written to in place. A saved tensor's own counter does not tell: that of a function's
-    result is a new one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._counts: Counter[int] = Counter()
-
-    def count(self, tensor: Tensor) -> int:
-        return self._counts[tensor.untyped_storage()._cdata]
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func._schema.is_mutable:
-            named = dict(zip((each.name for each in func._schema.arguments), args)) | (kwargs or {})
-            written = [named.get(each.name) for each in func._schema.arguments if each.alias_info]
-            for tensor in tree_leaves(written):
-                if isinstance(tensor, Tensor):
-                    self._counts[tensor.untyped_storage()._cdata] += 1
-        return func(*args, **(kwargs or {}))

@@ -24,22 +24,16 @@ _found: WeakKeyDictionary = WeakKeyDictionary()
 
 @contextmanager
 def nothing_kept(base) -> Iterator[None]:
-    """Within the block, the diffusion model of `base`, the host's model, keeps what it has computed in the block and
-    nothing else."""
+    """Around one evaluation of `base`, the host's model: it keeps what it computes within the block and nothing
+    else."""
     before = [(module, name, vars(module)[name]) for module, name in _kept(base.diffusion_model)]
-    forget_kept(base)
     try:
+        for module, name, value in before:
+            setattr(module, name, _empty(value))  # a new one, so that what is there stays as it is
         yield
     finally:
         for module, name, value in before:
             setattr(module, name, value)
-
-
-def forget_kept(base) -> None:
-    """The model keeps nothing of what it has computed. Its attributes are set anew, so that what others hold of them
-    stays as it is."""
-    for module, name in _kept(base.diffusion_model):
-        setattr(module, name, _empty(vars(module)[name]))
 
 
 def without_results(options: dict) -> dict:
@@ -51,10 +45,20 @@ def _kept(network: nn.Module) -> list[tuple[nn.Module, str]]:
     modules = diffusion_modules(network)
     if network not in _found:
         _found[network] = [
-            (path, name) for path, module in modules.items() for name in vars(module) if _SAYS_SO in name.lower()
+            (path, name)
+            for path, module in modules.items()
+            for name in vars(module)
+            if _SAYS_SO in name.lower() and _is_own(module, name)
         ]
     places = ((modules[path], name) for path, name in _found[network] if path in modules)
     return [(module, name) for module, name in places if name in vars(module)]
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    """Whether the module's class has such an attribute. Others are of node packs that skip steps of a sampling, for
+    example, and are left alone."""
+    makers = (getattr(vars(each).get("__init__"), "__code__", None) for each in type(module).__mro__)
+    return any(name in code.co_names for code in makers if code is not None)
 
 
 def _empty(value: Any) -> Any:

@@ -22,7 +22,6 @@ from ....method.adapters import Adapters
 from ....method.schedule import RankSchedule
 from ....training.config import TrainConfig
 from ..model.families import ATTENTION
-from ..model.kept_state import forget_kept
 from ..model.noise import draw_sigmas, loss_scale, min_snr_weight, noise_level, noised
 from ..reach import Reach, naming
 from ..sampling import Placed, TimestepAwarePatch, place
@@ -78,8 +77,6 @@ class TrainingPatch(TimestepAwarePatch):
         self.reach = _TrainedReach()
 
     def evaluation(self, base, x, sigma, text):
-        # After the evaluation, a checkpointed block runs again with what is there now.
-        forget_kept(base)
         return self.overlays(self._place(base), *self.level), None, self.text
 
     def watched(self, base, x):

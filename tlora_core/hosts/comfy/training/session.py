@@ -19,7 +19,6 @@ from ....layers.trained import Frozen
 from ..model.attention import pytorch_attention
 from ..model.bypasses import without_compiler
 from ..model.internals import RESIDENT
-from ..model.kept_state import nothing_kept
 from ..model.layers import fetched, forget_modules, is_cast, is_quantized
 from .kernels import make_kernels_differentiable
 
@@ -51,7 +50,7 @@ def training_session(model: ModelPatcher, checkpointing: bool = False, room: int
             comfy.model_management.in_training = (
                 True  # lets the host take differentiable paths where it has faster ones
             )
-            with replaced_forward() as replace, nothing_kept(model.model):
+            with replaced_forward() as replace:
                 _freeze(network, replace)
                 if protected:
                     _protect(network, replace)
