@@ -1,6 +1,6 @@
 """What training a T-LoRA takes in memory at real sizes: counted, not measured, and without a GPU.
 
-    python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|krea2|qwen-image] [--weights bf16 fp8]
+    python3 tools/host.py bench memory [--model sdxl|flux|klein|z-image|krea2|qwen-image] [--weights bf16 fp8 q8_0]
         [--memory fast low lowest] [--pixels 1024] [--rank 64] [--cards 8 12 16 24] [--json]
 
 A step is made on PyTorch's device "meta", where tensors have a size and no numbers, and every tensor is counted for as
@@ -11,7 +11,8 @@ with which the model trains, and includes the two buffers through which the host
 own memory (about half a gigabyte), workspaces of convolutions, what the allocator loses, text encoders and VAE, which
 the host moves off. Attention is taken to keep its inputs and output, as the kernels do that GPUs have for it. --cards
 adds, for cards of so many GiB, the fastest setting that fits: 0.5 GiB are left for CUDA, and a tenth of the peak for
-what the allocator loses.
+what the allocator loses. q8_0 is a GGUF file's, which its own layers unpack at each use, in float16 first; the host
+does not stream it, so there are no buffers but what the layer in use takes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from _packed import pack
 from _printing import show
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,7 +32,7 @@ sys.path.append(str(ROOT / "tools"))
 META = torch.device("meta")
 # Their texts' tokens.
 MODELS = {"sdxl": 77, "flux": 512, "klein": 512, "z-image": 256, "krea2": 256, "qwen-image": 256}
-STORAGES = {"bf16": None, "fp16": None, "fp8": torch.float8_e4m3fn}
+STORAGES = {"bf16": None, "fp16": None, "fp8": torch.float8_e4m3fn, "q8_0": None}
 _BUDGET = 0.1  # bytes of weights that "lowest" keeps on the device
 STREAMS = 2  # as many copies to the device does the host make at once
 _NO_KERNELS = {
@@ -177,8 +179,10 @@ def to_ram(model):
 
 
 def stream_buffers(model):
-    """Bytes of the buffers through which the host streams: each as large as the largest weight that it streams."""
-    in_ram = [w.nbytes for w in model.model.diffusion_model.parameters() if w.device.type == "cpu"]
+    """Bytes of the buffers through which the host streams: each as large as the largest weight that it streams, which
+    are all in RAM that are not packed."""
+    weights = model.model.diffusion_model.parameters()
+    in_ram = [w.nbytes for w in weights if w.device.type == "cpu" and w.dtype != torch.uint8]
     return STREAMS * max(in_ram, default=0)
 
 
@@ -268,11 +272,15 @@ def step(model, tokens, size, rank, memory):
 def measure(args):
     import random_models
 
+    from tlora_core.hosts.comfy.training.session import blocks
+
     rows, make = [], getattr(random_models, args.model.replace("-", "_"))
     for weights in args.weights:
         for memory in args.memory:
             dtype = torch.float16 if weights == "fp16" else torch.bfloat16
             model = make(dtype=dtype, storage=STORAGES[weights], device=META)
+            if weights == "q8_0":
+                pack(blocks(model.model.diffusion_model))
             size = args.pixels // model.model.latent_format.spacial_downscale_ratio
             counted = step(model, MODELS[args.model], size, args.rank, memory)
             rows.append(

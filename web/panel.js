@@ -231,5 +231,7 @@ function numbers({ state, rate, left, memory: megabytes, memory_kind: kind, way 
 
 function wayOf(way) {
   const gib = (bytes) => (bytes / 2 ** 30).toFixed(1);
-  return way ? t(`way_${way.memory}`, { in_ram: gib(way.in_ram), weights: gib(way.weights) }) : "";
+  if (!way) return "";
+  if (way.in_ram === null) return t("way_by_host");
+  return t(`way_${way.memory}`, { in_ram: gib(way.in_ram), weights: gib(way.weights) });
 }

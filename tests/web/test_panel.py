@@ -382,6 +382,8 @@ def test_the_panel_tells_how_a_training_uses_memory(page):
     shown = wait_for(page, "panel.state === 'running'")
     assert shown["numbers"].endswith("2.0 GB GPU peakmemory lowest")
     assert "streams 8.5 of 12.0 GiB" in page.evaluate("() => document.querySelector('.tlora-numbers').title")
+    tell(page, RUN | {"sequence": 2, "way": {"memory": "lowest", "in_ram": None, "weights": 12 * 2**30}})
+    page.wait_for_function("() => document.querySelector('.tlora-numbers').title.includes('ComfyUI itself streams')")
 
 
 def test_text_from_the_server_is_shown_as_text_and_pictures_can_be_scrubbed_and_enlarged(page, server):

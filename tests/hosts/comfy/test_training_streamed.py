@@ -155,6 +155,18 @@ def test_a_training_goes_on_with_streamed_weights_where_nothing_else_fits(base, 
     assert p.way[0] == "lowest" and 0.9 * weights < p.way[1] <= p.way[2] == weights
 
 
+@pytest.mark.parametrize("is_dynamic, told", [(True, ("lowest", None)), (False, ("low", 0))])
+def test_where_the_host_streams_by_itself_lowest_says_so(base, monkeypatch, is_dynamic, told):
+    """On the CPU nothing is streamed."""
+    from tlora_core.hosts.comfy.training.personalize import Personalization
+
+    with torch.inference_mode():
+        p = Personalization(*base, images(), request(1), memory="lowest")
+        p.train(1)
+    monkeypatch.setattr(base[0], "is_dynamic", lambda: is_dynamic, raising=False)
+    assert p.way == (*told, base[0].model_size())
+
+
 @pytest.mark.parametrize("memory", ["auto", "low"])
 def test_the_page_is_told_how_memory_is_used(base, output, memory):
     from tlora_core.hosts.comfy.page.training import LiveRun

@@ -151,8 +151,9 @@ class LiveRun:
             self._message = message
         self._tell()
 
-    def way(self, memory: str, in_ram: int, weights: int) -> None:
-        """Shows how the training uses memory: its setting, and how many of the weights' bytes stay in RAM."""
+    def way(self, memory: str, in_ram: int | None, weights: int) -> None:
+        """Shows how the training uses memory: its setting, and how many of the weights' bytes stay in RAM. None: the
+        host streams whatever does not fit, and does not tell how much."""
         with self._lock:
             self._way = {"memory": memory, "in_ram": in_ram, "weights": weights}
 

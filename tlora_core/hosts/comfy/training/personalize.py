@@ -26,7 +26,7 @@ from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.defaults import Defaults, defaults_for
 from ..model.families import ATTENTION, WITH_FEED_FORWARD, TargetLayer, target_layers
-from ..model.layers import bytes_to_come
+from ..model.layers import bytes_to_come, is_dynamic
 from ..model.noise import domain, draw_sigmas, min_snr_weight, num_timesteps, require_trainable
 from ..progress import counting
 from ..sampling import apply_tlora
@@ -220,8 +220,11 @@ class Personalization:
             return fit_for(denoiser, batch, self._leanest)
 
     @property
-    def way(self) -> tuple[str, int, int]:
-        """How it trains, one of MEMORY but "auto"; of the weights, the bytes that stay in RAM; and all their bytes."""
+    def way(self) -> tuple[str, int | None, int]:
+        """How it trains, one of MEMORY but "auto"; of the weights, the bytes that stay in RAM, or None where only the
+        host knows; and all their bytes."""
+        if self._leanest and self.fit == LOW and is_dynamic(self.model):
+            return "lowest", None, self.model.model_size()  # the host streams by itself; see `leanest_fit`
         streamed = 0 if self.fit is None or self.fit.room is None else bytes_to_come(self.model)
         return str(self.fit), streamed, self.model.model_size()
 
