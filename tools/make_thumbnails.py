@@ -35,19 +35,14 @@ SHOWN = {
     "12": ("lime circle", 2),
     "13": ("maroon star", 2),
     "14": ("cyan star", 2),
-    "15": ("rust triangle", 2),
+    "15": ("cyan star", 1),
     "16": ("plum flower", 2),
     "17": ("cyan star", 2),
     "18": ("plum flower", 2),
-    "19": ("plum flower", 2),
+    "19": ("plum flower", 1),
 }
-WITH_ITS_PICTURES = (
-    "01",
-    "02",
-    "03",
-    "04",
-    *map(str, range(11, 20)),
-)  # training pictures, which come before the generated ones
+# Their training pictures come before the generated ones.
+WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12", "13", "14", "16", "17", "18")
 NOT_NEEDED = (
     "TLoRAEvaluate",
     "PreviewAny",
