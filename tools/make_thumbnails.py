@@ -35,19 +35,22 @@ SHOWN = {
     "12": ("lime circle", 2),
     "13": ("maroon star", 2),
     "14": ("cyan star", 2),
-    "15": ("rust triangle", 2),
-    "16": ("plum flower", 2),
+    "15": ("cyan star", 1),
+    "16": ("cyan star", 2),
     "17": ("cyan star", 2),
-    "18": ("plum flower", 2),
-    "19": ("plum flower", 2),
+    "18": ("cyan star", 2),
+    "19": ("cyan star", 2),
 }
-WITH_ITS_PICTURES = (
-    "01",
-    "02",
-    "03",
-    "04",
-    *map(str, range(11, 20)),
-)  # training pictures, which come before the generated ones
+# Their training pictures come before the generated ones.
+WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12", "13", "14", "16", "17", "18", "19")
+# One training serves the templates with one object; their scenes differ.
+OTHER_SCENES = {
+    "15": "a photo of {} on the beach",
+    "16": "a photo of {} on the beach\na photo of {} by a brick wall\na photo of {} on a plain blue background",
+    "17": "a photo of {} at night\na photo of {} in the snow\na photo of {} on a plain grey background",
+    "18": "a photo of {} on a plain red background\na photo of {} in a meadow\na photo of {} at night",
+    "19": "a photo of {} in the snow\na photo of {} on a plain blue background\na photo of {} on the beach",
+}
 NOT_NEEDED = (
     "TLoRAEvaluate",
     "PreviewAny",
@@ -60,9 +63,9 @@ NOT_NEEDED = (
 )
 
 
-def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
-    """The prompt with the tiny base, `concept` and trained `files` in place of the user's choices. All pictures are
-    saved."""
+def on_tiny_base(prompt: dict, concept, files: list[str], scenes: str = SCENES) -> dict:
+    """The prompt with the tiny base, `concept`, trained `files` and `scenes` in place of the user's choices. All
+    pictures are saved."""
     prompt = {number: node for number, node in prompt.items() if node["class_type"] not in NOT_NEEDED}
     backgrounds = iter(("beach", "brick", "meadow"))
     files = iter(files)
@@ -100,7 +103,7 @@ def on_tiny_base(prompt: dict, concept, files: list[str]) -> dict:
                 }
             )
         elif kind == "TLoRAPrompts":
-            given.update(prompts=SCENES, subject=f"sks {concept.shape}", prompt_set="own")
+            given.update(prompts=scenes, subject=f"sks {concept.shape}", prompt_set="own")
         elif kind in ("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage"):
             node.update(class_type="EmptyLatentImage", inputs={"width": 64, "height": 64, "batch_size": 1})
         elif kind == "KSampler":
@@ -166,7 +169,12 @@ def main(numbers: list[str]) -> None:
                 continue
             concept = next(one for one in world.CONCEPTS if one.name == name)
             result = server.run(
-                on_tiny_base(server.to_prompt(WORKFLOWS / f"{title}.json"), concept, files.get(name, []))
+                on_tiny_base(
+                    server.to_prompt(WORKFLOWS / f"{title}.json"),
+                    concept,
+                    files.get(name, []),
+                    OTHER_SCENES.get(number, SCENES),
+                )
             )
             loras = server.workspace / "models" / "loras"
             made = sorted(loras.glob("**/*.safetensors"), key=lambda path: path.stat().st_mtime)

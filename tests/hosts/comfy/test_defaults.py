@@ -148,6 +148,7 @@ class Vae:
 DRAWN = {
     "sdxl": (5.0, None),
     "flux": (1.0, 3.5),
+    "flux-inpaint": (1.0, 30.0),
     "flux-schnell": (1.0, None),
     "flux2-dev": (1.0, 4.0),
     "flux2-klein": (5.0, None),

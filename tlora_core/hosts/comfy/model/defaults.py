@@ -78,6 +78,7 @@ _FAMILIES = {
     "CosmosT2V": _Family(960, 7.0),  # 1280 x 704
     "ErnieImage": _Family(scale=4.0),
     "Flux2": _Family(told=4.0),  # without the input it is Klein
+    "FluxInpaint": _Family(told=30.0),
     "FluxSchnell": _Family(scale=1.0),
     "GenmoMochi": _Family(640, 4.5),  # 848 x 480
     "HiDreamO1": _Family(2048),
