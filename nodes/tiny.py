@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..tlora_core.tiny import comfy as tiny_base
 from ..tlora_core.tiny import WEIGHTS, world
+from ..tlora_core.tiny import comfy as tiny_base
 from .sockets import CATEGORY
 
 

@@ -40,8 +40,8 @@ def train(
     inputs: all other inputs of the nodes Train T-LoRA from Image and T-LoRA Training Options by their names, with the
     same defaults, but class_word must be given, and with validation_prompts (one per line) validate_every is 100.
 
-    Returns the Outcome: `tlora`, `file` (its name in the loras list), `path`, `folder` (of the run) and `losses`. Raises
-    TLoRAError, naming the input, before anything is loaded where it can.
+    Returns the Outcome: `tlora`, `file` (its name in the loras list), `path`, `folder` (of the run) and `losses`.
+    Raises TLoRAError, naming the input, before anything is loaded where it can.
     """
     # Only now, as the library works without ComfyUI.
     from .comfy.start import start

@@ -62,7 +62,7 @@ def loaded(model: Any, unet: Any, clip: Any, vae: Any, clip_type: str, weight_dt
     if missing:
         raise TLoRAError(f"{missing[0]} is missing; give it, as only a checkpoint can hold one.")
     if _is_file(clip) and not clip_type:
-        raise TLoRAError('clip_type is missing; give the type of ComfyUI\'s CLIP loader for this model, such as "flux".')
+        raise TLoRAError('clip_type is missing; give the type in ComfyUI\'s CLIP loader, such as "flux".')
     if _is_file(model):
         model, own_clip, own_vae = load_checkpoint(model)
     else:
