@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
 import sys
 import time
 import traceback
@@ -81,10 +80,8 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     except tlora_core.TLoRAError as error:
         raise Ended("failed", str(error), 2) from error
     watch = Watch()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, watch.cancel)
     try:
-        with heard_by(watch.hear), watch.bars():
+        with heard_by(watch.hear), watch.connected():
             done = tlora_core.train(**job["parts"], **job["files"], **inputs)
     except InterruptProcessingException as cancelled:
         said = f"{watch.message or 'Cancelled before the first step.'} The same command goes on."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -46,9 +47,9 @@ class Watch:
             print(text, file=self.stream, flush=True)
 
     @contextlib.contextmanager
-    def bars(self) -> Iterator[None]:
-        """Within the block, ComfyUI's progress bars outside the training itself are shown here, and end a cancelled
-        run: ComfyUI's server does the same."""
+    def connected(self) -> Iterator[None]:
+        """Within the block, Ctrl-C and SIGTERM cancel the run, and ComfyUI's progress bars outside the training itself
+        are shown here. A bar also ends a cancelled run: ComfyUI's server does the same."""
         import comfy.utils
         from comfy.model_management import throw_exception_if_processing_interrupted
 
@@ -57,11 +58,14 @@ class Watch:
             if self.state != "running":
                 self.line.step("preparing", "preparing", value, total)
 
+        handlers = {number: signal.signal(number, self.cancel) for number in (signal.SIGINT, signal.SIGTERM)}
         comfy.utils.set_progress_bar_global_hook(show)
         try:
             yield
         finally:
             comfy.utils.set_progress_bar_global_hook(None)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
             self.line.finish()
 
     def cancel(self, number: int, _frame: object) -> None:

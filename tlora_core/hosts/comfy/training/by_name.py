@@ -38,10 +38,24 @@ def trained(
     inputs, where "auto" and 0 stand for the model's defaults. Raises TLoRAError.
     """
     settings, prior = options
-    prompts = tuple(line.strip() for line in inputs.pop(PROMPTS, "").splitlines() if line.strip())
-    keeping = Keeping(validation_prompts=prompts, **_taken(inputs, Keeping))
+    keeping = _keeping(inputs)
     request = filled_in(model, config={**settings, **_taken(inputs, TrainConfig)}, **inputs)
     return train_or_find(model, clip, vae, [*images, *more_images], request, keeping, file_name, node_id, prior)
+
+
+def _keeping(inputs: dict[str, Any]) -> Keeping:
+    """Takes its fields out of `inputs`."""
+    prompts = tuple(line.strip() for line in inputs.pop(PROMPTS, "").splitlines() if line.strip())
+    return Keeping(validation_prompts=prompts, **_taken(inputs, Keeping))
+
+
+def check_without_model(inputs: Mapping[str, Any]) -> None:
+    """Raises TLoRAError for settings that are wrong for every model, before one is loaded."""
+    values = dict(inputs)
+    _keeping(values)
+    settings = _taken(values, TrainConfig)
+    left_to_model = {"steps": 0, "learning_rate": 0, "optimizer": "auto"}
+    TrainConfig(**{name: value for name, value in settings.items() if left_to_model.get(name, ...) != value})
 
 
 def _taken(inputs: dict[str, Any], kind: type) -> dict[str, Any]:

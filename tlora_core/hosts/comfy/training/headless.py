@@ -11,7 +11,7 @@ from ....errors import TLoRAError
 from ....training.dataset import training_list
 from ..loaders import load_checkpoint, load_clip, load_mask, load_picture, load_unet, load_vae
 from .before_run import wrong_training
-from .by_name import PROMPTS, checked, trained
+from .by_name import PROMPTS, check_without_model, checked, trained
 from .run import Outcome
 
 # The Train node's own defaults where they are not those of TrainRequest.
@@ -49,6 +49,7 @@ def completed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     wrong = wrong_training({name: {**_CHECKED_WITHOUT, **values}[name] for name in _CHECKED})
     if wrong is not None:
         raise TLoRAError(wrong)
+    check_without_model(values)
     return values
 
 
