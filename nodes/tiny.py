@@ -1,17 +1,12 @@
 """The bundled tiny base model and its sample concepts, for a first try without a download."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from comfy_api.latest import io
 
-from ..tlora_core import tiny
+from ..tlora_core.tiny import WEIGHTS, world
 from ..tlora_core.tiny import comfy as tiny_base
-from ..tlora_core.tiny import world
 from .sockets import CATEGORY
-
-WEIGHTS = Path(tiny.__file__).parent / "weights" / "tiny_base.safetensors"
 
 
 class TinyBaseModel(io.ComfyNode):

@@ -1,7 +1,5 @@
 """Train T-LoRA from Image."""
 
-from dataclasses import fields
-
 from comfy_api.latest import io
 
 from ..tlora_core.hosts.comfy.files import told_of
@@ -9,12 +7,10 @@ from ..tlora_core.hosts.comfy.page.rank import show_active_rank
 from ..tlora_core.hosts.comfy.page.training import shown_when_it_fails
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_training
-from ..tlora_core.hosts.comfy.training.found import train_or_find
-from ..tlora_core.hosts.comfy.training.keeping import RERUNS, Keeping
-from ..tlora_core.hosts.comfy.training.personalize import filled_in
+from ..tlora_core.hosts.comfy.training.by_name import trained
+from ..tlora_core.hosts.comfy.training.keeping import RERUNS
 from ..tlora_core.hosts.comfy.training.run import stopped_runs
 from ..tlora_core.reports.plot import loss_curve
-from ..tlora_core.training.config import TrainConfig
 from ..tlora_core.training.dataset import training_list
 from ..tlora_core.training.images import to_tensor
 from .sockets import CATEGORY, SEARCH, TLORA, unlisted
@@ -84,12 +80,8 @@ class TrainTLoRAFromImage(io.ComfyNode):
         return _trained(cls.hidden.unique_id, training_list(image, captions, mask), **unlisted(lists))
 
 
-def _trained(node_id, images, *, model, clip, vae, file_name, more_images=(), options=({}, ()), **inputs):
-    settings, prior = options
-    prompts = tuple(line.strip() for line in inputs.pop("validation_prompts", "").splitlines() if line.strip())
-    keeping = Keeping(validation_prompts=prompts, **_taken(inputs, Keeping))
-    request = filled_in(model, config={**settings, **_taken(inputs, TrainConfig)}, **inputs)
-    done = train_or_find(model, clip, vae, [*images, *more_images], request, keeping, file_name, node_id, prior)
+def _trained(node_id, images, *, model, **inputs):
+    done = trained(images, model=model, node_id=node_id, **inputs)
     return io.NodeOutput(
         done.tlora,
         show_active_rank(apply_tlora(model, done.tlora), done.tlora.schedule, node_id),
@@ -97,8 +89,3 @@ def _trained(node_id, images, *, model, clip, vae, file_name, more_images=(), op
         to_tensor(loss_curve(done.losses)),
         ui=told_of([done.file], done.file),
     )
-
-
-def _taken(inputs, kind):
-    """Takes the inputs that are fields of the dataclass `kind` out of `inputs`."""
-    return {field.name: inputs.pop(field.name) for field in fields(kind) if field.name in inputs}

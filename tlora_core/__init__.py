@@ -3,6 +3,7 @@
 from .errors import TLoRAError
 from .files.tlora_file import TLoRAFile
 from .hosts.diffusers import apply, load
+from .hosts.scripts import train
 from .layers.beside import add_low_rank
 from .method.adapters import METHODS, Adapter, Adapters, LowRank, Method
 from .method.factory import make_adapters
@@ -28,4 +29,5 @@ __all__ = [
     "make_adapters",
     "orthogonal_start",
     "orthogonal_starts",
+    "train",
 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import sys
 from pathlib import Path
 
-from .plan import DYNAMIC
+from .plan import DYNAMIC, PLAIN
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -48,6 +49,31 @@ def start(device: str, host: str):
     except ImportError as error:
         text = f"ComfyUI could not be imported ({error}); benchmarks/README.md lists what it needs."
         raise CannotStart(text) from error
+
+
+def start_as_usual(arguments: list[str]) -> None:
+    """Starts ComfyUI's modules with these options of its command line, on the device and with the memory management
+    that it chooses itself. Raises CannotStart."""
+    if importlib.util.find_spec("comfy") is None:
+        raise CannotStart("ComfyUI was not found; name its folder with --comfyui PATH.")
+    sys.argv = [sys.argv[0], *arguments]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    import comfy.cli_args
+
+    on_cpu = comfy.cli_args.args.cpu
+    wanted = not on_cpu and getattr(comfy.cli_args, "enables_dynamic_vram", lambda: False)()
+    if not on_cpu:
+        _before_torch(DYNAMIC if wanted else PLAIN)
+    _import(PLAIN)
+    import comfy.model_management
+
+    if wanted and comfy.model_management.is_nvidia() and not comfy.model_management.is_wsl():
+        try:
+            _enable_dynamic_vram()
+        except CannotStart as error:
+            logging.warning("%s; going on without it", error)
 
 
 def _arguments(device: str, host: str) -> list[str]:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from gpulib.command import add_options as gpu_options
+from trainlib.arguments import add_options as train_options
 
 from . import commands
 from .errors import HostError
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> int:
         return args.command(args)
     except HostError as error:
         print(f"Error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", commands.demo, "run the bundled quickstart workflow")
     demo.add_argument("--serve", action="store_true", help="leave ComfyUI running afterwards")
     _add_run_options(demo)
+    train_options(add("train", commands.train, "train a T-LoRA from pictures, without a browser"))
     run = add("run", commands.run, "run a workflow file, in the interface's format or in API format")
     run.add_argument("workflow", metavar="WORKFLOW.json")
     _add_run_options(run)

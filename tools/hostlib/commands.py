@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from gpulib import command as gpu
 from gpulib import kit
 from gpulib.comfyui import CannotStart
+from trainlib import arguments
 
 from .build import (
     Host,
@@ -19,6 +21,7 @@ from .build import (
     ensure_lint,
     ensure_newest_frontend,
     ensure_test_packages,
+    has_accelerator,
     user_host,
 )
 from .cache import cache_root
@@ -29,12 +32,13 @@ from .pins import REPO
 from .pip import venv_python
 from .process import run_foreground
 from .progress import ProgressLine, format_time
-from .results import OutputFile, RunResult
-from .server import Server
+from .results import OutputFile, RunResult, copy_into
+from .server import Server, make_workspace
 
 QUICKSTART = REPO / "workflows" / "01 Quickstart.json"
 TESTS = REPO / "tests"
 KIT = REPO / ".gpu-check"
+TRAIN_JOB = REPO / "tools" / "trainlib" / "job.py"
 NEWEST_FRONTEND = "TLORA_NEWEST_FRONTEND"  # variable for the tests: the folder of the newest interface
 
 
@@ -52,8 +56,25 @@ def chosen_host(args: argparse.Namespace) -> Host:
 
 def make_server(host: Host, port: int = 0, log_to_terminal: bool = False, frontend: Path | None = None) -> Server:
     """Our own host works in the cache; the user's ComfyUI keeps using its own folders."""
-    workspace = cache_root() / "workspace" if host.ours else None
-    return Server(host, workspace, port, log_to_terminal, frontend)
+    return Server(host, _workspace(host), port, log_to_terminal, frontend)
+
+
+def _workspace(host: Host) -> Path | None:
+    return cache_root() / "workspace" if host.ours else None
+
+
+def train(args: argparse.Namespace) -> int:
+    """A training in a process of its own, without a server; see trainlib.job."""
+    job = arguments.job_of(args)
+    host = chosen_host(args)
+    options = [] if has_accelerator(host.python) else ["--cpu"]
+    workspace = _workspace(host)
+    if workspace is not None:
+        make_workspace(workspace)
+        options += ["--base-directory", str(workspace)]
+    job |= {"comfyui": str(host.comfyui), "host_arguments": options}
+    environment = {**script_environment(host), **job.pop("environment")}
+    return run_foreground([str(host.python), str(TRAIN_JOB), json.dumps(job)], environment)
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -88,11 +109,11 @@ def report(server: Server, result: RunResult, out: str | None) -> None:
     for text in result.texts:
         print(text)
     for path in result.tlora_files:
-        print(f"T-LoRA:  {_copy(path.name, path.read_bytes(), out) if out else path}")
+        print(f"T-LoRA:  {copy_into(out, path.name, path.read_bytes()) if out else path}")
     for label, files in (("Picture:", result.images), ("File:   ", result.other)):
         for file in files:
             if out:
-                print(f"{label} {_copy(file.filename, server.client.fetch(file), out)}")
+                print(f"{label} {copy_into(out, file.filename, server.client.fetch(file))}")
             elif file.kind == "output":
                 print(f"{label} {file.path}")
     if not out and _only_previews(result.images + result.other):
@@ -102,18 +123,6 @@ def report(server: Server, result: RunResult, out: str | None) -> None:
 
 def _only_previews(files: list[OutputFile]) -> bool:
     return bool(files) and all(file.kind != "output" for file in files)
-
-
-def _copy(name: str, data: bytes, out: str) -> Path:
-    """Write `data` to a new file in the folder `out`; nothing that is there already is overwritten."""
-    folder = Path(out).expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    path, number = folder / name, 2
-    while path.exists():
-        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
-        number += 1
-    path.write_bytes(data)
-    return path
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -173,9 +182,9 @@ def lint(args: argparse.Namespace) -> int:
     # The Python package that starts pyright would tell of newer versions; this one is pinned.
     env = {**os.environ, "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"}
     failed = []
-    for name, *arguments in checks:
-        _say(f"{name} {' '.join(arguments)}")
-        if run_foreground([str(commands / name), *arguments], env, cwd=REPO):
+    for name, *options in checks:
+        _say(f"{name} {' '.join(options)}")
+        if run_foreground([str(commands / name), *options], env, cwd=REPO):
             failed.append(name)
     _say(f"Lint FAILED: {', '.join(failed)}." if failed else "Lint passed.")
     return 1 if failed else 0

@@ -2,7 +2,15 @@
 
 
 class HostError(Exception):
-    """Something the user can act on; its text is the whole message."""
+    """Something the user can act on; its text is the whole message. status: of the process that it ends."""
+
+    status = 1
+
+
+class WrongArguments(HostError):
+    """The command line asks for something that cannot be."""
+
+    status = 2
 
 
 class WorkflowError(HostError):

@@ -94,3 +94,16 @@ def failure_in_words(data: dict, prompt: dict) -> str:
     """The sentence for a node that raised while it ran: its own message first."""
     message = str(data.get("exception_message", "")).strip() or data.get("exception_type", "unknown error")
     return f"{node_name(str(data.get('node_id')), prompt)}: {message}"
+
+
+def copy_into(out: str, name: str, data: bytes) -> Path:
+    """Write `data` to a file in the folder `out`; nothing that is there already is overwritten, nor copied twice."""
+    folder = Path(out).expanduser().resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    path, number = folder / name, 2
+    while path.exists() and path.read_bytes() != data:
+        path = folder / f"{Path(name).stem}_{number}{Path(name).suffix}"
+        number += 1
+    if not path.exists():
+        path.write_bytes(data)
+    return path

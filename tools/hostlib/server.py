@@ -62,6 +62,12 @@ def _unlink_pack(link: Path) -> None:
         link.unlink() if link.is_symlink() else os.rmdir(link)
 
 
+def make_workspace(folder: Path) -> None:
+    """Make `folder` fit for ComfyUI's --base-directory."""
+    for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+
+
 class Server:
     """A ComfyUI process on a free loopback port.
 
@@ -129,8 +135,7 @@ class Server:
         if self._frontend:
             command += ["--front-end-root", str(self._frontend)]
         if self.workspace:
-            for name in ("custom_nodes", "models", "input", "output", "temp", "user"):
-                (self.workspace / name).mkdir(parents=True, exist_ok=True)
+            make_workspace(self.workspace)
             command += ["--base-directory", str(self.workspace), "--disable-api-nodes"]
         if not self._already_installed():
             link_pack(self._scratch / "custom_nodes")

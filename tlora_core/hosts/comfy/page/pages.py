@@ -1,13 +1,16 @@
-"""Sends events to the pages that listen. A page that is still loading does not know our events and would log an error
-for each."""
+"""Sends events to the pages that listen, and to code in this process. A page that is still loading does not know our
+events and would log an error for each."""
 
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from server import PromptServer
 
 _lock = threading.Lock()
 _listening: dict[str, Any] = {}  # client id -> socket; a reload opens a new socket
+_hearing: list[Callable[[str, dict[str, Any]], None]] = []  # in this process
 
 
 def listen(client: str | None) -> None:
@@ -21,8 +24,21 @@ def listen(client: str | None) -> None:
             _listening[client] = sockets[client]
 
 
+@contextmanager
+def heard_by(hear: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Within the block, calls `hear` with each event and its data, in the thread that tells them, with or without a
+    server. `hear` must not ask a run anything, because a run tells its state while it is locked."""
+    _hearing.append(hear)
+    try:
+        yield
+    finally:
+        _hearing.remove(hear)
+
+
 def tell(event: str, data: dict[str, Any]) -> None:
-    """Queues the event for each page that listens; `data` holds JSON values. Does nothing without a server."""
+    """Queues the event for each page that listens, if there is a server; `data` holds JSON values."""
+    for hear in tuple(_hearing):
+        hear(event, data)
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return

@@ -114,7 +114,7 @@ def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | Non
         run.update(
             files={**run.record["files"], file_name: name}, sha256_also=sorted(result_hashes(run) | {result_hash(name)})
         )
-    return Outcome(TLoRAFile.load(lora_path(name)), name, run.load_losses())
+    return Outcome(TLoRAFile.load(lora_path(name)), name, run.path, run.load_losses())
 
 
 def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:

@@ -29,11 +29,18 @@ DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 @dataclass(frozen=True)
 class Outcome:
-    """The T-LoRA as read from its file, the file's name in the loras list, and the loss of each step."""
+    """The T-LoRA as read from its file, the file's name in the loras list, the run's folder, and the loss of each
+    step."""
 
     tlora: TLoRAFile
     file: str
+    folder: Path
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies."""
+        return lora_path(self.file)
 
 
 class TrainingRun:
@@ -208,7 +215,7 @@ class TrainingRun:
         finally:
             self.live.finish(state, message, name)
         # Read from the file, because the next run of the graph also reads the file.
-        return Outcome(TLoRAFile.load(lora_path(name)), name, list(self.trainer.losses))
+        return Outcome(TLoRAFile.load(lora_path(name)), name, self.folder.path, list(self.trainer.losses))
 
     def _renew_picture(self, name: str) -> None:
         """Puts the last validation picture into the finished file. The file is complete and matches the record at every

@@ -1,0 +1,292 @@
+"""`tools/host.py train` and tlora_core.train: the same runs as the node's, their results and how they end."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hostlib import cli, commands
+from hostlib.build import Host
+from places import REPO
+from trainlib import arguments, job
+
+JOB = REPO / "tools" / "trainlib" / "job.py"
+INPUTS = {
+    "method": "tlora",
+    "rank": "4",
+    "min_rank": "2",
+    "steps": "20",
+    "learning_rate": "0.01",
+}
+
+
+def write_picture(path, seed=5):
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def parsed(*argv):
+    return arguments.job_of(cli.parse(["train", *map(str, argv)]))
+
+
+def asked(picture, *more, **inputs):
+    sets = [f"--set={name}={value}" for name, value in {**INPUTS, "file_name": "run/command", **inputs}.items()]
+    return parsed("--model", "tiny", "--image", picture, "--class-word", "heart", *sets, "--json", *more)
+
+
+@pytest.fixture
+def in_process(comfy, output, monkeypatch, capsys):
+    """Runs a job in this process, with the folders of `output`; gives its status, the JSON and what it said."""
+    monkeypatch.setattr(job, "make_importable", lambda comfyui: None)
+    monkeypatch.setattr(job, "start_as_usual", lambda options: None)
+
+    def run(asked):
+        status = job.main({**asked, "comfyui": "", "host_arguments": []})
+        said = capsys.readouterr()
+        return status, json.loads(said.out), said.err
+
+    return run
+
+
+# --- in a process of its own, beside the real server ---
+
+
+def started(server, asked):
+    options = ["--cpu", "--base-directory", str(server.workspace)]
+    whole = {**asked, "comfyui": str(server.host.comfyui), "host_arguments": options}
+    environment = commands.script_environment(server.host)
+    return subprocess.Popen(
+        [sys.executable, str(JOB), json.dumps(whole)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process):
+    out, err = process.communicate()
+    assert out, err
+    return process.returncode, json.loads(out), err
+
+
+def declared(server, node):
+    """The node's inputs with their defaults."""
+    groups = server.object_info()[node]["input"].values()
+    return {name: dict(*given[1:2]).get("default") for group in groups for name, given in group.items()}
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def test_the_node_and_the_command_find_each_others_runs_and_make_the_same_bytes(server):
+    from graphs import TinyGraph
+
+    picture = write_picture(server.workspace / "input" / "command.png")
+    mask = write_picture(server.workspace / "input" / "command_mask.png", seed=6)
+
+    options = declared(server, "TLoRATrainingOptions")
+    del options["prior_images"]
+
+    def by_node(seed):
+        graph = TinyGraph()
+        node = graph.train(
+            image=graph.add("LoadImage", image=picture.name)[0],
+            mask=graph.add("LoadImageMask", image=mask.name, channel="red")[0],
+            options=graph.add("TLoRATrainingOptions", **{**options, "outside_mask": 0.25})[0],
+            class_word="heart",
+            steps=20,
+            learning_rate=0.01,
+            seed=seed,
+            file_name="run/command",
+        )
+        [name] = server.run(graph).outputs[node.id]["text"]
+        return server.workspace / "models" / "loras" / name
+
+    def by_command(**inputs):
+        status, result, _ = finished(started(server, asked(picture, "--mask", mask, outside_mask="0.25", **inputs)))
+        assert status == 0
+        return result
+
+    of_node = by_node(seed=1)
+    found = by_command(seed=1)
+    assert (found["state"], Path(found["file"])) == ("found", of_node)
+    of_command = by_command(seed=2)
+    assert (of_command["state"], by_node(seed=2)) == ("done", Path(of_command["file"]))
+    again = by_command(seed=1, rerun="restart")
+    assert again["file"] != found["file"] and digest(again["file"]) == digest(of_node)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send there")
+def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(server, tmp_path):
+    mine = asked(write_picture(tmp_path / "heart.png"), steps=20, file_name="run/cancelled")
+    process = started(server, mine)
+    while "training, loss" not in process.stderr.readline():
+        assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    status, result, said = finished(process)
+    assert (status, result["state"]) == (130, "cancelled")
+    assert "Cancelled at step" in said and "The same command goes on." in said
+    status, result, said = finished(started(server, mine))
+    assert (status, result["state"], result["steps"]) == (0, "done", 20) and "resuming an earlier run at step" in said
+
+
+# --- the job, in this process ---
+
+
+def test_a_job_prints_one_json_object_and_copies_its_results(in_process, tmp_path):
+    prompt = ("--validation-prompt", "a {} on snow", "--set", "validate_every=1")
+    mine = asked(write_picture(tmp_path / "heart.png"), "--out", tmp_path / "out", *prompt, steps=2)
+    status, result, said = in_process(mine)
+    assert (status, result["state"], result["steps"], result["name"]) == (
+        0,
+        "done",
+        2,
+        "run/command_00001_.safetensors",
+    )
+    assert "training, loss" in said and "2 steps of adamw" in said
+    copied = {"command_00001_.safetensors", "step_000001.png", "step_000002.png", "loss.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == copied
+    assert digest(tmp_path / "out" / "command_00001_.safetensors") == digest(result["file"])
+    assert in_process(mine)[1]["state"] == "found" and len(list((tmp_path / "out").iterdir())) == len(copied)
+
+
+@pytest.mark.parametrize(
+    "inputs, status, said",
+    [
+        ({"rnak": 4}, 2, 'There is no input "rnak"'),
+        ({"rank": "four"}, 2, "rank is 'four'; give a whole number."),
+        ({"flip": "maybe"}, 2, "flip is 'maybe'; give true or false."),
+        ({"min_rank": 9}, 2, "min_rank"),
+        ({"prior_weight": -1}, 2, "prior_weight is -1.0; set it to 0 or more."),
+        ({"rerun": "never"}, 2, 'rerun is "never"; choose one of auto, continue, restart.'),
+        ({"memory": "high"}, 1, 'memory is "high"; choose one of'),
+    ],
+)
+def test_wrong_inputs_end_with_one_sentence(in_process, tmp_path, inputs, status, said):
+    ended, result, errors = in_process(asked(write_picture(tmp_path / "heart.png"), **inputs))
+    assert (ended, result["state"]) == (status, "failed") and said in result["error"]
+    assert errors == f"Error: {result['error']}\n"
+
+
+@pytest.mark.parametrize(
+    "option, value, said",
+    [
+        ("--image", "gone.png", "there is no such file"),
+        ("--image", __file__, "cannot read as a picture"),
+        ("--model", "gone.safetensors", "neither a file nor in"),
+        ("--model", "model.gguf", "in a workflow"),
+        ("--vae", "gone.safetensors", "neither a file nor in"),
+        ("--clip", "gone.safetensors", "clip_type is missing"),
+    ],
+)
+def test_a_missing_or_wrong_file_is_named(in_process, tmp_path, option, value, said):
+    status, result, _ = in_process(asked(write_picture(tmp_path / "heart.png"), option, value))
+    name = option.removeprefix("--")
+    assert status == 1 and said in result["error"] and (value in result["error"] or "clip_type" in said), name
+
+
+def test_an_unexpected_error_is_one_line_without_verbose(in_process, tmp_path, monkeypatch):
+    import tlora_core
+
+    def broken(**everything):
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(tlora_core, "train", broken)
+    mine = asked(write_picture(tmp_path / "heart.png"))
+    assert in_process(mine)[2] == "Error: RuntimeError: two lines (--verbose shows where)\n"
+    assert "Traceback" in in_process({**mine, "verbose": True})[2]
+
+
+# --- the call ---
+
+
+def test_a_call_takes_what_is_loaded_and_finds_the_nodes_run(base, output):
+    import training_runs
+
+    import tlora_core
+
+    model, clip, vae = base
+    pixels = training_runs.images()[0].pixels[None]
+    of_node = training_runs.run(base, file_name="run/heart")
+    plain = {"class_word": "heart", "method": "tlora", "rank": 4, "min_rank": 2, "alpha": 1, "resolution": 64}
+    found = tlora_core.train(
+        model, pixels, clip=clip, vae=vae, steps=6, learning_rate=0.01, file_name="run/heart", **plain
+    )
+    assert (found.file, found.losses) == (of_node.file, of_node.losses)
+    assert found.path == output / "loras" / of_node.file and found.folder == training_runs.folders(output)[0]
+
+
+def test_a_call_has_the_inputs_and_the_defaults_of_the_nodes(server, base, output, monkeypatch):
+    import training_runs
+
+    import tlora_core
+    from tlora_core.hosts.comfy.training import by_name
+
+    inputs = {**declared(server, "TLoRATrainFromImage"), **declared(server, "TLoRATrainingOptions")}
+    sockets = {"model", "clip", "vae", "image", "mask", "more_images", "options", "prior_images"}
+    plain = {name: value for name, value in inputs.items() if name not in sockets}
+    assert set(plain) == set(by_name.input_kinds()) - {"beta1", "beta2"}
+    asked = []
+    monkeypatch.setattr(by_name, "train_or_find", lambda *given: asked.append(given[4:]))
+    model, clip, vae = base
+    del plain["captions"]
+    images = training_runs.images()
+    by_name.trained(images, model=model, clip=clip, vae=vae, **plain)
+    tlora_core.train(model, images[0].pixels[None], clip=clip, vae=vae, class_word="dog")
+    assert asked[0] == asked[1]
+
+
+def test_prompts_are_drawn_every_hundred_steps_if_nothing_else_is_said(comfy, output):
+    from tlora_core.hosts.comfy.training.headless import completed_inputs
+
+    prompts = {"class_word": "dog", "validation_prompts": "a {}"}
+    assert completed_inputs(prompts)["validate_every"] == 100
+    assert completed_inputs({**prompts, "validate_every": 0})["validate_every"] == 0
+
+
+# --- the command line ---
+
+
+def test_the_command_starts_the_job_in_the_hosts_environment(monkeypatch, tmp_path):
+    ran = []
+    host = Host(tmp_path / "ComfyUI", Path(sys.executable), "0", ours=False)
+    monkeypatch.setattr(commands, "chosen_host", lambda args: host)
+    monkeypatch.setattr(commands, "has_accelerator", lambda python: False)
+    monkeypatch.setattr(commands, "run_foreground", lambda *given: ran.append(given) or 7)
+    flux = ["--unet", "u", "--clip", "a", "b", "--clip-type", "flux", "--vae", "v"]
+    assert (
+        cli.main(["train", *flux, "--image", "x.png", "y.png", "--class-word", "dog", "--set", "curve=0:4, 1:2"]) == 7
+    )
+    [[command, environment]] = ran
+    assert command[:2] == [sys.executable, str(JOB)]
+    started = json.loads(command[2])
+    assert started["parts"] == {"unet": "u", "clip": ["a", "b"], "clip_type": "flux", "vae": "v"}
+    assert started["files"] == {"image": ["x.png", "y.png"]}
+    assert started["inputs"] == {"class_word": "dog", "curve": "0:4, 1:2"}
+    assert started["host_arguments"] == ["--cpu"] and environment["TLORA_COMFYUI"] == str(host.comfyui)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--model", "m", "--image", "i"], "--class-word is missing"),
+        (["--model", "m", "--class-word", "dog"], "--image is missing"),
+        (["--image", "i", "--class-word", "dog"], "Give either --model, or --unet"),
+        (["--model", "m", "--unet", "u", "--image", "i", "--class-word", "dog"], "Give either --model, or --unet"),
+        (["--model", "m", "--image", "i", "--class-word", "dog", "--set", "rank"], "--set needs NAME=VALUE"),
+    ],
+)
+def test_wrong_arguments_end_with_status_2(argv, said, capsys):
+    assert cli.main(["train", *argv]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("Error: ") and said in error and error.count("\n") == 1

@@ -1,0 +1,1 @@
+"""The command `train` of tools/host.py. All but `job` uses the standard library alone."""
