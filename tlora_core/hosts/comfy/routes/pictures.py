@@ -2,6 +2,7 @@
 loader and the training's own framing."""
 
 import base64
+import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,12 @@ from typing import Any
 import folder_paths
 from torch import Tensor
 
-from nodes import LoadImage, LoadImageMask
-
 from ....errors import TLoRAError, require_choice
 from ....training.dataset import FRAMINGS, TrainingImage, frame, training_images
 from ....training.masks import covers_border
 from ..page.pictures import MOST_SHOWN, as_jpeg, warning_of
 
+_host = importlib.import_module("nodes")  # the host's; type checkers take `import nodes` for our own
 _CELL = 8  # pixels; the VAE is not known yet, and one with larger cells cuts a few pixels more or less
 _SIDES = (64, 4096)  # resolutions that a page may ask for
 
@@ -50,7 +50,7 @@ def asked_pictures(values: Mapping[str, Any]) -> dict[str, Any]:
 def _loaded(name: str, mask: Mapping[str, Any] | None) -> tuple[list[TrainingImage], list[Tensor | None]]:
     """The training pictures in a file of Load Image. For each, the MASK that the node gives but that is not connected:
     where the file is transparent."""
-    image, own = LoadImage().load_image(_known(name))
+    image, own = _host.LoadImage().load_image(_known(name))
     images = training_images(image, mask=None if mask is None else _mask(mask))
     has_alpha = mask is None and own.shape == image.shape[:3]
     return images, [one if has_alpha and bool((one > 0).any()) else None for one in own[: len(images)]]
@@ -58,7 +58,7 @@ def _loaded(name: str, mask: Mapping[str, Any] | None) -> tuple[list[TrainingIma
 
 def _mask(asked: Mapping[str, Any]) -> Tensor:
     """A MASK of Load Image or Load Image (as Mask), through Invert Mask or not."""
-    (mask,) = LoadImageMask().load_image_mask(_known(str(asked["image"])), str(asked["channel"]))
+    (mask,) = _host.LoadImageMask().load_image_mask(_known(str(asked["image"])), str(asked["channel"]))
     return 1 - mask if asked["is_inverted"] else mask
 
 
