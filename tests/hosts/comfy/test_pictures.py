@@ -6,20 +6,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from input_pictures import HIDDEN, IS_SUBJECT, SUBJECT, write_picture
 from PIL import Image
-
-WIDE, HIGH = 120, 80
-HIDDEN, SUBJECT = (255, 255, 0), (0, 128, 255)  # colours: in transparent parts, and of what is opaque
-
-
-def image_file(path, alpha=None) -> None:
-    """A picture of a square subject in the middle."""
-    pixels = np.full((HIGH, WIDE, 3), HIDDEN, np.uint8)
-    pixels[20:60, 40:80] = SUBJECT
-    picture = Image.fromarray(pixels)
-    if alpha is not None:
-        picture.putalpha(Image.fromarray(alpha))
-    picture.save(path)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +16,11 @@ def folder(comfy, tmp_path_factory):
     import folder_paths
 
     before, path = folder_paths.get_input_directory(), tmp_path_factory.mktemp("root") / "input"
-    (path / "clipspace").mkdir(parents=True)
     folder_paths.set_input_directory(str(path))
-    opaque = np.zeros((HIGH, WIDE), np.uint8)
-    opaque[20:60, 40:80] = 255
-    image_file(path / "cut.png", opaque)
-    image_file(path / "clipspace" / "painted.png", 255 - opaque)
-    image_file(path / "plain.png")
-    image_file(path.parent / "secret.png", opaque)
+    write_picture(path / "cut.png", IS_SUBJECT)
+    write_picture(path / "clipspace" / "painted.png", ~IS_SUBJECT)
+    write_picture(path / "plain.png")
+    write_picture(path.parent / "secret.png", IS_SUBJECT)
     (path / "no picture.png").write_text("no picture")
     yield path
     folder_paths.set_input_directory(before)
@@ -119,7 +104,7 @@ def test_few_of_many_pictures_are_shown_and_all_are_counted(folder):
 
 @pytest.mark.parametrize("is_inverted", [False, True])
 def test_a_training_says_that_its_mask_covers_the_border(base, output, monkeypatch, caplog, is_inverted):
-    from training_runs import run
+    from training_runs import request, run
 
     from tlora_core.hosts.comfy.page.training import LiveRun
     from tlora_core.training.dataset import training_images
@@ -127,6 +112,10 @@ def test_a_training_says_that_its_mask_covers_the_border(base, output, monkeypat
     notes, mask = [], torch.zeros(64, 64)
     mask[20:44, 20:44] = 1
     monkeypatch.setattr(LiveRun, "note", lambda self, text: notes.append(text))
-    run(base, pictures=training_images(torch.rand(1, 64, 64, 3), mask=1 - mask if is_inverted else mask))
+    run(
+        base,
+        request(steps=1),
+        pictures=training_images(torch.rand(1, 64, 64, 3), mask=1 - mask if is_inverted else mask),
+    )
     logged = [r.message for r in caplog.records if "covers the border" in r.message]
     assert len(logged) == is_inverted and sum("Invert Mask" in note for note in notes) == is_inverted
