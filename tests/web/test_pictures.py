@@ -7,18 +7,19 @@ from input_pictures import IS_SUBJECT, write_picture
 from panel_page import ONLY_TRAINING, QUICKSTART, TRAIN
 
 # Adds a node and connects it: add(type, {widget: value}, {input: [node, output]}).
-ADD = """window.add = (type, values = {}, links = {}) => {
+ADD = """() => { window.add = (type, values = {}, links = {}) => {
     const node = window.LiteGraph.createNode(type);
     window.app.graph.add(node);
     for (const widget of node.widgets ?? []) if (widget.name in values) widget.value = values[widget.name];
     for (const [input, [from, output]] of Object.entries(links)) from.connect(output, node, input);
     return node;
-}"""
+}; }"""
 # The words below a node's pictures, whether they are a warning, and how many pictures are there with how many loaded.
 SHOWN = """id => {
     const names = ["tlora_training", "tlora_pictures"];
     const {element} = window.app.graph.getNodeById(id).widgets.find(({name}) => names.includes(name));
-    const pictures = [...element.querySelectorAll(".tlora-pictures img")], words = element.querySelector(".tlora-words");
+    const pictures = [...element.querySelectorAll(".tlora-pictures img")];
+    const words = element.querySelector(".tlora-words");
     return {words: words.textContent, isWrong: words.classList.contains("tlora-wrong"), pictures: pictures.length,
             loaded: pictures.filter(picture => picture.naturalWidth > 0).length,
             isHidden: element.querySelector(".tlora-masked").hidden};
