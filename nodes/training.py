@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..tlora_core.hosts.comfy.page.pictures import kept_for_page
 from ..tlora_core.training.config import DENSITIES, LR_SCHEDULES, OPTIMIZERS, TrainConfig
 from ..tlora_core.training.dataset import training_list
 from .sockets import CATEGORY, IMAGES, OPTIONS, captions_input, mask_input, unlisted
@@ -36,7 +37,8 @@ class TLoRAImages(io.ComfyNode):
     @classmethod
     def execute(cls, image, mask=(), captions=("",), before=((),)):
         before = unlisted({"before": before})["before"]
-        return io.NodeOutput((*before, *training_list(image, captions, mask)))
+        own = training_list(image, captions, mask)
+        return io.NodeOutput((*before, *own), ui=kept_for_page(own))
 
 
 class TLoRATrainingOptions(io.ComfyNode):

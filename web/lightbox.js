@@ -2,8 +2,8 @@
 import { html, setText } from "./dom.js";
 import { t } from "./texts.js";
 
-/** `pages` are {source, title, caption}; opens the page with index `at`. */
-export function showLarge(pages, at) {
+/** `pages` are {source, title, caption}; opens the page with index `at`. `label`: of the dialog. */
+export function showLarge(pages, at, label) {
   const picture = html("img"), title = html("strong"), caption = html("span");
   const turn = (by) => {
     at = Math.min(Math.max(at + by, 0), pages.length - 1);
@@ -17,7 +17,7 @@ export function showLarge(pages, at) {
   const before = html("button", { class: "tlora-button", "aria-label": t("previous"), onclick: () => turn(-1) }, "‹");
   const after = html("button", { class: "tlora-button", "aria-label": t("next"), onclick: () => turn(1) }, "›");
   const close = html("button", { class: "tlora-button", "aria-label": t("close"), onclick: () => dialog.close() }, "×");
-  const dialog = html("dialog", { class: "tlora tlora-large", "aria-label": t("validation") }, picture,
+  const dialog = html("dialog", { class: "tlora tlora-large", "aria-label": label }, picture,
                       html("div", { class: "tlora-row" }, before, after, title, caption, close));
   dialog.addEventListener("keydown", (event) => {
     event.stopPropagation(); // the graph has its own shortcuts

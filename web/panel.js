@@ -3,6 +3,7 @@ import { addPanel, html, path, setText, svg } from "./dom.js";
 import { drawsElements, keepShort, toggleAdvanced } from "./fold.js";
 import { followNode } from "./graph.js";
 import { showLarge } from "./lightbox.js";
+import { picturesOf } from "./pictures.js";
 import { planOf } from "./plan.js";
 import { ask, mark, picturePath, runOf } from "./runs.js";
 import { t } from "./texts.js";
@@ -136,7 +137,7 @@ class Strip {
     const { run } = this;
     const pages = run.pictures.map((picture) => ({
       source: picturePath(run, picture), title: t("at_step", { step: picture.step }), caption: picture.captions.join(" · ") }));
-    showLarge(pages, Number(this.slider.value));
+    showLarge(pages, Number(this.slider.value), t("validation"));
   }
 }
 
@@ -155,9 +156,10 @@ export class TrainingPanel {
     this.checkpoint = this.button("checkpoint");
     this.fold = html("button", { class: "tlora-button tlora-fold", onclick: () => this.toggle() });
     this.plan = html("div", { class: "tlora-plan" });
+    this.pictures = picturesOf(node);
     this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training") },
-                        html("div", { class: "tlora-row" }, this.state, this.step), this.plan, this.bar, this.pace, this.chart.element,
-                        this.strip.element, this.message,
+                        html("div", { class: "tlora-row" }, this.state, this.step), this.plan, this.pictures.element, this.bar, this.pace,
+                        this.chart.element, this.strip.element, this.message,
                         html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint, this.fold));
     const { widget, resize } = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
     this.resize = resize;
@@ -183,6 +185,19 @@ export class TrainingPanel {
     this.plan.classList.toggle("tlora-wrong", isWrong);
   }
 
+  /** Before a run; during it there is more to see. */
+  async tellPictures() {
+    if (await this.pictures.update()) this.fit();
+  }
+
+  fit() {
+    const { run } = this, isHidden = run?.state === "running" || !this.pictures.height;
+    this.pictures.element.hidden = isHidden;
+    const lines = Math.min(Math.ceil(this.message.textContent.length / CHARACTERS), MOST_LINES);
+    this.resize(HEIGHT_IDLE + (isHidden ? 0 : 6 + this.pictures.height) + (run?.steps ? HEIGHT_RUN : 0)
+                + (run?.pictures.length ? HEIGHT_STRIP : 0) + (lines ? 6 + lines * HEIGHT_LINE : 0));
+  }
+
   toggle() {
     toggleAdvanced(this.node);
     this.update();
@@ -192,6 +207,7 @@ export class TrainingPanel {
     this.fold.hidden = drawsElements();
     setText(this.fold, t(this.node.showAdvanced ? "fold" : "unfold"));
     this.tellPlan();
+    this.tellPictures();
     const run = runOf(this.node);
     if (run === this.run) return;
     this.run = run;
@@ -217,8 +233,7 @@ export class TrainingPanel {
       setText(button, t(asked ? `${wish}_asked` : wish));
       button.disabled = !runs || asked;
     }
-    const lines = Math.min(Math.ceil(said.length / CHARACTERS), MOST_LINES);
-    this.resize(HEIGHT_IDLE + (run?.steps ? HEIGHT_RUN : 0) + (run?.pictures.length ? HEIGHT_STRIP : 0) + (lines ? 6 + lines * HEIGHT_LINE : 0));
+    this.fit();
   }
 }
 

@@ -58,6 +58,12 @@ function guided({ scale, told, told_in_training: inTraining }) {
   return scale === 1 ? t("plan_unguided") : t("plan_guided", { scale });
 }
 
+/** The side of the square that a Train node trains on, in pixels; a usual one while the model is not known. */
+export async function resolutionOf(node) {
+  const body = asked(node), plan = body ? await ask(body) : {};
+  return plan.resolution ?? (values(node).resolution || 1024);
+}
+
 /** {text, isWrong} for the panel's line. */
 export async function planOf(node) {
   const body = asked(node), plan = body ? await ask(body) : {};

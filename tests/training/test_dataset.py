@@ -159,3 +159,27 @@ def test_weights_of_the_loss_have_mean_one_and_the_floor_outside():
     assert float(loss_weights(mask, (4, 4), 0.0)[3, 3]) == 0
     with pytest.raises(TLoRAError, match="covers nothing"):
         loss_weights(torch.zeros(16, 16), (4, 4), 0.0)
+
+
+def test_alpha_is_the_mask_and_limits_a_mask_that_is_given():
+    batch, alpha = pictures(2, 20, 30), torch.zeros(2, 20, 30, 1)
+    alpha[:, :10] = 1
+    alpha[1, :5] = 0.5
+    cut_out, mask = torch.cat([batch, alpha], 3), torch.zeros(20, 30)
+    mask[4:16] = 1
+    plain, limited = training_images(cut_out), training_images(cut_out, mask=mask)
+    for image, colours, opaque in zip(plain, batch, alpha[..., 0]):
+        assert torch.equal(image.pixels, colours) and torch.equal(image.mask, opaque)
+    assert all(torch.equal(image.mask, mask * opaque) for image, opaque in zip(limited, alpha[..., 0]))
+    assert [tuple(image.pixels.shape) for image in training_list([cut_out])] == [(20, 30, 3)] * 2
+    assert training_images(torch.cat([batch, torch.ones_like(alpha)], 3))[0].mask is None
+
+
+def test_a_picture_of_which_nothing_is_opaque_is_refused():
+    cut_out, below = torch.zeros(1, 20, 30, 4), torch.zeros(20, 30)
+    below[15:] = 1
+    with pytest.raises(TLoRAError, match="image 1 is transparent in all of it; connect a picture"):
+        training_images(cut_out)
+    cut_out[:, :10, :, 3] = 1
+    with pytest.raises(TLoRAError, match="image 1 is transparent in all of its mask"):
+        training_images(cut_out, mask=below)

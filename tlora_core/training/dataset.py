@@ -1,6 +1,7 @@
 """The training pictures of a T-LoRA, with captions and masks, and their framing for the model."""
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,11 +47,13 @@ class Framed:
 
 
 def training_images(images: Tensor, captions: str = "", mask: Tensor | None = None) -> list[TrainingImage]:
-    """A batch of pictures [N, H, W, 3] as TrainingImages.
+    """A batch of pictures [N, H, W, 3] or [N, H, W, 4] as TrainingImages.
 
     captions: one line for all, or one for each; empty for the paper's prompt. mask: [H, W], [1, H, W] or [N, H, W].
-    Raises TLoRAError when the counts or sizes do not match.
+    Where a picture has alpha, it is the mask, or limits the one given, so that the colours hidden in transparent parts
+    are not learnt. Raises TLoRAError when the counts or sizes do not match.
     """
+    images, alpha = _parted(images)
     check_images(images)
     lines = _lines(captions)
     if len(lines) not in (1, len(images)):
@@ -58,13 +61,16 @@ def training_images(images: Tensor, captions: str = "", mask: Tensor | None = No
             f"captions has {len(lines)} lines for {_pictures(len(images))}; write one line for all or one for each."
         )
     masks = [None] * len(images) if mask is None else _masks(images, mask)
+    if alpha is not None:
+        logging.info("[T-LoRA] image has transparent parts, which are not learnt.")
+        masks = [_opaque(i, one, masks[i]) for i, one in enumerate(alpha)]
     return [TrainingImage(pixels, lines[i % len(lines)], masks[i]) for i, pixels in enumerate(images)]
 
 
 def training_list(
     images: Sequence[Tensor], captions: Sequence[str] = ("",), masks: Sequence[Tensor] = ()
 ) -> list[TrainingImage]:
-    """A list of batches [N, H, W, 3] of any sizes as one list of TrainingImages.
+    """A list of batches [N, H, W, 3] or [N, H, W, 4] of any sizes as one list of TrainingImages.
 
     captions: a single text for all pictures, as in `training_images`; or one text for each picture; or one for each
     item of `images`, with its captions as in `training_images`. masks: one for all pictures, one for each, or one for
@@ -74,7 +80,7 @@ def training_list(
     if not images:
         raise TLoRAError("image is an empty list; connect at least one picture.")
     for batch in images:
-        check_images(batch)
+        check_images(_parted(batch)[0])
     texts, masks = _captions_by_batch(captions or ("",), images), _masks_by_batch(masks, images)
     return [image for batch in zip(images, texts, masks) for image in training_images(*batch)]
 
@@ -144,6 +150,23 @@ def _masks(images: Tensor, mask: Tensor) -> list[Tensor]:
             "same height and width, one for all pictures or one for each."
         )
     return [mask[i % len(mask)].clamp(0, 1) for i in range(len(images))]
+
+
+def _parted(images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(colours [N, H, W, 3], alpha [N, H, W]) of pictures; without alpha, or all opaque, alpha is None."""
+    if images is None or images.ndim != 4 or images.shape[3] != 4:
+        return images, None
+    alpha = images[..., 3].clamp(0, 1)
+    return images[..., :3], alpha if bool((alpha < 1).any()) else None
+
+
+def _opaque(index: int, alpha: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a picture with alpha [H, W], within its own mask if it has one. Raises TLoRAError if it is empty."""
+    both = alpha if mask is None else alpha * mask.to(alpha)
+    if not bool((both > 0).any()):
+        part = "all of it" if mask is None else "all of its mask"
+        raise TLoRAError(f"image {index + 1} is transparent in {part}; connect a picture that shows the subject.")
+    return both
 
 
 def caption_of(caption: str, token: str, class_word: str) -> str:

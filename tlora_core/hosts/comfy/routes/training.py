@@ -1,11 +1,14 @@
 """Routes that show and control training runs. Nothing that a page sends is used as a path."""
 
 import asyncio
+from collections.abc import Callable
+from typing import Any
 
 from aiohttp import web
 
 from ..page.pages import listen
 from ..page.training import LiveRun
+from .pictures import asked_pictures
 from .plan import asked_plan
 
 RUN = "/tlora/runs/{run_id}"
@@ -21,11 +24,11 @@ def add_routes(routes: web.RouteTableDef) -> None:
 
     @routes.post("/tlora/plan")
     async def plan(request):
-        try:
-            answer = await asyncio.to_thread(asked_plan, await request.json())
-        except (ValueError, KeyError, TypeError) as error:
-            raise web.HTTPBadRequest(text="These are not a node's inputs.") from error
-        return web.json_response(answer)
+        return await _of_inputs(request, asked_plan)
+
+    @routes.post("/tlora/pictures")
+    async def pictures(request):
+        return await _of_inputs(request, asked_pictures)
 
     @routes.get(RUN + "/validation/{index:[0-9]{1,9}}")
     async def validation(request):
@@ -41,6 +44,14 @@ def add_routes(routes: web.RouteTableDef) -> None:
     @routes.post(RUN + "/checkpoint")
     async def checkpoint(request):
         return _answer(_from_our_page(request) and _run(request).request("checkpoint"))
+
+
+async def _of_inputs(request: web.Request, answer: Callable[[Any], dict[str, Any]]) -> web.Response:
+    """What `answer` makes of a node's inputs, in a thread because it reads files."""
+    try:
+        return web.json_response(await asyncio.to_thread(answer, await request.json()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise web.HTTPBadRequest(text="These are not a node's inputs.") from error
 
 
 def _run(request: web.Request) -> LiveRun:

@@ -68,7 +68,7 @@ def train_or_find(
         node_id,
     )
     state = None if found is None else found.load_state()
-    remark = ""
+    remark = personalization.remark
     if state is not None and state.get("format") != STATE_FORMAT:
         remark = (
             f"The first {state['step']} steps were trained by an older version and cannot be resumed; training starts "

@@ -22,6 +22,7 @@ from ....method.starts import counted
 from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
 from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
+from ....training.masks import BORDER_IS_COVERED, covers_border
 from ....training.trainer import Trainer
 from ..draw import draw
 from ..model.defaults import Defaults, defaults_for
@@ -164,6 +165,7 @@ class Personalization:
             prior = (class_pictures or ClassPictures()).of(
                 model, clip, vae, request.class_word, request.resolution, seeds
             )
+        self.remark = ""  # for the user, on what is doubtful about the pictures
         self.samples = self._encode(encoder, images)
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
         layers, self.layers_in_words = seen_layers(model, self.samples[0], request.config, request.layers)
@@ -310,6 +312,9 @@ class Personalization:
         request, samples = self.request, []
         for image in counted(images, counting("encoding pictures", self.node_id, "picture")):
             picture = frame(image, request.framing, request.resolution, encoder.unit)
+            if picture.mask is not None and covers_border(picture.mask) and not self.remark:
+                self.remark = BORDER_IS_COVERED
+                logging.warning("[T-LoRA] %s", self.remark)
             caption = caption_of(image.caption, request.token, request.class_word)
             samples.append(encoder.sample(picture, caption))
             if request.flip:
