@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.g = nn.RMSNorm(WIDTH // HEADS)
 
     def forward(self, picture, text, level):
-        picture = self.i(picture) * self.j(nn.functional.gelu(self.h(level)))
+        picture, text = self.i(picture), text * self.j(nn.functional.gelu(self.h(level)))
         both = torch.cat((self.b(text), self.a(picture)), 1)
         query, key, value = both.split((WIDTH, WIDTH // 2, WIDTH // 2), -1)
         given = attend(self.g(heads(query)), heads(key, 1), heads(value, 1), enable_gqa=True)
