@@ -1,4 +1,5 @@
-"""CONTRIBUTING and docs/ARCHITECTURE.md only name files, commands and names that exist."""
+"""CONTRIBUTING and docs/ARCHITECTURE.md only name files, commands and names that exist; and the commands that README and
+docs/REFERENCE_COMMANDS.md print are understood."""
 
 import re
 import shlex
@@ -48,3 +49,18 @@ def test_commands_are_understood(command):
     parsed = cli.parse(arguments)
     for path in [getattr(parsed, "script", None), *(text for text in arguments if text.startswith("tests/"))]:
         assert path is None or (REPO / path).exists()
+
+
+def printed_commands():
+    """The commands of tools/host.py in blocks of code, each in one line."""
+    for document in ("README.md", "docs/REFERENCE_COMMANDS.md"):
+        for block in re.findall(r"```bash\n(.*?)```", (REPO / document).read_text(encoding="utf-8"), re.DOTALL):
+            yield from re.findall(r"^python3 tools/host\.py (?:[^\n']|\\\n|'[^']*')*", block, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", list(printed_commands()))
+def test_printed_commands_are_understood(command):
+    arguments = shlex.split(command)[2:]
+    parsed = cli.parse(arguments)
+    if arguments[0] == "run":
+        assert (REPO / parsed.workflow).is_file()
