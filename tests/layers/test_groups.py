@@ -130,6 +130,7 @@ def test_layers_whose_overlays_differ_are_right_too(dtype):
         overlays(of[:2], one[:2], 1) + overlays(of[2:], one[2:], 5),  # of several ranks
         overlays(of[1:], one[1:], 2),  # on some of them alone
         overlays(of, one[::-1], 4),  # in another order than in the stack
+        overlays(of, [one[0], one[1], one[3], one[2]], 4),
         overlays(of, one, 6),
     ]
     for wanted in several:
@@ -169,7 +170,15 @@ def test_an_output_that_no_layer_asked_for_is_not_given_later():
     of, value = linears(), torch.randn(2, 5, IN)
     adapters, group, texts = updates(of), FoldedOutputs(of), [Text(value), Text(value + 1)]
     twice = [of[0], of[0]]
-    for active, which, called in ((4, 0, of[:2]), (2, 0, of), (3, 0, of[1:]), (3, 1, of), (3, 1, twice), (5, 1, of)):
+    for active, which, called in (
+        (4, 0, of[:2]),
+        (1, 0, of[2:]),
+        (2, 0, of),
+        (3, 0, of[1:]),
+        (3, 1, of),
+        (3, 1, twice),
+        (5, 1, of),
+    ):
         wanted, text = overlays(of, adapters, active), texts[which]
         with put_on(group, wanted, text):
             for layer in called:
