@@ -119,11 +119,11 @@ def test_sampling_applies_the_rank_of_each_sigma_in_either_way(trial, monkeypatc
 
 def test_file_draws_the_same_in_our_loader_and_the_hosts_where_all_ranks_are_on(trial, tmp_path):
     """The host's loader is given the layout that the file's note recommends where it cannot find all layers itself."""
+    from family_checks import Trial
     from host_lora import by_the_host
 
     from tlora_core import TLoRAFile
     from tlora_core.files.export import export
-    from tlora_core.hosts.comfy.model.kept_state import forget_kept
 
     tlora = trial.tlora(min_rank=8)
     tlora.save(tmp_path / "own.safetensors")
@@ -134,8 +134,8 @@ def test_file_draws_the_same_in_our_loader_and_the_hosts_where_all_ranks_are_on(
     if tlora.note:
         export(tlora, tmp_path / "own.safetensors", "comfyui", torch.float32)
     ours = trial.sample(runs.apply(trial.model, again))
-    forget_kept(trial.model.model)  # as it still is of a sampling without the host's LoRA
-    theirs = trial.sample(by_the_host(trial.model, tmp_path / "own.safetensors"))
+    fresh = Trial(trial.name)  # whose model keeps nothing of samplings without the host's LoRA
+    theirs = fresh.sample(by_the_host(fresh.model, tmp_path / "own.safetensors"))
     assert models.relative_error(theirs, ours) < 1e-5
     assert models.relative_error(theirs, trial.sample(trial.model)) > 1e-3
 
