@@ -230,8 +230,9 @@ def test_a_unets_output_for_the_text_is_computed_once_a_session(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "linear", counted)
-        # A text of one sample and one of the other; and the first call of all, which finds out what a layer overwrites.
-        assert len(in_node(work)) == 3
+        # A text of one sample and one of the other; the first call of all, which finds out what a layer overwrites; and
+        # the trial of its block, which finds out what a block overwrites.
+        assert len(in_node(work)) == 4
 
 
 def test_copies_of_a_tlora_that_was_trained_on_top_of_leave_the_device(base):
