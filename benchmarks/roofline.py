@@ -5,8 +5,9 @@
 One evaluation is made on PyTorch's device "meta", where tensors have a size and no numbers, and every operation's bytes
 and multiplications are counted. A card's time for it is the sum, over operations, of the longer of bytes by bandwidth
 and arithmetic by speed, and of 4 microseconds to start it. "to_bare" is that time by the bare model's. Attention counts
-as one operation that stores no matrix of tokens by tokens. Nothing is taken to stay in a card's cache, so real ratios
-are lower; and no time is counted for Python, which a GPU that is busy hides.
+as one operation that stores no matrix of tokens by tokens. For that nothing is taken to stay in a card's cache. For
+"cached" what the operation just before has written takes no bytes, if it is no larger than the card's cache. No time is
+counted for Python, which a GPU that is busy hides.
 
 The evaluation is the third of a sampling, after which what is kept is there, at a rank that the second did not have;
 three quarters of the components are on. Rows: bare; folded, with copies of weights kept; short, as the pack does where
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 START = 4e-6  # seconds
+MIB = 2**20
 TEXT_TOKENS = {"sdxl": 77, "flux": 512}
 BATCH = {"sdxl": 2, "flux": 1}  # FLUX.1 has its guidance as an input
 WAYS = {"folded": True, "short": None, "beside": False}  # apply_tlora's `fold`
@@ -39,31 +41,36 @@ WAYS = {"folded": True, "short": None, "beside": False}  # apply_tlora's `fold`
 
 class Card(NamedTuple):
     """What a card achieves, somewhat below what its maker states: bytes, and operations in half and single precision, a
-    second."""
+    second. cache: its size in bytes."""
 
     bandwidth: float
     half: float
     single: float
+    cache: int = 0
 
 
 CARDS = {
-    "4090": Card(0.92e12, 150e12, 60e12),
-    "3060": Card(0.33e12, 45e12, 11e12),
-    "5090": Card(1.65e12, 200e12, 90e12),
-    "H200": Card(4.2e12, 650e12, 50e12),
+    "4090": Card(0.92e12, 150e12, 60e12, 72 * MIB),
+    "3060": Card(0.33e12, 45e12, 11e12, 3 * MIB),
+    "5090": Card(1.65e12, 200e12, 90e12, 96 * MIB),
+    "H200": Card(4.2e12, 650e12, 50e12, 50 * MIB),
 }
 
 
 class Operation(NamedTuple):
-    """One kernel: bytes it reads and writes, its additions and multiplications, and whether in half precision."""
+    """One kernel: bytes it reads and writes, its additions and multiplications, and whether in half precision. again:
+    of the bytes, those of memory that the kernel just before has written, which is `fresh` bytes large."""
 
     name: str
     bytes: int
     flops: int
     is_half: bool
+    again: int = 0
+    fresh: int = 0
 
-    def seconds(self, card: Card) -> float:
-        return START + max(self.bytes / card.bandwidth, self.flops / (card.half if self.is_half else card.single))
+    def seconds(self, card: Card, is_cached: bool = False) -> float:
+        moved = self.bytes - (self.again if is_cached and self.fresh <= card.cache else 0)
+        return START + max(moved / card.bandwidth, self.flops / (card.half if self.is_half else card.single))
 
 
 class Operations(TorchDispatchMode):
@@ -72,6 +79,7 @@ class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.all: list[Operation] = []
+        self._written: list[Tensor] = []  # by the latest
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -92,11 +100,15 @@ class Operations(TorchDispatchMode):
         return output
 
     def _note(self, name: str, written: list[Tensor], read: Iterable[Tensor], flops: int) -> None:
-        size = sum(_bytes(each) for each in (*written, *read))
-        self.all.append(Operation(name, size, flops, written[0].element_size() == 2))
+        touched = [*written, *read]
+        fresh = {each.untyped_storage()._cdata: each.untyped_storage().nbytes() for each in self._written}
+        again = sum(_bytes(each) for each in touched if each.untyped_storage()._cdata in fresh)
+        size, is_half = sum(_bytes(each) for each in touched), written[0].element_size() == 2
+        self.all.append(Operation(name, size, flops, is_half, again, sum(fresh.values())))
+        self._written = written
 
-    def seconds(self, card: Card) -> float:
-        return sum(operation.seconds(card) for operation in self.all)
+    def seconds(self, card: Card, is_cached: bool = False) -> float:
+        return sum(operation.seconds(card, is_cached) for operation in self.all)
 
 
 def _on_meta(values) -> list[Tensor]:
@@ -216,7 +228,10 @@ def row(way: str, operations: Operations, bare: Operations) -> dict:
         "gb": round(sum(each.bytes for each in operations.all) / 1e9, 1),
         "tflop": round(sum(each.flops for each in operations.all) / 1e12, 2),
         **{f"ms_{name}": round(1e3 * operations.seconds(card), 1) for name, card in CARDS.items()},
-        "to_bare": {name: round(operations.seconds(card) / bare.seconds(card), 3) for name, card in CARDS.items()},
+        **{
+            what: {n: round(operations.seconds(c, cached) / bare.seconds(c, cached), 3) for n, c in CARDS.items()}
+            for what, cached in (("to_bare", False), ("cached", True))
+        },
     }
 
 

@@ -106,7 +106,7 @@ class Floor:
             sample = Sample(setting.latent[0], None, None, setting.text)
             denoiser = HostDenoiser(setting.model, Adapters({}), RankSchedule(1, 1), [sample], TrainConfig())
             base = setting.model.model
-            inputs = denoiser._inputs(denoiser.samples, setting.latent)
+            inputs = denoiser.inputs(denoiser.samples, setting.latent)
 
             def step():
                 sigmas = draw_sigmas(base.model_sampling, 1, generator).to(setting.device)

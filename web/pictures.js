@@ -6,7 +6,8 @@ import { showLarge } from "./lightbox.js";
 import { resolutionOf } from "./plan.js";
 import { t } from "./texts.js";
 
-const IMAGES = "TLoRAImages", HEIGHT_STRIP = 94, HEIGHT_LINE = 16, HEIGHT_LEAST = 50, CHARACTERS = 46; // pixels, as in panel.js
+const IMAGES = "TLoRAImages";
+const STRIP = 88, LINE = 16, GAP = 6, FRAME = 34, CHARACTERS = 46; // pixels, and characters of a line, as in panel.js
 const LOADERS = ["LoadImage", "LoadImageOutput"];
 
 const answers = new Map(); // request -> promise
@@ -102,7 +103,7 @@ class Pictures {
     this.words.classList.toggle("tlora-wrong", isWrong);
     [this.row.hidden, this.words.hidden] = [!pictures.length, !lines.length];
     const rows = Math.ceil(lines.join(" ").length / CHARACTERS);
-    this.height = (pictures.length ? HEIGHT_STRIP : 0) + (rows ? 6 + rows * HEIGHT_LINE : 0);
+    this.height = (pictures.length ? STRIP : 0) + (pictures.length && rows ? GAP : 0) + rows * LINE;
     this.element.hidden = !this.height;
     return true;
   }
@@ -142,7 +143,7 @@ export const picturesOf = (node) => new Pictures(node);
 export function addPictures(node) {
   const pictures = new Pictures(node);
   const element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training_pictures") }, pictures.element);
-  const { resize } = addPanel(node, "tlora_pictures", element, HEIGHT_LEAST);
+  const { resize } = addPanel(node, "tlora_pictures", element, FRAME + LINE);
   after(node, "onConnectionsChange", () => ran.delete(node));
-  followNode(node, async () => (await pictures.update()) && resize(Math.max(HEIGHT_LEAST, 32 + pictures.height)));
+  followNode(node, async () => (await pictures.update()) && resize(FRAME + pictures.height));
 }

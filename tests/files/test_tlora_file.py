@@ -112,6 +112,15 @@ def test_a_thumbnail_is_in_the_file_only_when_given(tmp_path, saved):
     TLoRAFile.load(tmp_path / "a.safetensors")
 
 
+def test_equal_tloras_make_equal_files(tmp_path):
+    odd = make(token='"犬\\" / é')
+    files = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    for path in files:
+        odd.save(path)
+    assert len({path.read_bytes() for path in files}) == 1
+    assert TLoRAFile.load(files[0]).token == odd.token
+
+
 def test_nothing_of_this_machine_is_in_the_file(saved):
     content = saved.read_bytes()
     for private in (str(saved.parent), os.path.expanduser("~"), "sks dog.safetensors"):

@@ -130,6 +130,7 @@ def test_layers_whose_overlays_differ_are_right_too(dtype):
         overlays(of[:2], one[:2], 1) + overlays(of[2:], one[2:], 5),  # of several ranks
         overlays(of[1:], one[1:], 2),  # on some of them alone
         overlays(of, one[::-1], 4),  # in another order than in the stack
+        overlays(of, [one[0], one[1], one[3], one[2]], 4),
         overlays(of, one, 6),
     ]
     for wanted in several:
@@ -148,6 +149,40 @@ def test_a_step_that_not_all_layers_see_is_made_up_for():
         with put_on(group, wanted):
             for layer in called:
                 assert error(layer(x), reference(layer, wanted, x)) < 1e-6
+
+
+def test_weights_that_something_else_changes_are_fetched_at_every_evaluation():
+    (layer, *_), x, level = linears(), torch.randn(3, IN), [1.0]
+
+    @contextmanager
+    def fetch(layer, like):
+        yield layer.weight * level[0], layer.bias
+
+    adapters = updates([layer])
+    group, wanted = FoldedWeights([layer], fetch, Keeping(True), is_constant=False), overlays([layer], adapters, 4)
+    for level[0] in (1.0, 2.0):
+        changed = torch.nn.Linear(IN, OUT).requires_grad_(False)
+        changed.weight.copy_(layer.weight * level[0])
+        changed.bias.copy_(layer.bias)
+        with put_on(group, wanted):
+            assert error(layer(x), reference(changed, overlays([changed], adapters, 4), x)) < 1e-6
+
+
+def test_copies_are_in_the_dtype_of_what_they_multiply():
+    of = linears()
+
+    @contextmanager
+    def fetch(layer, like):
+        yield layer.weight.to(like.dtype), layer.bias.to(like.dtype)
+
+    group, wanted = weights_of(of, fetch=fetch), overlays(of, updates(of), 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        with put_on(group, wanted):
+            for layer in of:
+                x = torch.randn(3, IN, dtype=dtype)
+                output = layer(x)
+                assert output.dtype == dtype
+                assert error(output, reference(layer, wanted, x)) < (1e-6 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("is_kept", [True, False])
@@ -169,7 +204,8 @@ def test_an_output_that_no_layer_asked_for_is_not_given_later():
     of, value = linears(), torch.randn(2, 5, IN)
     adapters, group, texts = updates(of), FoldedOutputs(of), [Text(value), Text(value + 1)]
     twice = [of[0], of[0]]
-    for active, which, called in ((4, 0, of[:2]), (2, 0, of), (3, 0, of[1:]), (3, 1, of), (3, 1, twice), (5, 1, of)):
+    calls = [(4, 0, of[:2]), (1, 0, of[2:]), (2, 0, of), (3, 0, of[1:]), (3, 1, of), (3, 1, twice), (5, 1, of)]
+    for active, which, called in calls:
         wanted, text = overlays(of, adapters, active), texts[which]
         with put_on(group, wanted, text):
             for layer in called:

@@ -1,11 +1,14 @@
-"""CONTRIBUTING and docs/ARCHITECTURE.md only name files, commands and names that exist."""
+"""CONTRIBUTING and docs/ARCHITECTURE.md only name files, commands and names that exist; the commands that README and
+docs/REFERENCE_COMMANDS.md print are understood."""
 
 import re
 import shlex
 
 import pytest
 from hostlib import cli
+from hostlib.overrides import parse_sets
 from places import REPO
+from trainlib.arguments import job_of
 
 DOCUMENTS = ["CONTRIBUTING.md", "docs/ARCHITECTURE.md"]
 CORE = REPO / "tlora_core"
@@ -48,3 +51,23 @@ def test_commands_are_understood(command):
     parsed = cli.parse(arguments)
     for path in [getattr(parsed, "script", None), *(text for text in arguments if text.startswith("tests/"))]:
         assert path is None or (REPO / path).exists()
+
+
+def printed_commands():
+    """The commands of tools/host.py in blocks of code, each in one line."""
+    for document in ("README.md", "docs/REFERENCE_COMMANDS.md"):
+        for block in re.findall(r"```bash\n(.*?)```", (REPO / document).read_text(encoding="utf-8"), re.DOTALL):
+            yield from re.findall(r"^python3 tools/host\.py (?:\\\n|'[^']*'|[^\n'])*", block, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", list(printed_commands()))
+def test_printed_commands_are_understood(command, tmp_path, monkeypatch):
+    name, *arguments = shlex.split(command.replace("\\\n", " "))[2:]
+    parsed = cli.parse([name, *arguments])
+    if name == "run":
+        assert (REPO / parsed.workflow).is_file() and parse_sets(parsed.set)
+    if name == "train":
+        (tmp_path / "dog_example").mkdir()
+        (tmp_path / "dog_example" / "02.jpg").touch()
+        monkeypatch.chdir(tmp_path)
+        assert job_of(parsed)["inputs"]["class_word"] == "dog"

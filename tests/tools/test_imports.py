@@ -27,12 +27,12 @@ CORE_ORDER = (
     ("cli",),
     ("__main__",),
 )
-HOSTS_ORDER = (("diffusers", "comfy"),)
+HOSTS_ORDER = (("diffusers", "comfy"), ("scripts",))
 COMFY_ORDER = (
     ("model",),
     ("page",),
     ("progress", "room", "reach", "whole_sampling"),
-    ("sampling", "draw", "files", "encoders"),
+    ("sampling", "draw", "files", "encoders", "loaders", "start"),
     ("training",),
     ("routes",),
 )

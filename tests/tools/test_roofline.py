@@ -42,6 +42,21 @@ def test_what_is_written_in_place_is_read_too_but_not_what_is_filled():
     assert counted(lambda: a.zero_()) == [(2 * 24, 0)]
 
 
+def test_what_the_operation_before_has_written_is_in_the_cache_if_that_is_large_enough():
+    stack, weights = empty(2, 4, 6), [empty(4, 6), empty(4, 6)]
+    with roofline.Operations() as operations:
+        torch.stack(weights, out=stack)
+        stack.baddbmm_(empty(2, 4, 3), empty(2, 3, 6))
+        stack.baddbmm_(empty(2, 4, 3), empty(2, 3, 6)[:, :, :])
+        weights[0].add_(1)
+    assert [each.again for each in operations.all] == [0, 2 * stack.nbytes, 2 * stack.nbytes, 0]
+    card = CARD._replace(cache=stack.nbytes)
+    first, second, *_ = operations.all
+    assert second.seconds(card, is_cached=True) == pytest.approx(roofline.START + second.flops / card.half)
+    for each, other in ((first, card), (second, card._replace(cache=stack.nbytes - 1))):
+        assert each.seconds(other, is_cached=True) == each.seconds(other)
+
+
 def test_views_and_repetitions_take_nothing():
     a, b = empty(4, 6), empty(6)
     assert counted(lambda: a.t()[1:].unsqueeze(0)) == []

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ INPUTS = {
     "method": "tlora",
     "rank": "4",
     "min_rank": "2",
-    "steps": "20",
+    "steps": "8",
     "learning_rate": "0.01",
 }
 
@@ -97,17 +96,16 @@ def test_the_node_and_the_command_find_each_others_runs_and_make_the_same_bytes(
     options = declared(server, "TLoRATrainingOptions")
     del options["prior_images"]
 
-    def by_node(seed):
+    def by_node(file_name):
         graph = TinyGraph()
         node = graph.train(
             image=graph.add("LoadImage", image=picture.name)[0],
             mask=graph.add("LoadImageMask", image=mask.name, channel="red")[0],
             options=graph.add("TLoRATrainingOptions", **{**options, "outside_mask": 0.25})[0],
             class_word="heart",
-            steps=20,
+            steps=8,
             learning_rate=0.01,
-            seed=seed,
-            file_name="run/command",
+            file_name=file_name,
         )
         [name] = server.run(graph).outputs[node.id]["text"]
         return server.workspace / "models" / "loras" / name
@@ -115,29 +113,13 @@ def test_the_node_and_the_command_find_each_others_runs_and_make_the_same_bytes(
     def by_command(**inputs):
         status, result, _ = finished(started(server, asked(picture, "--mask", mask, outside_mask="0.25", **inputs)))
         assert status == 0
-        return result
+        return result["state"], Path(result["file"])
 
-    of_node = by_node(seed=1)
-    found = by_command(seed=1)
-    assert (found["state"], Path(found["file"])) == ("found", of_node)
-    of_command = by_command(seed=2)
-    assert (of_command["state"], by_node(seed=2)) == ("done", Path(of_command["file"]))
-    again = by_command(seed=1, rerun="restart")
-    assert again["file"] != found["file"] and digest(again["file"]) == digest(of_node)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGINT to send there")
-def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(server, tmp_path):
-    mine = asked(write_picture(tmp_path / "heart.png"), steps=20, file_name="run/cancelled")
-    process = started(server, mine)
-    while "training, loss" not in process.stderr.readline():
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGINT)
-    status, result, said = finished(process)
-    assert (status, result["state"]) == (130, "cancelled")
-    assert "Cancelled at step" in said and "The same command goes on." in said
-    status, result, said = finished(started(server, mine))
-    assert (status, result["state"], result["steps"]) == (0, "done", 20) and "resuming an earlier run at step" in said
+    of_node = by_node("run/command")
+    assert by_command(file_name="run/command") == ("found", of_node)
+    state, of_command = by_command(file_name="run/again", rerun="restart")
+    assert state == "done" and of_command != of_node and digest(of_command) == digest(of_node)
+    assert by_node("run/again") == of_command
 
 
 # --- the job, in this process ---
@@ -145,19 +127,30 @@ def test_ctrl_c_keeps_the_state_and_the_same_command_goes_on(server, tmp_path):
 
 def test_a_job_prints_one_json_object_and_copies_its_results(in_process, tmp_path):
     prompt = ("--validation-prompt", "a {} on snow", "--set", "validate_every=1")
-    mine = asked(write_picture(tmp_path / "heart.png"), "--out", tmp_path / "out", *prompt, steps=2)
+    mine = asked(write_picture(tmp_path / "heart.png"), "--out", tmp_path / "out", *prompt, steps=1)
     status, result, said = in_process(mine)
-    assert (status, result["state"], result["steps"], result["name"]) == (
-        0,
-        "done",
-        2,
-        "run/command_00001_.safetensors",
-    )
-    assert "training, loss" in said and "2 steps of adamw" in said
-    copied = {"command_00001_.safetensors", "step_000001.png", "step_000002.png", "loss.png"}
+    assert (status, result["state"], result["steps"]) == (0, "done", 1)
+    assert result["name"] == "run/command_00001_.safetensors"
+    assert "training, loss" in said and "1 steps of adamw" in said
+    copied = {"command_00001_.safetensors", "step_000001.png", "loss.png"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == copied
     assert digest(tmp_path / "out" / "command_00001_.safetensors") == digest(result["file"])
     assert in_process(mine)[1]["state"] == "found" and len(list((tmp_path / "out").iterdir())) == len(copied)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_keeps_the_state_and_the_same_command_goes_on(in_process, tmp_path, monkeypatch, number, status):
+    import training_runs
+
+    before = signal.getsignal(number)
+    mine = asked(write_picture(tmp_path / "heart.png"), checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        training_runs.Wish(patch, 3, lambda live: signal.raise_signal(number))
+        ended, result, said = in_process(mine)
+    assert (ended, result["state"]) == (status, "cancelled") and signal.getsignal(number) == before
+    assert said.splitlines()[-1] == result["error"] and "The same command goes on." in result["error"]
+    ended, result, said = in_process(mine)
+    assert (ended, result["state"], result["steps"]) == (0, "done", 8) and "resuming an earlier run at step" in said
 
 
 @pytest.mark.parametrize(
@@ -234,7 +227,8 @@ def test_a_call_has_the_inputs_and_the_defaults_of_the_nodes(server, base, outpu
 
     inputs = {**declared(server, "TLoRATrainFromImage"), **declared(server, "TLoRATrainingOptions")}
     sockets = {"model", "clip", "vae", "image", "mask", "more_images", "options", "prior_images"}
-    plain = {name: value for name, value in inputs.items() if name not in sockets}
+    hidden = {"unique_id", "prompt", "extra_pnginfo"}
+    plain = {name: value for name, value in inputs.items() if name not in sockets | hidden}
     assert set(plain) == set(by_name.input_kinds()) - {"beta1", "beta2"}
     asked = []
     monkeypatch.setattr(by_name, "train_or_find", lambda *given: asked.append(given[4:]))

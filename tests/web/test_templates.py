@@ -172,8 +172,8 @@ def test_every_template_is_readable_when_it_opens_on_a_laptop(page, renderer):
             seen = page.evaluate(OPEN_AS_TEMPLATE, [json.loads(path.read_text(encoding="utf-8")), name])
             assert seen["scale"] >= seen["least"] > 0 and not seen["isLow"], (name, seen)
             tall = [height for kind, height in seen["heights"] if kind == "TLoRATrainFromImage"]
-            # Captions that a template fills in are one text box more.
-            assert all(height <= (700 if "several" in name.lower() else 620) for height in tall), (name, tall)
+            # Captions that a template fills in are one text box more, and masks a line in the panel.
+            assert all(height <= (710 if "several" in name.lower() else 620) for height in tall), (name, tall)
     finally:
         page.set_viewport_size(before)
         set_setting(page, "Comfy.VueNodes.Enabled", False)

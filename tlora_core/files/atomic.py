@@ -1,6 +1,7 @@
 """Writes files atomically, among them safetensors files with the hash of their tensors."""
 
 import hashlib
+import json
 import os
 import stat
 import uuid
@@ -77,13 +78,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     def write(temporary: Path) -> None:
         save_file(dict(tensors), temporary, dict(metadata))
-        _fill_in_hash(temporary)
+        _finish_header(temporary)
 
     write_whole(path, write)
 
 
-def _fill_in_hash(path: Path) -> None:
-    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME."""
+def _finish_header(path: Path) -> None:
+    """Puts the SHA-256 of the tensors' bytes, the part of the file after its header, in place of HASH_TO_COME, and the
+    metadata in order, so that equal T-LoRAs make equal files: safetensors writes it in a random one."""
     with open(path, "r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         digest = hashlib.sha256()
@@ -91,4 +93,13 @@ def _fill_in_hash(path: Path) -> None:
             digest.update(chunk)
         # The hash is as long as the placeholder, so nothing moves.
         file.seek(8)
-        file.write(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode()))
+        file.write(_in_order(header.replace(HASH_TO_COME.encode(), digest.hexdigest().encode())))
+
+
+def _in_order(header: bytes) -> bytes:
+    """The header with sorted metadata, of the same length."""
+    parts = json.loads(header)
+    parts["__metadata__"] = dict(sorted(parts.get("__metadata__", {}).items()))
+    ordered = json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+    # JSON has several spellings of some letters; the tensors begin where the header says, so it must not grow.
+    return ordered.ljust(len(header)) if len(ordered) <= len(header) else header

@@ -2,9 +2,9 @@
 
 from .parts import (
     BLUE,
-    CONCEPT,
     FLUX,
     GREEN,
+    IMAGES,
     LATENT,
     LOADER,
     PICTURE,
@@ -62,8 +62,8 @@ the subject.
             "mask": image["MASK"],
             "captions": "a photo of {token} {class_word} " + place,
         }
-    more = described.add("TLoRAImages", CONCEPT, **picture[2])
-    more = described.add("TLoRAImages", CONCEPT, **picture[3], before=more["images"])
+    more = described.add("TLoRAImages", IMAGES, **picture[2])
+    more = described.add("TLoRAImages", IMAGES, **picture[3], before=more["images"])
     column.group("1  A model and a picture", BLUE)
     loads.group("2  More pictures, with masks and captions", PURPLE, described)
     column = Column(template, described.beside, 300)

@@ -10,6 +10,7 @@ TOP, BOTTOM = 80, 1030  # of the nodes, without their titles
 GAP, UNDER, FOLDED = 40, 45, 42  # between columns; below a node; below a folded node
 TRAIN = (340, 600)
 SAMPLER, TEXT, LATENT, CONCEPT, BASE, LOADER, PICTURE = 275, 105, 120, 220, 100, 126, 350  # heights
+IMAGES = 310  # with its pictures when it has run
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
 # Settings with which the tiny base learns an object.
 TINY = {

@@ -5,6 +5,7 @@ from .parts import (
     BLUE,
     CONCEPT,
     GREEN,
+    IMAGES,
     LATENT,
     PURPLE,
     RED,
@@ -204,7 +205,7 @@ in Mask Editor**, paint over the subject, and connect the MASK output.""",
         more = {"before": images["images"]} if images else {}
         images = described.add(
             "TLoRAImages",
-            CONCEPT,
+            IMAGES,
             image=concept["IMAGE"],
             mask=mask["MASK"],
             captions="a photo of {token} {class_word} " + words,

@@ -340,7 +340,9 @@ def _notes(values: Mapping[str, Any], given: set[str], table: Mapping[str, Optio
             unused[name] = "it needs with_prior_preservation, there too"
     if values.get("lr_scheduler") == "constant" and values["lr_warmup_steps"]:
         unused["lr_warmup_steps"] = "lr_scheduler constant has no warm-up, there neither"
-    if values.get("optimizer", "prodigy").lower() == "adamw" and "learning_rate" in given:
+    if values.get("optimizer", "").lower() == "prodigy" and values["use_8bit_adam"]:
+        unused["use_8bit_adam"] = "optimizer is prodigy"
+    if values.get("optimizer", "").lower() == "adamw" and "learning_rate" in given:
         unused["learning_rate"] = f"AdamW's is {_ADAMW_RATE:g} there, whatever is given"
     if values.get("trainer_type") == "lora" and "sig_type" in given:
         unused["sig_type"] = "trainer_type lora has a plain start, there too"

@@ -47,7 +47,8 @@ def test_layers_are_those_of_attention_over_image_tokens(trial):
     vae = Vae(trial.model)
     side = random_models.SMALL[trial.name].side * vae.unit
     sample = Sample(vae.encode(torch.zeros(1, side, side, 3))[0], None, None, trial.texts[0])
-    layers = seen_layers(trial.model, sample, TrainConfig()).layers
+    layers, in_words = seen_layers(trial.model, sample, TrainConfig())
+    assert "not trained" not in in_words
     assert {name: (layer.row, layer.row + layer.rows) for name, layer in layers.items()} == wanted
 
 

@@ -95,6 +95,16 @@ def test_only_pictures_in_the_hosts_folders_are_read(folder, name):
     assert asked((name, None)) == asked(("cut.png", mask_of(name))) == {}
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "clipspace/../../secret.png [input]", "/etc/hostname"])
+def test_a_host_that_reads_any_path_is_not_asked_to(folder, monkeypatch, name):
+    """As earlier versions did."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_annotated_filepath", lambda asked: str(folder.parent / "secret.png"))
+    assert asked((name, None)) == {}
+    assert asked(("cut.png", None))["count"] == 1  # what the host then reads
+
+
 def test_few_of_many_pictures_are_shown_and_all_are_counted(folder):
     from tlora_core.hosts.comfy.page.pictures import MOST_SHOWN
 

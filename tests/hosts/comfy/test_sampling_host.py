@@ -213,7 +213,7 @@ class TestHiddenTimestep:
         from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
 
         model = ModelSamplingDiscrete().patch(runs.apply(evaluations.model, tlora), "lcm", False)[0]
-        sigmas = evaluations.sigmas_of_timesteps[[999, 759, 499, 259, 19]]
+        sigmas = evaluations.sampling.sigmas[[999, 759, 499, 259, 19]]
         runs.sample_sigmas(model, *runs.texts(), [*sigmas.tolist(), 0.0], "lcm")
         assert len(evaluations.calls) == 5
         evaluations.assert_merged((tlora, 1.0))

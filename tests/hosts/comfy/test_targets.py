@@ -26,7 +26,8 @@ def test_flux_has_the_papers_layers_and_with_feed_forward_all_rows_of_its_single
     assert set(layers) == attention
     assert words == "10 layers (3 query, 3 key, 3 value, 1 output)"
     more = set(seen("flux", "attention+feed-forward").layers) - attention
-    assert more >= {"single_blocks.0.linear1@768", "single_blocks.0.linear2", "double_blocks.0.txt_mlp.0"}
+    in_double = {f"double_blocks.0.{stream}_mlp.{number}" for stream in ("img", "txt") for number in (0, 2)}
+    assert more == {"single_blocks.0.linear1@768", "single_blocks.0.linear2", *in_double}
     layer = layers["single_blocks.0.linear1@256"]
     assert (layer.row, layer.rows, layer.role) == (256, 256, "key")
     assert set(seen("flux", "*linear1@512, *.img_mlp.*").layers) == {

@@ -28,16 +28,19 @@ class Block(nn.Module):
         self.e, self.f = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(3 * WIDTH, WIDTH)
         self.h, self.j = nn.Linear(1, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.i = nn.Linear(WIDTH, WIDTH)
+        self.k, self.l = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.g = nn.RMSNorm(WIDTH // HEADS)
 
     def forward(self, picture, text, level):
-        picture = self.i(picture) * self.j(nn.functional.gelu(self.h(level)))
+        picture = self.i(picture)
         both = torch.cat((self.b(text), self.a(picture)), 1)
         query, key, value = both.split((WIDTH, WIDTH // 2, WIDTH // 2), -1)
         given = attend(self.g(heads(query)), heads(key, 1), heads(value, 1), enable_gqa=True)
         text = text + self.d(given[:, :TEXT])
         picture = picture + self.c(given[:, TEXT:])
-        return picture + self.f(nn.functional.gelu(self.e(picture))), text
+        text = text + self.l(nn.functional.gelu(self.k(text)))
+        gate = self.j(nn.functional.gelu(self.h(level)))
+        return picture + gate * self.f(nn.functional.gelu(self.e(picture))), text
 
 
 class Model(nn.Module):
@@ -108,7 +111,7 @@ def test_attention_of_the_text_alone_is_left_out_but_not_its_keys_for_the_pictur
 
 def test_feed_forward_layers_are_pairs_beside_an_attention_and_not_those_of_the_noise_level_or_the_stream(found):
     assert {path for (path, _), (_, role) in found.items() if role == "feed-forward"} == {
-        f"others.{i}.{layer}" for i in range(2) for layer in "ef"
+        f"others.{i}.{layer}" for i in range(2) for layer in "efkl"
     }
     assert not any(path.startswith(("leave", "draw")) for path, _ in found)
 

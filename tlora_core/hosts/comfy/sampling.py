@@ -14,9 +14,9 @@ model gets its rank as a tensor, so that no step compiles it anew.
 The three ways round differently, which in half precision shows in the picture. So which one a layer gets never depends
 on how much memory is free: the same seed gives the same picture. Free memory decides only what is kept from one
 evaluation to the next, copies of weights and outputs for texts. Where nothing is kept, the same numbers are computed
-anew each time, in the memory of one layer. One exception: in float32 a copy that is kept follows the rank, and rounds
-anew as it does, by 1e-7. So float32 copies are kept by a rule that knows only the sizes of the model and of the
-device's whole memory.
+anew each time, in the memory of one group of layers (`group.GROUP_BYTES`). One exception: in float32 a copy that is
+kept follows the rank, and rounds anew as it does, by 1e-7. So float32 copies are kept by a rule that knows only the
+sizes of the model and of the device's whole memory.
 """
 
 import uuid
