@@ -109,8 +109,8 @@ def mask_input():
     return io.Mask.Input(
         "mask",
         optional=True,
-        tooltip="Where the subject is, in white. Only the loss inside the mask counts, so the background is not learnt. "
-        "One mask for all pictures or one for each.",
+        tooltip="Where the subject is, in white. Only the loss inside the mask counts, so the background is not "
+        "learnt. One mask for all pictures or one for each.",
     )
 
 
