@@ -19,9 +19,9 @@ def is_one_sentence(text: str) -> bool:
     return text.endswith(".") and "\n" not in text and not re.search(r"[.!?] +[A-Z]", text)
 
 
-def image_with_alpha(graph):
+def transparent_image(graph):
     image = graph.add("EmptyImage", width=64, height=64, batch_size=1, color=255)
-    alpha = graph.add("SolidMask", value=0.5, width=64, height=64)
+    alpha = graph.add("SolidMask", value=1.0, width=64, height=64)
     return graph.add("JoinImageWithAlpha", image=image[0], alpha=alpha[0])[0]
 
 
@@ -83,7 +83,7 @@ OUTSIDE = Path(tempfile.gettempdir()) / f"tlora_test_{uuid.uuid4().hex}"  # no t
 
 
 BAD = {
-    "image with alpha": (bad_training(image=image_with_alpha), "image has 4 channels instead of 3"),
+    "transparent image": (bad_training(image=transparent_image), "image 1 is transparent in all of it"),
     "image of one pixel": (bad_training(image=empty_image(1, 1)), "image is 1x1 pixels"),
     "image of one row": (bad_training(image=empty_image(64, 1)), "image is 64x1 pixels"),
     "rank above a layer's width": (bad_training(rank=97, min_rank=2), "rank is 97, but the layer .* is 96 x 96"),
