@@ -167,7 +167,7 @@ def test_what_is_not_understood_is_refused_in_one_sentence(folder, more, said, c
 def test_a_hash_in_a_word_or_in_quotes_begins_no_comment(folder):
     line = SDXL_LINE.replace('"a {0} in bed#a {0} swimming" \\  # separated by #', "a#b \\")
     assert job_of(line, folder)["inputs"]["validation_prompts"] == "a\nb"
-    assert job_of(line.replace("a#b", '"#a"'), folder)["inputs"]["validation_prompts"] == "a"
+    assert job_of(line.replace("=a#b", ' "#a"'), folder)["inputs"]["validation_prompts"] == "a"
 
 
 def test_options_beside_a_line_win(folder):
