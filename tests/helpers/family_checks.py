@@ -104,6 +104,12 @@ class Vae:
         sides = [size // self.unit for size in pixels.shape[1:3]]
         return torch.randn(1, *self.shape[:-2], *sides, generator=generator)
 
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """[B, ..., height, width, 3], of the size that the latents stand for."""
+        assert latents.isfinite().all()
+        frames, sides = latents.shape[2:-2], [side * self.unit for side in latents.shape[-2:]]
+        return torch.zeros(len(latents), *frames, *sides, 3)
+
 
 def personalization(trial: Trial, memory: str, cells: int | None = None, **changes):
     """A training of two steps on two pictures, ready to start. cells: side of their latents."""

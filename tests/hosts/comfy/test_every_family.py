@@ -72,8 +72,12 @@ def test_gradients_are_those_of_finite_differences(trial):
 
 
 @pytest.mark.parametrize("method, memory, batch_size", [("auto", "auto", 1), ("tlora", "low", 2)])
-def test_training_moves_every_adapter_and_no_weight(trial, method, memory, batch_size):
+def test_training_moves_every_adapter_and_no_weight(trial, method, memory, batch_size, monkeypatch):
     from family_checks import personalization
+
+    monkeypatch.setattr(
+        "tlora_core.hosts.comfy.draw.STEPS", 2
+    )  # of the picture that it draws with the family's guidance
 
     before = trial.weights()
     if trial.row.refused:
@@ -86,6 +90,9 @@ def test_training_moves_every_adapter_and_no_weight(trial, method, memory, batch
         training.train(2)
         assert all(map(math.isfinite, training.trainer.losses))
         still = [name for name, factor in factors(training).items() if all(map(torch.equal, factor, start[name]))]
+        if method == "auto":
+            side = training.request.resolution
+            assert training.draw(["a dog"]).shape == (1, side, side, 3)
     assert set(still) <= set(trial.row.idle)
     trial.assert_untouched(before)
 
