@@ -269,9 +269,9 @@ def test_three_files_go_through_the_hosts_own_loaders(comfy, tmp_path, monkeypat
     monkeypatch.setattr(comfy.utils, "load_torch_file", lambda path, **others: (path, {}))
     monkeypatch.setattr(comfy.sd, "VAE", Vae)
     kept = {"vae": paths["v"], "weight_dtype": "fp8_e4m3fn"}
-    unet, clip, vae = loaded(None, paths["u"], [paths["a"], paths["a"]], clip_type="flux", **kept)
+    unet, clip, vae = loaded(None, paths["u"], [paths["a"], paths["a2"]], clip_type="flux", **kept)
     assert unet[:2] == ("unet", paths["u"]) and str(unet[2]["dtype"]) == "torch.float8_e4m3fn"
-    assert clip == ("clip", [paths["a"], paths["a"]], "FLUX") and vae.sd == paths["v"]
+    assert clip == ("clip", [paths["a"], paths["a2"]], "FLUX") and vae.sd == paths["v"]
     for name in ("a", "a2"):
         _, clip, _ = loaded(None, paths["u"], paths[name], clip_type="lumina2", **kept)
         assert clip == ("clip", [paths[name]], "LUMINA2")

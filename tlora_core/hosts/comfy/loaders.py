@@ -76,7 +76,7 @@ def _node(name: str) -> Any:
 @contextmanager
 def _listed(name: str, kind: str, file: Files) -> Iterator[str]:
     """Within the block, the host's loaders find a file under the name that this gives: it is in the host's folders of
-    that kind, or it is a path, whose folder becomes one of them for so long. name: of the input."""
+    that kind, or it is a path, whose disk becomes one of them for so long. name: of the input."""
     path = Path(file).expanduser()
     if path.suffix.lower() not in _ENDINGS:
         raise TLoRAError(
@@ -86,9 +86,10 @@ def _listed(name: str, kind: str, file: Files) -> Iterator[str]:
     if path.is_file():
         folders = folder_paths.folder_names_and_paths[kind][0]
         before = list(folders)
-        folders[:] = [str(path.absolute().parent), *before]
+        # From its root, because two files in several folders may have one name.
+        folders[:] = [path.absolute().anchor, *before]
         try:
-            yield path.name
+            yield str(path.absolute().relative_to(path.absolute().anchor))
         finally:
             folders[:] = before
         return
