@@ -242,6 +242,46 @@ def test_a_call_has_the_inputs_and_the_defaults_of_the_nodes(server, base, outpu
     assert headless.DEFAULTS == {name: plain[name] for name in headless.DEFAULTS}
 
 
+def test_three_files_go_through_the_hosts_own_loaders(comfy, tmp_path, monkeypatch):
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    from tlora_core.hosts.comfy.training.headless import loaded
+
+    class Vae:
+        def __init__(self, sd, metadata=None):
+            self.sd, self.patcher = sd, type("Patcher", (), {})()
+
+        def throw_exception_if_invalid(self):
+            pass
+
+    # Two of them have one name, in two folders.
+    paths = {name: str(tmp_path / name / f"{name.strip('2')}.safetensors") for name in ("u", "a", "a2", "v")}
+    for path in map(Path, paths.values()):
+        path.parent.mkdir()
+        path.touch()
+    before = {kind: list(folders[0]) for kind, folders in folder_paths.folder_names_and_paths.items()}
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model", lambda path, model_options: ("unet", path, model_options))
+    monkeypatch.setattr(
+        comfy.sd, "load_clip", lambda ckpt_paths, clip_type, **others: ("clip", ckpt_paths, clip_type.name)
+    )
+    monkeypatch.setattr(comfy.utils, "load_torch_file", lambda path, **others: (path, {}))
+    monkeypatch.setattr(comfy.sd, "VAE", Vae)
+    kept = {"vae": paths["v"], "weight_dtype": "fp8_e4m3fn"}
+    unet, clip, vae = loaded(None, paths["u"], [paths["a"], paths["a2"]], clip_type="flux", **kept)
+    assert unet[:2] == ("unet", paths["u"]) and str(unet[2]["dtype"]) == "torch.float8_e4m3fn"
+    assert clip == ("clip", [paths["a"], paths["a2"]], "FLUX") and vae.sd == paths["v"]
+    for name in ("a", "a2"):
+        _, clip, _ = loaded(None, paths["u"], paths[name], clip_type="lumina2", **kept)
+        assert clip == ("clip", [paths[name]], "LUMINA2")
+    assert before == {kind: list(folders[0]) for kind, folders in folder_paths.folder_names_and_paths.items()}
+    with pytest.raises(ValueError, match='clip_type is "fluks"; choose one of .*lumina2'):
+        loaded(None, paths["u"], paths["a"], clip_type="fluks", **kept)
+    with pytest.raises(ValueError, match="vae is missing"):
+        loaded(None, paths["u"], paths["a"], None, "lumina2", "default")
+
+
 def test_prompts_are_drawn_every_hundred_steps_if_nothing_else_is_said(comfy, output):
     from tlora_core.hosts.comfy.training.headless import completed_inputs
 

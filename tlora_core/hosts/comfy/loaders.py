@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,16 @@ def load_checkpoint(name: Files) -> tuple[ModelPatcher, CLIP | None, VAE | None]
     TLoRAError."""
     if str(name) == TINY:
         return tiny_base.load(str(WEIGHTS))
-    return _node("CheckpointLoaderSimple").load_checkpoint(_listed("model", "checkpoints", name))
+    with _listed("model", "checkpoints", name) as listed:
+        return _node("CheckpointLoaderSimple").load_checkpoint(listed)
 
 
 def load_unet(name: Files, dtype: str = DEFAULT_DTYPE) -> ModelPatcher:
     """What Load Diffusion Model gives. dtype: one of its weight_dtypes. Raises TLoRAError."""
     node = _node("UNETLoader")
-    listed = _listed("unet", "diffusion_models", name)
     require_choice("weight_dtype", dtype, node.INPUT_TYPES()["required"]["weight_dtype"][0])
-    return node.load_unet(listed, dtype)[0]
+    with _listed("unet", "diffusion_models", name) as listed:
+        return node.load_unet(listed, dtype)[0]
 
 
 def load_clip(names: Sequence[Files], kind: str) -> CLIP:
@@ -43,12 +44,15 @@ def load_clip(names: Sequence[Files], kind: str) -> CLIP:
         raise TLoRAError(f"clip names {len(names)} files; give one or two.")
     node = _node("CLIPLoader" if len(names) == 1 else "DualCLIPLoader")
     require_choice("clip_type", kind, node.INPUT_TYPES()["required"]["type"][0])
-    return node.load_clip(*(_listed("clip", "text_encoders", name) for name in names), type=kind)[0]
+    with ExitStack() as stack:
+        listed = [stack.enter_context(_listed("clip", "text_encoders", name)) for name in names]
+        return node.load_clip(*listed, type=kind)[0]
 
 
 def load_vae(name: Files) -> VAE:
     """What Load VAE gives. Raises TLoRAError."""
-    return _node("VAELoader").load_vae(_listed("vae", "vae", name))[0]
+    with _listed("vae", "vae", name) as listed:
+        return _node("VAELoader").load_vae(listed)[0]
 
 
 def load_picture(path: Files, name: str = "image") -> Tensor:
@@ -69,9 +73,10 @@ def _node(name: str) -> Any:
     return getattr(importlib.import_module("nodes"), name)()
 
 
-def _listed(name: str, kind: str, file: Files) -> str:
-    """The name under which the host's loaders find a file: it is in the host's folders of that kind, or it is a path,
-    whose folder becomes one of them. name: of the input."""
+@contextmanager
+def _listed(name: str, kind: str, file: Files) -> Iterator[str]:
+    """Within the block, the host's loaders find a file under the name that this gives: it is in the host's folders of
+    that kind, or it is a path, whose disk becomes one of them for so long. name: of the input."""
     path = Path(file).expanduser()
     if path.suffix.lower() not in _ENDINGS:
         raise TLoRAError(
@@ -79,12 +84,19 @@ def _listed(name: str, kind: str, file: Files) -> str:
             "them: use them in a workflow."
         )
     if path.is_file():
-        folder_paths.add_model_folder_path(kind, str(path.absolute().parent), is_default=True)
-        return path.name
+        folders = folder_paths.folder_names_and_paths[kind][0]
+        before = list(folders)
+        # From its root, because two files in several folders may have one name.
+        folders[:] = [path.absolute().anchor, *before]
+        try:
+            yield str(path.absolute().relative_to(path.absolute().anchor))
+        finally:
+            folders[:] = before
+        return
     if folder_paths.get_full_path(kind, str(file)) is None:
         folders = ", ".join(folder_paths.get_folder_paths(kind))
         raise TLoRAError(f'{name} is "{file}", which is neither a file nor in {folders}; check the name.')
-    return str(file)
+    yield str(file)
 
 
 @contextmanager
