@@ -93,7 +93,8 @@ _QKV_KEYS = {
         r"joint_blocks\.(\d+)\.context_block\.attn\.qkv": r"lora_transformer_transformer_blocks_\1_attn_add_{}_proj",
     },
     **dict.fromkeys(
-        ("lumina2", "zimage"), {r"layers\.(\d+)\.attention\.qkv": r"diffusion_model.layers.\1.attention.to_{}"}
+        ("lumina2", "zimage"),
+        {r"(layers|\w+_refiner)\.(\d+)\.attention\.qkv": r"diffusion_model.\1.\2.attention.to_{}"},
     ),
 }
 _FLUX_FAMILIES = ("flux", "chroma", "longcatimage")
