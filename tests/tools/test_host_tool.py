@@ -24,6 +24,7 @@ from hostlib.pins import host_pins, read_pins
 from hostlib.pip import pip
 from hostlib.process import start_group, stop_group
 from hostlib.progress import ProgressLine
+from hostlib.results import copy_into
 from hostlib.server import PACK_NAME, Server, free_port
 from hostlib.websocket import WebSocket
 from packaging.requirements import Requirement
@@ -373,8 +374,13 @@ def test_failing_node_speaks_for_itself_and_the_exit_is_not_zero(server, tmp_pat
     assert cli.main(["run", str(path), "--set", "Keep it.filename_prefix=../../x"]) == 1
     assert "Keep it (SaveImage), node 2: **** ERROR: Saving image outside the output folder" in capsys.readouterr().err
     assert cli.main(["run", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert cli.main(["run", str(path), "--out", str(tmp_path / "out")]) == 0
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+def test_a_copy_overwrites_nothing_and_is_not_made_twice(tmp_path):
+    copies = [copy_into(str(tmp_path), "a.b.png", data) for data in (b"1", b"2", b"1", b"2", b"3")]
+    assert [path.name for path in copies] == ["a.b.png", "a.b_2.png", "a.b.png", "a.b_2.png", "a.b_3.png"]
+    assert [path.read_bytes() for path in copies] == [b"1", b"2", b"1", b"2", b"3"]
 
 
 def test_scripts_see_the_hosts_nodes_module_and_the_core(host):
