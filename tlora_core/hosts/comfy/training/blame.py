@@ -2,7 +2,7 @@
 
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -42,12 +42,13 @@ class Place(NamedTuple):
 
 
 @contextmanager
-def saying_what_failed(denoiser: HostDenoiser, step: int, checkpointing: bool = False):
-    """Within the block, errors of the model name the layer or the patch that they come from."""
+def saying_what_failed(denoiser: HostDenoiser, step: Callable[[], int], checkpointing: bool = False):
+    """Within the block, errors of the model name the layer or the patch that they come from. step: gives the number of
+    the step that has failed."""
     try:
         yield
     except Exception as error:
-        sentence = sentence_for(error, denoiser, step, checkpointing)
+        sentence = sentence_for(error, denoiser, step(), checkpointing)
         if sentence is None:
             raise
         raise sentence from error

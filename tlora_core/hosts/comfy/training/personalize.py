@@ -210,7 +210,7 @@ class Personalization:
             denoiser = HostDenoiser(
                 self.model, self.adapters, self.schedule, self.samples, self.request.config, self.prior
             )
-            with saying_what_failed(denoiser, self.trainer.step + 1, checkpointing):
+            with saying_what_failed(denoiser, lambda: self.trainer.step + 1, checkpointing):
                 yield denoiser
 
     def _measured(self) -> Fit:

@@ -43,7 +43,7 @@ def seen_layers(model: ModelPatcher, sample: Sample, config: TrainConfig, which:
     # Not protected, since the trial of a block would be seen as one more call of it.
     with training_session(model, room=room, protected=False):
         denoiser = HostDenoiser(model, Adapters({}), RankSchedule(1, 1), [sample], config)
-        with saying_what_failed(denoiser, 1):
+        with saying_what_failed(denoiser, lambda: 1):
             seen = at_smallest(_sides(sample), lambda side: _watched(denoiser, linear, side, which != ATTENTION))
     attention = [part for part in seen.parts if part.role != FEED_FORWARD]
     feed_forward = [part for part in seen.parts if part.role == FEED_FORWARD]
