@@ -4,6 +4,7 @@ import gc
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from types import FrameType
 from typing import TypeVar
 
 import comfy.model_management
@@ -34,6 +35,7 @@ def forget_failed_step(error: BaseException) -> None:
     while failed is not None:
         for frame, _ in traceback.walk_tb(failed.__traceback__):
             with suppress(RuntimeError):  # of one that is still running
+                _empty_closure(frame)
                 frame.clear()
                 _ = frame.f_locals  # up to 3.12, Python keeps what the last look at them gave; this one renews it
         failed = failed.__cause__ or failed.__context__
@@ -41,6 +43,15 @@ def forget_failed_step(error: BaseException) -> None:
         torch.ones((), requires_grad=True).mul(1).backward()
     gc.collect()
     comfy.model_management.soft_empty_cache()
+
+
+def _empty_closure(frame: FrameType) -> None:
+    """PyTorch calls a module that has hooks in a function made for the call. The traceback keeps that function, whose
+    cells hold what stands in for the module's forward."""
+    if frame.f_code.co_name == "inner" and frame.f_code.co_filename == torch.nn.modules.module.__file__:
+        for function in gc.get_referents(frame):
+            for cell in getattr(function, "__closure__", None) or ():
+                cell.cell_contents = None
 
 
 def failure_words(error: Exception) -> str:
