@@ -32,16 +32,19 @@ def partly(comfy, monkeypatch):
 
 @pytest.mark.parametrize("share", [0, 0.3])
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "chroma", "z-image", "qwen-image", "krea2", "wan"])
-def test_gradients_are_the_same_to_the_bit(comfy, partly, family, share):
+def test_gradients_are_the_same_but_for_the_order_of_sums(comfy, partly, family, share):
+    """A norm that casts its weight is one node of autograd, and else several: their gradients and that of the stream
+    around it are added up in another order."""
     setting, found = Setting(family), []
     partly.bytes = share * sum(p.nbytes for p in setting.model.model.diffusion_model.parameters())
     for room in (None, 0):
         for checkpointing in (False, True):
             with setting.session(checkpointing, room):
                 found.append(torch.cat([gradient.flatten() for gradient in setting.gradients(MIXED)]))
-    streamed = [m for m in setting.model.model.diffusion_model.modules() if getattr(m, "comfy_cast_weights", False)]
-    assert len(streamed) > 5, "some weights are not loaded"
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    cast = [m for m in setting.model.model.diffusion_model.modules() if getattr(m, "comfy_cast_weights", False)]
+    assert len(cast) > 5, "some weights are not loaded"
+    for whole, streamed in zip(found[:2], found[2:]):
+        torch.testing.assert_close(streamed, whole, rtol=1e-12, atol=1e-16)
 
 
 @contextmanager
