@@ -1,0 +1,96 @@
+"""How much drawn pictures look like the subject, follow their prompts, and copy the rest of the training pictures.
+
+One measurement for the scores during a training and for T-LoRA Evaluate. What "looks like" means is an encoder's
+business: CLIP, DINO, or the tiny world's own scorer.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import TLoRAError
+
+MIDDLE = 0.6  # side of the box that stands for the subject of a picture without a mask, as a share of the picture's
+
+
+class Encoder(Protocol):
+    """What sees pictures. name: tells encoders apart, as scores of different ones cannot be compared. reads_text:
+    whether `follows` works; if not, why_no_text says why, as a sentence for the user."""
+
+    name: str
+    reads_text: bool
+    why_no_text: str
+
+    def images(self, pictures: Tensor, parts: Tensor | None = None) -> Tensor:
+        """Unit vectors [N, d], float32 on the CPU, of pictures [N, H, W, 3] in 0..1. parts [N or 1, H, W] in 0..1: what
+        counts of each picture; the rest becomes grey or is left out. None: all of it."""
+        ...
+
+    def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        """How well each of the pictures [N, H, W, 3] follows its prompt: [N], higher is better. Only if reads_text."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """The training pictures as an encoder sees them: unit vectors [M, d] of the subjects, and of all the rest."""
+
+    subjects: Tensor
+    scenes: Tensor
+
+    @classmethod
+    def seen_by(cls, encoder: Encoder, pictures: Sequence[Tensor], masks: Sequence[Tensor | None]) -> "Concept":
+        """pictures: each [H, W, 3] in 0..1. masks: the subject [H, W] in each, or None; without one the whole picture
+        counts as the subject, and the rest is what surrounds the middle."""
+        subjects, scenes = [], []
+        for picture, mask in zip(pictures, masks, strict=True):
+            subjects.append(encoder.images(picture[None], None if mask is None else mask[None]))
+            scenes.append(encoder.images(picture[None], 1 - (middle(picture) if mask is None else mask)[None]))
+        return cls(torch.cat(subjects), torch.cat(scenes))
+
+
+def middle(picture: Tensor) -> Tensor:
+    """A mask [H, W] of the middle of a picture [H, W, 3]."""
+    height, width = picture.shape[:2]
+    mask = torch.zeros(height, width)
+    top, left = round(height * (1 - MIDDLE) / 2), round(width * (1 - MIDDLE) / 2)
+    mask[top : height - top, left : width - left] = 1
+    return mask
+
+
+def likeness(encoder: Encoder, concept: Concept, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+    """How much each of the pictures [N, H, W, 3] looks like the subject: the mean cosine with the training pictures,
+    [N]. masks [N or 1, H, W]: where the subject is in the drawn pictures, if that is known."""
+    return (encoder.images(pictures, masks) @ concept.subjects.T).mean(1)
+
+
+def copying(encoder: Encoder, concept: Concept, pictures: Tensor) -> Tensor:
+    """How much each of the pictures [N, H, W, 3], whose prompts ask for another scene, looks like what is not the
+    subject in the training pictures: the cosine with the nearest of them, [N]."""
+    return (encoder.images(pictures) @ concept.scenes.T).amax(1)
+
+
+def obedience(encoder: Encoder, pictures: Tensor, prompt: str, token: str) -> Tensor:
+    """How well each of the pictures [N, H, W, 3] follows the prompt without its token, [N]."""
+    return encoder.follows(pictures, [without_token(prompt, token)] * len(pictures))
+
+
+def without_token(prompt: str, token: str) -> str:
+    """The prompt without the token: "a sks dog in the snow" becomes "a dog in the snow"."""
+    if not token.strip():
+        return prompt
+    return re.sub(r"\s+", " ", re.sub(rf"(?<!\w){re.escape(token.strip())}(?!\w)", "", prompt)).strip()
+
+
+def require_neutral(prompts: Sequence[str], neutral_prompt: str) -> list[bool]:
+    """Which of the prompts are the neutral one. Raises TLoRAError if none is."""
+    found = [prompt.strip() == neutral_prompt.strip() for prompt in prompts]
+    if not any(found):
+        raise TLoRAError(
+            f'neutral_prompt is "{neutral_prompt}", which is not one of the prompts; add it to them, or leave it empty.'
+        )
+    return found
