@@ -32,36 +32,45 @@ class PictureScores:
     copying: float | None
 
 
+IDEAL_COPY = PictureScores(likeness=1.0, obedience=0.0, copying=1.0)
+
+
 @dataclass(frozen=True)
 class StepScores:
     """The scores at one step of a training; a measure is None if it was not measured.
 
     likeness: of the pictures of the neutral prompt. obedience: of all pictures. copying: of the pictures of the other
-    prompts. pictures: the scores of each picture, by prompt and then by seed."""
+    prompts. pictures: the scores of each picture, by prompt and then by seed. copy: what the training picture itself
+    would score, drawn whatever the prompt."""
 
     step: int
     likeness: Score | None
     obedience: Score | None
     copying: Score | None
     pictures: tuple[tuple[PictureScores, ...], ...]
+    copy: PictureScores = IDEAL_COPY
 
     @classmethod
-    def of(cls, step: int, pictures: Sequence[Sequence[PictureScores]]) -> "StepScores":
+    def of(
+        cls, step: int, pictures: Sequence[Sequence[PictureScores]], copy: PictureScores = IDEAL_COPY
+    ) -> "StepScores":
         """The means of the scores of pictures."""
         of_each = [picture for of_prompt in pictures for picture in of_prompt]
         means = {name: _mean([getattr(picture, name) for picture in of_each]) for name in MEASURES}
-        return cls(step, pictures=tuple(tuple(of_prompt) for of_prompt in pictures), **means)
+        return cls(step, pictures=tuple(tuple(of_prompt) for of_prompt in pictures), copy=copy, **means)
 
     def to_json(self) -> dict:
-        """Plain values: {"step": int, "pictures": a list for each prompt of {"likeness", "obedience", "copying"}}. The
-        means follow from these."""
-        return {"step": self.step, "pictures": [[asdict(one) for one in of_prompt] for of_prompt in self.pictures]}
+        """Plain values: {"step": int, "pictures": a list for each prompt of {"likeness", "obedience", "copying"},
+        "copy": the same}. The means follow from these."""
+        pictures = [[asdict(one) for one in of_prompt] for of_prompt in self.pictures]
+        return {"step": self.step, "pictures": pictures, "copy": asdict(self.copy)}
 
     @classmethod
     def from_json(cls, found: object) -> "StepScores":
         """The inverse of to_json. Raises TLoRAError if `found` is anything else."""
         try:
-            return cls.of(_whole(_field(found, "step")), [[_picture(p) for p in r] for r in _field(found, "pictures")])
+            pictures = [[_picture(one) for one in of_prompt] for of_prompt in _field(found, "pictures")]
+            return cls.of(_whole(_field(found, "step")), pictures, _picture(_field(found, "copy")))
         except (TypeError, ValueError) as error:
             raise TLoRAError(f"These are not the scores of a training step ({error}); delete their file.") from error
 
@@ -84,7 +93,9 @@ class LiveScorer:
     ):
         self.encoder, self.prompts, self.token = encoder, list(prompts), token
         self.is_neutral = require_neutral(prompts, neutral_prompt)
-        self.concept = Concept.seen_by(encoder, [one.pixels for one in concept], [one.mask for one in concept])
+        shown = [one.pixels for one in concept]
+        self.concept = Concept.seen_by(encoder, shown, [one.mask for one in concept])
+        self.copy = self._copy(shown)
 
     @property
     def remark(self) -> str:
@@ -101,7 +112,17 @@ class LiveScorer:
                 "give a batch for each prompt, each with as many pictures as seeds."
             )
         found = zip(pictures, self.prompts, self.is_neutral, strict=True)
-        return StepScores.of(step, [self._of_prompt(*one) for one in found])
+        return StepScores.of(step, [self._of_prompt(*one) for one in found], self.copy)
+
+    def _copy(self, concept: Sequence[Tensor]) -> PictureScores:
+        """The mean scores of the training pictures [H, W, 3], as if they were drawn for each of the prompts."""
+        drawn = [
+            self._of_prompt(picture[None], prompt, is_neutral)
+            for picture in concept
+            for prompt, is_neutral in zip(self.prompts, self.is_neutral)
+        ]
+        means = StepScores.of(0, drawn)
+        return PictureScores(*(score and score.mean for score in (means.likeness, means.obedience, means.copying)))
 
     def _of_prompt(self, pictures, prompt, is_neutral):
         none = [None] * len(pictures)
