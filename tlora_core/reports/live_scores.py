@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import TLoRAError
 from ..training.dataset import Framed, TrainingImage
 from ..training.images import check_images
-from .picture_scores import Concept, Encoder, copying, likeness, obedience, require_neutral
+from .picture_scores import Concept, Encoder, are_neutral, copying, likeness, obedience
 
 MEASURES = ("likeness", "obedience", "copying")
 
@@ -80,7 +80,8 @@ class LiveScorer:
 
     concept: the training pictures with their masks, as the user gave them or as framed. prompts: as they are drawn,
     with token and class word in them. neutral_prompt: one of the prompts, whose pictures count for likeness; the others
-    ask for other scenes, so their pictures count for copying. Raises TLoRAError if the neutral prompt is missing.
+    ask for other scenes, so their pictures count for copying. If it is empty, all pictures count for likeness, and none
+    for copying. token: a word that the encoder does not know. Raises TLoRAError if the neutral prompt is missing.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class LiveScorer:
         token: str,
     ):
         self.encoder, self.prompts, self.token = encoder, list(prompts), token
-        self.is_neutral = require_neutral(prompts, neutral_prompt)
+        self.is_neutral = are_neutral(prompts, neutral_prompt)
         shown = [one.pixels for one in concept]
         self.concept = Concept.seen_by(encoder, shown, [one.mask for one in concept])
         self.copy = self._copy(shown)
@@ -102,16 +103,20 @@ class LiveScorer:
         """A sentence for the user on what is not measured; "" if all is."""
         return self.encoder.why_no_text
 
-    def measure(self, step: int, pictures: Sequence[Tensor]) -> StepScores:
+    def measure(
+        self, step: int, pictures: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> StepScores:
         """The scores at a step. pictures: for each prompt a batch [S, H, W, 3] in 0..1, drawn from the same S seeds at
-        every step. Raises TLoRAError if they are not batches of equal numbers of pictures, one for each prompt."""
-        sizes = {len(check_images(batch, "pictures")) for batch in pictures}
-        if len(pictures) != len(self.prompts) or len(sizes) != 1:
+        every step. masks: where the subject is in them [S or 1, H, W], if that is known. Raises TLoRAError if there is
+        not one batch for each prompt."""
+        for batch in pictures:
+            check_images(batch, "images")
+        if len(pictures) != len(self.prompts):
             raise TLoRAError(
-                f"pictures are {len(pictures)} batches of {sorted(sizes)} pictures for {len(self.prompts)} prompts; "
-                "give a batch for each prompt, each with as many pictures as seeds."
+                f"images are {len(pictures)} batches and prompts {len(self.prompts)} texts; connect a prompt for each "
+                "batch of images."
             )
-        found = zip(pictures, self.prompts, self.is_neutral, strict=True)
+        found = zip(pictures, self.prompts, self.is_neutral, masks or [None] * len(pictures), strict=True)
         return StepScores.of(step, [self._of_prompt(*one) for one in found], self.copy)
 
     def _copy(self, concept: Sequence[Tensor]) -> PictureScores:
@@ -124,9 +129,9 @@ class LiveScorer:
         means = StepScores.of(0, drawn)
         return PictureScores(*(score and score.mean for score in (means.likeness, means.obedience, means.copying)))
 
-    def _of_prompt(self, pictures, prompt, is_neutral):
+    def _of_prompt(self, pictures, prompt, is_neutral, masks=None):
         none = [None] * len(pictures)
-        alike = likeness(self.encoder, self.concept, pictures).tolist() if is_neutral else none
+        alike = likeness(self.encoder, self.concept, pictures, masks).tolist() if is_neutral else none
         copied = none if is_neutral else copying(self.encoder, self.concept, pictures).tolist()
         obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if not self.encoder.why_no_text else none
         return [PictureScores(*values) for values in zip(alike, obeys, copied)]

@@ -63,12 +63,13 @@ def trade_off(first: StepScores, one: StepScores) -> float:
     return _trade_off(_Row.of(first), _Row.of(one))
 
 
-def why(scores: Sequence[StepScores], best: int | None) -> str:
-    """What there is to say about the best step, as half a sentence."""
+def why(scores: Sequence[StepScores], best: int | None, names: Sequence[str] = ()) -> str:
+    """What there is to say about the best step, as half a sentence. names: of the scores; "step 100" without them."""
     if len(scores) == 1:
         return "the only one with scores so far."
     if best is None:
-        return f"no step so far is more like the subject than step {scores[0].step}, so this is the last."
+        first = names[0] if names else f"step {scores[0].step}"
+        return f"the last; none so far is better than {first}."
     if best == len(scores) - 1:
         return "the best so far; still learning."
     first, at_best, last = (_shares(_Row.of(scores[0]), _Row.of(scores[i])) for i in (0, best, -1))

@@ -82,7 +82,7 @@ class VisionEncoder(WholePictureEncoder):
     def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.texts is None:
             raise TLoRAError(self.why_no_text)
-        return (self.images(pictures) * self.texts(prompts)).sum(1)
+        return (self.seen(pictures) * self.texts(prompts)).sum(1)
 
 
 def paired_text(encoder: VisionEncoder, clip: CLIP | None) -> "Texts | None":
