@@ -257,8 +257,8 @@ def _host_and_files():
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Also send the loss and the validation pictures to Weights & Biases. Needs the wandb package "
-            "and your login.",
+            tooltip="Also send the loss, the scores and the validation pictures to Weights & Biases. Needs the wandb "
+            "package and your login.",
         ),
         io.Combo.Input(
             "memory",
