@@ -291,9 +291,10 @@ def _scores():
         ),
         io.Combo.Input(
             "scorer",
-            options=[NO_SCORER, *scorer_names()],
+            options=scorer_names(),
             default=NO_SCORER,
             optional=True,
+            advanced=True,
             tooltip="Scores the pictures of each validation: a CLIP or DINO folder in models/clip_vision, or "
             "tiny world for the tiny base. Without validation_prompts, it draws scenes of its own. none: no scores.",
         ),
@@ -302,6 +303,7 @@ def _scores():
             options=list(KEEPS),
             default=LAST,
             optional=True,
+            advanced=True,
             tooltip="Which step the file holds. last: the last one. best: the best by the scores. stop when past it: "
             "the best, and training ends when patience validations in a row have brought no gain.",
         ),

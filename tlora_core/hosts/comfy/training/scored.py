@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from comfy.model_management import InterruptProcessingException
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ....errors import TLoRAError
@@ -17,11 +18,13 @@ from ....files.tlora_file import TLoRAFile
 from ....files.untrusted import one_line
 from ....method.adapters import LowRank
 from ....reports.live_scores import MEASURES, LiveScorer, StepScores
+from ....reports.picture_scores import Encoder
 from ....reports.stopping import Verdict, verdict
 from ....training.dataset import TrainingImage, caption_of, frame
 from ....training.images import thumbnail as make_thumbnail
 from ....training.run_folder import Recorder, RunFolder
 from ..draw import strip
+from ..encoders import VisionEncoder, load_scorer
 from ..page.training import LiveRun
 from .failure import forget_failed_step, ran_out_of_memory
 from .keeping import LAST, STOP_WHEN_PAST, Keeping
@@ -53,11 +56,12 @@ def drawn_prompts(keeping: Keeping, request: TrainRequest) -> list[str]:
     return list(dict.fromkeys([request.prompt, *prompts])) if keeping.is_scored else prompts
 
 
-def encoder_of(keeping: Keeping, clip: Any) -> Any:
-    raise TLoRAError("There is no scorer yet.")
+def encoder_of(keeping: Keeping, clip: CLIP) -> Encoder:
+    """What sees the pictures for the scores. Raises TLoRAError."""
+    return load_scorer(keeping.scorer) if keeping.clip_vision is None else VisionEncoder(keeping.clip_vision, clip)
 
 
-def live_scorer(encoder: Any, personalization: Personalization, images: Sequence[TrainingImage], keeping: Keeping):
+def live_scorer(encoder: Encoder, personalization: Personalization, images: Sequence[TrainingImage], keeping: Keeping):
     """The scorer of a run, which compares with the pictures as they are trained. Raises TLoRAError."""
     request, unit = personalization.request, int(personalization.vae.spacial_compression_encode())
     concept = [frame(image, request.framing, request.resolution, unit) for image in images]
