@@ -49,8 +49,8 @@ class StepScores:
     def of(cls, step: int, pictures: Sequence[Sequence[PictureScores]]) -> "StepScores":
         """The means of the scores of pictures."""
         of_each = [picture for of_prompt in pictures for picture in of_prompt]
-        means = (_mean([getattr(picture, name) for picture in of_each]) for name in MEASURES)
-        return cls(step, *means, tuple(tuple(of_prompt) for of_prompt in pictures))
+        means = {name: _mean([getattr(picture, name) for picture in of_each]) for name in MEASURES}
+        return cls(step, pictures=tuple(tuple(of_prompt) for of_prompt in pictures), **means)
 
     def to_json(self) -> dict:
         """Plain values: {"step": int, "pictures": a list for each prompt of {"likeness", "obedience", "copying"}}. The
@@ -89,7 +89,7 @@ class LiveScorer:
     @property
     def remark(self) -> str:
         """A sentence for the user on what is not measured; "" if all is."""
-        return "" if self.encoder.reads_text else self.encoder.why_no_text
+        return self.encoder.why_no_text
 
     def measure(self, step: int, pictures: Sequence[Tensor]) -> StepScores:
         """The scores at a step. pictures: for each prompt a batch [S, H, W, 3] in 0..1, drawn from the same S seeds at
@@ -107,7 +107,7 @@ class LiveScorer:
         none = [None] * len(pictures)
         alike = likeness(self.encoder, self.concept, pictures).tolist() if is_neutral else none
         copied = none if is_neutral else copying(self.encoder, self.concept, pictures).tolist()
-        obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if self.encoder.reads_text else none
+        obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if not self.encoder.why_no_text else none
         return [PictureScores(*values) for values in zip(alike, obeys, copied)]
 
 

@@ -5,6 +5,7 @@ business: CLIP, DINO, or the tiny world's own scorer.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,25 +15,44 @@ from torch import Tensor
 
 from ..errors import TLoRAError
 
+MASKED = 0.5  # grey value of what does not count
 MIDDLE = 0.6  # side of the box that stands for the subject of a picture without a mask, as a share of the picture's
 
 
 class Encoder(Protocol):
-    """What sees pictures. name: tells encoders apart, as scores of different ones cannot be compared. reads_text:
-    whether `follows` works; if not, why_no_text says why, as a sentence for the user."""
+    """What sees pictures. name: tells encoders apart, as only scores of one and the same can be compared. why_no_text:
+    "" if it can tell how well pictures follow their prompts; otherwise why not, as a sentence for the user."""
 
     name: str
-    reads_text: bool
     why_no_text: str
 
-    def images(self, pictures: Tensor, parts: Tensor | None = None) -> Tensor:
-        """Unit vectors [N, d], float32 on the CPU, of pictures [N, H, W, 3] in 0..1. parts [N or 1, H, W] in 0..1: what
-        counts of each picture; the rest becomes grey or is left out. None: all of it."""
+    def subjects(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+        """What the subjects look like: unit vectors [N, d], float32 on the CPU, of pictures [N, H, W, 3] in 0..1.
+        masks [N or 1, H, W] in 0..1: where the subjects are, if that is known."""
+        ...
+
+    def scenes(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+        """What is not the subjects: unit vectors in the same form. Without masks, all of the pictures may count."""
         ...
 
     def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How well each of the pictures [N, H, W, 3] follows its prompt: [N], higher is better. Only if reads_text."""
+        """How well each of the pictures [N, H, W, 3] follows its prompt: [N]; 1 is the most. Only without
+        why_no_text."""
         ...
+
+
+class WholePictureEncoder(ABC):
+    """An encoder of whole pictures, for which the part of a picture that does not count becomes grey."""
+
+    @abstractmethod
+    def images(self, pictures: Tensor) -> Tensor:
+        """Unit vectors [N, d], float32 on the CPU, of pictures [N, H, W, 3] in 0..1."""
+
+    def subjects(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+        return self.images(masked(pictures, masks))
+
+    def scenes(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
+        return self.images(masked(pictures, None if masks is None else 1 - masks.clamp(0, 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +65,20 @@ class Concept:
     @classmethod
     def seen_by(cls, encoder: Encoder, pictures: Sequence[Tensor], masks: Sequence[Tensor | None]) -> "Concept":
         """pictures: each [H, W, 3] in 0..1. masks: the subject [H, W] in each, or None; without one the whole picture
-        counts as the subject, and the rest is what surrounds the middle."""
+        counts as the subject, and what surrounds its middle is the rest."""
         subjects, scenes = [], []
         for picture, mask in zip(pictures, masks, strict=True):
-            subjects.append(encoder.images(picture[None], None if mask is None else mask[None]))
-            scenes.append(encoder.images(picture[None], 1 - (middle(picture) if mask is None else mask)[None]))
+            subjects.append(encoder.subjects(picture[None], None if mask is None else mask[None]))
+            scenes.append(encoder.scenes(picture[None], (middle(picture) if mask is None else mask)[None]))
         return cls(torch.cat(subjects), torch.cat(scenes))
+
+
+def masked(pictures: Tensor, masks: Tensor | None) -> Tensor:
+    """`pictures`, grey outside the masks [N or 1, H, W], on their device."""
+    if masks is None:
+        return pictures
+    weight = masks.to(pictures.device).clamp(0, 1).unsqueeze(-1)
+    return pictures * weight + MASKED * (1 - weight)
 
 
 def middle(picture: Tensor) -> Tensor:
@@ -65,13 +93,13 @@ def middle(picture: Tensor) -> Tensor:
 def likeness(encoder: Encoder, concept: Concept, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
     """How much each of the pictures [N, H, W, 3] looks like the subject: the mean cosine with the training pictures,
     [N]. masks [N or 1, H, W]: where the subject is in the drawn pictures, if that is known."""
-    return (encoder.images(pictures, masks) @ concept.subjects.T).mean(1)
+    return (encoder.subjects(pictures, masks) @ concept.subjects.T).mean(1)
 
 
 def copying(encoder: Encoder, concept: Concept, pictures: Tensor) -> Tensor:
     """How much each of the pictures [N, H, W, 3], whose prompts ask for another scene, looks like what is not the
     subject in the training pictures: the cosine with the nearest of them, [N]."""
-    return (encoder.images(pictures) @ concept.scenes.T).amax(1)
+    return (encoder.scenes(pictures) @ concept.scenes.T).amax(1)
 
 
 def obedience(encoder: Encoder, pictures: Tensor, prompt: str, token: str) -> Tensor:
