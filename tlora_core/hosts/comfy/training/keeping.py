@@ -5,9 +5,9 @@ from typing import Any
 
 from ....errors import TLoRAError, require_choice
 from ....packages import required
+from ..encoders import NONE as NO_SCORER
 
 RERUNS = ("auto", "continue", "restart")
-NO_SCORER = "none"
 LAST, BEST, STOP_WHEN_PAST = KEEPS = ("last", "best", "stop when past it")
 
 
