@@ -142,7 +142,12 @@ class Validations:
         if found is None or self.best is None:
             return f"The file holds step {step}, the last one, because no step was scored."
         ended = f"Ended at step {step}: {found.past} validations in a row brought no gain. " if self.is_past else ""
-        return f"{ended}The file holds {found.sentence}"
+        if found.best == self.best.step:
+            return f"{ended}The file holds {found.sentence}"
+        return (
+            f"{ended}The file holds step {self.best.step}. By the scores of all steps the best was step {found.best}, "
+            "but that showed only when it had passed."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """For the run state: plain values, bytes and tensors."""
@@ -202,7 +207,8 @@ class Validations:
         return drawn[0]
 
     def _keep_if_best(self, step: int, tlora: TLoRAFile) -> None:
-        if self.keeping.keep != LAST and self.verdict.best == step:
+        """Keeps this T-LoRA if it is the best, or if the best is now a step since the kept one that has passed."""
+        if self.keeping.keep != LAST and (self.best is None or self.verdict.best > self.best.step):
             self.best = Kept(step, tlora, self.thumbnail)
 
     def _show(self, step: int, drawn: Sequence[Tensor], scores: StepScores | None) -> None:
