@@ -1,20 +1,20 @@
-"""Image similarity, text similarity and diversity of generated pictures, measured as in the T-LoRA paper (section 4).
-
-CLIP and DINO are loaded from transformers folders on disk; nothing is downloaded, and none of their code runs.
-"""
+"""Image similarity, text similarity and diversity of generated pictures, measured as in the T-LoRA paper (section 4),
+and copying. The scores of a training are measured by the same code."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import TLoRAError
+from ..training.dataset import TrainingImage
 from ..training.images import check_images
-from .folder_encoder import FolderEncoder
-from .picture_scores import MASKED, without_token
+from .live_scores import LiveScorer, StepScores
+from .picture_scores import Concept, Encoder, likeness, masked, without_token
+from .stopping import TOLERANCE, best_index, why
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class EvaluationProtocol:
     """The conditions of a measurement; fields have the names of their inputs. Only scores of equal protocols can be
     ranked.
 
-    clip_model, dino_model: folder names; dino_model is None without DINO. prompts: as read by CLIP, without the token.
+    clip_model, dino_model: names of encoders; dino_model is None without DINO. prompts: as read, without the token.
     neutral_prompt: the prompts that count for image similarity. mask: whether masks were used. concept: digest of the
         masked concept pictures."""
 
@@ -38,19 +38,25 @@ class EvaluationProtocol:
 class Scores:
     """The scores of one T-LoRA.
 
-    image_similarity: mean CLIP cosine of every concept picture with every neutral picture. dino_similarity: the same
-        with DINO, None without it. text_similarity: mean CLIP cosine of a picture and its prompt.
+    image_similarity: mean cosine of every concept picture with every neutral picture. dino_similarity: the same with
+        DINO, None without it. text_similarity: mean cosine of a picture and its prompt, None if the encoder reads no
+        text. copying: mean cosine of a picture of another prompt with what is not the subject in the concept pictures,
+        None if all prompts are neutral.
     diversity: 1 - mean cosine of two pictures of one prompt; None if no prompt has two. pictures: number of pictures.
         neutral: number of pictures for image similarity.
-    protocol: the conditions of the measurement."""
+    steps: the same by picture, for the rule. why_no_text: of the encoder. protocol: the conditions of the
+        measurement."""
 
     label: str
-    image_similarity: float
-    text_similarity: float
+    image_similarity: float | None
+    text_similarity: float | None
+    copying: float | None
     diversity: float | None
     dino_similarity: float | None
     pictures: int
     neutral: int
+    steps: StepScores
+    why_no_text: str
     protocol: EvaluationProtocol
 
 
@@ -59,8 +65,8 @@ def evaluate(
     pictures: Sequence[Tensor],
     prompts: Sequence[str],
     concept: Tensor,
-    clip: FolderEncoder,
-    dino: FolderEncoder | None = None,
+    encoder: Encoder,
+    dino: Encoder | None = None,
     neutral_prompt: str = "",
     token: str = "",
     masks: Sequence[Tensor | None] = (),
@@ -69,65 +75,70 @@ def evaluate(
     """Scores of `pictures`, a batch [N, H, W, 3] in 0..1 for each prompt, against `concept` [M, H, W, 3], the training
     pictures.
 
-    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word unknown to CLIP,
-    removed from the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: the subject; for image
-    similarity, the rest becomes grey. Raises TLoRAError for inputs that do not match.
+    neutral_prompt: the prompt whose pictures count for image similarity; "" counts all. token: a word unknown to the
+    encoder, removed from the prompts. masks [N, H, W] for each batch and concept_mask [M, H, W]: the subject; for image
+    similarity, the rest does not count. Raises TLoRAError for inputs that do not match.
     """
     check_images(concept, "concept")
-    for batch in pictures:
-        check_images(batch, "images")
-    if len(pictures) != len(prompts):
-        raise TLoRAError(
-            f"images are {len(pictures)} batches and prompts {len(prompts)} texts; connect a prompt for each batch of "
-            "images."
-        )
-    is_neutral = [not neutral_prompt.strip() or prompt.strip() == neutral_prompt.strip() for prompt in prompts]
-    if not any(is_neutral):
-        raise TLoRAError(
-            f'neutral_prompt is "{neutral_prompt}", which is not one of the prompts; add it to them, or leave it empty.'
-        )
     masks = list(masks) or [None] * len(pictures)
     if len(masks) != len(pictures):
         raise TLoRAError(
             f"mask is given for {len(masks)} batches of {len(pictures)}; connect one for each batch of images."
         )
-    real = masked(concept, concept_mask, "concept_mask")
-    cut = [masked(batch, mask, "mask") for batch, mask, use in zip(pictures, masks, is_neutral) if use]
-    embedded = [clip.images(batch) for batch in pictures]
+    scorer = LiveScorer(encoder, _subjects(concept, concept_mask), prompts, neutral_prompt, token)
+    for batch, mask in zip(pictures, masks):
+        check_mask(check_images(batch, "images"), mask, "mask")
+    steps = scorer.measure(0, pictures, masks)
+    neutral = [(batch, mask) for batch, mask, use in zip(pictures, masks, scorer.is_neutral) if use]
     read = [without_token(prompt, token) for prompt in prompts]
-    texts = clip.texts(read)
-    cosines = torch.cat([vectors @ text for vectors, text in zip(embedded, texts)])
     protocol = EvaluationProtocol(
-        clip.folder.name,
-        None if dino is None else dino.folder.name,
+        encoder.name,
+        None if dino is None else dino.name,
         frozenset(read),
-        frozenset(prompt for prompt, use in zip(read, is_neutral) if use),
+        frozenset(prompt for prompt, use in zip(read, scorer.is_neutral) if use),
         any(mask is not None for mask in masks),
-        _digest(real),
+        _digest(masked(concept, concept_mask)),
     )
     return Scores(
         label,
-        _similarity(clip, real, cut),
-        float(cosines.mean()),
-        diversity(embedded, prompts),
-        None if dino is None else _similarity(dino, real, cut),
-        len(cosines),
-        sum(len(batch) for batch in cut),
+        _mean_of(steps.likeness),
+        _mean_of(steps.obedience),
+        _mean_of(steps.copying),
+        diversity([encoder.subjects(batch) for batch in pictures], prompts),
+        None if dino is None else _likeness(dino, concept, concept_mask, neutral),
+        sum(len(batch) for batch in pictures),
+        sum(len(batch) for batch, _ in neutral),
+        steps,
+        encoder.why_no_text,
         protocol,
     )
 
 
-def masked(pictures: Tensor, mask: Tensor | None, name: str) -> Tensor:
-    """`pictures`, grey outside the mask [N or 1, H, W], on their device. Raises TLoRAError when the sizes differ."""
+def _subjects(concept: Tensor, mask: Tensor | None) -> list[TrainingImage]:
+    check_mask(concept, mask, "concept_mask")
+    return [
+        TrainingImage(picture, mask=None if mask is None else mask[i % len(mask)]) for i, picture in enumerate(concept)
+    ]
+
+
+def _likeness(encoder, concept, concept_mask, neutral):
+    seen = Concept.seen_by(encoder, list(concept), [one.mask for one in _subjects(concept, concept_mask)])
+    return float(torch.cat([likeness(encoder, seen, batch, mask) for batch, mask in neutral]).mean())
+
+
+def _mean_of(score):
+    return None if score is None else score.mean
+
+
+def check_mask(pictures: Tensor, mask: Tensor | None, name: str) -> None:
+    """Raises TLoRAError when a mask [N or 1, H, W] is not of the size of its pictures [N, H, W, 3]."""
     if mask is None:
-        return pictures
+        return
     if tuple(mask.shape[-2:]) != tuple(pictures.shape[1:3]) or len(mask) not in (1, len(pictures)):
         raise TLoRAError(
             f"{name} is {len(mask)} x {mask.shape[-1]}x{mask.shape[-2]} pixels but its images are {len(pictures)} x "
             f"{pictures.shape[2]}x{pictures.shape[1]}; give one of the same size for all or for each."
         )
-    weight = mask.to(pictures.device).clamp(0, 1).unsqueeze(-1)
-    return pictures * weight + MASKED * (1 - weight)
 
 
 def diversity(vectors: Sequence[Tensor], prompts: Sequence[str]) -> float | None:
@@ -163,30 +174,37 @@ def check_comparable(scores: Sequence[Scores]) -> None:
                 )
 
 
-def best(scores: Sequence[Scores], tolerance: float) -> Scores:
-    """The score with the highest text similarity among those within `tolerance` of the highest image similarity: the
-    paper compares text similarity at equal image similarity. Raises like check_comparable."""
-    check_comparable(scores)
-    highest = max(score.image_similarity for score in scores)
-    return max((s for s in scores if s.image_similarity >= highest - tolerance), key=lambda s: s.text_similarity)
+def best(scores: Sequence[Scores], tolerance: float = TOLERANCE) -> Scores:
+    """The best of scores in the order of their steps, the bare model first, by the rule of `stopping`; the last if none
+    is better than the first. Raises like check_comparable."""
+    return scores[_judged(scores, tolerance)[0]]
 
 
-def table(scores: Sequence[Scores], tolerance: float) -> str:
-    """The scores as lines of text, with the best marked. Raises like check_comparable."""
-    chosen, width = best(scores, tolerance), max(len("checkpoint"), *(len(score.label) for score in scores))
-    lines = [f"{'checkpoint':{width}}  IS     DINO-IS  TS     diversity  pictures (for IS)"]
-    for s in scores:
-        mark = "  <- best" if s is chosen else ""
+def table(scores: Sequence[Scores], tolerance: float = TOLERANCE) -> str:
+    """The scores as lines of text, with the best marked, and what there is to say. Raises like check_comparable."""
+    chosen, reason = _judged(scores, tolerance)
+    width = max(len("checkpoint"), *(len(score.label) for score in scores))
+    lines = [f"{'checkpoint':{width}}  IS     DINO-IS  TS     copying  diversity  pictures (for IS)"]
+    for i, s in enumerate(scores):
+        mark = "  <- best" if i == chosen and len(scores) > 1 else ""
         lines.append(
-            f"{s.label:{width}}  {s.image_similarity:.3f}  {_number(s.dino_similarity):7}  {s.text_similarity:.3f}  "
-            f"{_number(s.diversity):9}  {s.pictures} ({s.neutral}){mark}"
+            f"{s.label:{width}}  {_number(s.image_similarity)}  {_number(s.dino_similarity):7}  "
+            f"{_number(s.text_similarity):5}  {_number(s.copying):7}  {_number(s.diversity):9}  {s.pictures} "
+            f"({s.neutral}){mark}"
         )
-    lines.append(f"best: highest TS within {tolerance:g} of the highest IS")
-    return "\n".join(lines)
+    lines.append(f"{scores[chosen].label}: {reason}")
+    if len(scores) > 1:
+        lines.append(f"All is counted from the first, {scores[0].label}: it is best the model without a T-LoRA.")
+    return "\n".join([*lines, *dict.fromkeys(s.why_no_text for s in scores if s.why_no_text)])
 
 
-def _similarity(encoder, real, batches):
-    return float((encoder.images(real) @ torch.cat([encoder.images(batch) for batch in batches]).T).mean())
+def _judged(scores, tolerance):
+    """(place of the best among the scores, why)"""
+    check_comparable(scores)
+    steps = [replace(score.steps, step=i) for i, score in enumerate(scores)]
+    found = best_index(steps, tolerance)
+    names = [score.label for score in scores]
+    return len(scores) - 1 if found is None else found, why(steps, found, names)
 
 
 def _digest(pictures):

@@ -72,7 +72,7 @@ class FolderEncoder(WholePictureEncoder):
 
     def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         """The cosines [N] of pictures [N, H, W, 3] with their prompts."""
-        return (self.images(pictures) * self.texts(prompts)).sum(1)
+        return (self.seen(pictures) * self.texts(prompts)).sum(1)
 
     def _tokens(self, prompts):
         from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import TLoRAError
 from ..training.dataset import Framed, TrainingImage
 from ..training.images import check_images
-from .picture_scores import Concept, Encoder, copying, likeness, obedience, require_neutral
+from .picture_scores import Concept, Encoder, are_neutral, copying, likeness, obedience
 
 MEASURES = ("likeness", "obedience", "copying")
 
@@ -32,36 +32,45 @@ class PictureScores:
     copying: float | None
 
 
+IDEAL_COPY = PictureScores(likeness=1.0, obedience=0.0, copying=1.0)
+
+
 @dataclass(frozen=True)
 class StepScores:
     """The scores at one step of a training; a measure is None if it was not measured.
 
     likeness: of the pictures of the neutral prompt. obedience: of all pictures. copying: of the pictures of the other
-    prompts. pictures: the scores of each picture, by prompt and then by seed."""
+    prompts. pictures: the scores of each picture, by prompt and then by seed. copy: what the training picture itself
+    would score, drawn whatever the prompt."""
 
     step: int
     likeness: Score | None
     obedience: Score | None
     copying: Score | None
     pictures: tuple[tuple[PictureScores, ...], ...]
+    copy: PictureScores = IDEAL_COPY
 
     @classmethod
-    def of(cls, step: int, pictures: Sequence[Sequence[PictureScores]]) -> "StepScores":
+    def of(
+        cls, step: int, pictures: Sequence[Sequence[PictureScores]], copy: PictureScores = IDEAL_COPY
+    ) -> "StepScores":
         """The means of the scores of pictures."""
         of_each = [picture for of_prompt in pictures for picture in of_prompt]
         means = {name: _mean([getattr(picture, name) for picture in of_each]) for name in MEASURES}
-        return cls(step, pictures=tuple(tuple(of_prompt) for of_prompt in pictures), **means)
+        return cls(step, pictures=tuple(tuple(of_prompt) for of_prompt in pictures), copy=copy, **means)
 
     def to_json(self) -> dict:
-        """Plain values: {"step": int, "pictures": a list for each prompt of {"likeness", "obedience", "copying"}}. The
-        means follow from these."""
-        return {"step": self.step, "pictures": [[asdict(one) for one in of_prompt] for of_prompt in self.pictures]}
+        """Plain values: {"step": int, "pictures": a list for each prompt of {"likeness", "obedience", "copying"},
+        "copy": the same}. The means follow from these."""
+        pictures = [[asdict(one) for one in of_prompt] for of_prompt in self.pictures]
+        return {"step": self.step, "pictures": pictures, "copy": asdict(self.copy)}
 
     @classmethod
     def from_json(cls, found: object) -> "StepScores":
         """The inverse of to_json. Raises TLoRAError if `found` is anything else."""
         try:
-            return cls.of(_whole(_field(found, "step")), [[_picture(p) for p in r] for r in _field(found, "pictures")])
+            pictures = [[_picture(one) for one in of_prompt] for of_prompt in _field(found, "pictures")]
+            return cls.of(_whole(_field(found, "step")), pictures, _picture(_field(found, "copy")))
         except (TypeError, ValueError) as error:
             raise TLoRAError(f"These are not the scores of a training step ({error}); delete their file.") from error
 
@@ -71,7 +80,8 @@ class LiveScorer:
 
     concept: the training pictures with their masks, as the user gave them or as framed. prompts: as they are drawn,
     with token and class word in them. neutral_prompt: one of the prompts, whose pictures count for likeness; the others
-    ask for other scenes, so their pictures count for copying. Raises TLoRAError if the neutral prompt is missing.
+    ask for other scenes, so their pictures count for copying. If it is empty, all pictures count for likeness, and none
+    for copying. token: a word that the encoder does not know. Raises TLoRAError if the neutral prompt is missing.
     """
 
     def __init__(
@@ -83,29 +93,45 @@ class LiveScorer:
         token: str,
     ):
         self.encoder, self.prompts, self.token = encoder, list(prompts), token
-        self.is_neutral = require_neutral(prompts, neutral_prompt)
-        self.concept = Concept.seen_by(encoder, [one.pixels for one in concept], [one.mask for one in concept])
+        self.is_neutral = are_neutral(prompts, neutral_prompt)
+        shown = [one.pixels for one in concept]
+        self.concept = Concept.seen_by(encoder, shown, [one.mask for one in concept])
+        self.copy = self._copy(shown)
 
     @property
     def remark(self) -> str:
         """A sentence for the user on what is not measured; "" if all is."""
         return self.encoder.why_no_text
 
-    def measure(self, step: int, pictures: Sequence[Tensor]) -> StepScores:
+    def measure(
+        self, step: int, pictures: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+    ) -> StepScores:
         """The scores at a step. pictures: for each prompt a batch [S, H, W, 3] in 0..1, drawn from the same S seeds at
-        every step. Raises TLoRAError if they are not batches of equal numbers of pictures, one for each prompt."""
-        sizes = {len(check_images(batch, "pictures")) for batch in pictures}
-        if len(pictures) != len(self.prompts) or len(sizes) != 1:
+        every step. masks: where the subject is in them [S or 1, H, W], if that is known. Raises TLoRAError if there is
+        not one batch for each prompt."""
+        for batch in pictures:
+            check_images(batch, "images")
+        if len(pictures) != len(self.prompts):
             raise TLoRAError(
-                f"pictures are {len(pictures)} batches of {sorted(sizes)} pictures for {len(self.prompts)} prompts; "
-                "give a batch for each prompt, each with as many pictures as seeds."
+                f"images are {len(pictures)} batches and prompts {len(self.prompts)} texts; connect a prompt for each "
+                "batch of images."
             )
-        found = zip(pictures, self.prompts, self.is_neutral, strict=True)
-        return StepScores.of(step, [self._of_prompt(*one) for one in found])
+        found = zip(pictures, self.prompts, self.is_neutral, masks or [None] * len(pictures), strict=True)
+        return StepScores.of(step, [self._of_prompt(*one) for one in found], self.copy)
 
-    def _of_prompt(self, pictures, prompt, is_neutral):
+    def _copy(self, concept: Sequence[Tensor]) -> PictureScores:
+        """The mean scores of the training pictures [H, W, 3], as if they were drawn for each of the prompts."""
+        drawn = [
+            self._of_prompt(picture[None], prompt, is_neutral)
+            for picture in concept
+            for prompt, is_neutral in zip(self.prompts, self.is_neutral)
+        ]
+        means = StepScores.of(0, drawn)
+        return PictureScores(*(score and score.mean for score in (means.likeness, means.obedience, means.copying)))
+
+    def _of_prompt(self, pictures, prompt, is_neutral, masks=None):
         none = [None] * len(pictures)
-        alike = likeness(self.encoder, self.concept, pictures).tolist() if is_neutral else none
+        alike = likeness(self.encoder, self.concept, pictures, masks).tolist() if is_neutral else none
         copied = none if is_neutral else copying(self.encoder, self.concept, pictures).tolist()
         obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if not self.encoder.why_no_text else none
         return [PictureScores(*values) for values in zip(alike, obeys, copied)]

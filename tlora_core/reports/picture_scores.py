@@ -44,15 +44,23 @@ class Encoder(Protocol):
 class WholePictureEncoder(ABC):
     """An encoder of whole pictures, for which the part of a picture that does not count becomes grey."""
 
+    _last: tuple[Tensor, Tensor] | None = None  # pictures and what was seen in them, as all measures ask for the same
+
     @abstractmethod
     def images(self, pictures: Tensor) -> Tensor:
         """Unit vectors [N, d], float32 on the CPU, of pictures [N, H, W, 3] in 0..1."""
 
+    def seen(self, pictures: Tensor) -> Tensor:
+        """`images`, computed once for the same tensor asked for again and again."""
+        if self._last is None or self._last[0] is not pictures:
+            self._last = pictures, self.images(pictures)
+        return self._last[1]
+
     def subjects(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
-        return self.images(masked(pictures, masks))
+        return self.seen(masked(pictures, masks))
 
     def scenes(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
-        return self.images(masked(pictures, None if masks is None else 1 - masks.clamp(0, 1)))
+        return self.seen(masked(pictures, None if masks is None else 1 - masks.clamp(0, 1)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +122,10 @@ def without_token(prompt: str, token: str) -> str:
     return re.sub(r"\s+", " ", re.sub(rf"(?<!\w){re.escape(token.strip())}(?!\w)", "", prompt)).strip()
 
 
-def require_neutral(prompts: Sequence[str], neutral_prompt: str) -> list[bool]:
-    """Which of the prompts are the neutral one. Raises TLoRAError if none is."""
+def are_neutral(prompts: Sequence[str], neutral_prompt: str) -> list[bool]:
+    """Which of the prompts are the neutral one; all if it is empty. Raises TLoRAError if none is."""
+    if not neutral_prompt.strip():
+        return [True] * len(prompts)
     found = [prompt.strip() == neutral_prompt.strip() for prompt in prompts]
     if not any(found):
         raise TLoRAError(
