@@ -10,7 +10,7 @@ class Table:
     """A scorer that knows the likeness of each step beforehand."""
 
     def __init__(self, likeness):
-        self.likeness = likeness
+        self.likeness = {0: 0.0, **likeness}  # of the bare model, none
         self.encoder, self.remark = SimpleNamespace(name="table"), ""
         self.measured = []
 

@@ -194,7 +194,7 @@ def test_a_job_scores_its_steps_and_tells_which_one_it_kept(in_process, tmp_path
     mine = asked(write_picture(tmp_path / "heart.png"), "--validation-prompt", "a {} in the snow", **scored)
     status, result, _ = in_process(mine)
     assert (status, result["state"], result["steps"]) == (0, "done", 4)
-    assert [scores["step"] for scores in result["scores"]] == [2, 4]
+    assert [scores["step"] for scores in result["scores"]] == [0, 2, 4]
     assert all(-1 <= scores["likeness"] <= 1 and 0 <= scores["obedience"] <= 1 for scores in result["scores"])
     assert result["why"].startswith(f"The file holds step {result['kept_step']}: ") and result["kept_step"] in (2, 4)
     found = in_process(mine)[1]

@@ -35,14 +35,11 @@ def test_the_file_of_the_best_step_is_that_of_a_run_with_so_many_steps(base, out
     assert best.step == 4 and len(best.losses) == 8 and same(best.tlora, short.tlora)
     settings = [{**done.tlora.training, "steps": None} for done in (best, short)]
     assert settings[0] == settings[1] and settings[0]["steps_done"] == 4
-    assert table.measured == [2, 4, 6, 8]
-    assert best.why.startswith("The file holds step 4: ") and shown() == ("done", best.why)
+    assert table.measured == [0, 2, 4, 6, 8]
+    assert best.why.startswith("The file holds step 4: as like as it gets") and shown() == ("done", best.why)
     told = record(output)
     assert (told["state"], told["step"], told["why"]) == ("done", 8, best.why) and [s.step for s in best.scores] == [
-        2,
-        4,
-        6,
-        8,
+        *(0, 2, 4, 6, 8)
     ]
 
 
@@ -50,12 +47,12 @@ def test_keep_last_is_scored_too_and_holds_the_last_step(base, output, table):
     plain = run(base, request(8), rerun="restart")
     last = run(base, request(8), rerun="restart", **{**BEST, "keep": "last"})
     assert same(last.tlora, plain.tlora) and last.losses == plain.losses and last.step == 8 and last.why == ""
-    assert table.measured == [2, 4, 6, 8] and len(last.scores) == 4
+    assert table.measured == [0, 2, 4, 6, 8] and len(last.scores) == 5
 
 
 def test_the_last_step_is_scored_wherever_it_falls_and_may_be_the_best(base, output, at_once, monkeypatch):
     table = scored_by(monkeypatch, {2: 0.3, 4: 0.4, 5: 0.9})
-    assert run(base, request(5), **BEST).step == 5 and table.measured == [2, 4, 5]
+    assert run(base, request(5), **BEST).step == 5 and table.measured == [0, 2, 4, 5]
 
 
 def test_it_ends_when_past_the_best_and_writes_that(base, output, table):
@@ -68,7 +65,7 @@ def test_it_ends_when_past_the_best_and_writes_that(base, output, table):
     for rerun in ("auto", "continue"):
         again = run(base, request(12), rerun=rerun, **PAST)
         assert again.file == past.file and again.why == past.why and shown() == ("found", past.why)
-        assert [scores.step for scores in again.scores] == [2, 4, 6, 8]
+        assert [scores.step for scores in again.scores] == [0, 2, 4, 6, 8]
     assert len(run(base, request(12), rerun="restart", **{**PAST, "patience": 3}).losses) == 10
 
 
@@ -100,9 +97,9 @@ def test_a_resumed_run_has_its_scores_and_the_best_step_so_far(base, output, at_
         Wish(patch, 7, cancel)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(base, request(8), **keeping)
-    assert table.measured == [2, 4, 6]
+    assert table.measured == [0, 2, 4, 6]
     done = run(base, request(8), **keeping)
-    assert table.measured == [2, 4, 6, 6, 8] and [scores.step for scores in done.scores] == [2, 4, 6, 8]
+    assert table.measured == [0, 2, 4, 6, 6, 8] and [scores.step for scores in done.scores] == [0, 2, 4, 6, 8]
     assert done.step == (2 if keep == "best" else 8) and same(done.tlora, short.tlora) == (keep == "best")
     assert len(folders(output)) == 2
 
@@ -123,7 +120,7 @@ def test_stop_and_keep_writes_the_best_step_and_continue_goes_on_from_the_last(b
     whole = run(base, request(8), file_name="run/whole", rerun="restart", **BEST)
     with monkeypatch.context() as patch:
         Wish(patch, 7, lambda live: live.request("stop"))
-        table.likeness = {**RISE_AND_FALL, 7: 0.45}
+        table.likeness[7] = 0.45
         stopped = run(base, request(8), rerun="restart", **BEST)
     assert stopped.step == 4 and len(stopped.losses) == 7 and table.measured[-4:] == [2, 4, 6, 7]
     assert record(output)["state"] == "stopped" and shown() == ("stopped", stopped.why)
@@ -131,7 +128,7 @@ def test_stop_and_keep_writes_the_best_step_and_continue_goes_on_from_the_last(b
     assert shown()[1] == f"Stopped at step 7 of 8; set rerun to continue to resume. {stopped.why}"
     went_on = run(base, request(8), rerun="continue", **BEST)
     assert went_on.losses == whole.losses and same(went_on.tlora, whole.tlora)
-    assert [scores.step for scores in went_on.scores] == [2, 4, 6, 7, 8]
+    assert [scores.step for scores in went_on.scores] == [0, 2, 4, 6, 7, 8]
 
 
 def test_cancel_saves_the_best_step_where_asked(base, output, table, monkeypatch):
@@ -142,7 +139,7 @@ def test_cancel_saves_the_best_step_where_asked(base, output, table, monkeypatch
         run(base, request(8), save_on_cancel=True, **BEST)
     assert kept_steps(output) == {"heart_00001_.safetensors": 4} and record(output)["step"] == 7
     assert shown()[1].startswith("Cancelled at step 7 and saved as run/heart_00001_.safetensors. The file holds step 4")
-    assert shown()[1].endswith("Run resumes at step 7.") and table.measured == [2, 4, 6]
+    assert shown()[1].endswith("Run resumes at step 7.") and table.measured == [0, 2, 4, 6]
 
 
 def test_cancelling_the_last_pictures_loses_no_training(base, output, table, monkeypatch):
@@ -164,7 +161,7 @@ def test_cancelling_the_last_pictures_loses_no_training(base, output, table, mon
     assert shown() == ("cancelled", "Cancelled at step 8. Run resumes at step 8.")
     monkeypatch.setattr(Personalization, "train", lambda *args: pytest.fail("it trains"))
     done = run(base, request(8), checkpoint_every=0, **BEST)
-    assert done.step == 4 and len(done.losses) == 8 and table.measured == [2, 4, 6, 8]
+    assert done.step == 4 and len(done.losses) == 8 and table.measured == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("likeness, step", [({20: 0.9, 40: 0.1}, 20), ({20: ValueError("x"), 40: 0.1}, 25)])
@@ -200,7 +197,7 @@ def test_a_file_that_cannot_be_saved_is_written_by_the_next_run(base, output, ta
         done = run(base, request(steps), checkpoint_every=0, rerun=rerun, **keeping)
         assert done.step == 4 and same(done.tlora, short.tlora) and len(done.losses) == 8
         assert record(output)["state"] == "done"
-    assert table.measured == [2, 4, 6, 8]
+    assert table.measured == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("value", [RuntimeError("the scorer\nis gone"), float("nan")], ids=str)
@@ -211,13 +208,13 @@ def test_a_scorer_that_fails_ends_no_training(base, output, at_once, monkeypatch
     monkeypatch.setattr(LiveRun, "note", lambda live, text: (said.append(text), note(live, text))[1])
     scored_by(monkeypatch, {2: value, 4: 0.5, 6: 0.1})
     done = run(base, request(6), **BEST)
-    assert done.step == 4 and [scores.step for scores in done.scores] == [4, 6]
+    assert done.step == 4 and [scores.step for scores in done.scores] == [0, 4, 6]
     assert len(said) == 1 and said[0].startswith("no scores at step 2: ") and "\n" not in said[0]
     pictures = LiveRun.states()[-1]["pictures"]
-    assert [(p["step"], p["scores"] is None) for p in pictures] == [(2, True), (4, False), (6, False)]
+    assert [(p["step"], p["scores"] is None) for p in pictures] == [(0, False), (2, True), (4, False), (6, False)]
     scored_by(monkeypatch, {2: value, 4: value, 6: value})
     nothing = run(base, request(6), rerun="restart", **BEST)
-    assert nothing.step == 6 and nothing.scores == []
+    assert nothing.step == 6 and [scores.step for scores in nothing.scores] == [0]
     assert nothing.why == "The file holds step 6, the last one, because no step was scored."
 
 
@@ -265,8 +262,8 @@ def test_scores_are_in_the_folder_as_they_come(base, output, table, monkeypatch)
     [folder] = folders(output)
     lines = (folder / "scores.csv").read_text().splitlines()
     assert lines[0] == "step,likeness,likeness_error,obedience,obedience_error,copying,copying_error"
-    assert lines[1].startswith("2,0.3,0.0,") and lines[2].startswith("4,0.6,0.0,") and len(lines) == 3
+    assert lines[1].startswith("0,0.0,") and lines[3].startswith("4,0.6,0.0,") and len(lines) == 4
     told = json.loads((folder / "scores.json").read_text())
     assert told["scorer"] == "table" and told["seeds"] == [0, 1] and told["prompts"][0] == "a photo of sks heart"
-    assert [step["step"] for step in told["steps"]] == [2, 4]
-    assert told["steps"][1]["pictures"][1][1] == {"likeness": None, "obedience": 0.25, "copying": 0.04}
+    assert [step["step"] for step in told["steps"]] == [0, 2, 4]
+    assert told["steps"][2]["pictures"][1][1] == {"likeness": None, "obedience": 0.25, "copying": 0.04}

@@ -38,18 +38,18 @@ def test_scores_have_a_batch_of_each_prompt_and_change_nothing(base, output, tab
     done = run(base, request(3), rerun="restart", validation_prompts=PROMPTS[:1], **{**SCORED, "validate_every": 2})
     assert done.losses == plain.losses and same(done.tlora, plain.tlora)
     prompts = [NEUTRAL, "a photo of sks heart on snow"]
-    assert asked == [(prompts, range(2))] * 2
+    assert asked == [(prompts, range(2))] * 3  # of steps 0, 2 and 3
     # All in the run's folder; the first of each prompt on the page, with its scores.
     sheet = Image.open(folders(output)[-1] / "validation" / "step_000002.png").convert("RGB")
     assert sheet.size == (128, 142)
     live = LiveRun.find(LiveRun.states()[-1]["id"])
-    shown = live.state()["pictures"][0]
-    assert shown["captions"] == tuple(prompts) and len(live.state()["pictures"]) == 2
+    bare, shown, _ = live.state()["pictures"]
+    assert shown["captions"] == tuple(prompts) and (bare["step"], shown["step"]) == (0, 2)
     assert shown["scores"] == (
         {"likeness": 0.3, "obedience": 0.5, "copying": None},
         {"likeness": None, "obedience": 0.25, "copying": 0.02},
     )
-    page = Image.open(io.BytesIO(live.picture(0).content)).convert("RGB")
+    page = Image.open(io.BytesIO(live.picture(shown["index"]).content)).convert("RGB")
     assert page.tobytes() == sheet.crop((0, 0, 128, 64)).tobytes()
     assert sheet.crop((0, 64, 128, 128)).tobytes() != page.tobytes()
 
@@ -68,14 +68,14 @@ def test_pictures_that_do_not_fit_together_are_drawn_singly(base, output, table,
 
     monkeypatch.setattr(Personalization, "draw", short_of_memory)
     done = run(base, request(4), **SCORED)
-    assert asked == [[0, 1], [0], [1], [0], [1]] and table.measured == [2, 4] and len(done.scores) == 2
+    assert asked == [[0, 1], [0], [1], [0], [1], [0], [1]] and table.measured == [0, 2, 4] and len(done.scores) == 3
     assert len(done.scores[0].pictures[0]) == 2 and draw
 
 
 def test_without_prompts_scenes_are_drawn_and_no_prompt_twice(base, output, table, monkeypatch):
     asked = drawn_at_once(monkeypatch)
     run(base, request(2), **SCORED)
-    [(prompts, seeds)] = asked
+    prompts, seeds = asked[0]
     assert prompts[0] == NEUTRAL and seeds == [0, 1]
     assert len(prompts) >= 3 and all(prompt.startswith(NEUTRAL + " ") for prompt in prompts[1:])
     run(base, request(2), rerun="restart", validation_prompts=("{} on snow", "a photo of {}"), **SCORED)
@@ -149,6 +149,6 @@ def test_scores_are_recorded_for_tensorboard_and_weights_and_biases(base, output
     monkeypatch.setattr(Recorder, "__init__", with_service)
     run(base, request(4), **SCORED)
     events = EventAccumulator(str(folders(output)[-1])).Reload()
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars("scores/likeness")] == [(2, 0.3), (4, 0.6)]
-    assert [e.step for e in events.Scalars("scores/copying")] == [2, 4]
-    assert [step for step, names in service.logged if names == ["copying", "likeness", "obedience"]] == [2, 4]
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars("scores/likeness")] == [*((0, 0), (2, 0.3), (4, 0.6))]
+    assert [e.step for e in events.Scalars("scores/copying")] == [0, 2, 4]
+    assert [step for step, names in service.logged if names == ["copying", "likeness", "obedience"]] == [0, 2, 4]

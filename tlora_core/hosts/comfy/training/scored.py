@@ -110,6 +110,11 @@ class Validations:
             self._show_scores()
             self._or_told("record of the scores", self._record_scores)
 
+    def begin(self) -> None:
+        """Scores the bare model, once for a run: the verdict compares with it."""
+        if self.scorer is not None and self.personalization.trainer.step == 0:
+            self.validate()
+
     def complete(self) -> None:
         """Scores the last step too, so that it can be the best."""
         step = self.personalization.trainer.step
@@ -142,12 +147,7 @@ class Validations:
         if found is None or self.best is None:
             return f"The file holds step {step}, the last one, because no step was scored."
         ended = f"Ended at step {step}: {found.past} validations in a row brought no gain. " if self.is_past else ""
-        if found.best == self.best.step:
-            return f"{ended}The file holds {found.sentence}"
-        return (
-            f"{ended}The file holds step {self.best.step}. By the scores of all steps the best was step {found.best}, "
-            "but that showed only when it had passed."
-        )
+        return f"{ended}The file holds {found.sentence}"
 
     def state_dict(self) -> dict[str, Any]:
         """For the run state: plain values, bytes and tensors."""
@@ -207,8 +207,8 @@ class Validations:
         return drawn[0]
 
     def _keep_if_best(self, step: int, tlora: TLoRAFile) -> None:
-        """Keeps this T-LoRA if it is the best, or if the best is now a step since the kept one that has passed."""
-        if self.keeping.keep != LAST and (self.best is None or self.verdict.best > self.best.step):
+        """The best step is always the best before or the newest; see `reports.stopping`. The bare model is none."""
+        if self.keeping.keep != LAST and step and self.verdict.best == step:
             self.best = Kept(step, tlora, self.thumbnail)
 
     def _show(self, step: int, drawn: Sequence[Tensor], scores: StepScores | None) -> None:
