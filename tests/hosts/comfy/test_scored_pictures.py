@@ -1,6 +1,8 @@
 """The pictures that a run draws for its scores: which, how, and where they and the scores are shown and kept."""
 
 import io
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +114,9 @@ def test_the_scorer_sees_the_pictures_as_they_are_trained(base, output):
 
         scenes = subjects
 
+        def follows(self, pictures, prompts):
+            return torch.ones(len(pictures))
+
     mask = torch.zeros(96, 64)
     mask[32:64] = 1
     [picture] = images(size=96)
@@ -147,6 +152,7 @@ def test_scores_are_recorded_for_tensorboard_and_weights_and_biases(base, output
         self.wandb = service
 
     monkeypatch.setattr(Recorder, "__init__", with_service)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Image=lambda picture: picture))
     run(base, request(4), **SCORED)
     events = EventAccumulator(str(folders(output)[-1])).Reload()
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("scores/likeness")] == [*((0, 0), (2, 0.3), (4, 0.6))]
