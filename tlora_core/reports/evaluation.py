@@ -4,7 +4,7 @@ and copying. The scores of a training are measured by the same code."""
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -175,36 +175,34 @@ def check_comparable(scores: Sequence[Scores]) -> None:
 
 
 def best(scores: Sequence[Scores], tolerance: float = TOLERANCE) -> Scores:
-    """The best of scores in the order of their steps, the bare model first, by the rule of `stopping`; the last if none
-    is better than the first. Raises like check_comparable."""
-    return scores[_judged(scores, tolerance)[0]]
+    """The best of scores in the order of their steps, the bare model first, by the rule of `stopping`. Raises like
+    check_comparable."""
+    check_comparable(scores)
+    return scores[best_index([score.steps for score in scores], tolerance)]
 
 
 def table(scores: Sequence[Scores], tolerance: float = TOLERANCE) -> str:
     """The scores as lines of text, with the best marked, and what there is to say. Raises like check_comparable."""
-    chosen, reason = _judged(scores, tolerance)
+    chosen = best(scores, tolerance)
     width = max(len("checkpoint"), *(len(score.label) for score in scores))
     lines = [f"{'checkpoint':{width}}  IS     DINO-IS  TS     copying  diversity  pictures (for IS)"]
-    for i, s in enumerate(scores):
-        mark = "  <- best" if i == chosen and len(scores) > 1 else ""
+    for s in scores:
+        mark = "  <- best" if s is chosen and len(scores) > 1 else ""
         lines.append(
             f"{s.label:{width}}  {_number(s.image_similarity)}  {_number(s.dino_similarity):7}  "
             f"{_number(s.text_similarity):5}  {_number(s.copying):7}  {_number(s.diversity):9}  {s.pictures} "
             f"({s.neutral}){mark}"
         )
-    lines.append(f"{scores[chosen].label}: {reason}")
-    if len(scores) > 1:
-        lines.append(f"All is counted from the first, {scores[0].label}: it is best the model without a T-LoRA.")
-    return "\n".join([*lines, *dict.fromkeys(s.why_no_text for s in scores if s.why_no_text)])
+    return "\n".join([*lines, *_said(scores, chosen), *dict.fromkeys(s.why_no_text for s in scores if s.why_no_text)])
 
 
-def _judged(scores, tolerance):
-    """(place of the best among the scores, why)"""
-    check_comparable(scores)
-    steps = [replace(score.steps, step=i) for i, score in enumerate(scores)]
-    found = best_index(steps, tolerance)
-    names = [score.label for score in scores]
-    return len(scores) - 1 if found is None else found, why(steps, found, names)
+def _said(scores, chosen):
+    """Sentences on the best of several scores."""
+    if len(scores) == 1:
+        return []
+    first, place = scores[0].label, scores.index(chosen)
+    reason = why([s.steps for s in scores], place) if place else "none of the others is better."
+    return [f"{chosen.label}: {reason}", f"All is counted from {first}, the first, best the model without a T-LoRA."]
 
 
 def _digest(pictures):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite, sqrt
+from math import isfinite, isnan, sqrt
 from statistics import fmean, stdev
 
 from torch import Tensor
@@ -133,8 +133,12 @@ class LiveScorer:
         none = [None] * len(pictures)
         alike = likeness(self.encoder, self.concept, pictures, masks).tolist() if is_neutral else none
         copied = none if is_neutral else copying(self.encoder, self.concept, pictures).tolist()
-        obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if not self.encoder.why_no_text else none
-        return [PictureScores(*values) for values in zip(alike, obeys, copied)]
+        reads = not self.encoder.why_no_text
+        obeys = obedience(self.encoder, pictures, prompt, self.token).tolist() if reads else none
+        return [
+            PictureScores(*(None if value is None or isnan(value) else value for value in values))
+            for values in zip(alike, obeys, copied)
+        ]
 
 
 def _mean(values: Sequence[float | None]) -> Score | None:

@@ -36,8 +36,8 @@ class Encoder(Protocol):
         ...
 
     def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
-        """How well each of the pictures [N, H, W, 3] follows its prompt: [N]; 1 is the most. Only without
-        why_no_text."""
+        """How well each of the pictures [N, H, W, 3] follows its prompt: [N]; 1 is the most, NaN where the prompt asks
+        for nothing that can be seen. Only without why_no_text."""
         ...
 
 

@@ -43,19 +43,21 @@ def verdict(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> Verdi
     ValueError without scores."""
     if not scores:
         raise ValueError("There are no scores to judge.")
-    best = best_index(scores, tolerance)
-    at = len(scores) - 1 if best is None else best
-    return Verdict(scores[at].step, len(scores) - 1 - at, f"step {scores[at].step}: {why(scores, best)}")
+    best, last = best_index(scores, tolerance), len(scores) - 1
+    if best == 0:
+        reason = f"no step so far is better than step {scores[0].step}" if last else "the first with scores"
+        return Verdict(scores[last].step, 0, f"step {scores[last].step}: {reason}; still learning.")
+    return Verdict(scores[best].step, last - best, f"step {scores[best].step}: {why(scores, best)}")
 
 
-def best_index(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> int | None:
-    """The place of the best among the scores; None if none is better than the first."""
+def best_index(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> int:
+    """The place of the best among the scores; 0 if none is better than the first."""
     best = 0
     for i in range(1, len(scores)):
         gain, noise = _gain(scores[0], scores[best], scores[i])
         if gain > max(noise, tolerance):
             best = i
-    return best or None
+    return best
 
 
 def trade_off(first: StepScores, one: StepScores) -> float:
@@ -63,13 +65,8 @@ def trade_off(first: StepScores, one: StepScores) -> float:
     return _trade_off(_Row.of(first), _Row.of(one))
 
 
-def why(scores: Sequence[StepScores], best: int | None, names: Sequence[str] = ()) -> str:
-    """What there is to say about the best step, as half a sentence. names: of the scores; "step 100" without them."""
-    if len(scores) == 1:
-        return "the only one with scores so far."
-    if best is None:
-        first = names[0] if names else f"step {scores[0].step}"
-        return f"the last; none so far is better than {first}."
+def why(scores: Sequence[StepScores], best: int) -> str:
+    """What there is to say about the best of the scores, which is not the first, as half a sentence."""
     if best == len(scores) - 1:
         return "the best so far; still learning."
     first, at_best, last = (_shares(_Row.of(scores[0]), _Row.of(scores[i])) for i in (0, best, -1))
