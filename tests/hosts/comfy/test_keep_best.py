@@ -94,16 +94,36 @@ def test_a_resumed_run_has_its_scores_and_the_best_step_so_far(base, output, at_
 
     short = run(base, request(2), file_name="run/short")
     table = scored_by(monkeypatch, {2: 0.9, 4: 0.6, 6: 0.5, 8: 0.4})
-    keeping = {**BEST, "keep": keep, "checkpoint_every": 5}
+    keeping = {**BEST, "keep": keep, "checkpoint_every": 4}
     with monkeypatch.context() as patch:
         Wish(patch, 7, cancel)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             run(base, request(8), **keeping)
     assert table.measured == [0, 2, 4, 6]
     done = run(base, request(8), **keeping)
-    assert table.measured == [0, 2, 4, 6, 6, 8] and [scores.step for scores in done.scores] == [0, 2, 4, 6, 8]
+    # The state of step 4 was saved before its pictures were drawn.
+    assert table.measured == [0, 2, 4, 6, 4, 6, 8] and [scores.step for scores in done.scores] == [0, 2, 4, 6, 8]
     assert done.step == (2 if keep == "best" else 8) and same(done.tlora, short.tlora) == (keep == "best")
     assert len(folders(output)) == 2
+
+
+def test_a_clip_vision_is_known_again_and_told_from_another(comfy):
+    import torch
+    from comfy.clip_vision import ClipVisionModel
+
+    from tlora_core.hosts.comfy.training.fingerprint import fingerprint
+    from tlora_core.hosts.comfy.training.found import _choice
+    from tlora_core.hosts.comfy.training.keeping import Keeping
+
+    def key(seed):
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        sizes |= {"image_size": 16, "patch_size": 8, "num_channels": 3, "projection_dim": 8}
+        vision = ClipVisionModel({**sizes, "hidden_act": "quick_gelu"})
+        for weight in vision.model.parameters():
+            torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
+        return fingerprint(_choice(Keeping(clip_vision=vision, keep="best", validate_every=2), request()))
+
+    assert key(1) == key(1) != key(2)
 
 
 def test_scores_under_other_conditions_are_left_out_when_a_run_is_resumed(base, output, table, monkeypatch):

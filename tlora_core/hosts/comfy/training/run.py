@@ -94,7 +94,8 @@ class TrainingRun:
         """Trains to the last step, or until the user stops it, and saves. Records every error and raises it; lets the
         host's interrupt through."""
         try:
-            self.validations.begin()
+            if not (self.is_over or self._is_done):
+                self.validations.begin()
             while not (self.is_over or self._is_done or self.live.stop_requested):
                 self.personalization.train(self._next_pause(), self._on_step)
                 self._pause()

@@ -111,15 +111,19 @@ class Validations:
             self._or_told("record of the scores", self._record_scores)
 
     def begin(self) -> None:
-        """Scores the bare model, once for a run: the verdict compares with it."""
-        if self.scorer is not None and self.personalization.trainer.step == 0:
+        """Scores what a run begins with: the bare model, with which the verdict compares; or the step of a run state that
+        was saved before its pictures were drawn."""
+        is_due = self.scorer is not None and self.personalization.trainer.step % self.keeping.validate_every == 0
+        if is_due and not self._is_scored():
             self.validate()
 
     def complete(self) -> None:
         """Scores the last step too, so that it can be the best."""
-        step = self.personalization.trainer.step
-        if self.keeping.keep != LAST and not (self.scores and self.scores[-1].step == step):
+        if self.keeping.keep != LAST and not self._is_scored():
             self.validate()
+
+    def _is_scored(self) -> bool:
+        return bool(self.scores) and self.scores[-1].step == self.personalization.trainer.step
 
     @property
     def verdict(self) -> Verdict | None:
