@@ -111,8 +111,8 @@ class Validations:
             self._or_told("record of the scores", self._record_scores)
 
     def begin(self) -> None:
-        """Scores what a run begins with: the bare model, with which the verdict compares; or the step of a run state that
-        was saved before its pictures were drawn."""
+        """Scores what a run begins with: the bare model, which the verdict compares with; or the step of a run state,
+        which is saved before its pictures are drawn."""
         is_due = self.scorer is not None and self.personalization.trainer.step % self.keeping.validate_every == 0
         if is_due and not self._is_scored():
             self.validate()
