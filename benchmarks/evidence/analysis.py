@@ -229,10 +229,10 @@ def _interval(padded, sizes, rng):
     seeds = (rng.random((*drawn.shape, padded.shape[1])) * of_each).astype(int)
     counted = np.arange(padded.shape[1]) < of_each
     sums = (padded[drawn[..., None], seeds] * counted).sum((1, 2))
-    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), _percentiles(len(sizes))))
+    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), percentiles(len(sizes))))
 
 
-def _percentiles(concepts):
+def percentiles(concepts):
     """Percentiles 2.5 and 97.5 for many concepts, wider ones for few. Plain percentiles of six concepts would contain
     the true mean in 85% of cases; these contain it in 93%."""
     tail = 100 * stats.norm.cdf(-np.sqrt(concepts / (concepts - 1)) * stats.t.ppf(0.975, concepts - 1))

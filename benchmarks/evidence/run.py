@@ -226,7 +226,7 @@ def run(
     done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
     missing = [cell for cell in cells if not set(cell.steps) <= done.get(cell.key, set())]
     total = sum(max(cell.steps) for cell in missing)
-    commit = _commit()
+    at = commit()
     say(f"{len(cells) - len(missing)} of {len(cells)} cells are done; {len(missing)} to go, {total} steps.")
     for number, cell in enumerate(missing, 1):
 
@@ -242,7 +242,7 @@ def run(
         sheets = []
         for record, pictures in run_cell(bench, cell, done.get(cell.key, set()), progress):
             with file.open("a") as out:
-                out.write(json.dumps({**record, "commit": commit}) + "\n")
+                out.write(json.dumps({**record, "commit": at}) + "\n")
             if pictures is not None:
                 sheets.append((record["step"], pictures))
         if sheets:
@@ -270,7 +270,8 @@ def _noise_seed(prompt):
     return torch.Generator().manual_seed(1000 * kind + prompt.seed)
 
 
-def _commit():
+def commit() -> str:
+    """The short hash of the repository's commit."""
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
