@@ -22,9 +22,10 @@ def table(base, monkeypatch):
 def test_a_seed_gives_one_picture_alone_and_beside_others(base):
     from tlora_core.hosts.comfy.draw import draw
 
+    model, clip, vae = base
     with torch.inference_mode():
-        together = draw(*base, ["a red heart", "a star"], 64, [0, 1, 2])
-        alone = draw(*base, ["a star"], 64, [1])
+        together = draw(model, clip, vae, ["a red heart", "a star"], 64, [0, 1, 2])
+        alone = draw(model, clip, vae, ["a star"], 64, [1])
     assert [tuple(batch.shape) for batch in together] == [(3, 64, 64, 3)] * 2
     assert torch.allclose(together[1][1], alone[0][0], atol=1e-3)
     assert (together[1][1] - together[1][2]).abs().mean() > 0.02
@@ -45,13 +46,15 @@ def test_scores_have_a_batch_of_each_prompt_and_change_nothing(base, output, tab
     sheet = Image.open(folders(output)[-1] / "validation" / "step_000002.png").convert("RGB")
     assert sheet.size == (128, 142)
     live = LiveRun.find(LiveRun.states()[-1]["id"])
+    assert live is not None
     bare, shown, _ = live.state()["pictures"]
     assert shown["captions"] == tuple(prompts) and (bare["step"], shown["step"]) == (0, 2)
     assert shown["scores"] == (
         {"likeness": 0.3, "obedience": 0.5, "copying": None},
         {"likeness": None, "obedience": 0.25, "copying": 0.02},
     )
-    page = Image.open(io.BytesIO(live.picture(shown["index"]).content)).convert("RGB")
+    first = live.picture(shown["index"])
+    page = Image.open(io.BytesIO(first.content if first else b"")).convert("RGB")
     assert page.tobytes() == sheet.crop((0, 0, 128, 64)).tobytes()
     assert sheet.crop((0, 64, 128, 128)).tobytes() != page.tobytes()
 
@@ -95,7 +98,7 @@ def test_the_files_picture_is_of_the_users_first_prompt(base, output, table, mon
         lambda self, tlora, prompts, seeds: [torch.full((len(seeds), 32, 32, 3), levels[prompt]) for prompt in prompts],
     )
     done = run(base, request(2), validation_prompts=("{} on snow", "a star"), **SCORED)
-    assert Image.open(io.BytesIO(read_thumbnail(done.path))).getpixel((9, 9)) == (255, 255, 255)
+    assert Image.open(io.BytesIO(read_thumbnail(done.path) or b"")).getpixel((9, 9)) == (255, 255, 255)
 
 
 def test_the_scorer_sees_the_pictures_as_they_are_trained(base, output):
@@ -121,9 +124,9 @@ def test_the_scorer_sees_the_pictures_as_they_are_trained(base, output):
     mask[32:64] = 1
     [picture] = images(size=96)
     cut = type(picture)(picture.pixels[:, :64], picture.caption, mask)
-    seen = Seen()
+    seen, (model, clip, vae) = Seen(), base
     with torch.inference_mode():
-        personalization = Personalization(*base, [cut], request(2))
+        personalization = Personalization(model, clip, vae, [cut], request(2))
         live_scorer(seen, personalization, [cut], Keeping(scorer="seen", validate_every=1))
     assert torch.equal(seen.pictures[0][0], cut.pixels[16:80])
     assert torch.equal(seen.masks[0][0], mask[16:80])

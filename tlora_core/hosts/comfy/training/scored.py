@@ -99,7 +99,8 @@ class Validations:
         if drawn is None:
             return
         tlora, pictures = drawn
-        scores = None if self.scorer is None else self._or_told("scores", lambda: self._measured(step, pictures))
+        scorer = self.scorer
+        scores = None if scorer is None else self._or_told("scores", lambda: measured(scorer, step, pictures))
         if self.keeping.thumbnail:
             first = self._first_prompt(pictures)
             self.thumbnail = self._or_told("thumbnail", lambda: make_thumbnail(first))
@@ -197,12 +198,6 @@ class Validations:
         singly = [self.personalization.draw(tlora, self.prompts, [seed]) for seed in self.seeds]
         return tlora, [torch.cat(of_prompt) for of_prompt in zip(*singly)]
 
-    def _measured(self, step: int, drawn: Sequence[Tensor]) -> StepScores:
-        scores = self.scorer.measure(step, drawn)
-        if not all(math.isfinite(value) for value in row(scores).values() if value is not None):
-            raise TLoRAError("the scorer gave NaN or infinite values.")
-        return scores
-
     def _first_prompt(self, drawn: Sequence[Tensor]) -> Tensor:
         """The pictures of the user's first prompt."""
         request = self.personalization.request
@@ -212,7 +207,7 @@ class Validations:
 
     def _keep_if_best(self, step: int, tlora: TLoRAFile) -> None:
         """The best step is always the best before or the newest; see `reports.stopping`. The bare model is none."""
-        if self.keeping.keep != LAST and step and self.verdict.best == step:
+        if self.keeping.keep != LAST and step and verdict(self.scores).best == step:
             self.best = Kept(step, tlora, self.thumbnail)
 
     def _show(self, step: int, drawn: Sequence[Tensor], scores: StepScores | None) -> None:
@@ -227,8 +222,8 @@ class Validations:
 
     def _record_scores(self) -> None:
         rows = [row(scores) for scores in self.scores]
-        measured = {name: value for name, value in rows[-1].items() if name in MEASURES and value is not None}
-        self.recorder.scores(self.scores[-1].step, measured)
+        values = {name: value for name, value in rows[-1].items() if name in MEASURES and value is not None}
+        self.recorder.scores(self.scores[-1].step, values)
         self.folder.save_scores(rows, {**self._conditions(), "steps": [scores.to_json() for scores in self.scores]})
 
     def _or_told(self, what: str, do: Callable[[], _Result]) -> _Result | None:
@@ -242,6 +237,14 @@ class Validations:
             logging.warning("[T-LoRA] No %s at step %s: %s", what, step, error)
             self.live.note(f"no {what} at step {step}: {one_line(error)}")
             return None
+
+
+def measured(scorer: LiveScorer, step: int, drawn: Sequence[Tensor]) -> StepScores:
+    """The scores of drawn pictures. Raises TLoRAError if they are no numbers."""
+    scores = scorer.measure(step, drawn)
+    if not all(math.isfinite(value) for value in row(scores).values() if value is not None):
+        raise TLoRAError("the scorer gave NaN or infinite values.")
+    return scores
 
 
 def row(scores: StepScores) -> dict[str, Any]:
@@ -281,5 +284,5 @@ def by_prompt(scores: StepScores) -> list[dict[str, float | None]]:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return fmean(measured) if measured else None
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
