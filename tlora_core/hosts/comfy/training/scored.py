@@ -270,7 +270,7 @@ def shown(scores: Sequence[StepScores]) -> dict[str, Any]:
     found = verdict(scores) if scores else Verdict(0, 0, "")
     return {
         "steps": [row(each) for each in scores],
-        "best": found.best if scores else None,
+        "best": found.best or None,  # the bare model is none
         "sentence": found.sentence,
         "past": found.past,
     }
