@@ -160,5 +160,5 @@ def test_json_of_anything_else_is_refused(change, words):
     good = scorer_of().measure(40, [plain((1, 0, 0)), plain((0, 1, 0))]).to_json()
     with pytest.raises(TLoRAError, match=words):
         StepScores.from_json({**good, **change})
-    with pytest.raises(TLoRAError, match="step is missing"):
+    with pytest.raises(TLoRAError, match="pictures is missing"):
         StepScores.from_json([])
