@@ -126,6 +126,8 @@ def _row(trained, way):
 
 def _verdict(trained):
     shares = median({_key(one): one.share(KEPT) for one in trained})
+    if shares.low is None:
+        return f"No verdict: it needs trainings of {FEWEST} concepts, and there are {shares.concepts}."
     apart = estimate(
         {_key(one): one.trade_offs[one.chosen[KEPT]] - one.trade_offs[one.chosen[FIXED]] for one in trained}
     )

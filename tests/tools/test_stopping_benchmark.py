@@ -79,8 +79,12 @@ def test_section_is_of_the_weights_measured_last_and_says_whether_the_target_is_
     assert stopping_report.section(tmp_path) == ""
     written(tmp_path, [unit(weights="old"), unit(), unit("navy moon")])
     text = stopping_report.section(tmp_path)
-    assert "trained 2 T-LoRAs of 2 concepts" in text and "which misses the target of 0.95" in text
+    assert "trained 2 T-LoRAs of 2 concepts" in text and "No verdict: it needs trainings of 6 concepts" in text
     assert "| rule, best of all | 200 | 300 | 0.500" in text and "0.794 (n = 2)" in text
+    others = ("tan cross", "teal flower", "maroon star", "lime circle")
+    written(tmp_path, [unit(concept) for concept in others])
+    text = stopping_report.section(tmp_path)
+    assert "keeps 0.794 [0.794, 0.794] of the best trade-off, which misses the target of 0.95" in text
 
 
 def test_report_has_the_section(tmp_path, monkeypatch):
