@@ -117,7 +117,13 @@ def test_a_clip_vision_is_known_again_and_told_from_another(comfy):
 
     def key(seed):
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-        sizes |= {"image_size": 16, "patch_size": 8, "num_channels": 3, "projection_dim": 8}
+        sizes |= {
+            "image_size": 16,
+            "patch_size": 8,
+            "num_channels": 3,
+            "projection_dim": 8,
+            "model_type": "clip_vision_model",
+        }
         vision = ClipVisionModel({**sizes, "hidden_act": "quick_gelu"})
         for weight in vision.model.parameters():
             torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(seed))
