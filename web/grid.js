@@ -124,11 +124,12 @@ class Gallery {
   }
 
   async export() {
-    this.save.disabled = true;
+    if (this.isSaving) return; // a disabled button would lose the keys
+    this.isSaving = true;
     setText(this.said, t("grid_saving"));
     const text = await saveGrid(this.grid).then((saved) => t("grid_saved", saved), () => t("grid_failed"));
     setText(this.said, text);
-    this.save.disabled = false;
+    this.isSaving = false;
   }
 }
 

@@ -35,7 +35,7 @@ class Sheet {
     this.size = Math.min(Math.max(cell / 22, 13), 30);
     this.line = this.size * 1.35;
     this.gap = this.size;
-    this.beside = this.size * 12;
+    this.beside = this.size * 14;
     this.width = Math.ceil(this.gap + this.beside + prompts.length * (cell + this.gap));
     this.font();
     this.heads = prompts.map((prompt) => wrap(this.pen, prompt, cell));

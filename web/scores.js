@@ -6,7 +6,7 @@ export const MEASURES = ["likeness", "obedience", "copying"];
 
 const WIDTH = 1000, HEIGHT = 100; // a lane's coordinates, stretched to the element
 const LEAST_SPAN = 0.02; // of a lane's scale, so that an even curve looks even
-const HEIGHT_TITLE = 18, HEIGHT_LANE = 44, HEIGHT_LINE = 16, CHARACTERS = 46; // pixels, and characters of a line, as in panel.js
+const HEIGHT_TITLE = 18, HEIGHT_LANE = 48, HEIGHT_LINE = 16, CHARACTERS = 46; // pixels, and characters of a line, as in panel.js
 
 export const isBest = (run, step) => run.scores != null && run.scores.best === step;
 

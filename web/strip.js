@@ -21,6 +21,7 @@ export class Strip {
   }
 
   show(run) {
+    if (run?.id !== this.run?.id) this.chosen = null;
     this.run = run;
     const pictures = run?.pictures ?? [];
     this.element.hidden = pictures.length === 0;
