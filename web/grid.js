@@ -127,8 +127,7 @@ class Gallery {
     if (this.isSaving) return; // a disabled button would lose the keys
     this.isSaving = true;
     setText(this.said, t("grid_saving"));
-    const text = await saveGrid(this.grid).then((saved) => t("grid_saved", saved), () => t("grid_failed"));
-    setText(this.said, text);
+    setText(this.said, await saveGrid(this.grid).catch(() => t("grid_failed")));
     this.isSaving = false;
   }
 }

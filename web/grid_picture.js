@@ -92,21 +92,21 @@ class Sheet {
   }
 }
 
-/** The canvas of the grid {prompts, rows, sentence}, see `gridOf`. Pictures shrink where the whole would be too large. */
-async function drawGrid(grid) {
+/** The sheet of the grid {prompts, rows, sentence}, see `gridOf`, and its pictures' size in percent of what they have. */
+async function layOut(grid) {
   const first = await load(grid.rows[0].source), natural = first.naturalWidth / grid.prompts.length;
   let sheet, cell = Math.max(natural, LEAST_CELL);
   do sheet = new Sheet(grid, cell, natural / first.naturalHeight);
-  while (!sheet.fits && (cell *= 0.9) > 1);
-  return sheet.draw();
+  while (!sheet.fits && (cell *= 0.98) > 1);
+  return { sheet, percent: Math.round((100 * cell) / natural) };
 }
 
-/** Draws and saves the grid; returns {file, width, height}. Fails if a picture is gone. */
+/** Draws and saves the grid; returns what to say of it. Fails if a picture is gone. */
 export async function saveGrid(grid) {
-  const canvas = await drawGrid(grid), { width, height } = canvas;
+  const { sheet, percent } = await layOut(grid), canvas = await sheet.draw(), { width, height } = canvas;
   const blob = await new Promise((resolve, reject) => canvas.toBlob((made) => (made ? resolve(made) : reject(new Error("no picture"))), "image/png"));
   const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: FILE });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000); // the browser may still be reading it
-  return { file: FILE, width, height };
+  return t(percent < 100 ? "grid_saved_small" : "grid_saved", { file: FILE, width, height, percent });
 }

@@ -1,7 +1,7 @@
 """Pages that several modules open in the same way."""
 
 import pytest
-from browser import new_page, open_interface, opened_browser, set_setting
+from browser import open_canvas, opened_browser
 
 
 @pytest.fixture(scope="module")
@@ -13,9 +13,7 @@ def browser(chromium):
 @pytest.fixture
 def page(browser, server):
     """The interface in the canvas renderer, on a page of its own. A training that it leaves ends with it."""
-    page = new_page(browser)
-    open_interface(page, server)
-    set_setting(page, "Comfy.VueNodes.Enabled", False)
+    page = open_canvas(browser, server)
     yield page
     page.close()
     server.client.interrupt()
