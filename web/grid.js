@@ -21,15 +21,11 @@ function gridOf(run) {
   return { prompts: run.pictures.at(-1).captions, rows, sentence: run.scores?.sentence ?? "" };
 }
 
-/** Picture `place` of `count` that `source` holds side by side. */
-function crop(source, place, count) {
-  const picture = html("img", { alt: "", loading: "lazy", onload: () => {
-    frame.style.setProperty("--ratio", picture.naturalWidth / count / picture.naturalHeight);
-  } });
-  const frame = html("span", { class: "tlora-crop" }, picture);
+/** Picture `place` of `count` that `source` holds side by side; `own`: attributes of the image. */
+function crop(source, place, count, own) {
+  const frame = html("span", { class: "tlora-crop" }, html("img", { ...own, src: source }));
   frame.style.setProperty("--count", count);
   frame.style.setProperty("--place", place);
-  picture.src = source;
   return frame;
 }
 
@@ -42,7 +38,8 @@ class Gallery {
     const { prompts, rows } = this.grid, count = prompts.length;
     this.cells = rows.flatMap((row) => prompts.map((prompt, place) => ({ row, prompt, place, figures: row.cells[place] ?? [] })));
     this.buttons = this.cells.map((cell, i) => html("button", { class: "tlora-picture", tabindex: -1, title: t("enlarge"),
-      "aria-label": this.label(cell), onclick: () => this.show(i, false), onfocus: () => this.reach(i) }, crop(cell.row.source, cell.place, count)));
+      "aria-label": this.label(cell), onclick: () => this.show(i, false), onfocus: () => this.reach(i) },
+      crop(cell.row.source, cell.place, count, { alt: "", loading: "lazy", onload: (event) => this.shape(event.target) })));
     this.table = this.tableOf();
     this.one = html("figure", { class: "tlora-one", tabindex: -1, "aria-live": "polite" });
     this.said = html("span", { class: "tlora-said", role: "status" });
@@ -87,10 +84,14 @@ class Gallery {
   turnTo(at) {
     this.reach(at);
     if (this.isTable) return void this.buttons[at].focus();
-    const cell = this.cells[at], picture = crop(cell.row.source, cell.place, this.grid.prompts.length);
-    picture.firstChild.alt = this.label(cell);
-    this.one.replaceChildren(picture, html("figcaption", {}, html("strong", {}, cell.row.name), html("span", {}, cell.prompt), figureList(cell.figures)));
+    const cell = this.cells[at], own = { alt: this.label(cell), decoding: "sync", onload: (event) => this.shape(event.target) };
+    this.one.replaceChildren(crop(cell.row.source, cell.place, this.grid.prompts.length, own), html("figcaption", {}, html("strong", {}, cell.row.name), html("span", {}, cell.prompt), figureList(cell.figures)));
     if (document.activeElement?.disabled) this.one.focus(); // keys would be lost with a button that has reached its end
+  }
+
+  /** Gives all pictures the shape of one that is there: those of a run are of one size. */
+  shape({ naturalWidth, naturalHeight }) {
+    this.dialog.style.setProperty("--ratio", naturalWidth / this.grid.prompts.length / naturalHeight);
   }
 
   /** Makes `at` the chosen picture, which the Tab key reaches in the table. */

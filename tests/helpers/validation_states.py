@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import re
 
 from panel_page import RUN
 from PIL import Image
@@ -25,12 +26,12 @@ def validation_png(validation: int, prompts: int, side: int) -> bytes:
     return content.getvalue()
 
 
-def serve_pictures(page, prompts: int, side: int = 64) -> None:
-    """Answers the page's requests for validation pictures."""
+def serve_pictures(page) -> None:
+    """Answers the page's requests for the pictures of all `scored_run`s."""
 
     def answer(route):
-        validation = int(route.request.url.rsplit("/", 1)[1])
-        route.fulfill(content_type="image/png", body=validation_png(validation, prompts, side))
+        count, side, validation = re.search(r"/scored\d+-(\d+)x(\d+)/validation/(\d+)", route.request.url).groups()
+        route.fulfill(content_type="image/png", body=validation_png(int(validation), int(count), int(side)))
 
     page.route("**/validation/*", answer)
 
@@ -42,8 +43,9 @@ def scored_step(step: int, **means: float | None) -> dict:
     return {"step": step, **scores, **errors}
 
 
-def scored_run(steps: list[dict], prompts: list[str], best: int | None = None, **more) -> dict:
-    """The state of a new run of 400 steps with these scores, and a validation picture for each."""
+def scored_run(steps: list[dict], prompts: list[str], best: int | None = None, side: int = 64, **more) -> dict:
+    """The state of a new run of 400 steps with these scores, and for each a validation picture whose parts have `side`
+    pixels."""
     sentence = f"step {best}: as like as it gets." if best else ""
     pictures = [
         {
@@ -55,7 +57,8 @@ def scored_run(steps: list[dict], prompts: list[str], best: int | None = None, *
         for i, scores in enumerate(steps)
     ]
     scores = {"steps": steps, "best": best, "sentence": sentence, "past": 0}
-    run = {"id": f"scored{next(_numbers)}", "step": 400, "steps": 400, "scores": scores, "pictures": pictures}
+    name = f"scored{next(_numbers)}-{len(prompts)}x{side}"
+    run = {"id": name, "step": 400, "steps": 400, "scores": scores, "pictures": pictures}
     return RUN | run | more
 
 

@@ -39,7 +39,7 @@ OVERFLOWS = """() => [...document.querySelectorAll(".tlora-panel")].filter(panel
 @pytest.fixture(scope="module")
 def page(browser, server):
     page = open_canvas(browser, server)
-    serve_pictures(page, len(PROMPTS))
+    serve_pictures(page)
     load_workflow(page, QUICKSTART)
     return page
 
