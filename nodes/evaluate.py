@@ -4,7 +4,8 @@ from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
 from ..tlora_core.hosts.comfy.encoders import FOLDER, encoder_names, load_encoder
-from ..tlora_core.reports.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
+from ..tlora_core.reports.evaluation import best, evaluate, table
+from ..tlora_core.reports.folder_encoder import CLIP_TYPES, DINO_TYPES
 from .sockets import CATEGORY
 
 SCORES = io.Custom("TLORA_SCORES")

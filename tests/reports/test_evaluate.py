@@ -15,27 +15,25 @@ from torch.nn.functional import normalize
 from tlora_core.errors import TLoRAError
 from tlora_core.reports import prompt_sets
 from tlora_core.reports.evaluation import (
-    CLIP_TYPES,
-    DINO_TYPES,
     EvaluationProtocol,
-    ImageEncoder,
     Scores,
     best,
     diversity,
     evaluate,
     masked,
     table,
-    without_token,
 )
+from tlora_core.reports.folder_encoder import CLIP_TYPES, DINO_TYPES, FolderEncoder
+from tlora_core.reports.picture_scores import without_token
 
 
 @pytest.fixture(scope="module")
 def clip(model_folders):
-    return ImageEncoder(model_folders / "clip", CLIP_TYPES)
+    return FolderEncoder(model_folders / "clip", CLIP_TYPES)
 
 
 def test_scores_are_the_mean_cosines_of_the_models_own_features(clip, model_folders):
-    dino, concept = ImageEncoder(model_folders / "dino", DINO_TYPES), pictures(2, 0, 16, 16)
+    dino, concept = FolderEncoder(model_folders / "dino", DINO_TYPES), pictures(2, 0, 16, 16)
     batches, prompts = [pictures(2, 1, 16, 16), pictures(3, 2, 16, 16)], ["a photo of sks dog", "a sks dog in the snow"]
     scores = evaluate("step 5", batches, prompts, concept, clip, dino, neutral_prompt=prompts[0], token="sks")
     mean, std = (torch.tensor(PREPARATION[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
@@ -198,7 +196,7 @@ def test_scores_hold_the_conditions_of_their_measurement(clip, model_folders):
     )
     whole = torch.ones(1, 20, 24)
     for name, changes in {
-        "dino_model": {"dino": ImageEncoder(model_folders / "dino", DINO_TYPES)},
+        "dino_model": {"dino": FolderEncoder(model_folders / "dino", DINO_TYPES)},
         "prompts": {"prompts": ["a photo of sks dog", "a dog"]},
         "neutral_prompt": {"neutral_prompt": ""},
         "mask": {"masks": [whole, whole]},
@@ -276,7 +274,7 @@ def test_node_takes_no_folder_but_those_it_lists(served, name):
 def test_folder_is_known_whatever_the_systems_own_encoding(tmp_path):
     (tmp_path / "config.json").write_bytes('{"model_type": "clip", "_name_or_path": "D:/模型"}'.encode())
     asked = (
-        f"from pathlib import Path; from tlora_core.reports.evaluation import model_type; "
+        f"from pathlib import Path; from tlora_core.reports.folder_encoder import model_type; "
         f"print(model_type(Path({str(tmp_path)!r})))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

@@ -72,11 +72,12 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
     import tlora_core
     from tlora_core.hosts.comfy.page.pages import heard_by
     from tlora_core.hosts.comfy.training.headless import completed_inputs
+    from tlora_core.hosts.comfy.training.scored import row
 
     # A cancel keeps what was learnt, unless told otherwise.
     inputs = {"save_on_cancel": True, **job["inputs"]}
     try:
-        completed_inputs(inputs)
+        completed_inputs(inputs, "clip_vision" in job["parts"])
     except tlora_core.TLoRAError as error:
         raise Ended("failed", str(error), 2) from error
     watch = Watch()
@@ -93,6 +94,9 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
         "run": str(done.folder),
         "pictures": [str(path) for path in sorted((done.folder / "validation").glob("*.png"))],
         "steps": len(done.losses),
+        "kept_step": done.step,
+        "why": done.why,
+        "scores": [row(scores) for scores in done.scores],
         "loss": watch.loss,
         "message": watch.message,
         "copies": _copies(done, job["out"]) if job["out"] else [],

@@ -84,9 +84,10 @@ def grey_by_step(monkeypatch):
     monkeypatch.setattr(
         Personalization,
         "draw",
-        lambda self, prompts, seed=0: torch.stack(
-            [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]
-        ),
+        lambda self, tlora, prompts, seeds: [
+            torch.full((len(seeds), 64, 64, 3), 0.0 if number else self.trainer.step / 10)
+            for number in range(len(prompts))
+        ],
     )
 
 

@@ -55,6 +55,12 @@ def load_vae(name: Files) -> VAE:
         return _node("VAELoader").load_vae(listed)[0]
 
 
+def load_clip_vision(name: Files) -> Any:
+    """What Load CLIP Vision gives, a CLIP_VISION. Raises TLoRAError."""
+    with _listed("clip_vision", "clip_vision", name) as listed:
+        return _node("CLIPVisionLoader").load_clip(listed)[0]
+
+
 def load_picture(path: Files, name: str = "image") -> Tensor:
     """What Load Image gives for a file anywhere: [N, H, W, 3] in 0..1. name: of the input. Raises TLoRAError."""
     with _seen_as_input(path, name) as file:

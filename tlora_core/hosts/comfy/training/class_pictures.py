@@ -46,7 +46,7 @@ class ClassPictures:
         for i, seed in enumerate(seeds):
             if pictures[i] is None:
                 self._tell(i, len(seeds))
-                [drawn] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, seed)
+                [[drawn]] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, [seed])
                 pictures[i] = _saved(drawn, paths[i])
         self._tell(len(seeds), len(seeds))
         return [TrainingImage(picture, PROMPT) for picture in pictures]

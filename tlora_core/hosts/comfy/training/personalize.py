@@ -295,9 +295,10 @@ class Personalization:
             heights=self.heights,
         )
 
-    def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
-        """Pictures [n, h, w, 3] in 0..1 that the current T-LoRA draws, one for each prompt."""
-        return draw(apply_tlora(self.model, self.tlora()), self.clip, self.vae, prompts, self.request.resolution, seed)
+    def draw(self, tlora: TLoRAFile, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+        """The pictures that the model draws with a T-LoRA; see `draw`."""
+        model = apply_tlora(self.model, tlora)
+        return draw(model, self.clip, self.vae, prompts, self.request.resolution, seeds)
 
     def _check_config(self) -> None:
         """Raises TLoRAError for settings that this model cannot use, now instead of in the middle of a step."""
