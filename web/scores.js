@@ -77,7 +77,8 @@ export class ScoresChart {
 
   show(run) {
     this.run = run;
-    const { steps = [], best = null, sentence = "" } = run?.scores ?? {};
+    const { steps = [], best = null, sentence: told = "" } = run?.scores ?? {};
+    const sentence = run?.message.includes(told) ? "" : told; // the end of a run says it with what the file holds
     this.steps = steps;
     for (const lane of this.lanes) lane.show(steps, best, run?.steps);
     const lanes = this.lanes.filter(({ element }) => !element.hidden).length;

@@ -101,3 +101,12 @@ CHANGE = """([id, values]) => { for (const widget of window.app.graph.getNodeByI
     widget.value = values[widget.name];
     widget.callback?.(widget.value);
 } }"""
+
+
+def set_widgets(page, values: dict) -> None:
+    """Of the Train node, without its callbacks."""
+    page.evaluate(
+        """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+        if (widget.name in values) widget.value = values[widget.name]; }""",
+        [TRAIN, values],
+    )

@@ -5,7 +5,7 @@ import re
 
 from browser import load_workflow, new_page, open_interface, ours, set_setting
 from graphs import TinyGraph, bake, difference, pixels
-from panel_page import ONLY_TRAINING, PANEL, QUICKSTART, TRAIN, begin, press, wait_for
+from panel_page import ONLY_TRAINING, PANEL, QUICKSTART, TRAIN, begin, press, set_widgets, wait_for
 
 ARE_LISTED = """names => {
     const options = window.LiteGraph.createNode("TLoRALoad")
@@ -121,14 +121,6 @@ IS_KEPT = (
 )
 MARKED = """() => window.app.graph.nodes
     .flatMap(node => node.inputs.filter(input => input.hasErrors).map(input => input.name)).sort()"""
-
-
-def set_widgets(page, values: dict) -> None:
-    page.evaluate(
-        """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
-        if (widget.name in values) widget.value = values[widget.name]; }""",
-        [TRAIN, values],
-    )
 
 
 def test_an_error_is_shown_in_the_panel_and_marks_its_inputs(page, server):
