@@ -43,8 +43,8 @@ class Gallery {
     this.table = this.tableOf();
     this.one = html("figure", { class: "tlora-one", tabindex: -1, "aria-live": "polite" });
     this.said = html("span", { class: "tlora-said", role: "status" });
-    this.turns = [["‹", "previous", "ArrowLeft"], ["›", "next", "ArrowRight"], ["↑", "step_before", "ArrowUp"], ["↓", "step_after", "ArrowDown"]]
-      .map(([sign, name, key]) => ({ key, button: signButton(sign, name, () => this.move(key)) }));
+    this.turns = Object.entries({ ArrowLeft: ["‹", "previous"], ArrowRight: ["›", "next"], ArrowUp: ["↑", "step_before"], ArrowDown: ["↓", "step_after"] })
+      .map(([key, [sign, name]]) => ({ key, button: signButton(sign, name, () => this.move(key)) }));
     this.size = html("input", { type: "range", min: LEAST, max: MOST, "aria-label": t("grid_size"), title: t("grid_size"), oninput: () => this.scale() });
     this.size.value = Math.min((window.innerWidth * 0.94 - BESIDE) / count - GAP, USUAL);
     this.other = html("button", { class: "tlora-button", onclick: () => this.show(this.at, !this.isTable) });
@@ -85,7 +85,8 @@ class Gallery {
     this.reach(at);
     if (this.isTable) return void this.buttons[at].focus();
     const cell = this.cells[at], own = { alt: this.label(cell), decoding: "sync", onload: (event) => this.shape(event.target) };
-    this.one.replaceChildren(crop(cell.row.source, cell.place, this.grid.prompts.length, own), html("figcaption", {}, html("strong", {}, cell.row.name), html("span", {}, cell.prompt), figureList(cell.figures)));
+    const words = [html("strong", {}, cell.row.name), html("span", {}, cell.prompt), figureList(cell.figures)];
+    this.one.replaceChildren(crop(cell.row.source, cell.place, this.grid.prompts.length, own), html("figcaption", {}, ...words));
     if (document.activeElement?.disabled) this.one.focus(); // keys would be lost with a button that has reached its end
   }
 

@@ -112,7 +112,8 @@ export class ScoresChart {
     setText(this.title, t("scores_at", { step: told.step }));
     const figures = new Map(figuresOf(told));
     for (const { name, value } of this.lanes) setText(value, figures.get(name) ?? "–");
-    this.plot.setAttribute("aria-label", [t("scores_label", { step: told.step, scores: sayScores(told) }), this.mark.textContent].filter(Boolean).join(" "));
+    const label = t("scores_label", { step: told.step, scores: sayScores(told) });
+    this.plot.setAttribute("aria-label", `${label} ${this.mark.textContent}`.trim());
   }
 
   point(event) {
