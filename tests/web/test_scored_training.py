@@ -14,7 +14,7 @@ SCORED = {
     "score_seeds": 2,
     "rank": 8,
     "min_rank": 4,
-    "learning_rate": 0.01,
+    "learning_rate": 0.004,
     "file_name": "panel/scored",
 }
 # Whether each picture of the grid is there, by row.
