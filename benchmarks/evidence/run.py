@@ -25,8 +25,8 @@ from tlora_core.training.images import to_picture
 from tlora_core.training.trainer import TrainingDiverged
 
 from .colour import ColourReader
-from .metrics import measure, seen
-from .prompts import KINDS, TOKEN, TRAINING, Prompt, control_prompts, prompts, settings
+from .metrics import measure, measure_class, seen
+from .prompts import KINDS, TOKEN, TRAINING, Prompt, class_prompts, control_prompts, prompts, settings
 from .record_files import mend, read
 from .study import Cell, cell_of
 
@@ -128,19 +128,23 @@ def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], 
     setting = settings(concept, cell.seed)[0]
     asked = prompts(concept, cell.seed, cell.draws, setting)
     control = control_prompts(concept, cell.seed, cell.draws.control)
+    of_class = class_prompts(concept, cell.seed, cell.draws.of_class)
 
     def drawn(model, **more):
         began = time.process_time()
-        pictures = bench.draw([*asked, *control], model)
+        pictures = bench.draw([*asked, *control, *of_class], model)
         rows = measure(
             pictures[: len(asked)], asked, bench.matcher(cell.concept), bench.reader(cell.concept), bench.scorer
         )
-        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked) :], bench.scorer))]
+        without, plain = pictures[len(asked) :].split([len(control), len(of_class)])
+        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(without, bench.scorer))]
+        classes = measure_class(plain, of_class, bench.matcher(cell.concept), bench.scorer)
         return {
             "cell": asdict(cell),
             "training": asdict(setting),
             "rows": rows,
             "control": others,
+            **({"of_class": classes} if classes else {}),
             **more,
             "cpu_seconds_drawing": round(time.process_time() - began, 1),
         }, pictures
@@ -181,6 +185,8 @@ def personalization(bench: Bench, cell: Cell):
         seed=cell.seed,
         noise_from=cell.noise_from,
         noise_to=cell.noise_to,
+        prior_weight=cell.prior_weight,
+        preservation_weight=cell.preservation_weight,
     )
     request = TrainRequest(
         TOKEN,
@@ -266,7 +272,7 @@ def _sheet(cell, drawn, folder):
 
 
 def _noise_seed(prompt):
-    kind = (*KINDS, "control").index(prompt.kind)
+    kind = (*KINDS, "control", "class").index(prompt.kind)
     return torch.Generator().manual_seed(1000 * kind + prompt.seed)
 
 
