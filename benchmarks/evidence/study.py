@@ -143,8 +143,8 @@ SCALES = {
     "sweep": Scale(_SWEPT, (0,), (60, 120, 200, 320), _DRAWS),
     "pilot": Scale(_COMPARED[:3], (0,), _STEPS, _DRAWS),
     "quick": Scale(_COMPARED[2:3], (0,), _STEPS, Draws(2, 4, 2, 2, 3, 3)),
-    # Longer, as what keeps the class slows the learning; with the quickstart's batches, as its steps cost more.
-    "preservation": Scale(_COMPARED, (0, 1, 2), (60, 120, 200, 320), Draws(3, 3, 2, 2, 3, 4, of_class=8), 2),
+    # With the quickstart's batches, as its steps cost more.
+    "preservation": Scale(_COMPARED, (0, 1, 2), (70, 150, 260), Draws(3, 3, 2, 2, 2, 4, of_class=8), 2),
     "miniature": Scale(_COMPARED[2:3], (0,), (1, 2), Draws(1, 1, 0, 0, 0, 0), batch_size=1),
 }
 
