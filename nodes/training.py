@@ -18,6 +18,7 @@ class TLoRAImages(io.ComfyNode):
             display_name="T-LoRA Images",
             category=CATEGORY,
             is_input_list=True,
+            is_output_node=True,  # it shows its pictures, so it runs alone, and before a training that takes long
             search_aliases=["dataset", "caption"],
             description="Pictures with their captions and masks for Train T-LoRA. Chain several of these nodes for "
             "pictures of different sizes.",

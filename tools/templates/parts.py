@@ -164,12 +164,13 @@ def add_real_pictures(
     side=1024,
     steps=30,
     cfg=5.0,
+    wide=290,
     **sampling,
 ):
     """Prompts for the subject of `adapted`, a node with MODEL and T-LoRA, its sampler, and saved pictures of `side`
     pixels, as wide as the remaining room. loaded: a node with CLIP and VAE. negative: whether there is a negative
-    prompt. guidance: what to tell a model with guidance distilled into it."""
-    column = Column(template, x, 290)
+    prompt. guidance: what to tell a model with guidance distilled into it. wide: the prompts' column."""
+    column = Column(template, x, wide)
     prompts = column.add(
         "TLoRAPrompts",
         200,
