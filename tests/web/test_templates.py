@@ -10,11 +10,17 @@ from PIL import Image
 from places import REPO
 
 TEMPLATES = {path.stem: path for path in sorted((REPO / "workflows").glob("*.json"))}
-OF_SEVERAL_FILES = {name for name in TEMPLATES if name[:2] in ("13", "14", "15", "16", "17", "18")}
+OF_SEVERAL_FILES = {name for name in TEMPLATES if name[:2] in ("13", "14", "15", "16", "17", "18", "20", "21")}
 NEED_FILES = {name for name in TEMPLATES if name[:2] in ("02", "03", "04", "05", "06", "10", "19")} | OF_SEVERAL_FILES
 # What only a person can fill in: files that do not come with the pack.
-TO_CHOOSE = ("ckpt_name", "file", "unet_name", "clip_name", "vae_name")
-FOLDERS = {"unet_name": "diffusion_models", "clip_name": "text_encoders", "vae_name": "vae", "ckpt_name": "checkpoints"}
+FOLDERS = {
+    "unet_name": "diffusion_models",
+    "clip_name": "text_encoders",
+    "vae_name": "vae",
+    "ckpt_name": "checkpoints",
+    "bg_removal_name": "background_removal",
+}
+TO_CHOOSE = (*FOLDERS, "file")
 UNREGISTERED = (
     "() => window.app.graph.nodes.map(node => node.type).filter(type => !(type in "
     "window.LiteGraph.registered_node_types))"
