@@ -14,7 +14,6 @@ from .analysis import (
     estimate,
     gate,
     left_out,
-    mean_over_levels,
     points,
 )
 from .claims import verdict
@@ -23,6 +22,7 @@ from .run import whole
 from .study import SCALES, WAYS
 
 NEITHER, (PRIOR, OUTPUT) = "neither", WAYS
+LEVEL = LEVELS[0]
 # What should be low, by its name in the tables.
 LOST: dict[str, Callable[[Point], float]] = {
     "class becomes the concept": lambda p: _number(p.leak),
@@ -61,7 +61,8 @@ def _about(lines: Mapping[str, Lines]) -> str:
         f"{scale.batch_size}, measured after {', '.join(map(str, scale.steps))} steps. **Class becomes the concept**: "
         "how like the concept pictures of the class word alone are, as IS. **Class prompts lost** and **other prompts "
         "lost**: the share of attributes that is wrong in prompts of the class, and of other objects, without the "
-        "token. Compared at equal IS, as everywhere on this page, but without the gate, as damage is what is measured."
+        f"token. Compared at equal IS, but without the gate, as damage is what is measured, and at IS {LEVEL:g} alone, the "
+        "lowest level of this page: few trainings with prior preservation come further in these steps."
     )
 
 
@@ -69,26 +70,26 @@ _PRIOR_COUNT = 16
 
 
 def _verdicts(lines: Mapping[str, Lines]) -> str:
-    rows = []
+    rows, by_verdict = [], {}
     for ours, others in _PAIRS:
         for name, value in LOST.items():
             less = _compared(lines, ours, others, lambda p, value=value: -value(p))
             trained = {concept for concept, _ in lines.get(ours, {}).keys() & lines.get(others, {}).keys()}
             at_end = estimate(_at_the_end(lines, ours, others, lambda p, value=value: -value(p)))
-            rows.append(
-                [
-                    f"{ours}, less than {others}: {name}",
-                    verdict(less, len(trained)),
-                    markdown.text_of(less),
-                    markdown.text_of(at_end),
-                ]
-            )
-    head = ["claim", "here", "less by, at equal IS", "less by, after the last step"]
-    return markdown.table(head, rows)
+            claim, here = f"{ours}, less than {others}: {name}", verdict(less, len(trained))
+            rows.append([claim, here, markdown.text_of(less), markdown.text_of(at_end)])
+            by_verdict.setdefault(here, []).append(claim)
+    head = ["claim", "here", f"less by, at IS {LEVEL:g}", "less by, after the last step"]
+    settled = "".join(
+        f" {kind.capitalize()}: {'; '.join(by_verdict[kind])}."
+        for kind in ("confirmed", "contradicted")
+        if kind in by_verdict
+    )
+    return f"{len(rows)} claims.{settled or ' None is settled.'}\n\n{markdown.table(head, rows)}"
 
 
 def _compared(lines, ours, others, value):
-    return estimate(difference(*(mean_over_levels(lines.get(name, {}), value) for name in (ours, others))))
+    return estimate(difference(*(at_level(lines.get(name, {}), LEVEL, value) for name in (ours, others))))
 
 
 def _at_the_end(lines, ours, others, value) -> dict:
@@ -96,14 +97,14 @@ def _at_the_end(lines, ours, others, value) -> dict:
 
 
 def _tables(lines: Mapping[str, Lines]) -> str:
-    head = ["", "units", "reproduced", f"steps to IS {LEVELS[1]:g}", *COLUMNS]
+    head = ["", "units", "reproduced", f"steps to IS {LEVEL:g}", *COLUMNS]
     at_equal = [
         [
             name,
             str(len(units)),
             f"{gate(units)['reproduced']:.0%}",
-            markdown.text_of(estimate(at_level(units, LEVELS[1], lambda p: p.step))),
-            *(markdown.text_of(estimate(mean_over_levels(units, value))) for value in COLUMNS.values()),
+            markdown.text_of(estimate(at_level(units, LEVEL, lambda p: p.step))),
+            *(markdown.text_of(estimate(at_level(units, LEVEL, value))) for value in COLUMNS.values()),
         ]
         for name, units in _in_order(lines)
     ]
@@ -112,8 +113,8 @@ def _tables(lines: Mapping[str, Lines]) -> str:
         for name, units in _in_order(lines)
     ]
     return (
-        f"Means over the levels of IS {', '.join(f'{level:g}' for level in LEVELS)}, of the units that reach all of "
-        f"them:\n\n{markdown.table(head, at_equal)}\n\nAfter the last step, whatever the likeness:\n\n"
+        f"At IS {LEVEL:g}, of the units that reach it:\n\n{markdown.table(head, at_equal)}\n\nAfter the last step, "
+        "whatever the likeness:\n\n"
         f"{markdown.table(['', 'IS', *COLUMNS], last)}"
     )
 
