@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tlora_core.training.config import TrainConfig
+
 from . import markdown
 from .analysis import (
     LEVELS,
@@ -55,18 +57,17 @@ def _about(lines: Mapping[str, Lines]) -> str:
     concepts = {concept for concept, _ in units}
     return (
         "## What keeps the class as it was\n\n"
-        f"T-LoRA with neither, with prior preservation (`prior_weight` 1: {_PRIOR_COUNT} pictures of the class that the "
-        "base draws) and with output preservation (`preservation_weight` 1: the base's own prediction for the caption "
-        f"without the token, on the subject's noised latents). {len(concepts)} concepts, {len(units)} units, batches of "
+        f"T-LoRA with neither, with prior preservation (`prior_weight` 1: {TrainConfig().prior_count} pictures of the "
+        "class that the base draws) and with output preservation (`preservation_weight` 1: the base's own prediction "
+        "for the caption without the token, on the subject's noised latents). "
+        f"{len(concepts)} concepts, {len(units)} units, batches of "
         f"{scale.batch_size}, measured after {', '.join(map(str, scale.steps))} steps. **Class becomes the concept**: "
         "how like the concept pictures of the class word alone are, as IS. **Class prompts lost** and **other prompts "
         "lost**: the share of attributes that is wrong in prompts of the class, and of other objects, without the "
-        f"token. Compared at equal IS, but without the gate, as damage is what is measured, and at IS {LEVEL:g} alone, the "
-        "lowest level of this page: few trainings with prior preservation come further in these steps."
+        "token. Compared at equal IS, but without the gate, as damage is what is measured, and at IS "
+        f"{LEVEL:g} alone, the lowest level of this page: few trainings with prior preservation come further in these "
+        "steps. After the last step the trainings differ in likeness, too."
     )
-
-
-_PRIOR_COUNT = 16
 
 
 def _verdicts(lines: Mapping[str, Lines]) -> str:
