@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from batchlib.command import add_options as batch_options
+from batchlib.command import run as batch
 from gpulib.command import add_options as gpu_options
 from trainlib.arguments import add_options as train_options
 
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--serve", action="store_true", help="leave ComfyUI running afterwards")
     _add_run_options(demo)
     train_options(add("train", commands.train, "train a T-LoRA from pictures, without a browser"))
+    batch_options(add("batch", batch, "run a table of jobs: trainings, or a workflow with other inputs in each row"))
     run = add("run", commands.run, "run a workflow file, in the interface's format or in API format")
     run.add_argument("workflow", metavar="WORKFLOW.json")
     _add_run_options(run)

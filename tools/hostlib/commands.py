@@ -56,10 +56,10 @@ def chosen_host(args: argparse.Namespace) -> Host:
 
 def make_server(host: Host, port: int = 0, log_to_terminal: bool = False, frontend: Path | None = None) -> Server:
     """Our own host works in the cache; the user's ComfyUI keeps using its own folders."""
-    return Server(host, _workspace(host), port, log_to_terminal, frontend)
+    return Server(host, workspace_of(host), port, log_to_terminal, frontend)
 
 
-def _workspace(host: Host) -> Path | None:
+def workspace_of(host: Host) -> Path | None:
     return cache_root() / "workspace" if host.ours else None
 
 
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace) -> int:
     job = arguments.job_of(args)
     host = chosen_host(args)
     options = [] if has_accelerator(host.python) else ["--cpu"]
-    workspace = _workspace(host)
+    workspace = workspace_of(host)
     if workspace is not None:
         make_workspace(workspace)
         options += ["--base-directory", str(workspace)]

@@ -33,7 +33,7 @@ def start_group(command: Sequence[str], **options) -> subprocess.Popen:
         options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
     else:
         options["start_new_session"] = True
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+    return subprocess.Popen(command, **{"stdin": subprocess.DEVNULL, **options})
 
 
 def stop_group(process: subprocess.Popen) -> None:

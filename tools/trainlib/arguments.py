@@ -11,8 +11,8 @@ from . import reference
 
 # Options that are inputs of the node, by their own names.
 _INPUTS = ("token", "class_word")
-_PARTS = ("model", "unet", "clip", "vae", "clip_type", "weight_dtype")
-_FILES = ("image", "mask", "prior_images")
+PARTS = ("model", "unet", "clip", "vae", "clip_type", "weight_dtype")
+FILES = ("image", "mask", "prior_images")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def job_of(args: argparse.Namespace) -> dict[str, Any]:
         job.update(reference.job_of(args.from_reference, args.model is not None or args.unet is not None))
     if args.unet is not None:
         job["parts"].pop("model", None)
-    for kind, names in (("parts", _PARTS), ("files", _FILES), ("inputs", _INPUTS)):
+    for kind, names in (("parts", PARTS), ("files", FILES), ("inputs", _INPUTS)):
         job[kind].update({name: getattr(args, name) for name in names if getattr(args, name) is not None})
     if args.validation_prompt:
         job["inputs"]["validation_prompts"] = "\n".join(args.validation_prompt)

@@ -15,13 +15,14 @@ TRAINING = "tlora.training"  # the event that tells a run's state
 
 class Watch:
     """What a run tells. state, message: its last. loss: running mean of the last step's, or None before it.
-    cancelled_by: the number of the signal that cancelled it, or 0."""
+    scores: as LiveRun.state has them, or None. cancelled_by: the number of the signal that cancelled it, or 0."""
 
     def __init__(self, stream=None):
         self.stream = stream or sys.stderr
         self.line = ProgressLine(self.stream)
         self.state, self.message, self.cancelled_by = "", "", 0
         self.loss: float | None = None
+        self.scores: dict[str, Any] | None = None
         self._title = ""
 
     def hear(self, event: str, data: dict[str, Any]) -> None:
@@ -33,6 +34,7 @@ class Watch:
         self._title = data["title"]
         if data["points"]:
             self.loss = data["points"][-1][2]
+        self.scores = data.get("scores")
         if self.state != "running":
             self.line.finish()
         elif data["step"]:

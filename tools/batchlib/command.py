@@ -1,0 +1,60 @@
+"""The options of `batch`, and the command."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hostlib.server import load_workflow
+
+from .driver import Batch, Engine
+from .jobs import Job, jobs_of
+from .local import Local
+from .results import Results
+from .table import read_table
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "table", metavar="TABLE", help="CSV with a header, or JSON Lines (.jsonl): a job a row; columns as in train"
+    )
+    parser.add_argument(
+        "--workflow", metavar="W.json", help="run this workflow for each row instead; columns are NODE.INPUT"
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="where the results go (default: the table's name)")
+    parser.add_argument("--shard", metavar="I/N", type=_shard, help="only the I-th of N equal parts of the table")
+    parser.add_argument("--verbose", action="store_true", help="show ComfyUI's log")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f'it is "{text}"; give 1/8 for the first of eight parts')
+    return int(found[1]), int(found[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    table = Path(args.table)
+    workflow = None if args.workflow is None else load_workflow(args.workflow)
+    jobs = jobs_of(read_table(table), table.resolve().parent, workflow)
+    part, jobs = _part(jobs, args.shard)
+    results = Results(Path(args.out or table.with_suffix("")).expanduser().resolve(), part)
+    settings = {name: getattr(args, name) for name in ("comfyui", "python", "host_version", "verbose")}
+    return Batch(jobs, results, _engine(args, {**settings, "workflow": workflow})).go()
+
+
+def _part(jobs: Sequence[Job], shard: tuple[int, int] | None) -> tuple[str, Sequence[Job]]:
+    """The part of the reports' names, and a shard's jobs: every N-th row, so that long and short parts of a table are
+    spread; equal rows are one, and fall into one shard."""
+    if shard is None:
+        return "", jobs
+    number, of = shard
+    places = {key: place for place, key in enumerate(dict.fromkeys(job.key for job in jobs))}
+    return f"-{number}-of-{of}", [job for job in jobs if places[job.key] % of == number - 1]
+
+
+def _engine(args: argparse.Namespace, settings: dict[str, Any]) -> Engine:
+    return Local(settings)
