@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,8 +18,11 @@ from typing import Any
 
 
 class Talk:
-    """The child's side. settings: from the worker. cancelled: whether a cancel has come. on_cancel: called when one comes,
-    from another thread. on_end: called before the child ends because its worker has."""
+    """The child's side.
+
+    settings: from the worker. cancelled: whether a cancel has come. on_cancel: called when one comes, from another
+    thread. on_end: called before the child ends because its worker has.
+    """
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = json.loads(sys.stdin.readline())
@@ -42,6 +46,7 @@ class Talk:
             else:
                 self._commands.put(command)
         self.on_end()
+        shutil.rmtree(self.settings["private"], ignore_errors=True)
         os._exit(0)
 
     def tell(self, event: str, **what: Any) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hostlib.build import ensure_ray
+from hostlib.pins import REPO
+from hostlib.process import run_foreground
 from hostlib.server import load_workflow
 
 from .driver import Batch, Engine
@@ -26,6 +31,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FOLDER", help="where the results go (default: the table's name)")
     parser.add_argument("--shard", metavar="I/N", type=_shard, help="only the I-th of N equal parts of the table")
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="several rows at once on a Ray cluster (default: this machine)",
+    )
+    parser.add_argument("--workers", metavar="N", type=_count, help="with --ray (default: one for each GPU)")
     parser.add_argument("--verbose", action="store_true", help="show ComfyUI's log")
 
 
@@ -36,14 +49,24 @@ def _shard(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f'it is "{text}"; give 1 or more')
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     table = Path(args.table)
     workflow = None if args.workflow is None else load_workflow(args.workflow)
     jobs = jobs_of(read_table(table), table.resolve().parent, workflow)
     part, jobs = _part(jobs, args.shard)
     results = Results(Path(args.out or table.with_suffix("")).expanduser().resolve(), part)
+    if args.ray is not None and importlib.util.find_spec("ray") is None:
+        # The same command, where Ray can be imported.
+        return run_foreground([str(ensure_ray()), str(REPO / "tools" / "host.py"), *args.argv], os.environ)
     settings = {name: getattr(args, name) for name in ("comfyui", "python", "host_version", "verbose")}
-    return Batch(jobs, results, _engine(args, {**settings, "workflow": workflow})).go()
+    settings["workflow"] = workflow
+    return Batch(jobs, results, lambda rows: _engine(args, settings, rows)).go()
 
 
 def _part(jobs: Sequence[Job], shard: tuple[int, int] | None) -> tuple[str, Sequence[Job]]:
@@ -56,5 +79,9 @@ def _part(jobs: Sequence[Job], shard: tuple[int, int] | None) -> tuple[str, Sequ
     return f"-{number}-of-{of}", [job for job in jobs if places[job.key] % of == number - 1]
 
 
-def _engine(args: argparse.Namespace, settings: dict[str, Any]) -> Engine:
-    return Local(settings)
+def _engine(args: argparse.Namespace, settings: dict[str, Any], rows: int) -> Engine:
+    if args.ray is None:
+        return Local(settings)
+    from .on_ray import OnRay
+
+    return OnRay(settings, args.ray, args.workers, rows)

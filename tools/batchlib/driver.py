@@ -6,7 +6,8 @@ import contextlib
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 from hostlib.progress import ProgressLine, format_time
@@ -14,7 +15,7 @@ from hostlib.progress import ProgressLine, format_time
 from .jobs import Job
 from .local import LOST, Begin
 from .results import Results
-from .worker import Event
+from .worker import Event, OnSheet
 
 TRIES = 3  # of a row whose worker ends in its middle
 
@@ -27,21 +28,23 @@ class Engine(Protocol):
     def check(self, jobs: Sequence[dict[str, Any]]) -> dict[str, Any]: ...
     def run(self, todo: deque[Job], begin: Begin) -> Iterator[tuple[Job, Event]]: ...
     def cancel(self) -> None: ...
-    def sheet(self, rows: Sequence[tuple[str, Sequence[bytes]]]) -> bytes: ...
+    def sheet(self, rows: Sequence[OnSheet]) -> bytes: ...
     def close(self) -> None: ...
 
 
 class Batch:
-    """jobs: of the table, or of one shard of it, in its order."""
+    """jobs: of the table, or of one shard of it, in its order. start: makes the engine for so many rows, once one is
+    needed."""
 
-    def __init__(self, jobs: Sequence[Job], results: Results, engine: Engine, stream=None):
-        self.jobs, self.results, self.engine = jobs, results, engine
+    def __init__(self, jobs: Sequence[Job], results: Results, start: Callable[[int], Engine], stream=None):
+        self.jobs, self.results, self._start = jobs, results, start
         self.stream = stream or sys.stderr
         self.line = ProgressLine(self.stream)
         self.cancelled_by = 0
         self._unique = list({job.key: job for job in jobs}.values())
         self._todo: deque[Job] = deque()
         self._lost: Counter[str] = Counter()
+        self._waiting = 1
 
     def go(self) -> int:
         """Runs what is not done yet. The exit status: 0 all is done, 1 some rows failed, 130 or 143 ended by Ctrl-C or
@@ -51,6 +54,7 @@ class Batch:
             self._say(f"{done} of {len(self._unique)} rows are done already.")
         try:
             if waiting:
+                self._waiting = len(waiting)
                 self._check(waiting)
                 self._todo.extend(waiting)
                 with self._cancelled_by_signals():
@@ -58,9 +62,14 @@ class Batch:
                         self._take(job, event)
             self._end(bool(waiting))
         finally:
-            self.engine.close()
+            if "engine" in self.__dict__:
+                self.engine.close()
         states = {self.results.record(job)["state"] for job in self._unique}
         return 128 + self.cancelled_by if self.cancelled_by else int(states != {"done"})
+
+    @cached_property
+    def engine(self) -> Engine:
+        return self._start(self._waiting)
 
     def _check(self, waiting: Sequence[Job]) -> None:
         self._say("Looking at all rows before the first one is run ...")
@@ -122,9 +131,9 @@ class Batch:
         if self.cancelled_by:
             self._say("Stopped. The same command goes on.")
 
-    def _on_sheet(self, job: Job) -> tuple[str, list[bytes]]:
+    def _on_sheet(self, job: Job) -> OnSheet:
         failed = " (failed)" if self.results.record(job)["state"] == "failed" else ""
-        return job.name + failed, [path.read_bytes() for path in self.results.pictures(job)]
+        return job.name + failed, job.prompts, [path.read_bytes() for path in self.results.pictures(job)]
 
     @contextlib.contextmanager
     def _cancelled_by_signals(self) -> Iterator[None]:

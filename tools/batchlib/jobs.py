@@ -49,6 +49,12 @@ class Job:
         shown = str(self.row.cells.get(NAME) or first[0].stem)
         return f"{_UNSAFE.sub('_', shown)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:_KEY_SHOWN]}"
 
+    @property
+    def prompts(self) -> int:
+        """How many prompts a validation picture of a training shows; 1 where there is none."""
+        text = self.asked.get("inputs", {}).get(PROMPTS["validation_prompt"], "")
+        return max(1, sum(bool(line.strip()) for line in str(text).splitlines()))
+
     def checked(self) -> dict[str, Any]:
         """For Worker.check: what is asked, without the files themselves."""
         return {**self.asked, "row": self.row.number, "files": {name: len(paths) for name, paths in self.files.items()}}

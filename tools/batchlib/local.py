@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from .jobs import Job
-from .worker import Event, Lost, Worker
+from .worker import Event, Lost, OnSheet, Worker
 
 Begin = Callable[[Job], bytes | None]
 LOST = "lost"  # the event of a row whose worker has ended in its middle
@@ -37,7 +37,7 @@ class Local:
         """Ends the rows that run; called from a signal handler."""
         self.worker.cancel()
 
-    def sheet(self, rows: Sequence[tuple[str, Sequence[bytes]]]) -> bytes:
+    def sheet(self, rows: Sequence[OnSheet]) -> bytes:
         return self.worker.sheet(rows)
 
     def close(self) -> None:

@@ -1,4 +1,5 @@
-"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[name, [path of a picture, ...]], ...]."""
+"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[name, parts, [path of a picture, ...]], ...];
+parts: into how many each picture is taken apart, as one of a validation shows several prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _EMPTY = (24, 26, 31)
 
 
 def main(out: str) -> None:
-    rows = [(name, [part for path in paths for part in _squares(path)]) for name, paths in json.load(sys.stdin)]
+    told = json.load(sys.stdin)
+    rows = [(name, [part for path in paths for part in _apart(path, parts)]) for name, parts, paths in told]
     wide = max(1, *(len(pictures) for _, pictures in rows))
     cell = CELL
     while cell > SMALLEST and len(rows) * (wide + 1) * cell**2 > MAX_PIXELS // 2:
@@ -26,11 +28,9 @@ def main(out: str) -> None:
     comparison_sheet(columns, [""] * wide, [name for name, _ in rows], cell).save(out, "JPEG", quality=90)
 
 
-def _squares(path: str) -> list[Image.Image]:
-    """The picture; or the parts of one that is several times as wide as high: a validation's, of several prompts."""
+def _apart(path: str, parts: int) -> list[Image.Image]:
     picture = Image.open(path).convert("RGB")
     width, height = picture.size
-    parts = max(1, width // height)
     return [picture.crop((i * width // parts, 0, (i + 1) * width // parts, height)) for i in range(parts)]
 
 

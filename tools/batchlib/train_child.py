@@ -1,7 +1,7 @@
 """A process with ComfyUI's modules that trains one row after the other.
 
-Settings: `comfyui`, `host_arguments`, `private`, a folder for what it writes, and `verbose`. See child.py for what it is
-told and tells.
+Settings: `comfyui`, `host_arguments`, `private`, a folder for what it writes, and `verbose`. See child.py for what
+it is told and tells.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ RUNS, STATE = Path("output", "tlora_runs"), "checkpoint.pt"  # where a training 
 LOG_TAIL_LINES = 12
 _NOT_CARRIED = "events.out"  # TensorBoard's, which begin anew
 Event = dict[str, Any]
+OnSheet = tuple[str, int, Sequence[bytes]]  # a row's name, the parts of each picture, and the pictures
 
 
 class Lost(HostError):
@@ -178,15 +179,15 @@ class Worker:
         if self._process is not None:
             self._send(self._process, {"do": "cancel"})
 
-    def sheet(self, rows: Sequence[tuple[str, Sequence[bytes]]]) -> bytes:
-        """A contact sheet, as a JPEG, of rows' names and pictures."""
+    def sheet(self, rows: Sequence[OnSheet]) -> bytes:
+        """A contact sheet, as a JPEG."""
         with tempfile.TemporaryDirectory() as folder:
             told = []
-            for number, (name, pictures) in enumerate(rows):
+            for number, (name, parts, pictures) in enumerate(rows):
                 paths = [Path(folder, f"{number}_{place}") for place in range(len(pictures))]
                 for path, data in zip(paths, pictures):
                     path.write_bytes(data)
-                told.append([name, [str(path) for path in paths]])
+                told.append([name, parts, [str(path) for path in paths]])
             out = Path(folder, "sheet.jpg")
             made = subprocess.run(
                 [str(self.host.python), str(HERE / "sheet.py"), str(out)],

@@ -1,7 +1,7 @@
 """A process that keeps a ComfyUI server and runs a workflow on it for one row after the other. Standard library only.
 
-Settings: `comfyui`, `python`, `ours`, `workspace`, `workflow` and `private`, a folder for what is made. See child.py for
-what it is told and tells.
+Settings: `comfyui`, `python`, `ours`, `workspace`, `workflow` and `private`, a folder for what is made. See child.py
+for what it is told and tells.
 """
 
 from __future__ import annotations

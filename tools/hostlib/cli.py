@@ -30,6 +30,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
+    args.argv = argv
     if args.command is commands.test:
         # pytest's own options may stand anywhere, so argparse cannot be told about them.
         args.arguments = [argument for argument in unknown if argument != "--"]
