@@ -1,5 +1,7 @@
-"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[name, parts, [path of a picture, ...]], ...];
-parts: into how many each picture is taken apart, as one of a validation shows several prompts."""
+"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[name, parts, [path, ...]], ...].
+
+parts: into how many each picture of a row is taken apart, as one of a validation shows several prompts.
+"""
 
 from __future__ import annotations
 
