@@ -18,7 +18,7 @@ from trainlib.arguments import FILES, PARTS
 from .table import NAME, Row
 
 _UNSAFE = re.compile(r"[^\w.-]+")
-_NAME_SHOWN, _KEY_SHOWN = 40, 8
+_NAME_SHOWN, KEY_SHOWN = 40, 8
 PROMPTS = {"validation_prompt": "validation_prompts"}  # the option's name, and the input's
 
 
@@ -47,7 +47,7 @@ class Job:
         """The name of its folder: a readable part and the beginning of the key."""
         first = next(iter(self.files.values()), [Path("row")])
         shown = str(self.row.cells.get(NAME) or first[0].stem)
-        return f"{_UNSAFE.sub('_', shown)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:_KEY_SHOWN]}"
+        return f"{_UNSAFE.sub('_', shown)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:KEY_SHOWN]}"
 
     @property
     def prompts(self) -> int:

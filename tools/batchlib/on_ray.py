@@ -25,6 +25,7 @@ from .worker import Event, OnSheet
 LEFT_OUT = ["/tests", "/docs", "/benchmarks", "/workflows", "__pycache__"]  # of the pack
 POLL_SECONDS = 0.5  # a signal is seen between polls
 CLOSE_SECONDS = 30
+STARTS = 3  # of a local cluster, each of which Ray gives half a minute
 
 
 class OnRay:
@@ -137,11 +138,17 @@ class OnRay:
 def _connect(address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"working_dir": str(REPO), "excludes": LEFT_OUT}
-    try:
-        ray.init(address or None, runtime_env=environment, logging_level="error", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise HostError(f'--ray is "{address}", where no Ray cluster answers ({text}).') from error
+    for tries_left in reversed(range(STARTS)):
+        try:
+            ray.init(address or None, runtime_env=environment, logging_level="error", log_to_driver=False)
+            return
+        except Exception as error:  # Ray raises a bare one when a local start takes too long, as on a busy machine
+            ray.shutdown()
+            text = " ".join(str(error).split())
+            if address:
+                raise HostError(f'--ray is "{address}", where no Ray cluster answers ({text}).') from error
+            if not tries_left:
+                raise HostError(f"Ray could not be started here ({text}).") from error
 
 
 class _Options:

@@ -20,12 +20,13 @@ from typing import Any
 
 from hostlib.errors import HostError
 
-from .jobs import Job
+from .jobs import KEY_SHOWN, Job
 
 RECORD, STATE = "row.json", "state.zip"
 SCORES = ("likeness", "obedience", "copying")
 PEAKS = ("peak_ram_gib", "peak_vram_gib")
 COLUMNS = ("number", "row", "state", "seconds", *PEAKS, *SCORES, "file", "error")
+_TOLD = ("state", "seconds", "first_step", "error", "message", "loss", "scores", *PEAKS)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 _FIRST = (".safetensors", *PICTURES)  # of a row's files, the one for the report
 _ON_A_SHEET, _WIDEST = 100, 8  # rows, and pictures of a row
@@ -39,7 +40,8 @@ class Results:
         self._sums: dict[str, dict[str, str]] = {}
 
     def of(self, job: Job) -> Path:
-        return self.folder / job.name
+        """The row's folder: one with the row's key, whatever the row was called, if there is one."""
+        return next(self.folder.glob(f"*-{job.key[:KEY_SHOWN]}"), self.folder / job.name)
 
     def record(self, job: Job) -> dict[str, Any]:
         """How the row ended, or that it waits."""
@@ -75,7 +77,7 @@ class Results:
 
     def end(self, job: Job, how: Mapping[str, Any]) -> None:
         """Writes how the row ended; if it is done, its state goes."""
-        told = {name: how.get(name) for name in ("state", "seconds", "error", "message", "loss", "scores", *PEAKS)}
+        told = {name: how.get(name) for name in _TOLD}
         said = {"key": job.key, "table": job.row.table, "number": job.row.number, "cells": dict(job.row.cells)}
         record = {**said, **told, "files": self._sums.get(job.name, {})}
         self._write(self.of(job) / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode())
@@ -96,9 +98,10 @@ class Results:
         found = self.record(job)
         files = sorted(found.get("files") or {}, key=lambda name: Path(name).suffix.lower() not in _FIRST[:1])
         shown = next((name for name in files if name.lower().endswith(_FIRST)), next(iter(files), None))
-        file = "" if shown is None else f"{job.name}/{shown}"
+        name = self.of(job).name
+        file = "" if shown is None else f"{name}/{shown}"
         line = {name: found.get(name) for name in ("state", "seconds", "error", *PEAKS)}
-        return {"number": job.row.number, "row": job.name, **line, **_scores(found.get("scores")), "file": file}
+        return {"number": job.row.number, "row": name, **line, **_scores(found.get("scores")), "file": file}
 
     def sheets(self, jobs: Sequence[Job]) -> list[tuple[Path, list[Job]]]:
         """Each contact sheet's path, and the rows on it: those that have pictures, or have failed."""

@@ -66,10 +66,12 @@ class Heard(Watch):
     def __init__(self, talk: Talk):
         super().__init__(io.StringIO())
         self.talk = talk
+        self.first_step: int | None = None  # done before, by an earlier part of the run
 
     def hear(self, event: str, data: dict[str, Any]) -> None:
         super().hear(event, data)
         if event == TRAINING and data["state"] == "running":
+            self.first_step = data["step"] if self.first_step is None else self.first_step
             self.talk.tell("progress", step=data["step"], steps=data["steps"], loss=self.loss)
 
 
@@ -95,7 +97,7 @@ class Runner:
             result = {"state": ended.state, "error": str(ended)}
         told = {name: result.get(name) for name in ("state", "error", "message", "loss", "scores")}
         peaks = {"peak_ram_gib": memory.peak_gib(os.getpid()), "peak_vram_gib": _peak_vram()}
-        return {**told, **peaks, "seconds": round(time.monotonic() - began, 2)}
+        return {**told, **peaks, "first_step": watch.first_step, "seconds": round(time.monotonic() - began, 2)}
 
     def _parts(self, parts: dict[str, Any]) -> dict[str, Any]:
         """The model's parts, loaded."""
