@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
+    add("setup", commands.setup, "set ComfyUI up, and nothing else")
     demo = add("demo", commands.demo, "run the bundled quickstart workflow")
     demo.add_argument("--serve", action="store_true", help="leave ComfyUI running afterwards")
     _add_run_options(demo)

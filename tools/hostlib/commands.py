@@ -77,6 +77,12 @@ def train(args: argparse.Namespace) -> int:
     return run_foreground([str(host.python), str(TRAIN_JOB), json.dumps(job)], environment)
 
 
+def setup(args: argparse.Namespace) -> int:
+    """The set-up alone, for images and machines that shall have it before the first job."""
+    print(f"ComfyUI {chosen_host(args).version} is set up.")
+    return 0
+
+
 def demo(args: argparse.Namespace) -> int:
     if not QUICKSTART.is_file():
         raise HostError(f"The bundled workflow {QUICKSTART} is missing.")
@@ -170,13 +176,15 @@ def _run_tests(python: Path, arguments: list[str], env: dict[str, str], name: st
 
 
 def lint(args: argparse.Namespace) -> int:
-    """The linter, the formatter and the type checker, each also when one before it finds something."""
+    """The linters, the formatter and the type checker, each also when one before it finds something."""
     commands = ensure_lint()
     checks = [
         ["ruff", "check", "."],
         ["ruff", "format", ".", *([] if args.fix else ["--check"])],
         ["pyright", "--pythonpath", str(commands / venv_python(Path()).name)],
     ]
+    if (commands / "hadolint").is_file():  # its package has no file for some systems
+        checks.append(["hadolint", "Dockerfile"])
     if args.fix:
         checks[0].append("--fix")
     # The Python package that starts pyright would tell of newer versions; this one is pinned.

@@ -112,11 +112,12 @@ class Server:
         self._scratch = Path(tempfile.mkdtemp(prefix="tlora-host-"))
         try:
             command = self._command()
+            bound = self.private is not None  # a worker may be killed at any time
             if self._log_to_terminal:
-                self._process = start_group(command, cwd=self.host.comfyui)
+                self._process = start_group(command, bound, cwd=self.host.comfyui)
             else:
                 with open(self._scratch / "server.log", "wb") as log:
-                    self._process = start_group(command, cwd=self.host.comfyui, stdout=log, stderr=log)
+                    self._process = start_group(command, bound, cwd=self.host.comfyui, stdout=log, stderr=log)
             self._wait_until_ready()
         except BaseException:
             self.stop()
