@@ -63,8 +63,8 @@ def test_a_row_is_what_train_makes_and_the_next_finds_the_model_loaded(trainer, 
     import tlora_core
     from tlora_core.hosts.comfy.training import headless
 
-    calls, loaded = [], headless.loaded
-    monkeypatch.setattr(headless, "loaded", lambda **parts: calls.append(parts["model"]) or loaded(**parts))
+    calls, load = [], headless.load_checkpoint
+    monkeypatch.setattr(headless, "load_checkpoint", lambda name: calls.append(name) or load(name))
     first = trainer.run(asked(tmp_path / "heart.png", "a"))
     second = trainer.run(asked(tmp_path / "heart.png", "b", seed="1", steps="3"))
     third = trainer.run(asked(tmp_path / "heart.png", "c", rerun="restart"))
