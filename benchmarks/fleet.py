@@ -26,6 +26,8 @@ from _printing import show
 MODEL_GB = {"sdxl": 6.9, "flux": 34.0}  # files of the model with text encoders and VAE, in the usual half precision
 STEPS = {"sdxl": 800, "flux": 500}  # the pack's defaults
 SAMPLER_STEPS = 20
+STATE_FILES = 6  # a run state by the size of its file: three numbers in single precision for each in half
+PICTURE_BYTES = 1.5e6  # a PNG of 1024 pixels
 BACKWARD = 2.5  # of attention's arithmetic: the forward pass is made again, and three products give its gradients
 
 
@@ -72,8 +74,8 @@ def training_step(model, kind: str, size: int, rank: int) -> roofline.Operations
     return counted
 
 
-def counted_seconds(kind: str, card: str, rank: int) -> tuple[float, float]:
-    """Bounds of a training step and of a picture with the T-LoRA folded in, in seconds."""
+def counted(kind: str, card: str, rank: int) -> tuple[float, float, float]:
+    """Bounds of a training step and of a picture with the T-LoRA folded in, in seconds; the bytes of a T-LoRA file."""
     import random_models
 
     from tlora_core.hosts.comfy.sampling import apply_tlora
@@ -85,9 +87,11 @@ def counted_seconds(kind: str, card: str, rank: int) -> tuple[float, float]:
         model = getattr(random_models, kind)(dtype=half, device=memory.META)
         memory.move(model)
         model.model.model_sampling.to(memory.META)
-        patched = apply_tlora(model, roofline.tlora_on_meta(model, rank), fold=True)
+        tlora = roofline.tlora_on_meta(model, rank)
+        patched = apply_tlora(model, tlora, fold=True)
         evaluation = roofline.evaluation(model, kind, size, patched).seconds(roofline.CARDS[card])
-    return step, SAMPLER_STEPS * evaluation
+    file = 2 * sum(layer.up.numel() + layer.down.numel() for layer in tlora.layers.values())  # in half precision
+    return step, SAMPLER_STEPS * evaluation, file
 
 
 class Work(NamedTuple):
@@ -138,7 +142,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="of a training (default: the pack's)")
     parser.add_argument("--pictures", type=int, default=8, help="that a row draws in all its validations")
     parser.add_argument("--states", type=int, default=7, help="that a row sends: one every 100 steps")
-    parser.add_argument("--file-mb", type=float, default=100.0, help="of a T-LoRA file; a state has four times that")
+    parser.add_argument("--file-mb", type=float, help="of a T-LoRA file (default: counted)")
     parser.add_argument("--step-seconds", type=float, help="as measured on the card (default: the counted bound)")
     parser.add_argument("--draw-seconds", type=float, help="of a picture, as measured (default: the counted bound)")
     parser.add_argument("--start-seconds", type=float, default=30.0, help="until a worker's ComfyUI has started")
@@ -148,8 +152,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def work_of(args: argparse.Namespace, step: float, draw: float) -> Work:
-    sent = (args.file_mb + args.states * 4 * args.file_mb + args.pictures * 1.5) * 1e6
+def work_of(args: argparse.Namespace, step: float, draw: float, file: float) -> Work:
+    sent = file * (1 + args.states * STATE_FILES) + args.pictures * PICTURE_BYTES
     steps = args.steps or STEPS[args.model]
     return Work(steps * step, args.pictures * draw, sent, args.start_seconds, MODEL_GB[args.model] * 1e9)
 
@@ -160,14 +164,15 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    step, draw = args.step_seconds, args.draw_seconds
-    if step is None or draw is None:
-        bounds = counted_seconds(args.model, args.card, args.rank)
-        step, draw = (given if given is not None else bound for given, bound in zip((step, draw), bounds))
-    work, load_rate, link_rate = work_of(args, step, draw), args.load_gbit * 1e9 / 8, args.link_gbit * 1e9 / 8
+    given = args.step_seconds, args.draw_seconds, args.file_mb and args.file_mb * 1e6
+    bounds = counted(args.model, args.card, args.rank) if None in given else given
+    step, draw, file = (each if each is not None else bound for each, bound in zip(given, bounds))
+    work = work_of(args, step, draw, file)
+    load_rate, link_rate = (gbit * 1e9 / 8 for gbit in (args.load_gbit, args.link_gbit))
     each = {
         "step_seconds": f"{step:.3g} ({'given' if args.step_seconds is not None else 'counted bound'})",
         "draw_seconds": f"{draw:.3g} ({'given' if args.draw_seconds is not None else 'counted bound'})",
+        "file_mb": round(file / 1e6),
         "row_minutes": round(work.seconds / 60, 2),
         "row_mb": round(work.bytes / 1e6),
         "saturates_at_gpus": saturates(work, link_rate),
