@@ -303,6 +303,19 @@ def test_a_signal_stops_cleanly_and_the_same_command_goes_on(batch, tmp_path, mo
     assert record(tmp_path, report[0])["first_step"] >= 2 and not list((tmp_path / "out").rglob("state.zip"))
 
 
+def test_a_picture_that_goes_away_fails_its_row_alone(batch, tmp_path, monkeypatch):
+    end = Results.end
+
+    def end_and_remove(results, job, how):
+        end(results, job, how)
+        (tmp_path / "p1.png").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Results, "end", end_and_remove)
+    status, report, _ = batch("a,tiny,p0.png,dog,3,", "b,tiny,p1.png,dog,3,", "c,tiny,p2.png,dog,3,")
+    assert status == 1 and states(report) == ["done", "failed", "done"]
+    assert "p1.png cannot be read" in report[1]["error"]
+
+
 def test_a_row_whose_worker_dies_goes_on_from_its_last_state(batch, tmp_path):
     status, report, said = batch("a,tiny,p0.png,dog,6,die", "b,tiny,p1.png,dog,5,")
     assert status == 0 and states(report) == ["done", "done"] and "goes on from its last state" in said

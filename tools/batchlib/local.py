@@ -13,6 +13,11 @@ Begin = Callable[[Job], bytes | None]
 LOST = "lost"  # the event of a row whose worker has ended in its middle
 
 
+def unreadable(error: OSError) -> Event:
+    """The end of a row whose picture was there when the table was read, and is no longer."""
+    return {"event": "end", "state": "failed", "error": f"{error.filename} cannot be read ({error.strerror})."}
+
+
 class Local:
     parallel = False
 
@@ -28,7 +33,12 @@ class Local:
         while todo:
             job = todo.popleft()
             try:
-                for event in self.worker.run(job.payload(), begin(job)):
+                payload = job.payload()
+            except OSError as error:
+                yield job, unreadable(error)
+                continue
+            try:
+                for event in self.worker.run(payload, begin(job)):
                     yield job, event
             except Lost as lost:
                 yield job, {"event": LOST, "error": str(lost)}

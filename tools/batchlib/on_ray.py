@@ -19,7 +19,7 @@ from hostlib.pins import REPO
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from .jobs import Job
-from .local import LOST, Begin
+from .local import LOST, Begin, unreadable
 from .worker import Event, OnSheet
 
 LEFT_OUT = ["/tests", "/docs", "/benchmarks", "/workflows", "__pycache__"]  # of the pack
@@ -62,7 +62,12 @@ class OnRay:
         while todo or self._running:
             idle += self._arrived()
             while todo and idle:
-                self._give(idle.pop(), todo.popleft(), begin)
+                job = todo.popleft()
+                try:
+                    self._give(idle[-1], job, begin)
+                    idle.pop()
+                except OSError as error:
+                    yield job, unreadable(error)
             if not self._running:
                 continue
             ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=POLL_SECONDS)
@@ -85,7 +90,8 @@ class OnRay:
         self._coming.update({actor.ready.remote(): actor for actor in actors})
 
     def _give(self, actor: Any, job: Job, begin: Begin) -> None:
-        stream = actor.run.options(num_returns="streaming").remote(job.payload(), begin(job))
+        payload = job.payload()
+        stream = actor.run.options(num_returns="streaming").remote(payload, begin(job))
         self._running[stream] = actor, job
 
     @staticmethod
