@@ -100,12 +100,14 @@ def driver(tmp_path):
 
 
 def test_forty_rows_survive_a_dead_worker_a_dead_driver_and_a_poisoned_row(driver, tmp_path):
-    comfyui, python = write_python(tmp_path)
+    write_python(tmp_path)
     for number in range(3):
         (tmp_path / f"p{number}.png").write_bytes(bytes([number + 1] * 10))
     how = {2: "kill", 5: "fail", **dict.fromkeys(range(20, 30), "wait")}
     rows = [f"r{number},tiny,p{number % 3}.png,dog,{number + 5},{how.get(number, '')}" for number in range(40)]
-    batch = driver("row,model,image,class_word,steps,how", *rows, host=["--comfyui", comfyui, "--python", python])
+    batch = driver(
+        "row,model,image,class_word,steps,how", *rows, host=["--comfyui", "ComfyUI", "--python", "ComfyUI/python"]
+    )
 
     def done():
         return {line["row"]: line for line in batch.report() if line["state"] == "done"}

@@ -64,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     if args.ray is not None and importlib.util.find_spec("ray") is None:
         # The same command, where Ray can be imported.
         return run_foreground([str(ensure_ray()), str(REPO / "tools" / "host.py"), *args.argv], os.environ)
-    settings = {name: getattr(args, name) for name in ("comfyui", "python", "host_version", "verbose")}
+    settings = {name: getattr(args, name) for name in ("host_version", "verbose")}
+    for name in ("comfyui", "python"):  # a worker is in another folder
+        given = getattr(args, name)
+        settings[name] = given and str(Path(given).expanduser().absolute())
     settings["workflow"] = workflow
     return Batch(jobs, results, lambda rows: _engine(args, settings, rows)).go()
 
