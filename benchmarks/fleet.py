@@ -26,13 +26,14 @@ from _printing import show
 MODEL_GB = {"sdxl": 6.9, "flux": 34.0}  # files of the model with text encoders and VAE, in the usual half precision
 STEPS = {"sdxl": 800, "flux": 500}  # the pack's defaults
 SAMPLER_STEPS = 20
-STATE_FILES = 6  # a run state by the size of its file: three numbers in single precision for each in half
 PICTURE_BYTES = 1.5e6  # a PNG of 1024 pixels
 BACKWARD = 2.5  # of attention's arithmetic: the forward pass is made again, and three products give its gradients
 
 
 class Step(roofline.Operations):
-    """A training step's operations on META, the backward pass's too."""
+    """A training step's operations on META, the backward pass's too. state: bytes of a run state."""
+
+    state = 0
 
     def attention(self, q, k, v, *args, **kwargs):
         return _Noted.apply(self, q, k, v)
@@ -55,7 +56,7 @@ class _Noted(torch.autograd.Function):
         return None, *made
 
 
-def training_step(model, kind: str, size: int, rank: int) -> roofline.Operations:
+def training_step(model, kind: str, size: int, rank: int) -> Step:
     """The operations of a training step on MODEL with all ranks on."""
     from tlora_core.training.trainer import Trainer
 
@@ -63,6 +64,7 @@ def training_step(model, kind: str, size: int, rank: int) -> roofline.Operations
 
     def only_the_last(trainer, *args):
         counted.all.clear()
+        counted.state = trainer.state_bytes
         return run(trainer, *args)
 
     stand_ins = [
@@ -74,15 +76,16 @@ def training_step(model, kind: str, size: int, rank: int) -> roofline.Operations
     return counted
 
 
-def counted(kind: str, card: str, rank: int) -> tuple[float, float, float]:
-    """Bounds of a training step and of a picture with the T-LoRA folded in, in seconds; the bytes of a T-LoRA file."""
+def counted(kind: str, card: str, rank: int) -> tuple[float, float, float, float]:
+    """Bounds of a training step and of a picture with the T-LoRA folded in, in seconds; the bytes of a T-LoRA file and
+    of a run state."""
     import random_models
 
     from tlora_core.hosts.comfy.sampling import apply_tlora
 
     size, half = 128, {"sdxl": torch.float16, "flux": torch.bfloat16}[kind]
     model = getattr(random_models, kind)(dtype=torch.bfloat16, device=memory.META)
-    step = training_step(model, kind, size, rank).seconds(roofline.CARDS[card])
+    step = training_step(model, kind, size, rank)
     with memory.host_on_meta():
         model = getattr(random_models, kind)(dtype=half, device=memory.META)
         memory.move(model)
@@ -91,7 +94,7 @@ def counted(kind: str, card: str, rank: int) -> tuple[float, float, float]:
         patched = apply_tlora(model, tlora, fold=True)
         evaluation = roofline.evaluation(model, kind, size, patched).seconds(roofline.CARDS[card])
     file = 2 * sum(layer.up.numel() + layer.down.numel() for layer in tlora.layers.values())  # in half precision
-    return step, SAMPLER_STEPS * evaluation, file
+    return step.seconds(roofline.CARDS[card]), SAMPLER_STEPS * evaluation, file, step.state
 
 
 class Work(NamedTuple):
@@ -143,6 +146,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=8, help="that a row draws in all its validations")
     parser.add_argument("--states", type=int, default=7, help="that a row sends: one every 100 steps")
     parser.add_argument("--file-mb", type=float, help="of a T-LoRA file (default: counted)")
+    parser.add_argument("--state-mb", type=float, help="of a run state (default: counted)")
     parser.add_argument("--step-seconds", type=float, help="as measured on the card (default: the counted bound)")
     parser.add_argument("--draw-seconds", type=float, help="of a picture, as measured (default: the counted bound)")
     parser.add_argument("--start-seconds", type=float, default=30.0, help="until a worker's ComfyUI has started")
@@ -152,8 +156,8 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def work_of(args: argparse.Namespace, step: float, draw: float, file: float) -> Work:
-    sent = file * (1 + args.states * STATE_FILES) + args.pictures * PICTURE_BYTES
+def work_of(args: argparse.Namespace, step: float, draw: float, file: float, state: float) -> Work:
+    sent = file + args.states * state + args.pictures * PICTURE_BYTES
     steps = args.steps or STEPS[args.model]
     return Work(steps * step, args.pictures * draw, sent, args.start_seconds, MODEL_GB[args.model] * 1e9)
 
@@ -164,15 +168,17 @@ def main() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    given = args.step_seconds, args.draw_seconds, args.file_mb and args.file_mb * 1e6
+    sizes = [each and each * 1e6 for each in (args.file_mb, args.state_mb)]
+    given = args.step_seconds, args.draw_seconds, *sizes
     bounds = counted(args.model, args.card, args.rank) if None in given else given
-    step, draw, file = (each if each is not None else bound for each, bound in zip(given, bounds))
-    work = work_of(args, step, draw, file)
+    step, draw, file, state = (each if each is not None else bound for each, bound in zip(given, bounds))
+    work = work_of(args, step, draw, file, state)
     load_rate, link_rate = (gbit * 1e9 / 8 for gbit in (args.load_gbit, args.link_gbit))
     each = {
         "step_seconds": f"{step:.3g} ({'given' if args.step_seconds is not None else 'counted bound'})",
         "draw_seconds": f"{draw:.3g} ({'given' if args.draw_seconds is not None else 'counted bound'})",
         "file_mb": round(file / 1e6),
+        "state_mb": round(state / 1e6),
         "row_minutes": round(work.seconds / 60, 2),
         "row_mb": round(work.bytes / 1e6),
         "saturates_at_gpus": saturates(work, link_rate),

@@ -63,4 +63,5 @@ def test_a_steps_arithmetic_is_that_of_both_passes(comfy, monkeypatch):
     assert 1.7 < ratio < 2.6
     names = [each.name for each in step.all]
     assert names.count("attention") == names.count("attention_backward") == 2
+    assert step.state > 3 * 4 * sum(8 * 256 for _ in range(2)), "each adapter, and the optimizer's two means"
     assert len(step.all) < 6 * len(forward.all), "one step, not two"
