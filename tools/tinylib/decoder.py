@@ -1,0 +1,202 @@
+"""The decoder's further training, which sharpens what the finished base draws. All other parts stay as they are."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, max_pool2d
+from torch.nn.utils.parametrizations import spectral_norm
+
+from tlora_core.tiny import world
+from tlora_core.tiny.autoencoder import TinyAutoencoder
+
+from .common import SIZE, Progress, save_state, set_rate, to_tensor, warm_stable_decay
+from .pairs import load_pairs
+from .pictures import take
+
+PREFIX = "first_stage_model."
+STREAM = 8  # of random numbers; the other stages have their own
+SIDE = 2 * SIZE  # of decoded pictures
+PLAIN, ODD = 5000, 4000  # rendered scenes, of the base's world and with objects of any colours
+# Pictures of each kind in a batch. The background of a drawn picture was only fitted, so it counts less.
+SHARES = {"plain": 2, "odd": 3, "changed": 3, "drawn": 5, "taught": 3}
+BACKGROUND_WEIGHT = {"drawn": 0.4, "taught": 0.4}
+RATE, AVERAGE_EVERY = 6e-4, 5
+CRITIC_FROM = 400  # step; before it, everything is told from a rendered picture at once
+EDGES, FEATURES, CRITIC = 1.0, 1.0, 0.03  # weights in the loss, beside 1 for the colours
+
+
+class Critic(nn.Module):
+    """Tells rendered pictures from decoded ones, by patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 96)
+        self.levels = nn.ModuleList(
+            nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2))
+            for a, b in zip(widths, widths[1:])
+        )
+        self.last = spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Verdicts [B, 1, 16, 16], high for rendered ones, and the features of each level, for pictures
+        [B, 3, 128, 128] in -1..1."""
+        features = []
+        for level in self.levels:
+            pictures = level(pictures)
+            features.append(pictures)
+        return self.last(pictures), features
+
+
+class DecoderTraining:
+    """The networks, the average of the decoder's weights, and the data. Resumes from the state in the work folder."""
+
+    def __init__(self, work: Path, args) -> None:
+        self.path, self.args, self.steps = work / "decoder.pt", args, args.decoder_steps
+        torch.manual_seed(args.seed)
+        self.model = TinyAutoencoder().to(args.device)
+        self.model.load_state_dict(autoencoder_weights(args.output))
+        self.model.requires_grad_(False)
+        self.decoder = self.model.decoder.requires_grad_(True).to(memory_format=torch.channels_last)
+        self.critic = Critic().to(args.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.decoder.parameters(), RATE, betas=(0.8, 0.99), weight_decay=1e-4)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), RATE, betas=(0.5, 0.9), weight_decay=1e-4)
+        self.average = {k: v.detach().clone() for k, v in self.decoder.state_dict().items()}
+        self.first = 0
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True, map_location=args.device)
+            for name in ("decoder", "critic", "optimizer", "critic_optimizer"):
+                getattr(self, name).load_state_dict(state[name])
+            self.average, self.first = state["average"], state["step"]
+        self.data = {kind: self._kept(work, kind) for kind in SHARES}
+
+    def _kept(self, work: Path, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [N, 16, 8, 8], pictures [N, 128, 128, 3] as bytes, and weights [N, 16, 16] of its places as bytes."""
+        path = work / f"decoder_{kind}.pt"
+        if not path.exists():
+            latents, scenes = self._scenes(work, kind)
+            parts = [take(scenes, slice(i, i + 50)) for i in range(0, len(scenes), 50)]
+            pictures = torch.from_numpy(np.concatenate([_as_bytes(world.render(p, SIDE)) for p in parts]))
+            objects = torch.from_numpy(np.concatenate([world.object_mask(p, SIDE) for p in parts]))[:, None]
+            # With a margin, so that the edge counts whole.
+            weights = _as_bytes(max_pool2d(max_pool2d(objects, 8), 3, stride=1, padding=1)[:, 0].numpy())
+            save_state(path, latents=latents.half(), pictures=pictures, weights=torch.from_numpy(weights))
+        kept = torch.load(path, weights_only=True)
+        return kept["latents"], kept["pictures"], kept["weights"]
+
+    def _scenes(self, work: Path, kind: str) -> tuple[Tensor, world.Scenes]:
+        if kind not in ("plain", "odd"):
+            pairs = load_pairs(work)[kind]
+            return pairs.latents, pairs.scenes
+        rng = np.random.default_rng((self.args.seed, STREAM, len(kind)))
+        scenes = world.sample_scenes(PLAIN if kind == "plain" else ODD, rng)
+        if kind == "odd":
+            scenes.colour, scenes.rim, scenes.core = (rng.random((ODD, 3)) for _ in range(3))
+        with torch.no_grad():
+            parts = [take(scenes, slice(i, i + 100)) for i in range(0, len(scenes), 100)]
+            latents = [self.model.encode(to_tensor(_as_bytes(world.render(p)), self.args.device)).cpu() for p in parts]
+        return torch.cat(latents), scenes
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, pictures in -1..1, and the weights of their pixels [B, 1, 128, 128]."""
+        rng, parts = np.random.default_rng((self.args.seed, STREAM, step)), []
+        for kind, count in SHARES.items():
+            latents, pictures, weights = self.data[kind]
+            rows = torch.from_numpy(rng.integers(len(latents), size=count))
+            latent = latents[rows].float()
+            if kind in ("plain", "odd"):  # what a small error of the U-Net would leave
+                strength = torch.from_numpy(rng.uniform(0, 0.3, (count, 1, 1, 1))).float()
+                latent = latent + strength * torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
+            behind = BACKGROUND_WEIGHT.get(kind, 1.0)
+            weight = behind + (1 - behind) * weights[rows][:, None].float() / 255
+            parts.append((latent, to_tensor(pictures[rows], "cpu"), weight.repeat_interleave(8, 2).repeat_interleave(8, 3)))
+        latents, pictures, weights = (torch.cat(each).to(self.args.device) for each in zip(*parts))
+        return latents, pictures.contiguous(memory_format=torch.channels_last), weights
+
+    def step(self, step: int) -> dict[str, float]:
+        latents, pictures, weights = self.batch(step)
+        for optimizer in (self.optimizer, self.critic_optimizer):
+            set_rate(optimizer, warm_stable_decay(step, self.steps, RATE, warmup=100))
+        decoded = self.model.decode(latents)
+        colours, edges = ((error * weights).mean() for error in _errors(decoded, pictures, weights))
+        loss, told = colours + EDGES * edges, {"colours": colours.item(), "edges": edges.item()}
+        if step >= CRITIC_FROM:
+            told["critic"] = self._teach_critic(decoded.detach(), pictures)
+            loss = loss + self._asked_critic(decoded, pictures)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
+        self.optimizer.step()
+        if step % AVERAGE_EVERY == 0:
+            decay = min(0.998**AVERAGE_EVERY, (step + 1) / (step + 10 * AVERAGE_EVERY))
+            torch._foreach_lerp_(list(self.average.values()), list(self.decoder.state_dict().values()), 1 - decay)
+        return told
+
+    def _teach_critic(self, decoded: Tensor, pictures: Tensor) -> float:
+        self.critic.requires_grad_(True)
+        both = self.critic(torch.cat([pictures, decoded]))[0]
+        rendered, drawn = both.chunk(2)
+        loss = torch.relu(1 - rendered).mean() + torch.relu(1 + drawn).mean()
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        return loss.item()
+
+    def _asked_critic(self, decoded: Tensor, pictures: Tensor) -> Tensor:
+        """What the critic says of the decoded pictures, and how they differ from the rendered ones in its features."""
+        self.critic.requires_grad_(False)
+        verdict, features = self.critic(decoded)
+        with torch.no_grad():
+            wanted = self.critic(pictures)[1]
+        apart = sum(((a - b).abs().mean() for a, b in zip(features, wanted)), torch.zeros(()))
+        return FEATURES * apart / len(features) - CRITIC * verdict.mean()
+
+    def save(self, step: int) -> None:
+        states = {n: getattr(self, n).state_dict() for n in ("decoder", "critic", "optimizer", "critic_optimizer")}
+        save_state(self.path, **states, average=self.average, step=step + 1)
+
+    def run(self) -> None:
+        smooth, progress = {}, Progress("decoder", self.steps, self.first)
+        for step in range(self.first, self.steps):
+            for name, value in self.step(step).items():
+                smooth[name] = 0.98 * smooth.get(name, value) + 0.02 * value
+            if progress.step(step, **smooth) or step + 1 == self.steps:
+                self.save(step)
+
+
+def autoencoder_weights(folder: Path) -> dict[str, Tensor]:
+    """The autoencoder's weights in the finished model's file, in float32."""
+    whole = load_file(folder / "tiny_base.safetensors")
+    return {name.removeprefix(PREFIX): v.float() for name, v in whole.items() if name.startswith(PREFIX)}
+
+
+def write_decoder(work: Path, folder: Path) -> None:
+    """Puts the averaged decoder into the finished model's file."""
+    whole = load_file(folder / "tiny_base.safetensors")
+    average = torch.load(work / "decoder.pt", weights_only=True, map_location="cpu")["average"]
+    whole.update({f"{PREFIX}decoder.{name}": value.half().contiguous() for name, value in average.items()})
+    save_file(whole, folder / "tiny_base.safetensors", metadata={"modelspec.architecture": "tlora-tiny-sdxl"})
+
+
+def stage_decoder(work: Path, args) -> None:
+    DecoderTraining(work, args).run()
+    write_decoder(work, args.output)
+
+
+def _as_bytes(values: np.ndarray) -> np.ndarray:
+    return np.round(values * 255).astype(np.uint8)
+
+
+def _errors(decoded: Tensor, pictures: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The error of each pixel's colour, and of its differences to its neighbours, [B, 3, 128, 128] each. The latter
+    also in the picture at half size, whose edges need not be exact to the pixel."""
+    error = decoded - pictures
+    half = avg_pool2d(error, 2)
+    return error.abs(), _differences(error) + _differences(half).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def _differences(error: Tensor) -> Tensor:
+    across, down = (torch.diff(error, dim=d, append=error.narrow(d, -1, 1)).abs() for d in (2, 3))
+    return across + down
