@@ -90,7 +90,7 @@ class HostSampler:
         self.model, self.clip, self.vae = model, clip, vae
 
     def sample(self, prompt: str, seed: int, model=None, count: int = 1) -> torch.Tensor:
-        """[count, 64, 64, 3] in 0..1."""
+        """[count, 128, 128, 3] in 0..1."""
         return self.vae.decode(self.latents(prompt, seed, model, count))
 
     def latents(self, prompt: str, seed: int, model=None, count: int = 1, steps: int = 20, **options) -> torch.Tensor:

@@ -18,7 +18,7 @@ from tlora_core.method.adapters import METHODS
 from tlora_core.reports.report import B_KEY
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import LATENT_CHANNELS
-from tlora_core.tiny.scorer import ConceptMatcher
+from tlora_core.tiny.scorer import ConceptMatcher, at_size
 from tlora_core.training.config import TrainConfig
 from tlora_core.training.dataset import training_images
 from tlora_core.training.images import to_picture
@@ -52,7 +52,7 @@ class Bench:
         return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
-        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the prompt's
+        """One picture [N, 128, 128, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the prompt's
         kind and seed."""
         import comfy.sample
 
@@ -94,8 +94,8 @@ class Bench:
         return self.vae.decode(drawn).clamp(0, 1)
 
     def through(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[B, 64, 64, 3] passed through the autoencoder."""
-        return self.vae.decode(self.vae.encode(pictures)).clamp(0, 1)
+        """[B, 64, 64, 3] passed through the autoencoder, which draws them at twice the size, and averaged down."""
+        return at_size(self.vae.decode(self.vae.encode(pictures)).clamp(0, 1).movedim(-1, 1)).movedim(1, -1)
 
     def _condition(self, texts):
         encoded = {text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in set(texts)}
@@ -123,7 +123,7 @@ def ceiling(bench: Bench, concept: world.Concept, count: int = 2) -> float:
 
 
 def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], None] = lambda step: None):
-    """Yields (record, pictures [N, 64, 64, 3]) at each of the cell's steps that is not in `done`."""
+    """Yields (record, pictures [N, 128, 128, 3]) at each of the cell's steps that is not in `done`."""
     concept = concept_named(cell.concept)
     setting = settings(concept, cell.seed)[0]
     asked = prompts(concept, cell.seed, cell.draws, setting)

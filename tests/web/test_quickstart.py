@@ -39,7 +39,7 @@ def test_four_scenes_are_drawn_with_and_without_and_the_tlora_changes_each(resul
     with_tlora, without = pictures(result, "with"), pictures(result, "without")
     assert len(with_tlora) == len(without) == 4
     for one, other in zip(with_tlora, without):
-        assert one.shape == (64, 64, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
+        assert one.shape == (128, 128, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
 
 
 def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_the_prompts(result):

@@ -19,12 +19,11 @@ from .pictures import take
 PREFIX = "first_stage_model."
 STREAM = 8  # of random numbers; the other stages have their own
 SIDE = 2 * SIZE  # of decoded pictures
-PLAIN, ODD = 5000, 4000  # rendered scenes, of the base's world and with objects of any colours
 # Pictures of each kind in a batch. The background of a drawn picture was only fitted, so it counts less.
 SHARES = {"plain": 2, "odd": 3, "changed": 3, "drawn": 5, "taught": 3}
 BACKGROUND_WEIGHT = {"drawn": 0.4, "taught": 0.4}
 RATE, AVERAGE_EVERY = 6e-4, 5
-CRITIC_FROM = 400  # step; before it, everything is told from a rendered picture at once
+CRITIC_FROM = 0.05  # share of the steps; before it, every decoded picture is told from a rendered one at once
 EDGES, FEATURES, CRITIC = 1.0, 1.0, 0.03  # weights in the loss, beside 1 for the colours
 
 
@@ -90,10 +89,10 @@ class DecoderTraining:
         if kind not in ("plain", "odd"):
             pairs = load_pairs(work)[kind]
             return pairs.latents, pairs.scenes
-        rng = np.random.default_rng((self.args.seed, STREAM, len(kind)))
-        scenes = world.sample_scenes(PLAIN if kind == "plain" else ODD, rng)
+        rng, count = np.random.default_rng((self.args.seed, STREAM, len(kind))), self.args.decoder_scenes
+        scenes = world.sample_scenes(count, rng)
         if kind == "odd":
-            scenes.colour, scenes.rim, scenes.core = (rng.random((ODD, 3)) for _ in range(3))
+            scenes.colour, scenes.rim, scenes.core = (rng.random((count, 3)) for _ in range(3))
         with torch.no_grad():
             parts = [take(scenes, slice(i, i + 100)) for i in range(0, len(scenes), 100)]
             latents = [self.model.encode(to_tensor(_as_bytes(world.render(p)), self.args.device)).cpu() for p in parts]
@@ -111,7 +110,9 @@ class DecoderTraining:
                 latent = latent + strength * torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
             behind = BACKGROUND_WEIGHT.get(kind, 1.0)
             weight = behind + (1 - behind) * weights[rows][:, None].float() / 255
-            parts.append((latent, to_tensor(pictures[rows], "cpu"), weight.repeat_interleave(8, 2).repeat_interleave(8, 3)))
+            parts.append(
+                (latent, to_tensor(pictures[rows], "cpu"), weight.repeat_interleave(8, 2).repeat_interleave(8, 3))
+            )
         latents, pictures, weights = (torch.cat(each).to(self.args.device) for each in zip(*parts))
         return latents, pictures.contiguous(memory_format=torch.channels_last), weights
 
@@ -122,7 +123,7 @@ class DecoderTraining:
         decoded = self.model.decode(latents)
         colours, edges = ((error * weights).mean() for error in _errors(decoded, pictures, weights))
         loss, told = colours + EDGES * edges, {"colours": colours.item(), "edges": edges.item()}
-        if step >= CRITIC_FROM:
+        if step >= CRITIC_FROM * self.steps:
             told["critic"] = self._teach_critic(decoded.detach(), pictures)
             loss = loss + self._asked_critic(decoded, pictures)
         self.optimizer.zero_grad()

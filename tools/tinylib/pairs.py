@@ -170,7 +170,7 @@ class Maker:
         for steps in (120, 240):
             trained.train(steps)
             model = apply_tlora(self.host.model, trained.tlora())
-            for call in range(calls // 2):
+            for call in range(-(-calls // 2)):
                 background = list(world.BACKGROUNDS)[rng.integers(len(world.BACKGROUNDS))]
                 asked = world.concept_scenes(concept, COUNT, rng, background)
                 prompt = f"a photo of a sks {concept.shape} {world.BACKGROUNDS[background]}"
@@ -215,7 +215,7 @@ def stage_pairs(work: Path, args) -> None:
         maker, made = Maker(work, host), 0
         # All kinds in turn, so that an interrupted stage has some of each.
         numbers = sorted(
-            ((place + 0.5) / many, kind, n, calls)
+            ((place + 0.5) / many, kind, n, calls if args.pairs else 1)
             for kind, many, calls in kinds
             for place, n in enumerate(np.random.default_rng(STREAM).permutation(many))
             if place < max(1, many * args.pairs // 100)
