@@ -89,7 +89,7 @@ class Backgrounds:
 def fitted(
     pictures: Tensor, asked: world.Scenes, matcher: LookMatcher, backgrounds: Backgrounds, is_asked: bool
 ) -> world.Scenes:
-    """The scenes, all of the matcher's look, in the poses and with the background details that `pictures` [N, H, W, 3] show.
+    """The scenes, all of the matcher's look, in the poses and with the background details of `pictures` [N, H, W, 3].
 
     is_asked: whether the backgrounds are those that were asked for. An adapter may have copied its training picture's,
     which the decoder must not hide."""
@@ -120,10 +120,10 @@ class Maker:
         self.folder, self.host, self.backgrounds = work / "pairs", host, Backgrounds()
         self.folder.mkdir(exist_ok=True)
 
-    def part(self, name: str, make) -> None:
-        path = self.folder / f"{name}.pt"
+    def part(self, kind: str, number: int, calls: int) -> None:
+        path = self.folder / f"{kind}_{number:03}.pt"
         if not path.exists():
-            make().save(path)
+            getattr(self, kind)(number, calls).save(path)
 
     def drawn(self, number: int, calls: int) -> Pairs:
         """Pictures of one combination of shape, colour and pattern, drawn by the base from full captions."""
@@ -212,7 +212,7 @@ def stage_pairs(work: Path, args) -> None:
     kinds = [("drawn", drawn, DRAWN_CALLS), ("changed", drawn // 2, DRAWN_CALLS), ("taught", ODD_CONCEPTS, ODD_CALLS)]
     with torch.inference_mode():
         host = HostSampler(*tiny_base.load(str(args.output / "tiny_base.safetensors")))
-        maker, made = Maker(work, host), 0
+        maker = Maker(work, host)
         # All kinds in turn, so that an interrupted stage has some of each.
         numbers = sorted(
             ((place + 0.5) / many, kind, n, calls if args.pairs else 1)
@@ -221,10 +221,9 @@ def stage_pairs(work: Path, args) -> None:
             if place < max(1, many * args.pairs // 100)
         )
         progress = Progress("pairs", len(numbers))
-        for _, kind, number, calls in numbers:
-            maker.part(f"{kind}_{number:03}", lambda: getattr(maker, kind)(int(number), calls))
-            progress.step(made)
-            made += 1
+        for done, (_, kind, number, calls) in enumerate(numbers):
+            maker.part(kind, int(number), calls)
+            progress.step(done)
 
 
 def load_pairs(work: Path) -> dict[str, Pairs]:
