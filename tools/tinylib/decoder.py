@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
-from torch.nn.utils.parametrizations import spectral_norm
 
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import TinyAutoencoder
@@ -18,13 +17,14 @@ from .pictures import take
 
 PREFIX = "first_stage_model."
 STREAM = 8  # of random numbers; the other stages have their own
-SIDE = 2 * SIZE  # of decoded pictures
+SIDE, PATCH = 2 * SIZE, 8  # of decoded pictures; of the patches in which edges are compared
 # Pictures of each kind in a batch. The background of a drawn picture was only fitted, so it counts less.
 SHARES = {"plain": 2, "odd": 3, "changed": 3, "drawn": 5, "taught": 3}
 BACKGROUND_WEIGHT = {"drawn": 0.4, "taught": 0.4}
-RATE, AVERAGE_EVERY = 6e-4, 5
+RATE, CRITIC_RATE, AVERAGE_EVERY = 6e-4, 4e-4, 5
 CRITIC_FROM = 0.05  # share of the steps; before it, every decoded picture is told from a rendered one at once
-EDGES, FEATURES, CRITIC = 1.0, 1.0, 0.03  # weights in the loss, beside 1 for the colours
+EDGES, STEEPNESS, FEATURES = 0.5, 2.0, 0.3  # weights in the loss, beside 1 for the colours
+CRITIC = 0.6  # share of the critic's gradient, by its norm, beside that of the loss
 
 
 class Critic(nn.Module):
@@ -32,15 +32,15 @@ class Critic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96)
+        widths = (3, 40, 80, 112, 112)
         self.levels = nn.ModuleList(
-            nn.Sequential(spectral_norm(nn.Conv2d(a, b, 4, stride=2, padding=1)), nn.LeakyReLU(0.2))
+            nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), nn.GroupNorm(8, b), nn.LeakyReLU(0.2))
             for a, b in zip(widths, widths[1:])
         )
-        self.last = spectral_norm(nn.Conv2d(widths[-1], 1, 3, padding=1))
+        self.last = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Verdicts [B, 1, 16, 16], high for rendered ones, and the features of each level, for pictures
+        """Verdicts [B, 1, 8, 8], high for rendered ones, and the features of each level, for pictures
         [B, 3, 128, 128] in -1..1."""
         features = []
         for level in self.levels:
@@ -61,7 +61,9 @@ class DecoderTraining:
         self.decoder = self.model.decoder.requires_grad_(True).to(memory_format=torch.channels_last)
         self.critic = Critic().to(args.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.AdamW(self.decoder.parameters(), RATE, betas=(0.8, 0.99), weight_decay=1e-4)
-        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), RATE, betas=(0.5, 0.9), weight_decay=1e-4)
+        self.critic_optimizer = torch.optim.AdamW(
+            self.critic.parameters(), CRITIC_RATE, betas=(0.5, 0.9), weight_decay=1e-4
+        )
         self.average = {k: v.detach().clone() for k, v in self.decoder.state_dict().items()}
         self.first = 0
         if self.path.exists():
@@ -118,16 +120,19 @@ class DecoderTraining:
 
     def step(self, step: int) -> dict[str, float]:
         latents, pictures, weights = self.batch(step)
-        for optimizer in (self.optimizer, self.critic_optimizer):
-            set_rate(optimizer, warm_stable_decay(step, self.steps, RATE, warmup=100))
+        for optimizer, rate in ((self.optimizer, RATE), (self.critic_optimizer, CRITIC_RATE)):
+            set_rate(optimizer, warm_stable_decay(step, self.steps, rate, warmup=100))
         decoded = self.model.decode(latents)
         colours, edges = ((error * weights).mean() for error in _errors(decoded, pictures, weights))
-        loss, told = colours + EDGES * edges, {"colours": colours.item(), "edges": edges.item()}
-        if step >= CRITIC_FROM * self.steps:
-            told["critic"] = self._teach_critic(decoded.detach(), pictures)
-            loss = loss + self._asked_critic(decoded, pictures)
+        steepness = ((_steepness(decoded) - _steepness(pictures)).abs() * avg_pool2d(weights, PATCH)).mean()
+        loss = colours + EDGES * edges + STEEPNESS * steepness
+        told = {"colours": colours.item(), "edges": edges.item(), "steepness": steepness.item()}
         self.optimizer.zero_grad()
-        loss.backward()
+        if step < CRITIC_FROM * self.steps:
+            loss.backward()
+        else:
+            told["critic"] = self._teach_critic(decoded.detach(), pictures)
+            decoded.backward(self._with_critic(loss, decoded, pictures))
         nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         self.optimizer.step()
         if step % AVERAGE_EVERY == 0:
@@ -145,14 +150,18 @@ class DecoderTraining:
         self.critic_optimizer.step()
         return loss.item()
 
-    def _asked_critic(self, decoded: Tensor, pictures: Tensor) -> Tensor:
-        """What the critic says of the decoded pictures, and how they differ from the rendered ones in its features."""
+    def _with_critic(self, loss: Tensor, decoded: Tensor, pictures: Tensor) -> Tensor:
+        """The gradient at the decoded pictures: of the loss, of the difference to the rendered ones in the critic's
+        features, and of its verdict. The norm of the verdict's part is CRITIC times that of the rest (as in Esser et
+        al., Taming Transformers, 2021)."""
         self.critic.requires_grad_(False)
         verdict, features = self.critic(decoded)
         with torch.no_grad():
             wanted = self.critic(pictures)[1]
         apart = sum(((a - b).abs().mean() for a, b in zip(features, wanted)), torch.zeros(()))
-        return FEATURES * apart / len(features) - CRITIC * verdict.mean()
+        (told,) = torch.autograd.grad(loss + FEATURES * apart / len(features), decoded, retain_graph=True)
+        (asked,) = torch.autograd.grad(-verdict.mean(), decoded, retain_graph=True)
+        return told + CRITIC * told.norm() / asked.norm().clamp(min=1e-12) * asked
 
     def save(self, step: int) -> None:
         states = {n: getattr(self, n).state_dict() for n in ("decoder", "critic", "optimizer", "critic_optimizer")}
@@ -196,6 +205,13 @@ def _errors(decoded: Tensor, pictures: Tensor, weights: Tensor) -> tuple[Tensor,
     error = decoded - pictures
     half = avg_pool2d(error, 2)
     return error.abs(), _differences(error) + _differences(half).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def _steepness(pictures: Tensor) -> Tensor:
+    """How steep the edges in each patch are, wherever they lie in it: the root of the mean square of the differences of
+    neighbours, [B, 3, 128 / PATCH, 128 / PATCH]. An edge that is twice as wide has half the mean square."""
+    across, down = (torch.diff(pictures, dim=d, append=pictures.narrow(d, -1, 1)).square() for d in (2, 3))
+    return (avg_pool2d(across + down, PATCH) + 1e-6).sqrt()
 
 
 def _differences(error: Tensor) -> Tensor:
