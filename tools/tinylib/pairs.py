@@ -23,7 +23,7 @@ SMALL = 32  # side of the pictures in which backgrounds are compared
 BACKGROUND_SEEDS = 256
 COUNT = 6  # pictures of one call to the sampler
 DRAWN_CALLS = 3  # calls for each combination of shape, colour and pattern
-ODD_CONCEPTS, ODD_CALLS = 24, 6
+ODD_CONCEPTS, ODD_CALLS = 72, 3
 METHODS = ("lora", "tlora", "vanilla_tlora")
 NAMES = [field for field in world.Scenes.__dataclass_fields__]
 
