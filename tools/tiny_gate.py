@@ -6,8 +6,8 @@ concept?
 Prints a JSON report; the exit status is 1 if the gate is not passed. The gate: the background is right in 95% of the
 pictures, the colour in 90% and the shape in 95%, according to a scorer that is right on at least 95% of rendered
 pictures. At 64 pixels, edges are as sharp as in rendered pictures of the same scenes, within 20%. And a plain LoRA
-trained on one picture of a held-out concept reproduces it under its training prompt, at one of the measured steps, for all concepts.
-`weights/gate.json` is the report of the bundled weights.
+trained on one picture of a held-out concept reproduces it under its training prompt, at one of the measured steps, for
+all concepts. `weights/gate.json` is the report of the bundled weights.
 """
 
 import argparse

@@ -52,8 +52,8 @@ class Bench:
         return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
-        """One picture [N, 128, 128, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the prompt's
-        kind and seed."""
+        """One picture [N, 128, 128, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the
+        prompt's kind and seed."""
         import comfy.sample
 
         noise = torch.stack([torch.randn(LATENT_CHANNELS, 8, 8, generator=_noise_seed(p)) for p in asked])
