@@ -5,6 +5,7 @@
     python3 tools/host.py bench personalization table1 table2 figure6    # or "all"
     python3 tools/host.py bench personalization earlier                  # fast trainings, measured at earlier steps
     python3 tools/host.py bench personalization later                    # slow trainings, continued
+    python3 tools/host.py bench personalization preservation             # what keeps the class as it was
     python3 tools/host.py bench personalization check-scorers            # accuracy of the scorers, for the report
     python3 tools/host.py bench personalization when-decided             # noise levels down to which prompts matter
     python3 tools/host.py bench personalization report                   # docs/EVIDENCE.md and its plots
@@ -52,7 +53,9 @@ def _arguments():
         metavar="STUDY",
         help=f"{', '.join(STUDIES)}; all; earlier; later; or one of {', '.join(ONCE)} (methods)",
     )
-    parser.add_argument("--scale", choices=SCALES, help="how much of it (full; of the study rates: sweep)")
+    parser.add_argument(
+        "--scale", choices=SCALES, help="how much of it (full; of rates: sweep; of preservation: preservation)"
+    )
     parser.add_argument("--quick", action="store_true", help="the same as --scale quick")
     parser.add_argument("--seeds", type=int, help="only the first so many trainings of each concept")
     parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th")
@@ -68,8 +71,10 @@ def _study(args):
     tiny_gate.parse_host_arguments(args.device)
     from evidence.record_files import files_of
     from evidence.run import Bench, run
+    from evidence.study import OWN_SCALES
 
-    scale = "quick" if args.quick else args.scale or ("sweep" if args.what == ["rates"] else "full")
+    own = OWN_SCALES.get(args.what[0], "full") if len(args.what) == 1 else "full"
+    scale = "quick" if args.quick else args.scale or own
     part, of = (int(number) for number in args.part.split("/"))
     cells = _cells(args, scale)[part - 1 :: of]
     file = args.results / (f"{scale}.jsonl" if of == 1 else f"{scale}-{part}of{of}.jsonl")
@@ -80,7 +85,16 @@ def _study(args):
 
 def _cells(args, name):
     from evidence import analysis, report
-    from evidence.study import SCALES, STUDIES, cells_of, chosen_rates, drawn_earlier, drawn_later, usual_rates
+    from evidence.study import (
+        OWN_SCALES,
+        SCALES,
+        STUDIES,
+        cells_of,
+        chosen_rates,
+        drawn_earlier,
+        drawn_later,
+        usual_rates,
+    )
 
     if args.what == ["earlier"]:
         return [
@@ -88,7 +102,7 @@ def _cells(args, name):
         ]
     if args.what == ["later"]:
         return [drawn_later(cell) for cell in analysis.not_learnt(report.measured(args.results, name), SCALES[name])]
-    names = [name for name in STUDIES if name != "rates"] if args.what == ["all"] else args.what
+    names = [name for name in STUDIES if name not in OWN_SCALES] if args.what == ["all"] else args.what
     rates = usual_rates() if name in ("quick", "miniature") else {} if names == ["rates"] else chosen_rates()
     return cells_of(names, replace(SCALES[name], seeds=SCALES[name].seeds[: args.seeds]), rates)
 

@@ -134,6 +134,8 @@ def _flops(name: str, output: Tensor, args) -> int:
         return 2 * output.numel() * args[0].shape[-1]
     if name in ("addmm", "baddbmm"):
         return 2 * output.numel() * args[1].shape[-1]
+    if name == "convolution_backward":  # of a frozen weight: the gradient of the input alone
+        return 2 * args[0].numel() * args[2][0].numel()
     return 2 * output.numel() * args[1][0].numel() if name == "convolution" else 0
 
 

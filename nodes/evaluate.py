@@ -3,12 +3,21 @@
 from comfy_api.latest import io
 
 from ..tlora_core.errors import TLoRAError
-from ..tlora_core.hosts.comfy.encoders import FOLDER, encoder_names, load_encoder
-from ..tlora_core.reports.evaluation import CLIP_TYPES, DINO_TYPES, best, evaluate, table
+from ..tlora_core.hosts.comfy.encoders import (
+    FOLDER,
+    NONE,
+    TINY_WORLD,
+    VisionEncoder,
+    encoder_names,
+    load_encoder,
+    load_scorer,
+)
+from ..tlora_core.reports.evaluation import best, evaluate, table
+from ..tlora_core.reports.folder_encoder import CLIP_TYPES, DINO_TYPES
+from ..tlora_core.reports.stopping import TOLERANCE
 from .sockets import CATEGORY
 
 SCORES = io.Custom("TLORA_SCORES")
-_NONE = "none"
 
 
 class TLoRAEvaluate(io.ComfyNode):
@@ -21,15 +30,21 @@ class TLoRAEvaluate(io.ComfyNode):
             is_input_list=True,
             search_aliases=["image similarity", "text similarity", "clip score", "dino", "best checkpoint"],
             description="Measures how much generated pictures look like the subject (IS), how well they follow the "
-            "prompts (TS) and how diverse they are, and says which T-LoRA file of a training to keep. "
-            "Needs a CLIP model in the transformers layout in models/clip_vision.",
+            "prompts (TS), how much else of the training picture they copy and how diverse they are, and says which "
+            "T-LoRA file of a training to keep. Needs a CLIP model: from Load CLIP Vision, or in the transformers "
+            "layout in models/clip_vision.",
             inputs=[*_pictures(), *_models(), *_comparison(), *_optional()],
             outputs=[
                 io.String.Output(display_name="report", tooltip="A table of all scores, for Preview as Text."),
                 io.String.Output(display_name="best", tooltip="The label of the best result."),
-                io.Float.Output(display_name="IS", tooltip="CLIP image similarity of these pictures."),
-                io.Float.Output(display_name="TS", tooltip="CLIP text similarity of these pictures."),
+                io.Float.Output(display_name="IS", tooltip="Image similarity of these pictures."),
+                io.Float.Output(display_name="TS", tooltip="Text similarity of these pictures."),
                 SCORES.Output(display_name="scores", tooltip="For the next T-LoRA Evaluate."),
+                io.Float.Output(
+                    display_name="copying",
+                    tooltip="How much else of the training picture is in the pictures of other prompts than "
+                    "neutral_prompt.",
+                ),
             ],
         )
 
@@ -48,18 +63,15 @@ class TLoRAEvaluate(io.ComfyNode):
         mask=(),
         concept_mask=(None,),
         before=((),),
+        clip_vision=(None,),
+        clip=(None,),
     ):
-        if clip_model[0] == _NONE:
-            raise TLoRAError(
-                f"clip_model is none; put a CLIP model for transformers into a folder of its own in models/{FOLDER}, "
-                "press R and choose it."
-            )
         if len(concept) != 1:
             raise TLoRAError(f"concept is a list of {len(concept)}; connect one picture or one batch.")
-        clip = load_encoder(clip_model[0], CLIP_TYPES)
-        dino = None if dino_model[0] == _NONE else load_encoder(dino_model[0], DINO_TYPES)
+        encoder = _encoder(clip_model[0], clip_vision[0], clip[0])
+        dino = None if dino_model[0] == NONE else load_encoder(dino_model[0], DINO_TYPES)
         done = evaluate(
-            label[0], images, prompts, concept[0], clip, dino, neutral_prompt[0], token[0], mask, concept_mask[0]
+            label[0], images, prompts, concept[0], encoder, dino, neutral_prompt[0], token[0], mask, concept_mask[0]
         )
         scores = (*before[0], done)
         return io.NodeOutput(
@@ -68,7 +80,19 @@ class TLoRAEvaluate(io.ComfyNode):
             done.image_similarity,
             done.text_similarity,
             scores,
+            done.copying,
         )
+
+
+def _encoder(name, vision, clip):
+    if vision is not None:
+        return VisionEncoder(vision, clip)
+    if name == NONE:
+        raise TLoRAError(
+            "clip_model is none; connect clip_vision, or put a CLIP model for transformers into a folder of its own "
+            f"in models/{FOLDER}, press R and choose it."
+        )
+    return load_scorer(name)
 
 
 def _pictures():
@@ -83,13 +107,14 @@ def _models():
     return [
         io.Combo.Input(
             "clip_model",
-            options=[*encoder_names(CLIP_TYPES), _NONE],
+            options=[*encoder_names(CLIP_TYPES), NONE, TINY_WORLD],
             tooltip=f"Folder of a CLIP model in models/{FOLDER}: config.json, model.safetensors or "
-            "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32.",
+            "pytorch_model.bin, preprocessor_config.json and its tokenizer. The paper uses ViT-B/32. tiny world: for "
+            "pictures of the pack's own small model. Not used while clip_vision is connected.",
         ),
         io.Combo.Input(
             "dino_model",
-            options=[_NONE, *encoder_names(DINO_TYPES)],
+            options=[NONE, *encoder_names(DINO_TYPES)],
             tooltip="Folder of a DINO model in the same place, for a second measure of likeness that weighs "
             "details more. none: no second measure.",
         ),
@@ -109,18 +134,18 @@ def _comparison():
             "neutral_prompt",
             default="",
             tooltip='The prompt whose pictures count for IS, for example "a photo of sks dog". Changes that '
-            "other prompts ask for then do not lower IS, as in the paper. Empty: all pictures count.",
+            "other prompts ask for then do not lower IS, as in the paper. The other pictures count for copying. Empty: "
+            "all pictures count for IS.",
         ),
         io.Float.Input(
             "tolerance",
-            default=0.02,
+            default=TOLERANCE,
             min=0.0,
             max=1.0,
             step=0.005,
             round=False,
-            tooltip="The best result is the one with the highest TS among those whose IS is at most this "
-            "far below the highest IS. Higher values favour following the prompt; 0 counts likeness "
-            "alone.",
+            tooltip="A later result is better only if the balance of likeness, TS and copying is higher by more than "
+            "its noise and by more than this. 0: by more than its noise.",
         ),
     ]
 
@@ -137,6 +162,18 @@ def _optional():
             "before",
             optional=True,
             tooltip="Scores of another T-LoRA Evaluate node to compare with. Both nodes must use the same "
-            "models, prompts, neutral_prompt and concept; both or neither must use masks.",
+            "models, prompts, neutral_prompt and concept; both or neither must use masks. The first of a chain is what "
+            "the others are counted from: best the model without a T-LoRA.",
+        ),
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="From Load CLIP Vision, instead of clip_model. With SigLIP and DINOv2, TS is not measured.",
+        ),
+        io.Clip.Input(
+            "clip",
+            optional=True,
+            tooltip="The checkpoint's CLIP, for TS. Measured if its text encoder belongs to clip_vision: CLIP ViT-L "
+            "with FLUX, CLIP ViT-bigG with SDXL.",
         ),
     ]

@@ -17,7 +17,7 @@ class TinyBaseModel(io.ComfyNode):
             display_name="Tiny Base Model (T-LoRA)",
             category=CATEGORY,
             description="A small text-to-image model of the SDXL family, included in the pack so that you can try "
-            "T-LoRA without a download. It draws 64x64 pictures of simple objects. Use it with the "
+            "T-LoRA without a download. It draws 128x128 pictures of simple objects. Use it with the "
             "stock nodes.",
             outputs=[
                 io.Model.Output(tooltip="The diffusion model."),

@@ -8,7 +8,7 @@ from ..tlora_core.hosts.comfy.page.training import shown_when_it_fails
 from ..tlora_core.hosts.comfy.sampling import apply_tlora
 from ..tlora_core.hosts.comfy.training.before_run import wrong_training
 from ..tlora_core.hosts.comfy.training.by_name import trained
-from ..tlora_core.hosts.comfy.training.keeping import RERUNS
+from ..tlora_core.hosts.comfy.training.keeping import LAST, NO_SCORER, RERUNS
 from ..tlora_core.hosts.comfy.training.run import stopped_runs
 from ..tlora_core.reports.plot import loss_curve
 from ..tlora_core.training.dataset import training_list
@@ -56,6 +56,11 @@ class TrainTLoRAFromImage(io.ComfyNode):
         curve="",
         validation_prompts="",
         validate_every=0,
+        clip_vision=False,
+        scorer=NO_SCORER,
+        keep=LAST,
+        patience=1,
+        score_seeds=1,
     ):
         return (
             wrong_training(
@@ -69,7 +74,12 @@ class TrainTLoRAFromImage(io.ComfyNode):
                     "curve": curve,
                     "validation_prompts": validation_prompts,
                     "validate_every": validate_every,
-                }
+                    "scorer": scorer,
+                    "keep": keep,
+                    "patience": patience,
+                    "score_seeds": score_seeds,
+                },
+                clip_vision is not False,  # a socket: if connected, its value is not known yet
             )
             or True
         )

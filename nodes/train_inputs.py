@@ -5,7 +5,8 @@ Saved workflows store values in the order of the inputs, so a new input must com
 
 from comfy_api.latest import io
 
-from ..tlora_core.hosts.comfy.training.keeping import RERUNS
+from ..tlora_core.hosts.comfy.encoders import scorer_names
+from ..tlora_core.hosts.comfy.training.keeping import KEEPS, LAST, NO_SCORER, RERUNS, Keeping
 from ..tlora_core.hosts.comfy.training.personalize import MEMORY
 from ..tlora_core.method.adapters import METHODS
 from ..tlora_core.method.starts import STARTS
@@ -39,6 +40,7 @@ def train_inputs():
         *_validation(),
         *_saving(),
         *_host_and_files(),
+        *_scores(),
     ]
 
 
@@ -255,8 +257,8 @@ def _host_and_files():
             default=False,
             optional=True,
             advanced=True,
-            tooltip="Also send the loss and the validation pictures to Weights & Biases. Needs the wandb package "
-            "and your login.",
+            tooltip="Also send the loss, the scores and the validation pictures to Weights & Biases. Needs the wandb "
+            "package and your login.",
         ),
         io.Combo.Input(
             "memory",
@@ -275,5 +277,53 @@ def _host_and_files():
             advanced=True,
             tooltip="Store the last picture of the first validation prompt in the file, where everyone who gets the "
             "file can see it. A training picture is never stored.",
+        ),
+    ]
+
+
+def _scores():
+    return [
+        io.ClipVision.Input(
+            "clip_vision",
+            optional=True,
+            tooltip="From Load CLIP Vision. Scores the pictures of each validation: likeness to the subject, and "
+            "copying of its background. Unconnected: scorer decides.",
+        ),
+        io.Combo.Input(
+            "scorer",
+            options=scorer_names(),
+            default=NO_SCORER,
+            optional=True,
+            advanced=True,
+            tooltip="Scores the pictures of each validation: a CLIP or DINO folder in models/clip_vision, or tiny "
+            "world for the pack's own small model. Without validation_prompts, it draws scenes of its own. none: no "
+            "scores.",
+        ),
+        io.Combo.Input(
+            "keep",
+            options=list(KEEPS),
+            default=LAST,
+            optional=True,
+            advanced=True,
+            tooltip="Which step the file holds. last: the last one. best: the best by the scores. stop when past it: "
+            "the best, and training ends when patience validations in a row have brought no gain.",
+        ),
+        io.Int.Input(
+            "patience",
+            default=Keeping.patience,
+            min=1,
+            max=1000,
+            optional=True,
+            advanced=True,
+            tooltip="For keep: validations without gain after which the training ends. More is surer and takes longer.",
+        ),
+        io.Int.Input(
+            "score_seeds",
+            default=Keeping.score_seeds,
+            min=1,
+            max=64,
+            optional=True,
+            advanced=True,
+            tooltip="Pictures of each prompt that are scored. More make the scores steadier and take longer to draw.",
         ),
     ]

@@ -18,6 +18,7 @@ class TLoRAImages(io.ComfyNode):
             display_name="T-LoRA Images",
             category=CATEGORY,
             is_input_list=True,
+            is_output_node=True,  # it shows its pictures, so it runs alone, and before a training that takes long
             search_aliases=["dataset", "caption"],
             description="Pictures with their captions and masks for Train T-LoRA. Chain several of these nodes for "
             "pictures of different sizes.",
@@ -50,7 +51,7 @@ class TLoRATrainingOptions(io.ComfyNode):
             category=CATEGORY,
             search_aliases=["optimizer", "learning rate schedule", "prior preservation"],
             description="Training settings that most people never need to change. The defaults are the paper's.",
-            inputs=[*_optimizer(), *_gradients(), *_noise_levels(), *_latents_and_mask(), *_prior()],
+            inputs=[*_optimizer(), *_gradients(), *_noise_levels(), *_latents_and_mask(), *_prior(), *_preservation()],
             outputs=[OPTIONS.Output(display_name="options", tooltip="For Train T-LoRA.")],
         )
 
@@ -194,5 +195,17 @@ def _prior():
             "prior_images",
             optional=True,
             tooltip="Pictures of the class (not of the subject) for prior preservation.",
+        ),
+    ]
+
+
+def _preservation():
+    return [
+        _float(
+            "preservation_weight",
+            (0.0, 10.0, 0.1),
+            "Weight of a loss that keeps what the model draws for the caption without the token, so that other dogs "
+            "stay as they are: like prior_weight, without pictures of the class. Takes 2.5 times the training time. 0: "
+            "off.",
         ),
     ]

@@ -40,9 +40,11 @@ SHOWN = {
     "17": ("cyan star", 2),
     "18": ("cyan star", 2),
     "19": ("cyan star", 2),
+    "20": ("plum flower", 2),
+    "21": ("mint square", 2),
 }
 # Their training pictures come before the generated ones.
-WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12", "13", "14", "16", "17", "18", "19")
+WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12", "13", "14", "16", "17", "18", "19", "20", "21")
 # One training serves the templates with one object; their scenes differ.
 OTHER_SCENES = {
     "15": "a photo of {} on the beach",
@@ -61,12 +63,25 @@ NOT_NEEDED = (
     "TLoRABake",
     "TLoRAInfo",
 )
+# Nodes with models of their own: what comes from them is left out.
+OF_OTHER_MODELS = (
+    "LoadBackgroundRemovalModel",
+    "RemoveBackground",
+    "TextGenerate",
+    "RegexExtract",
+    "StringConcatenate",
+)
 
 
 def on_tiny_base(prompt: dict, concept, files: list[str], scenes: str = SCENES) -> dict:
     """The prompt with the tiny base, `concept`, trained `files` and `scenes` in place of the user's choices. All
     pictures are saved."""
-    prompt = {number: node for number, node in prompt.items() if node["class_type"] not in NOT_NEEDED}
+    _take_pictures_for_edits(prompt)
+    prompt = {
+        number: node for number, node in prompt.items() if node["class_type"] not in (*NOT_NEEDED, *OF_OTHER_MODELS)
+    }
+    for node in prompt.values():
+        node["inputs"] = {n: value for n, value in node["inputs"].items() if _is_there(value, prompt)}
     backgrounds = iter(("beach", "brick", "meadow"))
     files = iter(files)
     for number, node in list(prompt.items()):
@@ -126,6 +141,20 @@ def on_tiny_base(prompt: dict, concept, files: list[str], scenes: str = SCENES) 
             "inputs": {"images": [number, 0], "filename_prefix": f"seen/{int(number):03}"},
         }
     return prompt
+
+
+def _take_pictures_for_edits(prompt: dict) -> None:
+    """Replaces the pictures that an edit model makes for T-LoRA Images by others of the concept."""
+    for node in [node for node in prompt.values() if node["class_type"] == "TLoRAImages"]:
+        number = node["inputs"]["image"][0]
+        if prompt[number]["class_type"] == "VAEDecode":
+            prompt[number] = {"class_type": "LoadImage", "inputs": {}}
+            node["inputs"]["captions"] = ""
+
+
+def _is_there(value, prompt: dict) -> bool:
+    """Whether an input is a plain value, or of a node that the prompt has."""
+    return not isinstance(value, list) or value[0] in prompt
 
 
 def _take_parts_of_the_base(prompt: dict) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tlora_core.tiny import world
 
 SIDE, GAP, LABEL = 160, 8, 26
-SCENES = ("in a meadow", "in the snow", "yellow background", "grey background")
+SCENES = ("in a meadow", "in the snow", "yellow background", "under the sea")
 CONCEPT = "lime circle"
 SHEET_GAP, SHEET_MARGIN = 6, 16  # of the quickstart's sheet, with one column with the T-LoRA and one without
 
@@ -24,7 +24,7 @@ def training_picture() -> Image.Image:
     scenes = world.concept_scenes(
         next(c for c in world.CONCEPTS if c.name == CONCEPT), 1, np.random.default_rng(0), "beach", "centre"
     )
-    return Image.fromarray(np.round(world.render(scenes)[0] * 255).astype(np.uint8))
+    return Image.fromarray(np.round(world.render(scenes, 128)[0] * 255).astype(np.uint8))
 
 
 def drawn(whole: Image.Image, column: int, row: int) -> Image.Image:

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tiny_gate import FLOW_WEIGHTS, WEIGHTS, measure, parse_host_arguments, save_grid
+from tinylib.decoder import stage_decoder
 from tinylib.diffusion import PREFIXES, stage_base, stage_flow
+from tinylib.pairs import stage_pairs
 from tinylib.pictures import load_autoencoder, stage_autoencoder, stage_data, stage_latents
 from tinylib.readers import stage_scorer, stage_text
 
@@ -57,6 +59,8 @@ STAGES = {
     "base": stage_base,
     "scorer": stage_scorer,
     "export": stage_export,
+    "pairs": stage_pairs,
+    "decoder": stage_decoder,
     "gate": stage_gate,
     "flow": stage_flow,
 }
@@ -78,6 +82,9 @@ def main():
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--base-steps", type=int, default=9000)
     parser.add_argument("--base-rate", type=float, default=1.2e-3)
+    parser.add_argument("--pairs", type=int, default=100, help="percentage of the decoder's pairs to make")
+    parser.add_argument("--decoder-scenes", type=int, default=4500, help="rendered ones, and as many odd ones")
+    parser.add_argument("--decoder-steps", type=int, default=9600)
     parser.add_argument("--flow-steps", type=int, default=1500)
     parser.add_argument("--flow-rate", type=float, default=5e-4)
     parser.add_argument("--flow-output", type=Path, default=FLOW_WEIGHTS, help="file of the flow-matching U-Net")

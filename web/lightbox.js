@@ -2,6 +2,23 @@
 import { html, setText } from "./dom.js";
 import { t } from "./texts.js";
 
+/** A button with a sign instead of a text. */
+export const signButton = (sign, name, onclick) => html("button", { class: "tlora-button", "aria-label": t(name), title: t(name), onclick }, sign);
+
+/** Opens a dialog over the page; `press(event)` is told of keys. Returns the dialog, which Escape or a click beside it closes. */
+export function openDialog(label, press, ...children) {
+  const dialog = html("dialog", { class: "tlora tlora-large", "aria-label": label }, ...children);
+  dialog.addEventListener("keydown", (event) => {
+    event.stopPropagation(); // the graph has its own shortcuts
+    press(event);
+  });
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  dialog.addEventListener("close", () => dialog.remove());
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
+
 /** `pages` are {source, title, caption}; opens the page with index `at`. `label`: of the dialog. */
 export function showLarge(pages, at, label) {
   const picture = html("img"), title = html("strong"), caption = html("span");
@@ -14,19 +31,9 @@ export function showLarge(pages, at, label) {
     setText(caption, page.caption);
     [before.disabled, after.disabled] = [at === 0, at === pages.length - 1];
   };
-  const before = html("button", { class: "tlora-button", "aria-label": t("previous"), onclick: () => turn(-1) }, "‹");
-  const after = html("button", { class: "tlora-button", "aria-label": t("next"), onclick: () => turn(1) }, "›");
-  const close = html("button", { class: "tlora-button", "aria-label": t("close"), onclick: () => dialog.close() }, "×");
-  const dialog = html("dialog", { class: "tlora tlora-large", "aria-label": label }, picture,
-                      html("div", { class: "tlora-row" }, before, after, title, caption, close));
-  dialog.addEventListener("keydown", (event) => {
-    event.stopPropagation(); // the graph has its own shortcuts
-    if (event.key === "ArrowLeft") turn(-1);
-    if (event.key === "ArrowRight") turn(1);
-  });
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-  dialog.addEventListener("close", () => dialog.remove());
-  document.body.append(dialog);
+  const before = signButton("‹", "previous", () => turn(-1)), after = signButton("›", "next", () => turn(1));
+  const close = signButton("×", "close", () => dialog.close());
   turn(0);
-  dialog.showModal();
+  const dialog = openDialog(label, ({ key }) => turn({ ArrowLeft: -1, ArrowRight: 1 }[key] ?? 0), picture,
+                            html("div", { class: "tlora-row" }, before, after, title, caption, close));
 }

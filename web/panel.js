@@ -1,15 +1,16 @@
-// The training panel of the Train node: loss, speed, time left, memory, validation pictures, and the two buttons.
+// The training panel of the Train node: loss, scores, speed, time left, memory, validation pictures, and the two buttons.
 import { addPanel, html, path, setText, svg } from "./dom.js";
 import { drawsElements, keepShort, toggleAdvanced } from "./fold.js";
 import { followNode } from "./graph.js";
-import { showLarge } from "./lightbox.js";
 import { picturesOf } from "./pictures.js";
 import { planOf } from "./plan.js";
-import { ask, mark, picturePath, runOf } from "./runs.js";
+import { ask, mark, runOf } from "./runs.js";
+import { ScoresChart } from "./scores.js";
+import { Strip } from "./strip.js";
 import { t } from "./texts.js";
 
 const WIDTH = 1000, HEIGHT = 300; // the chart's coordinates, stretched to the element
-const HEIGHT_IDLE = 122, HEIGHT_RUN = 128, HEIGHT_STRIP = 96, HEIGHT_LINE = 16; // pixels
+const HEIGHT_IDLE = 125, HEIGHT_RUN = 128, HEIGHT_STRIP = 96, HEIGHT_LINE = 16, HEIGHT_GAP = 6; // pixels
 const MOST_LINES = 6, CHARACTERS = 46; // of a message, beyond which it scrolls; of a line on a node of usual width
 
 export function duration(seconds) {
@@ -92,55 +93,6 @@ class LossChart {
   }
 }
 
-/** The validation pictures: one is shown, a slider selects it, a click enlarges it. */
-class Strip {
-  constructor() {
-    this.picture = html("img", { alt: "" });
-    this.button = html("button", { class: "tlora-picture", title: t("enlarge"), onclick: () => this.enlarge() }, this.picture);
-    this.slider = html("input", { type: "range", min: 0, "aria-label": t("validation"), oninput: () => this.scrub() });
-    this.step = html("span", { class: "tlora-strong" });
-    this.caption = html("div", { class: "tlora-caption" });
-    this.element = html("div", { class: "tlora-strip" }, this.button,
-                        html("div", { class: "tlora-beside" }, html("div", {}, this.step), this.slider, this.caption));
-    this.chosen = null; // index of the picture; null shows the newest
-  }
-
-  show(run) {
-    this.run = run;
-    const pictures = run?.pictures ?? [];
-    this.element.hidden = pictures.length === 0;
-    if (!pictures.length) return;
-    let place = pictures.findIndex(({ index }) => index === this.chosen);
-    if (place < 0) {
-      this.chosen = null;
-      place = pictures.length - 1;
-    }
-    const picture = pictures[place], source = picturePath(run, picture);
-    this.slider.max = pictures.length - 1;
-    this.slider.value = place;
-    this.slider.disabled = pictures.length < 2;
-    this.slider.setAttribute("aria-valuetext", t("at_step", { step: picture.step }));
-    if (this.picture.getAttribute("src") !== source) this.picture.setAttribute("src", source);
-    const caption = picture.captions.join(" · ");
-    this.picture.alt = t("picture_label", { step: picture.step, caption });
-    setText(this.step, t("at_step", { step: picture.step }));
-    setText(this.caption, caption);
-  }
-
-  scrub() {
-    const place = Number(this.slider.value), pictures = this.run.pictures;
-    this.chosen = place === pictures.length - 1 ? null : pictures[place].index;
-    this.show(this.run);
-  }
-
-  enlarge() {
-    const { run } = this;
-    const pages = run.pictures.map((picture) => ({
-      source: picturePath(run, picture), title: t("at_step", { step: picture.step }), caption: picture.captions.join(" · ") }));
-    showLarge(pages, Number(this.slider.value), t("validation"));
-  }
-}
-
 export class TrainingPanel {
   constructor(node) {
     this.node = node;
@@ -150,7 +102,8 @@ export class TrainingPanel {
     this.bar = html("div", { class: "tlora-bar", role: "progressbar", "aria-label": t("training"), "aria-valuemin": 0 },
                     (this.filled = html("div")));
     this.chart = new LossChart();
-    this.strip = new Strip();
+    this.scores = new ScoresChart();
+    this.strip = new Strip((step) => this.scores.choose(step));
     this.message = html("div", { class: "tlora-message", role: "status" });
     this.stop = this.button("stop");
     this.checkpoint = this.button("checkpoint");
@@ -159,7 +112,7 @@ export class TrainingPanel {
     this.pictures = picturesOf(node);
     this.element = html("div", { class: "tlora tlora-panel", role: "group", "aria-label": t("training") },
                         html("div", { class: "tlora-row" }, this.state, this.step), this.plan, this.pictures.element, this.bar, this.pace,
-                        this.chart.element, this.strip.element, this.message,
+                        this.chart.element, this.scores.element, this.strip.element, this.message,
                         html("div", { class: "tlora-buttons" }, this.stop, this.checkpoint, this.fold));
     const { widget, resize } = addPanel(node, "tlora_training", this.element, HEIGHT_IDLE);
     this.resize = resize;
@@ -194,8 +147,9 @@ export class TrainingPanel {
     const { run } = this, isHidden = run?.state === "running" || !this.pictures.height;
     this.pictures.element.hidden = isHidden;
     const lines = Math.min(Math.ceil(this.message.textContent.length / CHARACTERS), MOST_LINES);
-    this.resize(HEIGHT_IDLE + (isHidden ? 0 : 6 + this.pictures.height) + (run?.steps ? HEIGHT_RUN : 0)
-                + (run?.pictures.length ? HEIGHT_STRIP : 0) + (lines ? 6 + lines * HEIGHT_LINE : 0));
+    this.resize(HEIGHT_IDLE + (isHidden ? 0 : HEIGHT_GAP + this.pictures.height) + (run?.steps ? HEIGHT_RUN : 0)
+                + (this.scores.height ? HEIGHT_GAP + this.scores.height : 0)
+                + (run?.pictures.length ? HEIGHT_STRIP : 0) + (lines ? HEIGHT_GAP + lines * HEIGHT_LINE : 0));
   }
 
   toggle() {
@@ -221,6 +175,7 @@ export class TrainingPanel {
     this.bar.setAttribute("aria-valuenow", run?.step ?? 0);
     this.filled.style.width = run?.steps ? `${(100 * run.step) / run.steps}%` : "0";
     this.chart.show(run);
+    this.scores.show(run);
     this.strip.show(run);
     for (const part of [this.bar, this.pace, this.chart.element]) part.hidden = !run?.steps;
     const isNamed = run?.message.includes(run.file);

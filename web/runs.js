@@ -28,7 +28,7 @@ export function mark(node) {
 /** A state of a node that no server run reports; it stays until one does. */
 function tell(node, state) {
   const owner = node.properties?.[OWNER];
-  const empty = { sequence: 0, step: 0, steps: 0, points: [], pictures: [], wishes: [], message: "", file: "" };
+  const empty = { sequence: 0, step: 0, steps: 0, points: [], pictures: [], scores: null, wishes: [], message: "", file: "" };
   const place = { owner, node: pathOf(node), workflow: (app.rootGraph ?? app.graph).id };
   runs.delete(owner);
   runs.set(owner, { ...empty, ...place, id: owner, isLocal: true, ...state });

@@ -36,7 +36,8 @@ class Point:
     by_attribute: the share for each attribute, over all prompts that ask for it. copied_background, copied_place: share
     of pictures that show the training picture's, where the prompt leaves it open. spread: mean distance of the places
     in neutral pictures from their centre, in half-widths. control: share of right attributes in prompts without the
-    concept."""
+    concept. of_class: the same in prompts of its class without the token; leak: how like the concept pictures of the
+    class word alone are, 0 for what the bare base draws, 1 for the concept; both None where none were drawn."""
 
     cell: Cell
     step: int
@@ -49,6 +50,8 @@ class Point:
     control: float
     effective_rank: float | None
     record: dict
+    of_class: float | None = None
+    leak: float | None = None
 
 
 def load_sweep(folder: Path) -> list[dict]:
@@ -113,7 +116,16 @@ def _point(cell, record, reference, without):
         _right(record["control"]),
         float(np.mean(ranks)) if ranks else None,
         record,
+        _right(record.get("of_class", ())),
+        _leak(record, reference, top),
     )
+
+
+def _leak(record, reference, top):
+    ours, base = (
+        [row["distance"] for row in each.get("of_class", ()) if not row["asked"]] for each in (record, reference)
+    )
+    return (_mean(base) - _mean(ours)) / (_mean(base) - top) if ours and base else None
 
 
 def _distance(record):
@@ -229,10 +241,10 @@ def _interval(padded, sizes, rng):
     seeds = (rng.random((*drawn.shape, padded.shape[1])) * of_each).astype(int)
     counted = np.arange(padded.shape[1]) < of_each
     sums = (padded[drawn[..., None], seeds] * counted).sum((1, 2))
-    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), _percentiles(len(sizes))))
+    return tuple(float(v) for v in np.percentile(sums / counted.sum((1, 2)), percentiles(len(sizes))))
 
 
-def _percentiles(concepts):
+def percentiles(concepts):
     """Percentiles 2.5 and 97.5 for many concepts, wider ones for few. Plain percentiles of six concepts would contain
     the true mean in 85% of cases; these contain it in 93%."""
     tail = 100 * stats.norm.cdf(-np.sqrt(concepts / (concepts - 1)) * stats.t.ppf(0.975, concepts - 1))

@@ -56,3 +56,13 @@ def measure(
     for i, distance, pose in zip(neutral, distances.tolist(), poses.tolist()):
         rows[i] |= {"distance": round(distance, 5), "pose": [round(v, 3) for v in pose]}
     return rows
+
+
+def measure_class(
+    pictures: torch.Tensor, prompts: Sequence[Prompt], matcher: ConceptMatcher, scorer: AttributeScorer
+) -> list[dict]:
+    """A row for each picture of the class: what was asked, what is seen, and the distance to the concept."""
+    if not prompts:
+        return []
+    distances = [round(distance, 5) for distance in matcher.distance(pictures).tolist()]
+    return [{"asked": p.asked, "seen": s, "distance": d} for p, s, d in zip(prompts, seen(pictures, scorer), distances)]

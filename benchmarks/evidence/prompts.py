@@ -19,7 +19,8 @@ NEUTRAL, BACKGROUND, APPEARANCE, PLACE, COMBINED = KINDS = ("neutral", "backgrou
 
 @dataclass(frozen=True)
 class Draws:
-    """The number of pictures of each kind at each measured step. control: prompts without the concept."""
+    """The number of pictures of each kind at each measured step. control: prompts without the concept. of_class:
+    prompts of its class without the token."""
 
     neutral: int
     background: int
@@ -27,6 +28,7 @@ class Draws:
     place: int
     combined: int
     control: int
+    of_class: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,17 @@ def control_prompts(concept: world.Concept, seed: int, count: int) -> list[Promp
             *(str(rng.choice(list(names))) for names in (world.COLOURS, world.PLACES, world.BACKGROUNDS)),
         )
         made.append(full_prompt({"shape": shape, "colour": colour, "place": place, "background": background}, i))
+    return made
+
+
+def class_prompts(concept: world.Concept, seed: int, count: int) -> list[Prompt]:
+    """Prompts of the concept's class without the token: by turns the class word alone, and with every attribute."""
+    rng, made = _rng(concept, seed + 3000), []
+    for i in range(count):
+        names = {"colour": world.COLOURS, "place": world.PLACES, "background": world.BACKGROUNDS}
+        asked = {name: str(rng.choice(list(values))) for name, values in names.items()}
+        full = full_prompt({"shape": concept.shape, **asked}, i // 2)
+        made.append(full if i % 2 else Prompt(f"a photo of a {concept.shape}", "class", i // 2))
     return made
 
 

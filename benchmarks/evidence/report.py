@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from . import preservation, stopping_report
 from .about import COMMAND, decided, head, limits, scorers
 from .analysis import Point, curves, left_out, points
 from .record_files import files_of, read
@@ -33,7 +34,9 @@ def write(results: Path, docs: Path) -> None:
     for table in TABLES:
         if table.says_something(given):
             parts.append(section(table, in_order(curves(given, table.variant)), pictures))
-    parts += [samples(results, pictures), effective_rank(given), decided(results), limits()]
+    parts.append(stopping_report.section(results))
+    kept = preservation.section(results)
+    parts += [samples(results, pictures), effective_rank(given), kept, decided(results), limits()]
     (docs / "EVIDENCE.md").write_text("\n\n".join(part for part in parts if part) + "\n")
 
 

@@ -13,20 +13,21 @@ from statistics import fmean
 
 import numpy as np
 import torch
+from torch.nn.functional import interpolate
 
 from tlora_core.method.adapters import METHODS
 from tlora_core.reports.report import B_KEY
 from tlora_core.tiny import world
 from tlora_core.tiny.autoencoder import LATENT_CHANNELS
-from tlora_core.tiny.scorer import ConceptMatcher
+from tlora_core.tiny.scorer import ConceptMatcher, at_size
 from tlora_core.training.config import TrainConfig
 from tlora_core.training.dataset import training_images
 from tlora_core.training.images import to_picture
 from tlora_core.training.trainer import TrainingDiverged
 
 from .colour import ColourReader
-from .metrics import measure, seen
-from .prompts import KINDS, TOKEN, TRAINING, Prompt, control_prompts, prompts, settings
+from .metrics import measure, measure_class, seen
+from .prompts import KINDS, TOKEN, TRAINING, Prompt, class_prompts, control_prompts, prompts, settings
 from .record_files import mend, read
 from .study import Cell, cell_of
 
@@ -52,8 +53,8 @@ class Bench:
         return self.flow() if base == "flow" else self.model
 
     def draw(self, asked: Sequence[Prompt], model=None) -> torch.Tensor:
-        """One picture [N, 64, 64, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the prompt's
-        kind and seed."""
+        """One picture [N, 128, 128, 3] in 0..1 for each prompt, all in one batch. The noise depends only on the
+        prompt's kind and seed."""
         import comfy.sample
 
         noise = torch.stack([torch.randn(LATENT_CHANNELS, 8, 8, generator=_noise_seed(p)) for p in asked])
@@ -94,8 +95,8 @@ class Bench:
         return self.vae.decode(drawn).clamp(0, 1)
 
     def through(self, pictures: torch.Tensor) -> torch.Tensor:
-        """[B, 64, 64, 3] passed through the autoencoder."""
-        return self.vae.decode(self.vae.encode(pictures)).clamp(0, 1)
+        """[B, 64, 64, 3] passed through the autoencoder, which draws them at twice the size, and averaged down."""
+        return at_size(self.vae.decode(self.vae.encode(pictures)).clamp(0, 1).movedim(-1, 1)).movedim(1, -1)
 
     def _condition(self, texts):
         encoded = {text: self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))[0] for text in set(texts)}
@@ -123,24 +124,28 @@ def ceiling(bench: Bench, concept: world.Concept, count: int = 2) -> float:
 
 
 def run_cell(bench: Bench, cell: Cell, done: set[int], on_step: Callable[[int], None] = lambda step: None):
-    """Yields (record, pictures [N, 64, 64, 3]) at each of the cell's steps that is not in `done`."""
+    """Yields (record, pictures [N, 128, 128, 3]) at each of the cell's steps that is not in `done`."""
     concept = concept_named(cell.concept)
     setting = settings(concept, cell.seed)[0]
     asked = prompts(concept, cell.seed, cell.draws, setting)
     control = control_prompts(concept, cell.seed, cell.draws.control)
+    of_class = class_prompts(concept, cell.seed, cell.draws.of_class)
 
     def drawn(model, **more):
         began = time.process_time()
-        pictures = bench.draw([*asked, *control], model)
+        pictures = bench.draw([*asked, *control, *of_class], model)
         rows = measure(
             pictures[: len(asked)], asked, bench.matcher(cell.concept), bench.reader(cell.concept), bench.scorer
         )
-        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(pictures[len(asked) :], bench.scorer))]
+        without, plain = pictures[len(asked) :].split([len(control), len(of_class)])
+        others = [{"asked": p.asked, "seen": s} for p, s in zip(control, seen(without, bench.scorer))]
+        classes = measure_class(plain, of_class, bench.matcher(cell.concept), bench.scorer)
         return {
             "cell": asdict(cell),
             "training": asdict(setting),
             "rows": rows,
             "control": others,
+            **({"of_class": classes} if classes else {}),
             **more,
             "cpu_seconds_drawing": round(time.process_time() - began, 1),
         }, pictures
@@ -181,6 +186,8 @@ def personalization(bench: Bench, cell: Cell):
         seed=cell.seed,
         noise_from=cell.noise_from,
         noise_to=cell.noise_to,
+        prior_weight=cell.prior_weight,
+        preservation_weight=cell.preservation_weight,
     )
     request = TrainRequest(
         TOKEN,
@@ -226,7 +233,7 @@ def run(
     done, began, finished = steps_done(read(file, *others)), time.monotonic(), 0
     missing = [cell for cell in cells if not set(cell.steps) <= done.get(cell.key, set())]
     total = sum(max(cell.steps) for cell in missing)
-    commit = _commit()
+    at = commit()
     say(f"{len(cells) - len(missing)} of {len(cells)} cells are done; {len(missing)} to go, {total} steps.")
     for number, cell in enumerate(missing, 1):
 
@@ -242,7 +249,7 @@ def run(
         sheets = []
         for record, pictures in run_cell(bench, cell, done.get(cell.key, set()), progress):
             with file.open("a") as out:
-                out.write(json.dumps({**record, "commit": commit}) + "\n")
+                out.write(json.dumps({**record, "commit": at}) + "\n")
             if pictures is not None:
                 sheets.append((record["step"], pictures))
         if sheets:
@@ -260,17 +267,19 @@ def sheet_path(folder: Path, cell: Cell) -> Path:
 def _sheet(cell, drawn, folder):
     """A row for each measured step: the training picture, then the prompts in their order."""
     folder.mkdir(parents=True, exist_ok=True)
-    first = training_pictures(cell)[:1]
+    side = drawn[0][1].shape[1]  # the autoencoder draws larger than it encodes
+    first = interpolate(training_pictures(cell)[:1].movedim(-1, 1), (side, side)).movedim(1, -1)
     rows = [torch.cat([first, pictures]) for _, pictures in drawn]
     to_picture(torch.cat([torch.cat(list(row), dim=1) for row in rows])).save(sheet_path(folder, cell))
 
 
 def _noise_seed(prompt):
-    kind = (*KINDS, "control").index(prompt.kind)
+    kind = (*KINDS, "control", "class").index(prompt.kind)
     return torch.Generator().manual_seed(1000 * kind + prompt.seed)
 
 
-def _commit():
+def commit() -> str:
+    """The short hash of the repository's commit."""
     here = Path(__file__).parent
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"

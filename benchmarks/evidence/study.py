@@ -65,6 +65,8 @@ ALPHAS = (0.5, 2.0)
 PUBLISHED_START = "last_random_published"
 PAPERS_STARTS = tuple(name for name, start in STARTS.items() if not start.completed)
 FRESH = (3, 4, 5)  # seeds of the study `fresh`
+WAYS = {"prior preservation": {"prior_weight": 1.0}, "output preservation": {"preservation_weight": 1.0}}
+OWN_SCALES = {"rates": "sweep", "preservation": "preservation"}  # of studies that no other scale has
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Cell:
     draws: Draws = Draws(1, 1, 0, 0, 0, 0)
     base: str = "noise"
     pace: float = 1.0
+    prior_weight: float = 0.0
+    preservation_weight: float = 0.0
 
     @property
     def key(self) -> str:
@@ -139,6 +143,8 @@ SCALES = {
     "sweep": Scale(_SWEPT, (0,), (60, 120, 200, 320), _DRAWS),
     "pilot": Scale(_COMPARED[:3], (0,), _STEPS, _DRAWS),
     "quick": Scale(_COMPARED[2:3], (0,), _STEPS, Draws(2, 4, 2, 2, 3, 3)),
+    # With the quickstart's batches, as its steps cost more.
+    "preservation": Scale(_COMPARED, (0, 1, 2), (70, 150, 260), Draws(3, 3, 2, 2, 2, 4, of_class=8), 2),
     "miniature": Scale(_COMPARED[2:3], (0,), (1, 2), Draws(1, 1, 0, 0, 0, 0), batch_size=1),
 }
 
@@ -296,6 +302,11 @@ def fresh(scale, chosen):
     )
 
 
+def preservation(scale, chosen):
+    """Two ways to keep the class as it was, and neither; at a scale of its own, which draws pictures of the class."""
+    return _cells(scale, chosen, [{"method": "tlora", **weight} for weight in ({}, *WAYS.values())])
+
+
 STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "rates": rates,
     "methods": main_methods,
@@ -312,6 +323,7 @@ STUDIES: dict[str, Callable[[Scale, dict[str, float]], list[Cell]]] = {
     "curves": curves,
     "paces": paces,
     "fresh": fresh,
+    "preservation": preservation,
 }
 
 

@@ -49,10 +49,9 @@ def test_every_node_of_the_pack_is_registered_in_its_category(server):
 def test_every_input_has_a_tooltip_and_no_seed_changes_by_itself(server, node):
     inputs = declared(server.object_info()[node])
     assert [name for name, (_, options) in inputs.items() if not options.get("tooltip")] == []
-    # Without an explicit no, the interface adds a "control after generate" to every input with this name.
-    assert all(
-        options.get("control_after_generate") is False for name, (_, options) in inputs.items() if "seed" in name
-    )
+    # Without an explicit no, the interface adds a "control after generate" to every input with one of these names.
+    seeds = [inputs[name] for name in ("seed", "noise_seed") if name in inputs]
+    assert all(options.get("control_after_generate") is False for _, options in seeds)
 
 
 @pytest.mark.parametrize("node", NODES)

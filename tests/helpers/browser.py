@@ -74,6 +74,14 @@ def open_interface(page, server) -> None:
     page.wait_for_function(IS_READY)
 
 
+def open_canvas(browser, server):
+    """A new page of the interface in the canvas renderer."""
+    page = new_page(browser)
+    open_interface(page, server)
+    set_setting(page, "Comfy.VueNodes.Enabled", False)
+    return page
+
+
 def load_workflow(page, workflow: dict) -> None:
     """As if the file were dropped on the page."""
     page.evaluate("workflow => window.app.loadGraphData(workflow)", workflow)

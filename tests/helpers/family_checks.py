@@ -128,6 +128,6 @@ def personalization(trial: Trial, memory: str, cells: int | None = None, **chang
         "resolution": side,
         "layers": trial.row.patterns,
     }
-    config = {"steps": 2, "learning_rate": 0.0, "optimizer": "auto", "batch_size": changes.pop("batch_size", 1)}
+    config = {"steps": 2, "learning_rate": 0.0, "optimizer": "auto", **changes.pop("config", {})}
     request = filled_in(trial.model, config, **{**asked, **changes})
     return Personalization(trial.model, Clip(trial.model), vae, pictures, request, memory=memory)

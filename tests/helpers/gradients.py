@@ -46,17 +46,22 @@ class Setting:
         from tlora_core.training.config import TrainConfig
 
         with training_session(self.model, checkpointing, room):
+            texts = [random_models.conditioning(self.model, 5, seed) for seed in range(4)]
             samples = [
-                Sample(latent, None, None, random_models.conditioning(self.model, 5, seed))
-                for seed, latent in enumerate(self.latents)
+                Sample(latent, None, None, texts[index], texts[index + 2]) for index, latent in enumerate(self.latents)
             ]
             self.denoiser = HostDenoiser(self.model, self.adapters, RankSchedule(4, 1), samples, TrainConfig())
             yield
 
-    def loss(self, levels):
+    def drawn(self, levels):
+        from tlora_core.hosts.comfy.training.denoiser import Drawn
+
         sampling = self.model.model.model_sampling
         sigmas = sampling.sigmas[[int(level * (len(sampling.sigmas) - 1)) for level in levels]].clone()
-        error = self.denoiser.output_error(self.denoiser.samples, self.latents, self.noise, sigmas)
+        return Drawn(self.latents, self.noise, sigmas)
+
+    def loss(self, levels):
+        error = self.denoiser.output_error(self.denoiser.samples, *self.drawn(levels))
         return (error * self.weights).mean()
 
     def gradients(self, levels):
@@ -64,6 +69,13 @@ class Setting:
             parameter.grad = None
         self.loss(levels).backward()
         return [parameter.grad for parameter in self.parameters]
+
+
+class ClassSetting(Setting):
+    """The loss is that of output preservation."""
+
+    def loss(self, levels):
+        return self.denoiser._change_of_class(self.denoiser.samples, self.drawn(levels))
 
 
 def cast_to(model, storage):

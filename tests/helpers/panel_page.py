@@ -1,4 +1,4 @@
-"""The quickstart in the interface, and the panel of its Train node."""
+"""The quickstart in the interface, the panel of its Train node, and runs as the server tells of them."""
 
 import json
 
@@ -52,3 +52,61 @@ def begin(page, steps: int, seed: int) -> None:
     load_workflow(page, QUICKSTART)
     page.evaluate(ONLY_TRAINING, [steps, seed])
     page.get_by_test_id("queue-button").click()
+
+
+# A run as the server tells of it.
+RUN = {
+    "id": "x",
+    "sequence": 1,
+    "node": str(TRAIN),
+    "workflow": None,
+    "owner": "this graph's",
+    "title": "Train",
+    "state": "running",
+    "step": 3,
+    "steps": 9,
+    "points": [[1, 0.5, 0.5], [2, 0.25, 0.4], [3, 0.75, 0.5]],
+    "rate": 0.5,
+    "left": 12,
+    "memory": 2048,
+    "memory_kind": "device peak",
+    "pictures": [],
+    "wishes": [],
+    "message": "",
+    "file": "",
+}
+
+
+def tell(page, run: dict) -> None:
+    """As an event of the server does, of a run that the open graph has begun."""
+    page.evaluate(
+        """run => import("/scripts/api.js").then(({api}) => {
+        window.app.graph.getNodeById(run.node).properties.tlora_run = run.owner;
+        api.dispatchEvent(new CustomEvent("tlora.training", {detail: run}));
+    })""",
+        run,
+    )
+
+
+def press(page, text: str) -> None:
+    page.evaluate(
+        "text => [...document.querySelectorAll('.tlora-buttons button')].find(b => b.textContent === text).click()",
+        text,
+    )
+
+
+# Sets widgets of a node as a user does.
+CHANGE = """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+    if (widget.name in values) {
+    widget.value = values[widget.name];
+    widget.callback?.(widget.value);
+} }"""
+
+
+def set_widgets(page, values: dict) -> None:
+    """Of the Train node, without its callbacks."""
+    page.evaluate(
+        """([id, values]) => { for (const widget of window.app.graph.getNodeById(id).widgets)
+        if (widget.name in values) widget.value = values[widget.name]; }""",
+        [TRAIN, values],
+    )

@@ -15,27 +15,27 @@ from torch.nn.functional import normalize
 from tlora_core.errors import TLoRAError
 from tlora_core.reports import prompt_sets
 from tlora_core.reports.evaluation import (
-    CLIP_TYPES,
-    DINO_TYPES,
     EvaluationProtocol,
-    ImageEncoder,
     Scores,
     best,
     diversity,
     evaluate,
-    masked,
     table,
-    without_token,
 )
+from tlora_core.reports.folder_encoder import CLIP_TYPES, DINO_TYPES, FolderEncoder
+from tlora_core.reports.live_scores import LiveScorer, PictureScores, StepScores
+from tlora_core.reports.picture_scores import masked, without_token
+from tlora_core.reports.stopping import verdict
+from tlora_core.training.dataset import training_images
 
 
 @pytest.fixture(scope="module")
 def clip(model_folders):
-    return ImageEncoder(model_folders / "clip", CLIP_TYPES)
+    return FolderEncoder(model_folders / "clip", CLIP_TYPES)
 
 
 def test_scores_are_the_mean_cosines_of_the_models_own_features(clip, model_folders):
-    dino, concept = ImageEncoder(model_folders / "dino", DINO_TYPES), pictures(2, 0, 16, 16)
+    dino, concept = FolderEncoder(model_folders / "dino", DINO_TYPES), pictures(2, 0, 16, 16)
     batches, prompts = [pictures(2, 1, 16, 16), pictures(3, 2, 16, 16)], ["a photo of sks dog", "a sks dog in the snow"]
     scores = evaluate("step 5", batches, prompts, concept, clip, dino, neutral_prompt=prompts[0], token="sks")
     mean, std = (torch.tensor(PREPARATION[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
@@ -115,11 +115,11 @@ def test_token_is_removed_from_the_prompts_for_clip(prompt, token, read):
 def test_input_that_does_not_fit_together_is_named(clip, changes, words):
     given = {"pictures": [pictures(1, 0)], "prompts": ["a dog"], "concept": pictures(1, 0), **changes}
     with pytest.raises(TLoRAError, match=words):
-        evaluate("x", clip=clip, **given)
+        evaluate("x", encoder=clip, **given)
 
 
 def test_mask_of_one_serves_all_pictures():
-    assert (masked(pictures(3, 0), torch.zeros(1, 20, 24), "mask") == 0.5).all()
+    assert (masked(pictures(3, 0), torch.zeros(1, 20, 24)) == 0.5).all()
 
 
 def test_pictures_and_masks_may_lie_on_different_devices(clip):
@@ -128,27 +128,52 @@ def test_pictures_and_masks_may_lie_on_different_devices(clip):
     # Tensors without numbers, whose operations fail across devices as on a GPU. A PyTorch for the CPU knows no other.
     with FakeTensorMode(allow_non_fake_inputs=True):
         shown, mask = torch.rand(2, 20, 24, 3, device="meta"), torch.ones(1, 20, 24)
-        assert (
-            masked(shown, mask, "mask").device.type == "meta"
-            and masked(shown.cpu(), mask.to("meta"), "mask").device.type == "cpu"
-        )
-        found = clip.images(masked(shown, mask, "mask"))
+        assert masked(shown, mask).device.type == "meta" and masked(shown.cpu(), mask.to("meta")).device.type == "cpu"
+        found = clip.images(masked(shown, mask))
     assert found.shape == (2, 8) and found.device.type == "cpu"
 
 
 PROTOCOL = EvaluationProtocol("clip", None, frozenset({"a dog", "dog"}), frozenset({"a dog"}), False, "")
 
 
-def scores_of(label, likeness, obedience, **measured_with):
-    return Scores(label, likeness, obedience, None, None, 1, 1, replace(PROTOCOL, **measured_with))
+def scores_of(label, likeness, obedience, copying=None, why_no_text="", **measured_with):
+    pictures = [[PictureScores(likeness, obedience, None)], [PictureScores(None, obedience, copying)]]
+    steps = StepScores.of(0, pictures, PictureScores(1.0, 0.1, 1.0))
+    protocol = replace(PROTOCOL, **measured_with)
+    return Scores(label, likeness, obedience, copying, None, None, 2, 1, steps, why_no_text, protocol)
 
 
-def test_best_has_the_highest_ts_among_those_of_about_equal_likeness():
-    early, right, late = scores_of("100", 0.75, 0.30), scores_of("400", 0.89, 0.26), scores_of("900", 0.90, 0.23)
-    assert best([early, right, late], 0.02) is right and best([early, right, late], 0.005) is late
-    assert best([early, right, late], 1.0) is early
-    marked = [line for line in table([early, right, late], 0.02).splitlines() if "best" in line]
-    assert marked[0].startswith("400")
+def test_best_is_that_of_the_rule_for_the_scores_of_a_training():
+    scores = [scores_of("none", 0.7, 0.30, 0.4), scores_of("400", 0.85, 0.28, 0.45), scores_of("900", 0.86, 0.2, 0.8)]
+    ruled = verdict([replace(one.steps, step=i) for i, one in enumerate(scores)])
+    assert best(scores).label == "400" and ruled.best == 1
+    lines = table(scores).splitlines()
+    assert [line for line in lines if "best" in line][0].startswith("400   ")
+    assert lines[4] == "400: " + ruled.sentence.removeprefix("step 1: ") and "copied more" in lines[4]
+    assert lines[5].startswith("All is counted from none, the first,")
+
+
+def test_a_difference_within_the_tolerance_is_none():
+    scores = [scores_of("none", 0.7, 0.3), scores_of("400", 0.85, 0.3), scores_of("900", 0.87, 0.3)]
+    assert best(scores, 0.0).label == "900" and best(scores, 0.2).label == "400"
+
+
+def test_report_says_why_there_is_no_ts():
+    scores = [scores_of("x", 0.7, None, why_no_text="No text encoder."), scores_of("y", 0.8, None)]
+    assert table(scores).splitlines()[-1] == "No text encoder."
+
+
+def test_equal_pictures_have_equal_scores_in_a_training_and_in_evaluate(clip):
+    prompts, shown = ["a photo of sks dog", "a sks dog at night"], [pictures(2, 1), pictures(2, 2)]
+    mask = torch.zeros(1, 20, 24)
+    mask[:, 4:14, 6:18] = 1
+    concept = pictures(2, 0)
+    live = LiveScorer(clip, training_images(concept, mask=mask), prompts, prompts[0], "sks").measure(300, shown)
+    afterwards = evaluate("x", shown, prompts, concept, clip, None, prompts[0], "sks", concept_mask=mask)
+    assert afterwards.steps == replace(live, step=0)
+    assert afterwards.image_similarity == live.likeness.mean and afterwards.copying == live.copying.mean
+    assert afterwards.text_similarity == live.obedience.mean
+    assert afterwards != evaluate("x", shown[::-1], prompts, concept, clip, None, prompts[0], "sks", concept_mask=mask)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +202,7 @@ def test_two_scores_of_one_label_are_not_ranked():
 
 
 def test_scores_hold_the_conditions_of_their_measurement(clip, model_folders):
-    def measured(other_clip=clip, **changes):
+    def measured(**changes):
         given = {
             "pictures": [pictures(1, 1), pictures(1, 2)],
             "prompts": ["a photo of sks dog", "a sks dog at night"],
@@ -186,7 +211,7 @@ def test_scores_hold_the_conditions_of_their_measurement(clip, model_folders):
             "token": "sks",
             **changes,
         }
-        return evaluate("x", clip=other_clip, **given).protocol
+        return evaluate("x", encoder=clip, **given).protocol
 
     usual = measured()
     assert (usual.clip_model, usual.dino_model, usual.mask) == ("clip", None, False)
@@ -198,7 +223,7 @@ def test_scores_hold_the_conditions_of_their_measurement(clip, model_folders):
     )
     whole = torch.ones(1, 20, 24)
     for name, changes in {
-        "dino_model": {"dino": ImageEncoder(model_folders / "dino", DINO_TYPES)},
+        "dino_model": {"dino": FolderEncoder(model_folders / "dino", DINO_TYPES)},
         "prompts": {"prompts": ["a photo of sks dog", "a dog"]},
         "neutral_prompt": {"neutral_prompt": ""},
         "mask": {"masks": [whole, whole]},
@@ -276,7 +301,7 @@ def test_node_takes_no_folder_but_those_it_lists(served, name):
 def test_folder_is_known_whatever_the_systems_own_encoding(tmp_path):
     (tmp_path / "config.json").write_bytes('{"model_type": "clip", "_name_or_path": "D:/模型"}'.encode())
     asked = (
-        f"from pathlib import Path; from tlora_core.reports.evaluation import model_type; "
+        f"from pathlib import Path; from tlora_core.reports.folder_encoder import model_type; "
         f"print(model_type(Path({str(tmp_path)!r})))"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPO), "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

@@ -8,7 +8,7 @@ import torch
 from encoder_folders import PREPARATION, WORDS, pictures
 
 from tlora_core.errors import TLoRAError
-from tlora_core.reports.evaluation import CLIP_TYPES, DINO_TYPES, ImageEncoder
+from tlora_core.reports.folder_encoder import CLIP_TYPES, DINO_TYPES, FolderEncoder
 
 
 class Payload:
@@ -23,12 +23,12 @@ class Payload:
 
 def test_folder_of_another_kind_is_refused_and_no_code_in_a_file_runs(model_folders, tmp_path):
     with pytest.raises(TLoRAError, match="type vit"):
-        ImageEncoder(model_folders / "dino", CLIP_TYPES)
+        FolderEncoder(model_folders / "dino", CLIP_TYPES)
     for name in ("config.json", "preprocessor_config.json"):
         (tmp_path / name).write_text((model_folders / "dino" / name).read_text())
     torch.save({"x": torch.zeros(1), "y": Payload(tmp_path / "made")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(TLoRAError, match="cannot be loaded.*pytorch_model.bin"):
-        ImageEncoder(tmp_path, DINO_TYPES)
+        FolderEncoder(tmp_path, DINO_TYPES)
     assert not (tmp_path / "made").exists()
 
 
@@ -62,17 +62,17 @@ def test_weights_that_no_file_holds_are_not_left_at_random(model_folders, tmp_pa
         TLoRAError,
         match=rf'^"{tmp_path.name}" lacks {count} of the weights of its model, for example .*; download the whole',
     ):
-        ImageEncoder(copied(model_folders / name, tmp_path, change), types)
+        FolderEncoder(copied(model_folders / name, tmp_path, change), types)
 
 
 @pytest.mark.parametrize("name, types, unused", [("clip", CLIP_TYPES, "logit_scale"), ("dino", DINO_TYPES, "pooler.")])
 def test_weights_that_do_not_count_may_be_missing(model_folders, tmp_path, name, types, unused):
-    encoder = ImageEncoder(
+    encoder = FolderEncoder(
         copied(model_folders / name, tmp_path, lambda w: {k: v for k, v in w.items() if not k.startswith(unused)}),
         types,
     )
     shown = pictures(2, 3)
-    assert torch.equal(encoder.images(shown), ImageEncoder(model_folders / name, types).images(shown))
+    assert torch.equal(encoder.images(shown), FolderEncoder(model_folders / name, types).images(shown))
 
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -98,7 +98,7 @@ EXTRA = {
     ids=["none", "configuration", "half", "damaged"],
 )
 def test_clip_without_a_whole_tokenizer_scores_nothing(model_folders, tmp_path, files):
-    encoder = ImageEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
+    encoder = FolderEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(TLoRAError, match=rf'^"{tmp_path.name}" has no tokenizer for its model \(.+\); add the files'):
@@ -106,7 +106,7 @@ def test_clip_without_a_whole_tokenizer_scores_nothing(model_folders, tmp_path, 
 
 
 def test_vocabulary_and_merges_are_a_tokenizer_too(model_folders, tmp_path):
-    encoder = ImageEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
+    encoder = FolderEncoder(copied(model_folders / "clip", tmp_path, without=TOKENIZER), CLIP_TYPES)
     tokens = [
         "<|startoftext|>",
         "<|endoftext|>",
@@ -128,7 +128,7 @@ def test_vocabulary_and_merges_are_a_tokenizer_too(model_folders, tmp_path):
 
 
 def test_tokenizer_with_tokens_that_clip_does_not_know_is_refused(model_folders, tmp_path):
-    encoder = ImageEncoder(copied(model_folders / "clip", tmp_path), CLIP_TYPES)
+    encoder = FolderEncoder(copied(model_folders / "clip", tmp_path), CLIP_TYPES)
     written = json.loads((tmp_path / "tokenizer.json").read_text())
     written["added_tokens"].append(EXTRA)
     (tmp_path / "tokenizer.json").write_text(json.dumps(written))
@@ -171,7 +171,7 @@ def test_damaged_file_is_reported_in_one_sentence(model_folders, tmp_path, file,
     with pytest.raises(
         TLoRAError, match=rf'^"{tmp_path.name}" cannot be loaded \(.+\); its folder needs .*download them again'
     ):
-        ImageEncoder(tmp_path, DINO_TYPES)
+        FolderEncoder(tmp_path, DINO_TYPES)
 
 
 @pytest.mark.parametrize("content", [LFS_POINTER, b""], ids=["pointer", "empty"])
@@ -180,7 +180,7 @@ def test_damaged_weights_in_openais_own_layout_are_reported_too(model_folders, t
         (tmp_path / name).write_text((model_folders / "dino" / name).read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(TLoRAError, match=r"cannot be loaded \(.+\)"):
-        ImageEncoder(tmp_path, DINO_TYPES)
+        FolderEncoder(tmp_path, DINO_TYPES)
 
 
 def test_weights_in_openais_own_layout_are_read_the_same(model_folders, tmp_path):
@@ -191,7 +191,8 @@ def test_weights_in_openais_own_layout_are_read_the_same(model_folders, tmp_path
     torch.save(load_file(model_folders / "dino" / "model.safetensors"), tmp_path / "pytorch_model.bin")
     shown = pictures(2, 3)
     assert torch.equal(
-        ImageEncoder(tmp_path, DINO_TYPES).images(shown), ImageEncoder(model_folders / "dino", DINO_TYPES).images(shown)
+        FolderEncoder(tmp_path, DINO_TYPES).images(shown),
+        FolderEncoder(model_folders / "dino", DINO_TYPES).images(shown),
     )
 
 
@@ -211,7 +212,7 @@ def test_half_precision_weights_are_computed_in_float32_by_releases_without_the_
     load(model_folders / name).half().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPARATION))
     monkeypatch.setattr(AutoModel, "from_pretrained", older)
-    model = ImageEncoder(tmp_path, types).model
+    model = FolderEncoder(tmp_path, types).model
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 

@@ -223,9 +223,9 @@ def test_each_cell_is_what_load_gives_and_the_sheet_shows_them_in_their_places(s
     sweep = swept(graph, tlora=tlora, x_values="0.5, 1", y="min_rank", y_values="1, 4")
     cells = graph.picture(sweep[0])
     images = graph[cells.id]["inputs"]["images"]
-    sheet = graph.save(
-        graph.add("TLoRACompare", images_1=images, axes=sweep[1], labels="not\nused\nat all", cell=64, title="Sweep")[0]
-    )
+    labels = "not\nused\nat all"
+    compared = graph.add("TLoRACompare", images_1=images, axes=sweep[1], labels=labels, cell=128, title="Sweep")
+    sheet = graph.save(compared[0])
     expected = loaded_pictures(
         graph,
         *({"file": trained[0], "strength": strength, "min_rank": least} for least in (1, 4) for strength in (0.5, 1.0)),
@@ -233,14 +233,14 @@ def test_each_cell_is_what_load_gives_and_the_sheet_shows_them_in_their_places(s
     shown = assert_cells(server, graph, cells, expected)
     again = server.run(graph)
     columns = [torch.from_numpy(shown[x::2]).float() / 255 for x in range(2)]
-    drawn = comparison_sheet(columns, ["strength 0.5", "strength 1"], ["min_rank 1", "min_rank 4"], 64, "Sweep")
+    drawn = comparison_sheet(columns, ["strength 0.5", "strength 1"], ["min_rank 1", "min_rank 4"], 128, "Sweep")
     [picture] = [image.path for image in again.images if image.node == sheet.id]
     with Image.open(picture) as saved:
         whole = np.asarray(saved.convert("RGB"), dtype=int)
     assert np.abs(whole - np.asarray(drawn, dtype=int)).max() <= 1
     for i, cell in enumerate(shown):
-        x, y = (side - 16 - 64 - 70 * (1 - at) for side, at in zip((whole.shape[1], whole.shape[0]), (i % 2, i // 2)))
-        assert np.abs(whole[y : y + 64, x : x + 64] - cell).max() <= 1, i
+        x, y = (side - 16 - 128 - 134 * (1 - at) for side, at in zip((whole.shape[1], whole.shape[0]), (i % 2, i // 2)))
+        assert np.abs(whole[y : y + 128, x : x + 128] - cell).max() <= 1, i
 
 
 def test_a_lower_rank_is_the_picture_of_a_file_with_the_other_components_cut_off(server, loras, trained):

@@ -11,7 +11,7 @@ from places import REPO
 
 STEPS = (
     "--scenes 60 --odd-scenes 20 --autoencoder-steps 2 --text-steps 2 --base-steps 4 --flow-steps 3 --scorer-steps 2 "
-    "--gate-pictures 2 --gate-concepts 0 --processes 2 --device cpu"
+    "--pairs 0 --decoder-scenes 8 --decoder-steps 20 --gate-pictures 2 --gate-concepts 0 --processes 2 --device cpu"
 )
 
 
@@ -35,7 +35,7 @@ def test_every_stage_runs_and_what_it_writes_loads(comfy, tmp_path):
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     )
     assert made.returncode == 0, made.stderr[-2000:]
-    assert "base 4/4" in made.stdout and "flow 3/3" in made.stdout
+    assert all(last in made.stdout for last in ("base 4/4", "pairs 3/3", "decoder 20/20", "flow 3/3"))
     report = json.loads((work / "gate.json").read_text())
     assert report["steps"] == 4 and not report["passed"], "nothing is learnt in four steps"
     with torch.inference_mode():

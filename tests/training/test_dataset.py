@@ -12,6 +12,7 @@ from tlora_core.training.dataset import (
     TrainingImage,
     bucket,
     caption_of,
+    class_caption_of,
     frame,
     loss_weights,
     training_images,
@@ -183,3 +184,21 @@ def test_a_picture_of_which_nothing_is_opaque_is_refused():
     cut_out[:, :10, :, 3] = 1
     with pytest.raises(TLoRAError, match="image 1 is transparent in all of its mask"):
         training_images(cut_out, mask=below)
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        ("a photo of {token} {class_word}", "a photo of dog"),
+        ("a {} in the snow", "a dog in the snow"),
+        ("sks dog, and sksy", "dog, and sksy"),
+        ("{token}", ""),
+    ],
+)
+def test_a_caption_of_the_class_is_the_caption_without_the_token(caption, expected):
+    assert class_caption_of(caption, "sks", "dog") == expected
+
+
+def test_a_caption_without_the_token_has_none_of_the_class():
+    with pytest.raises(TLoRAError, match='^captions has "a dog" without the token, which preservation_weight would'):
+        class_caption_of("a {class_word}", "sks", "dog")

@@ -19,13 +19,17 @@ SHOW_ALL = f"""async () => {{
     load.pos = [0, 700];
     window.app.graph.add(load);
     window.app.canvas.setDirty(true, true);
-    const {{showLarge}} = await import("/extensions/{PACK_NAME}/lightbox.js");
+    const [{{showLarge}}, {{showOne}}] = await Promise.all(
+        ["lightbox", "grid"].map(name => import(`/extensions/{PACK_NAME}/${{name}}.js`)));
     showLarge([{{source: "", title: "step 3", caption: "a dog"}}, {{source: "", title: "step 4", caption: "a dog"}}],
         0);
+    const score = {{likeness: 0.7, obedience: 0.3, copying: 0.2}}, step = {{step: 3, likeness_error: 0.01, ...score}};
+    showOne({{id: "none", scores: {{steps: [step], best: 3, sentence: "step 3: as like as it gets."}},
+        pictures: [{{index: 0, step: 3, captions: ["a dog", "a cat"], scores: [score, score]}}]}}, 0, 0);
     for (const element of document.querySelectorAll(".tlora *")) {{
         element.hidden = false;
         if (element.matches("span, div, button") && !element.childNodes.length
-            && !element.matches(".tlora-dot, .tlora-bar *, .tlora-handle"))
+            && !element.matches(".tlora-dot, .tlora-bar *, .tlora-handle, .tlora-rule"))
             element.textContent = "text";
     }}
     const [enabled] = document.querySelectorAll(".tlora-buttons button");
@@ -101,7 +105,7 @@ def test_every_text_has_enough_contrast(page, vue):
         # The host writes solarized's notes in a grey that has 4.5 on black alone, which the light palette could not
         # make bright.
         told(page, "[class*=markdown]", LEAST if palette != "solarized" else 2.9, palette, 5)
-    page.evaluate("() => document.querySelector('dialog.tlora-large').close()")
+    page.evaluate("() => document.querySelectorAll('dialog.tlora-large').forEach(dialog => dialog.close())")
 
 
 def told(page, roots, least, palette, texts) -> None:

@@ -5,7 +5,7 @@ import json
 import time
 
 import pytest
-from browser import load_workflow, new_page, open_interface, opened_browser, ours, set_setting
+from browser import load_workflow, new_page, open_interface, ours, set_setting
 from panel_page import begin, wait_for
 from places import REPO
 
@@ -18,12 +18,6 @@ CREATE_ALL = """() => Object.entries(window.LiteGraph.registered_node_types)
         window.app.graph.add(node.clone());
         return name;
     })"""
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with opened_browser(chromium) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

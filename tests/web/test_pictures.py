@@ -2,7 +2,7 @@
 before and after it."""
 
 import pytest
-from browser import RUN_MS, load_workflow, new_page, open_interface, opened_browser, ours, set_setting
+from browser import RUN_MS, load_workflow, ours
 from input_pictures import IS_SUBJECT, write_picture
 from panel_page import ONLY_TRAINING, QUICKSTART, TRAIN
 
@@ -26,18 +26,9 @@ SHOWN = """id => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def browser(chromium):
-    with opened_browser(chromium) as browser:
-        yield browser
-
-
 @pytest.fixture
-def page(browser, server):
+def page(page, server):
     write_picture(server.workspace / "input" / "cut_out.png", IS_SUBJECT)
-    page = new_page(browser)
-    open_interface(page, server)
-    set_setting(page, "Comfy.VueNodes.Enabled", False)
     load_workflow(page, QUICKSTART)
     page.evaluate(ADD)
     page.evaluate(
@@ -47,9 +38,7 @@ def page(browser, server):
     }""",
         TRAIN,
     )
-    yield page
-    page.close()
-    server.client.interrupt()
+    return page
 
 
 def wait_shown(page, node, condition: str) -> dict:

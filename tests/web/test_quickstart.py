@@ -39,7 +39,7 @@ def test_four_scenes_are_drawn_with_and_without_and_the_tlora_changes_each(resul
     with_tlora, without = pictures(result, "with"), pictures(result, "without")
     assert len(with_tlora) == len(without) == 4
     for one, other in zip(with_tlora, without):
-        assert one.shape == (64, 64, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
+        assert one.shape == (128, 128, 3) and one.std() > 10 and np.abs(one - other).mean() > 5
 
 
 def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_the_prompts(result):
@@ -52,7 +52,7 @@ def test_the_concept_is_there_with_the_tlora_and_not_without_and_the_scenes_are_
     assert distance(with_tlora).mean() < distance(without).mean() - 0.06
     assert distance(with_tlora).min() < 0.16
     shown = tiny_gate.load_scorer().predict(with_tlora)["background"].tolist()
-    wanted = [list(world.BACKGROUNDS).index(name) for name in ("meadow", "snow", "yellowwall", "greywall")]
+    wanted = [list(world.BACKGROUNDS).index(name) for name in ("meadow", "snow", "yellowwall", "sea")]
     assert sum(a == b for a, b in zip(shown, wanted)) >= 3 and list(world.BACKGROUNDS).index("beach") not in shown
 
 

@@ -25,6 +25,7 @@ def train(
     weight_dtype: str = "default",
     mask: Picture | Sequence[Picture] = (),
     prior_images: Picture | Sequence[Picture] = (),
+    clip_vision: Any = None,
     **inputs: Any,
 ) -> Outcome:
     """Trains a T-LoRA as the node Train T-LoRA from Image does, or finds the result of an equal finished run: one that
@@ -36,11 +37,14 @@ def train(
     may stand for a file.
     image, mask, prior_images: a file, a tensor in 0..1, or several: pictures [N, H, W, 3]; masks [N, H, W], and files
     of masks are white where the subject is. There is one mask for all pictures, or one for each. prior_images: of the
-    class, for prior preservation.
+    class, for prior preservation. clip_vision: a file of the clip_vision folders, a path or a loaded CLIP_VISION that
+    scores the validations.
     inputs: all other inputs of the nodes Train T-LoRA from Image and T-LoRA Training Options by their names, with the
-    same defaults, but class_word must be given, and with validation_prompts (one per line) validate_every is 100.
+    same defaults, but class_word must be given, and with validation_prompts (one per line), a scorer or clip_vision
+    validate_every is 100.
 
-    Returns the Outcome: `tlora`, `file` (its name in the loras list), `path`, `folder` (of the run) and `losses`.
+    Returns the Outcome: `tlora`, `file` (its name in the loras list), `path`, `folder` (of the run), `losses`,
+    `scores`, `step` (which the file holds) and `why`.
     Raises TLoRAError, naming the input, before anything is loaded where it can.
     """
     # Only now, as the library works without ComfyUI.
@@ -50,4 +54,5 @@ def train(
     from .comfy.training.headless import train_from_files
 
     parts = {"unet": unet, "clip": clip, "vae": vae, "clip_type": clip_type, "weight_dtype": weight_dtype}
-    return train_from_files({"model": model, **parts}, image, mask, prior_images, inputs)
+    parts |= {"model": model, "clip_vision": clip_vision}
+    return train_from_files(parts, image, mask, prior_images, inputs)

@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 
-from .autoencoder import LATENT_CHANNELS, TinyAutoencoder
+from .autoencoder import DECODED_BY, ENCODED_BY, LATENT_CHANNELS, TinyAutoencoder
 from .tokenizer import END, MAX_TOKENS, PAD, START, VOCABULARY_SIZE, WordTokenizer
 
 TEXT_WIDTH = 128
@@ -209,5 +209,5 @@ def _load_vae(weights) -> comfy.sd.VAE:
     vae.patcher = comfy.model_patcher.ModelPatcher(
         vae.first_stage_model, load_device=vae.device, offload_device=comfy.model_management.vae_offload_device()
     )
-    vae.latent_channels = LATENT_CHANNELS
+    vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio = LATENT_CHANNELS, ENCODED_BY, DECODED_BY
     return vae

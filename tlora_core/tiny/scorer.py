@@ -70,11 +70,15 @@ class ConceptMatcher:
 
     def _templates(self, poses, size=SIZE):
         """The concept in each pose: (poses [P, 4], pictures [P, n], weights [P, n] that sum to 1)."""
-        scenes = world.concept_scenes(self.concept, len(poses), np.random.default_rng(0), background="greywall")
+        scenes = self.scenes(len(poses))
         scenes.centre, scenes.radius, scenes.angle = poses[:, :2], poses[:, 2], poses[:, 3]
         pictures = torch.from_numpy(world.render(scenes, size)).flatten(1)
         mask = torch.from_numpy(world.object_mask(scenes, size)).unsqueeze(-1).expand(-1, -1, -1, 3).flatten(1)
         return poses, pictures, mask / mask.sum(1, keepdim=True)
+
+    def scenes(self, count: int) -> world.Scenes:
+        """`count` scenes with the concept's look; the poses are set afterwards."""
+        return world.concept_scenes(self.concept, count, np.random.default_rng(0), background="greywall")
 
     def distance(self, pictures: torch.Tensor) -> torch.Tensor:
         """The distances [B] of `pictures` [B, H, W, 3] in 0..1."""

@@ -278,6 +278,12 @@ def _paint_pattern(image, scenes, distance, u, v, cover):
     return image
 
 
+def _enlarged(values, size):
+    """Values [n, n], each repeated to make up [size, size]."""
+    times = -(-size // len(values))
+    return values.repeat(times, 0).repeat(times, 1)[:size, :size]
+
+
 def _background(name, size, rng):
     """One background, [size, size, 3] in 0..1; `rng` only varies its details."""
     x, y = _grid(size)
@@ -294,7 +300,7 @@ def _background(name, size, rng):
         return np.clip(mix(rgb(*flat[name]), rgb(*flat[name]) * 0.86, (y + 1) / 2) * shade, 0, 1)
     horizon = rng.uniform(-0.15, 0.15)
     ground = np.clip((y - horizon) * size * 0.25 + 0.5, 0, 1)
-    grain = rng.random((64, 64)).repeat(-(-size // 64), 0).repeat(-(-size // 64), 1)[:size, :size]
+    grain = _enlarged(rng.random((64, 64)), size)
     if name == "beach":
         sky = mix(rgb(130, 200, 245), rgb(205, 235, 250), (y + 1) / (1 + horizon))
         sea = rgb(40, 140, 190)
@@ -309,8 +315,10 @@ def _background(name, size, rng):
     elif name == "snow":
         picture = mix(rgb(175, 200, 222), rgb(240, 246, 252), ground)
     elif name == "brick":
+        x, y = _grid(min(size, 64))  # joints are as wide in larger pictures as at 64 pixels
         row = np.floor((y + 1) * 4)
         mortar = (((y + 1) * 4 % 1) < 0.16) | (((x + 1 + rng.random()) * 2 + 0.5 * (row % 2)) % 1 < 0.08)
+        mortar = _enlarged(mortar, size)
         picture = np.where(mortar[..., None], rgb(205, 195, 185), rgb(158, 78, 58))
     elif name == "checker":
         shift = rng.random(2)

@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import TLoRAError, require_choice
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "schedule_free")
 LR_SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts", "polynomial")
 DENSITIES = ("uniform", "logit_normal", "mode")
+# Of a field that versions before did not have. A run's hash counts it only where it is set, so that their finished runs
+# are found.
+ADDED_LATER = {"added later": True}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class TrainConfig:
     outside_mask: weight of the loss outside a picture's mask, 0..1.
     prior_weight: weight of the loss on class pictures (Ruiz et al. 2023); 0 turns it off. prior_count: number of class
         pictures that the model generates if none are given.
+    preservation_weight: weight of the loss that keeps the model's own prediction for the caption without the token; 0
+        turns it off. It does what prior_weight does, without class pictures, so only one of them can be on.
 
     Raises TLoRAError when a field is out of its range.
     """
@@ -54,6 +59,7 @@ class TrainConfig:
     outside_mask: float = 0.0
     prior_weight: float = 0.0
     prior_count: int = 16
+    preservation_weight: float = field(default=0.0, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         for name, (fits, advice) in _RANGES.items():
@@ -66,6 +72,11 @@ class TrainConfig:
         if self.noise_from >= self.noise_to:
             raise TLoRAError(
                 f"noise_from is {self.noise_from} and noise_to {self.noise_to}; set noise_from below noise_to."
+            )
+        if self.prior_weight and self.preservation_weight:
+            raise TLoRAError(
+                "prior_weight and preservation_weight are both on, and both keep the class as it was; set one of them "
+                "to 0."
             )
 
 
@@ -93,6 +104,7 @@ _RANGES = {
     "orthogonality": _at_least(0),
     "min_snr_gamma": _at_least(0),
     "prior_weight": _at_least(0),
+    "preservation_weight": _at_least(0),
     "noise_from": _between(0, 1),
     "noise_to": _between(0, 1),
     "outside_mask": _between(0, 1),

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -177,6 +178,19 @@ def caption_of(caption: str, token: str, class_word: str) -> str:
         .replace("{class_word}", class_word)
         .split()
     )
+
+
+def class_caption_of(caption: str, token: str, class_word: str) -> str:
+    """The caption with the class word alone: without the token, as a placeholder or as a word of its own. Raises
+    TLoRAError if the caption has no token: output preservation would keep as it was what is to be learnt."""
+    whole = caption_of(caption, token, class_word)
+    of_class = caption_of(re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", "", caption), "", class_word)
+    if of_class == whole:
+        raise TLoRAError(
+            f'captions has "{whole}" without the token, which preservation_weight would keep as it was; write '
+            "{token} in it, or set preservation_weight to 0."
+        )
+    return of_class
 
 
 def frame(image: TrainingImage, framing: str, resolution: int, unit: int) -> Framed:

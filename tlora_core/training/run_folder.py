@@ -3,8 +3,10 @@
     <name>-<key>/run.json           settings, progress, and the names of the saved file
                  checkpoint.pt      the run state, to resume from; removed when the run has finished
                  loss.csv           the loss of each step, written when the run ends
-                 validation/*.png   the validation pictures
-                 events.out.*       loss and pictures for TensorBoard
+                 validation/*.png   the validation pictures: a column for each prompt, a row for each seed
+                 scores.csv         the scores of each validation, if they are measured
+                 scores.json        the same for each picture, with what they are scores of
+                 events.out.*       loss, scores and pictures for TensorBoard
 
 The key is a hash of everything that determines the result. It identifies a finished run, which is not trained again,
 and an unfinished run, which is resumed.
@@ -31,6 +33,7 @@ from ..packages import required
 from ..version import __version__
 
 RECORD, STATE, LOSS = "run.json", "checkpoint.pt", "loss.csv"
+SCORES, SCORES_TABLE = "scores.json", "scores.csv"
 FLUSH_EVERY = 20.0  # seconds
 KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key and characters of the name in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -54,7 +57,7 @@ class RunFolder:
         """The latest run with that key, or None. Folders without a valid record are skipped."""
         found = []
         for path in root.glob(f"*-{key[:KEY_SHOWN]}*"):
-            record = _read_record(path / RECORD)
+            record = _read_json(path / RECORD)
             if record.get("key") == key and isinstance(record.get("started"), int | float):
                 found.append(cls(path, record))
         return max(found, key=lambda run: run.record["started"], default=None)
@@ -127,6 +130,18 @@ class RunFolder:
         except (OSError, ValueError, IndexError):
             return []
 
+    def save_scores(self, table: Sequence[Mapping[str, Any]], details: Mapping[str, Any]) -> None:
+        """Writes the scores of all validations. table: a row for each, with the same names; None where a value was not
+        measured. details: JSON values, for `load_scores`."""
+        lines = [",".join(table[0])] + [",".join("" if v is None else repr(v) for v in row.values()) for row in table]
+        write_whole(self.path / SCORES_TABLE, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        text = json.dumps(details, indent=1, ensure_ascii=False)
+        write_whole(self.path / SCORES, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def load_scores(self) -> dict[str, Any]:
+        """The details that save_scores wrote; {} if there are none."""
+        return _read_json(self.path / SCORES) if (self.path / SCORES).exists() else {}
+
     def save_picture(self, step: int, picture: Image.Image) -> None:
         """Writes a validation picture; a later one of the same step replaces it."""
         folder = self.path / "validation"
@@ -177,6 +192,16 @@ class Recorder:
             if self.wandb is not None:
                 self.wandb.log({"validation": required("wandb", "The input wandb").Image(picture)}, step=step)
 
+    def scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Of a validation, by name."""
+        with self._or_without("events"):
+            for name, value in scores.items():
+                self._write(step, summary=self.board.summary.scalar(f"scores/{name}", value))
+            self._flush()
+        with self._or_without("wandb"):
+            if self.wandb is not None:
+                self.wandb.log(dict(scores), step=step)
+
     def close(self) -> None:
         with self._or_without("events"):
             if self.events is not None:
@@ -203,10 +228,12 @@ class Recorder:
             logging.warning("[T-LoRA] The record of this run (%s) ends here: %s", name, error)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The table in a file; {}, with a warning, if it holds none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
         logging.warning("[T-LoRA] %s is not the record of a run.", path)
-        return {}
-    return record if isinstance(record, dict) else {}
+    return found if isinstance(found, dict) else {}

@@ -24,6 +24,7 @@ from .pins import (
     lone_test_pins,
     newest_frontend_pin,
     pack_pins,
+    ray_pin,
     test_pins,
 )
 from .pip import create_venv, pip, site_folders, venv_python
@@ -182,6 +183,17 @@ def ensure_lint() -> Path:
         pip(create_venv(folder / "venv"), "install", *pins, purpose="install the linter")
 
     return venv_python(build_once(cache_root() / f"lint-{key_of(pins=pins)}", build) / "venv").parent
+
+
+def ensure_ray() -> Path:
+    """The interpreter of an environment with Ray, for `batch --ray`; no other environment holds it."""
+    pin = ray_pin()
+
+    def build(folder: Path) -> None:
+        print(f"Setting up Ray in {folder} (once) ...", flush=True)
+        pip(create_venv(folder / "venv"), "install", pin, purpose="install Ray")
+
+    return venv_python(build_once(cache_root() / f"ray-{key_of(ray=pin)}", build) / "venv")
 
 
 def ensure_newest_frontend(python: Path) -> Path:

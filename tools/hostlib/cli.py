@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from batchlib.command import add_options as batch_options
+from batchlib.command import run as batch
 from gpulib.command import add_options as gpu_options
 from trainlib.arguments import add_options as train_options
 
@@ -28,6 +30,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = _parser()
     args, unknown = parser.parse_known_args(argv)
+    args.argv = argv
     if args.command is commands.test:
         # pytest's own options may stand anywhere, so argparse cannot be told about them.
         args.arguments = [argument for argument in unknown if argument != "--"]
@@ -47,10 +50,12 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
+    add("setup", commands.setup, "set ComfyUI up, and nothing else")
     demo = add("demo", commands.demo, "run the bundled quickstart workflow")
     demo.add_argument("--serve", action="store_true", help="leave ComfyUI running afterwards")
     _add_run_options(demo)
     train_options(add("train", commands.train, "train a T-LoRA from pictures, without a browser"))
+    batch_options(add("batch", batch, "run a table of jobs: trainings, or a workflow with other inputs in each row"))
     run = add("run", commands.run, "run a workflow file, in the interface's format or in API format")
     run.add_argument("workflow", metavar="WORKFLOW.json")
     _add_run_options(run)

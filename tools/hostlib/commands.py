@@ -56,10 +56,10 @@ def chosen_host(args: argparse.Namespace) -> Host:
 
 def make_server(host: Host, port: int = 0, log_to_terminal: bool = False, frontend: Path | None = None) -> Server:
     """Our own host works in the cache; the user's ComfyUI keeps using its own folders."""
-    return Server(host, _workspace(host), port, log_to_terminal, frontend)
+    return Server(host, workspace_of(host), port, log_to_terminal, frontend)
 
 
-def _workspace(host: Host) -> Path | None:
+def workspace_of(host: Host) -> Path | None:
     return cache_root() / "workspace" if host.ours else None
 
 
@@ -68,13 +68,19 @@ def train(args: argparse.Namespace) -> int:
     job = arguments.job_of(args)
     host = chosen_host(args)
     options = [] if has_accelerator(host.python) else ["--cpu"]
-    workspace = _workspace(host)
+    workspace = workspace_of(host)
     if workspace is not None:
         make_workspace(workspace)
         options += ["--base-directory", str(workspace)]
     job |= {"comfyui": str(host.comfyui), "host_arguments": options}
     environment = {**script_environment(host), **job.pop("environment")}
     return run_foreground([str(host.python), str(TRAIN_JOB), json.dumps(job)], environment)
+
+
+def setup(args: argparse.Namespace) -> int:
+    """The set-up alone, for images and machines that shall have it before the first job."""
+    print(f"ComfyUI {chosen_host(args).version} is set up.")
+    return 0
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -170,13 +176,15 @@ def _run_tests(python: Path, arguments: list[str], env: dict[str, str], name: st
 
 
 def lint(args: argparse.Namespace) -> int:
-    """The linter, the formatter and the type checker, each also when one before it finds something."""
+    """The linters, the formatter and the type checker, each also when one before it finds something."""
     commands = ensure_lint()
     checks = [
         ["ruff", "check", "."],
         ["ruff", "format", ".", *([] if args.fix else ["--check"])],
         ["pyright", "--pythonpath", str(commands / venv_python(Path()).name)],
     ]
+    if (commands / "hadolint").is_file():  # its package has no file for some systems
+        checks.append(["hadolint", "Dockerfile"])
     if args.fix:
         checks[0].append("--fix")
     # The Python package that starts pyright would tell of newer versions; this one is pinned.

@@ -51,6 +51,10 @@ def pack_pins() -> tuple[str, ...]:
     return tuple(read_pins()["pack"])
 
 
+def ray_pin() -> str:
+    return read_pins()["ray"]
+
+
 def newest_frontend_pin() -> str:
     """The interface that users have who update it by itself, ahead of every pinned host."""
     return read_pins()["newest_frontend"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,6 +14,9 @@ from pathlib import Path
 GRACE_SECONDS = 10
 # A script or a test run has servers of its own to stop.
 FOREGROUND_GRACE_SECONDS = 30
+_PR_SET_PDEATHSIG = 1
+# Loaded before a fork, after which little is allowed.
+_LIBC = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def exit_on_signals(leave: Callable[[int], None] = sys.exit) -> None:
@@ -27,13 +31,16 @@ def exit_on_signals(leave: Callable[[int], None] = sys.exit) -> None:
             signal.signal(getattr(signal, name), handle)
 
 
-def start_group(command: Sequence[str], **options) -> subprocess.Popen:
-    """Start a child in a process group of its own, so that it can be stopped together with its children."""
+def start_group(command: Sequence[str], bound: bool = False, **options) -> subprocess.Popen:
+    """Start a child in a process group of its own, so that it can be stopped together with its children. bound: on
+    Linux it is killed when the thread that starts it ends, for whatever reason."""
+    if bound and _LIBC is not None:
+        options["preexec_fn"] = _die_with_parent
     if sys.platform == "win32":
         options["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
     else:
         options["start_new_session"] = True
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
+    return subprocess.Popen(command, **{"stdin": subprocess.DEVNULL, **options})
 
 
 def stop_group(process: subprocess.Popen) -> None:
@@ -45,6 +52,10 @@ def stop_group(process: subprocess.Popen) -> None:
     # The leader may be gone while a grandchild is left.
     _signal_group(process, force=True)
     process.wait()
+
+
+def _die_with_parent() -> None:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 def _signal_group(process: subprocess.Popen, force: bool) -> None:

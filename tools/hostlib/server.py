@@ -73,7 +73,8 @@ class Server:
 
     With `workspace`, models, input, output and user data live there; without it ComfyUI's own folders are used, and
     nothing is written into ComfyUI's program folder either way. With `log_to_terminal` its log is shown as it comes.
-    `frontend` is a folder with another interface than the host's own.
+    `frontend` is a folder with another interface than the host's own. `private` is a folder for what the server makes:
+    its output, its temporary files and T-LoRAs, so that servers beside each other do not write the same files.
     """
 
     def __init__(
@@ -83,12 +84,16 @@ class Server:
         port: int = 0,
         log_to_terminal: bool = False,
         frontend: Path | None = None,
+        private: Path | None = None,
     ):
         self.host = host
         self.workspace = workspace
+        self.private = private
         self.port = port or free_port()
         base = workspace or host.comfyui
-        self.client = Client(self.port, {kind: base / kind for kind in ("output", "temp", "input")}, self.check_alive)
+        made = private or base
+        folders = {"output": made / "output", "temp": made / "temp", "input": base / "input"}
+        self.client = Client(self.port, folders, self.check_alive)
         self._log_to_terminal = log_to_terminal
         self._frontend = frontend
         self._process = None
@@ -107,11 +112,12 @@ class Server:
         self._scratch = Path(tempfile.mkdtemp(prefix="tlora-host-"))
         try:
             command = self._command()
+            bound = self.private is not None  # a worker may be killed at any time
             if self._log_to_terminal:
-                self._process = start_group(command, cwd=self.host.comfyui)
+                self._process = start_group(command, bound, cwd=self.host.comfyui)
             else:
                 with open(self._scratch / "server.log", "wb") as log:
-                    self._process = start_group(command, cwd=self.host.comfyui, stdout=log, stderr=log)
+                    self._process = start_group(command, bound, cwd=self.host.comfyui, stdout=log, stderr=log)
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -137,15 +143,24 @@ class Server:
         if self.workspace:
             make_workspace(self.workspace)
             command += ["--base-directory", str(self.workspace), "--disable-api-nodes"]
-        if not self._already_installed():
-            link_pack(self._scratch / "custom_nodes")
+        if self.private:
+            command += ["--output-directory", str(self.private / "output"), "--temp-directory", str(self.private)]
+        if paths := self._extra_paths():
             config = self._scratch / "extra_model_paths.yaml"
             # JSON is YAML, and quotes every path correctly.
-            config.write_text(
-                json.dumps({"tlora": {"custom_nodes": str(self._scratch / "custom_nodes")}}), encoding="utf-8"
-            )
+            config.write_text(json.dumps(paths), encoding="utf-8")
             command += ["--extra-model-paths-config", str(config)]
         return command
+
+    def _extra_paths(self) -> dict:
+        paths = {}
+        if not self._already_installed():
+            link_pack(self._scratch / "custom_nodes")
+            paths["tlora"] = {"custom_nodes": str(self._scratch / "custom_nodes")}
+        if self.private:
+            (self.private / "loras").mkdir(parents=True, exist_ok=True)
+            paths["private"] = {"is_default": True, "loras": str(self.private / "loras")}
+        return paths
 
     def _already_installed(self) -> bool:
         """Whether the user's ComfyUI loads this very folder by itself; loading it twice would do no good."""

@@ -17,6 +17,7 @@ from .full_size import (
     use_a_file_from_elsewhere,
     which_checkpoint_to_keep,
 )
+from .prepared import train_on_one_prepared_image, train_on_variations_of_one_image
 from .tiny import (
     compare_lora_with_tlora,
     min_rank_sweep,
@@ -47,4 +48,6 @@ TEMPLATES = {
     "17 Z-Image, draw with Turbo": draw_with_z_image_turbo,
     "18 Krea 2, draw with Turbo": draw_with_krea2_turbo,
     "19 SDXL, draw with Lightning": draw_with_sdxl_lightning,
+    "20 SDXL, one picture prepared by models": train_on_one_prepared_image,
+    "21 FLUX.2 Klein, one picture and variations": train_on_variations_of_one_image,
 }

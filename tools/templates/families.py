@@ -21,7 +21,7 @@ from .parts import (
 UNET, CLIP, VAE, APPLY = 95, 120, 90, 230  # heights
 
 
-def _hint(repository: str, path: str) -> dict:
+def hint(repository: str, path: str) -> dict:
     """The host's hint for a file of a repository, which lies in the folder that it belongs in."""
     *_, directory, name = path.split("/")
     return {"name": name, "directory": directory, "url": f"{HUB}{repository}/resolve/main/{path}"}
@@ -37,31 +37,31 @@ class Parts(NamedTuple):
 
 
 KLEIN = Parts(
-    _hint("Comfy-Org/flux2-klein", "split_files/diffusion_models/flux-2-klein-base-4b.safetensors"),
-    _hint("Comfy-Org/flux2-klein", "split_files/text_encoders/qwen_3_4b.safetensors"),
+    hint("Comfy-Org/flux2-klein", "split_files/diffusion_models/flux-2-klein-base-4b.safetensors"),
+    hint("Comfy-Org/flux2-klein", "split_files/text_encoders/qwen_3_4b.safetensors"),
     "flux2",
-    _hint("Comfy-Org/flux2-dev", "split_files/vae/flux2-vae.safetensors"),
+    hint("Comfy-Org/flux2-dev", "split_files/vae/flux2-vae.safetensors"),
 )
 Z_IMAGE = Parts(
-    _hint("Comfy-Org/z_image", "split_files/diffusion_models/z_image_bf16.safetensors"),
-    _hint("Comfy-Org/z_image_turbo", "split_files/text_encoders/qwen_3_4b.safetensors"),
+    hint("Comfy-Org/z_image", "split_files/diffusion_models/z_image_bf16.safetensors"),
+    hint("Comfy-Org/z_image_turbo", "split_files/text_encoders/qwen_3_4b.safetensors"),
     "lumina2",
-    _hint("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
+    hint("Comfy-Org/z_image_turbo", "split_files/vae/ae.safetensors"),
 )
-Z_IMAGE_TURBO = _hint("Comfy-Org/z_image_turbo", "split_files/diffusion_models/z_image_turbo_bf16.safetensors")
+Z_IMAGE_TURBO = hint("Comfy-Org/z_image_turbo", "split_files/diffusion_models/z_image_turbo_bf16.safetensors")
 QWEN_IMAGE = Parts(
-    _hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors"),
-    _hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"),
+    hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/diffusion_models/qwen_image_fp8_e4m3fn.safetensors"),
+    hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/text_encoders/qwen_2.5_vl_7b_fp8_scaled.safetensors"),
     "qwen_image",
-    _hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/vae/qwen_image_vae.safetensors"),
+    hint("Comfy-Org/Qwen-Image_ComfyUI", "split_files/vae/qwen_image_vae.safetensors"),
 )
 KREA2 = Parts(
-    _hint("Comfy-Org/Krea-2", "diffusion_models/krea2_raw_fp8_scaled.safetensors"),
-    _hint("Comfy-Org/Krea-2", "text_encoders/qwen3vl_4b_fp8_scaled.safetensors"),
+    hint("Comfy-Org/Krea-2", "diffusion_models/krea2_raw_fp8_scaled.safetensors"),
+    hint("Comfy-Org/Krea-2", "text_encoders/qwen3vl_4b_fp8_scaled.safetensors"),
     "krea2",
-    _hint("Comfy-Org/Krea-2", "vae/qwen_image_vae.safetensors"),
+    hint("Comfy-Org/Krea-2", "vae/qwen_image_vae.safetensors"),
 )
-KREA2_TURBO = _hint("Comfy-Org/Krea-2", "diffusion_models/krea2_turbo_fp8_scaled.safetensors")
+KREA2_TURBO = hint("Comfy-Org/Krea-2", "diffusion_models/krea2_turbo_fp8_scaled.safetensors")
 SDXL_LIGHTNING = {
     "name": "sdxl_lightning_4step.safetensors",
     "directory": "checkpoints",

@@ -160,7 +160,8 @@ def which_checkpoint_to_keep(template):
         """# Which saved step to keep?
 
 For a training that saved files on the way (**checkpoint_every**, **checkpoint_files**). It runs the same prompts \
-with three files, and *T-LoRA Evaluate* says which follows them best among those with about the highest likeness.
+without a T-LoRA and with each file. *T-LoRA Evaluate* counts likeness, obedience and copying from the first, and says \
+which file balances them best.
 
 Choose the model the files were trained on, the training picture, a file in each *Load T-LoRA*, and a CLIP model \
 in each *T-LoRA Evaluate* (see its help). Set **neutral_prompt** to the first prompt. For the paper's own prompts, \
@@ -182,10 +183,11 @@ set **prompt_set** to live or object.""",
     column.group("2  Prompts", PURPLE)
     parts = {"positive": positive, "negative": negative, "latent": latent}
     before, first, x = {}, None, column.beside
-    for step in (400, 600, 800):
-        column = Column(template, x, 260)
-        adapted = column.add("TLoRALoad", 420, f"Step {step}", model=loaded["MODEL"], file="")
-        sampled = add_sampler(column, folded=True, model=adapted, **parts, steps=30, cfg=5.0)
+    for label in ("no T-LoRA", "step 400", "step 800"):
+        column, model = Column(template, x, 260), loaded
+        if label.startswith("step"):
+            model = column.add("TLoRALoad", 420, label.capitalize(), model=loaded["MODEL"], file="")
+        sampled = add_sampler(column, folded=True, model=model, **parts, steps=30, cfg=5.0)
         decoded = column.add("VAEDecode", 55, folded=True, samples=sampled["LATENT"], vae=loaded["VAE"])
         scored = column.rest(
             "TLoRAEvaluate",
@@ -193,13 +195,13 @@ set **prompt_set** to live or object.""",
             prompts=prompts["prompts"],
             concept=image["IMAGE"],
             clip_model="none",
-            label=f"step {step}",
+            label=label,
             token="sks",
             neutral_prompt="a photo of sks dog",
             **before,
         )
         before, first, x = {"before": scored["scores"]}, first or column, column.x + column.width + 30
-    first.group("3  Three saved steps", GREEN, column)
+    first.group("3  Without, and two saved steps", GREEN, column)
     column = Column(template, column.beside, WIDTH - column.beside)
     column.add("PreviewAny", 300, "Scores", source=scored["report"])
     column.add("PreviewAny", 140, "Keep this one", source=scored["best"])

@@ -8,7 +8,7 @@ consists of columns; a Train node has a column of its own, because it grows duri
 WIDTH = 1772  # of all nodes
 TOP, BOTTOM = 80, 1030  # of the nodes, without their titles
 GAP, UNDER, FOLDED = 40, 45, 42  # between columns; below a node; below a folded node
-TRAIN = (340, 600)
+TRAIN = (340, 624)
 SAMPLER, TEXT, LATENT, CONCEPT, BASE, LOADER, PICTURE = 275, 105, 120, 220, 100, 126, 350  # heights
 IMAGES = 310  # with its pictures when it has run
 SCENES = "a photo of {} in a meadow\na photo of {} in the snow\na photo of {} on a plain yellow background"
@@ -66,8 +66,8 @@ class Column:
 
     def group(self, title, color, until=None):
         """Frames the nodes below the note and the columns up to `until`."""
-        right = (until or self).x + (until or self).width
-        self.template.group(title, (self.x - 15, self.top - 75, right - self.x + 30, BOTTOM - self.top + 90), color)
+        right, bottom = (until or self).x + (until or self).width, max(BOTTOM, self.y - UNDER)
+        self.template.group(title, (self.x - 15, self.top - 75, right - self.x + 30, bottom - self.top + 90), color)
 
 
 def add_tiny_subject(template, text, height=265, shown=True):
@@ -102,9 +102,9 @@ def add_sampler(column, title="", folded=False, *, model, positive, negative, la
     )
 
 
-def add_training(template, x, group="", heading="", **inputs):
+def add_training(template, x, group="", heading="", height=TRAIN[1], **inputs):
     column = Column(template, x, TRAIN[0])
-    node = column.add("TLoRATrainFromImage", TRAIN[1], heading, **inputs)
+    node = column.add("TLoRATrainFromImage", height, heading, **inputs)
     if group:
         column.group(group, GREEN)
     return column, node
@@ -164,12 +164,13 @@ def add_real_pictures(
     side=1024,
     steps=30,
     cfg=5.0,
+    wide=290,
     **sampling,
 ):
     """Prompts for the subject of `adapted`, a node with MODEL and T-LoRA, its sampler, and saved pictures of `side`
     pixels, as wide as the remaining room. loaded: a node with CLIP and VAE. negative: whether there is a negative
-    prompt. guidance: what to tell a model with guidance distilled into it."""
-    column = Column(template, x, 290)
+    prompt. guidance: what to tell a model with guidance distilled into it. wide: the prompts' column."""
+    column = Column(template, x, wide)
     prompts = column.add(
         "TLoRAPrompts",
         200,

@@ -31,7 +31,8 @@ def quickstart(template):
         """# T-LoRA quickstart
 
 Press **Run**. During training, the panel on *Train T-LoRA* shows the loss and what the model draws. Then the sheet \
-on the right shows an object the model had never seen, in four new scenes, learnt from the **one** picture above it.
+on the right shows an object the model had never seen, in four new scenes, learnt from the **one** picture above it. \
+To see how like the object the pictures are, step by step, press *More settings* and set **scorer** to *tiny world*.
 
 1. *Sample Concept* draws the training picture.
 2. *Train T-LoRA* teaches it to the tiny base model of the pack. The object becomes **sks circle**.
@@ -59,7 +60,7 @@ For your own model and picture, open *02 SDXL, train on one picture* or *03 FLUX
         base,
         [("with the T-LoRA", applied), ("without it", base)],
         opened=0,
-        scenes=SCENES + "\na photo of {} on a plain grey background",
+        scenes=SCENES + "\na photo of {} under the sea",
         scheduler="normal",
     )
     column.rest("PreviewImage", "Loss", images=trained["loss"])
@@ -260,7 +261,7 @@ a crash or a power cut costs at most the 50 steps since the run state was last s
         checkpoint_files=True,
         save_on_cancel=True,
         rerun="continue",
-        validate_every=50,
+        validate_every=100,
         validation_prompts="a photo of {token} {class_word} in the snow",
     )
     add_comparison(

@@ -87,7 +87,7 @@ def stage_autoencoder(work: Path, args):
         set_rate(optimizer, warm_stable_decay(step, total, 1e-3))
         latent = model.encode(pixels)
         noise = torch.from_numpy(rng.standard_normal(latent.shape)).to(latent)
-        output = model.decode(latent + 0.05 * noise)
+        output = torch.nn.functional.avg_pool2d(model.decode(latent + 0.05 * noise), 2)
         loss = (output - pixels).abs().mean() + 1e-3 * latent.square().mean()
         optimizer.zero_grad()
         loss.backward()

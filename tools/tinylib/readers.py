@@ -7,7 +7,7 @@ import torch
 from tiny_gate import attributes
 from torch.nn.functional import cross_entropy
 
-from tlora_core.tiny.scorer import HEADS, AttributeScorer
+from tlora_core.tiny.scorer import HEADS, AttributeScorer, at_size
 from tlora_core.tiny.tokenizer import padded_ids
 
 from .common import Progress, captions, load_scenes, save_state, set_rate, to_tensor, warm_stable_decay
@@ -67,7 +67,7 @@ def stage_scorer(work: Path, args):
         pixels = to_tensor(pictures[rows], args.device)
         with torch.no_grad():
             latent = autoencoder.encode(pixels[::4])
-            pixels[::4] = autoencoder.decode(latent + 0.15 * torch.randn_like(latent))
+            pixels[::4] = at_size(autoencoder.decode(latent + 0.15 * torch.randn_like(latent)))
         logits = model(pixels + 0.03 * torch.randn_like(pixels))
         target = {k: v.to(args.device) for k, v in attributes(scenes, rows).items()}
         loss = sum(cross_entropy(logits[name], target[name], label_smoothing=0.02) for name in target)

@@ -11,8 +11,8 @@ from . import reference
 
 # Options that are inputs of the node, by their own names.
 _INPUTS = ("token", "class_word")
-_PARTS = ("model", "unet", "clip", "vae", "clip_type", "weight_dtype")
-_FILES = ("image", "mask", "prior_images")
+PARTS = ("model", "unet", "clip", "vae", "clip_type", "weight_dtype", "clip_vision")
+FILES = ("image", "mask", "prior_images")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--clip-type", metavar="TYPE", help="the type in ComfyUI's CLIP loader, such as flux")
     models.add_argument("--vae", metavar="FILE", help="its VAE")
     models.add_argument("--weight-dtype", metavar="DTYPE", help="as in Load Diffusion Model, such as fp8_e4m3fn")
+    models.add_argument("--clip-vision", metavar="FILE", help="scores the pictures of each validation, for keep")
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument("--image", metavar="FILE", nargs="+", help="the picture of the subject, or several")
     inputs.add_argument("--mask", metavar="FILE", nargs="+", help="white where the subject is; one for all or one each")
@@ -55,7 +56,7 @@ def job_of(args: argparse.Namespace) -> dict[str, Any]:
         job.update(reference.job_of(args.from_reference, args.model is not None or args.unet is not None))
     if args.unet is not None:
         job["parts"].pop("model", None)
-    for kind, names in (("parts", _PARTS), ("files", _FILES), ("inputs", _INPUTS)):
+    for kind, names in (("parts", PARTS), ("files", FILES), ("inputs", _INPUTS)):
         job[kind].update({name: getattr(args, name) for name in names if getattr(args, name) is not None})
     if args.validation_prompt:
         job["inputs"]["validation_prompts"] = "\n".join(args.validation_prompt)

@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,41 +49,60 @@ def main(job: dict[str, Any]) -> int:
 
 
 def _result(job: dict[str, Any]) -> dict[str, Any]:
-    logging.basicConfig(level=logging.INFO if job["verbose"] else logging.WARNING, format="%(message)s")
     for note in job["notes"]:
         print(note, file=sys.stderr)
+    with _ended_in_words(job["verbose"]):
+        start(job)
+        return _trained(job, Watch(), dict)
+
+
+def start(job: dict[str, Any]) -> None:
+    """Starts ComfyUI's modules in this process. Raises CannotStart."""
+    logging.basicConfig(level=logging.INFO if job["verbose"] else logging.WARNING, format="%(message)s")
+    make_importable(job["comfyui"])
+    start_as_usual(job["host_arguments"])
+
+
+def outcome(job: dict[str, Any], watch: Watch, load: Callable[[dict], dict]) -> dict[str, Any]:
+    """Trains in a process that has started, and copies what was made into the job's `out`. load: from the model's parts
+    as the job names them to what is given to the training. Raises Ended."""
+    with _ended_in_words(job["verbose"]):
+        return _trained(job, watch, load)
+
+
+@contextlib.contextmanager
+def _ended_in_words(verbose: bool) -> Iterator[None]:
+    """Turns every exception within the block into Ended."""
     try:
-        make_importable(job["comfyui"])
-        start_as_usual(job["host_arguments"])
-        return _trained(job)
+        yield
     except Ended:
         raise
     except KeyboardInterrupt as stopped:
         raise Ended("cancelled", "Stopped.", 130) from stopped
     except Exception as error:
-        if job["verbose"]:
+        if verbose:
             traceback.print_exc()
         known = isinstance(error, CannotStart | HostError) or type(error).__name__ == "TLoRAError"
         raise Ended("failed", _one_line(error) if known else _unexpected(error), 1) from error
 
 
-def _trained(job: dict[str, Any]) -> dict[str, Any]:
+def _trained(job: dict[str, Any], watch: Watch, load: Callable[[dict], dict]) -> dict[str, Any]:
     from comfy.model_management import InterruptProcessingException
 
     import tlora_core
     from tlora_core.hosts.comfy.page.pages import heard_by
     from tlora_core.hosts.comfy.training.headless import completed_inputs
+    from tlora_core.hosts.comfy.training.scored import row
 
     # A cancel keeps what was learnt, unless told otherwise.
     inputs = {"save_on_cancel": True, **job["inputs"]}
     try:
-        completed_inputs(inputs)
+        completed_inputs(inputs, "clip_vision" in job["parts"])
     except tlora_core.TLoRAError as error:
         raise Ended("failed", str(error), 2) from error
-    watch = Watch()
     try:
         with heard_by(watch.hear), watch.connected():
-            done = tlora_core.train(**job["parts"], **job["files"], **inputs)
+            done = tlora_core.train(**load(job["parts"]), **job["files"], **inputs)
     except InterruptProcessingException as cancelled:
         said = f"{watch.message or 'Cancelled before the first step.'} The same command goes on."
         raise Ended("cancelled", said, 128 + watch.cancelled_by) from cancelled
@@ -93,6 +113,9 @@ def _trained(job: dict[str, Any]) -> dict[str, Any]:
         "run": str(done.folder),
         "pictures": [str(path) for path in sorted((done.folder / "validation").glob("*.png"))],
         "steps": len(done.losses),
+        "kept_step": done.step,
+        "why": done.why,
+        "scores": [row(scores) for scores in done.scores],
         "loss": watch.loss,
         "message": watch.message,
         "copies": _copies(done, job["out"]) if job["out"] else [],

@@ -18,7 +18,7 @@ def drawn(monkeypatch):
     from tlora_core.hosts.comfy.training import class_pictures
 
     seeds, draw = [], class_pictures.draw
-    monkeypatch.setattr(class_pictures, "draw", lambda *args: (seeds.append(args[-1]), draw(*args))[1])
+    monkeypatch.setattr(class_pictures, "draw", lambda *args: (seeds.extend(args[-1]), draw(*args))[1])
     return seeds
 
 

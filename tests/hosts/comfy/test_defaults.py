@@ -181,7 +181,7 @@ def test_pictures_are_drawn_with_the_guidance_of_the_family(comfy, monkeypatch, 
 
     monkeypatch.setattr(comfy.sample, "sample", sample)
     model = random_models.small(family, device=torch.device("meta"))
-    draw(model, Clip(model), Vae(model), [PROMPT], 64, 0)
+    draw(model, Clip(model), Vae(model), [PROMPT], 64, [0])
     assert seen == [guided]
 
 

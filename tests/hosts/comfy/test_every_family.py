@@ -71,8 +71,10 @@ def test_gradients_are_those_of_finite_differences(trial):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9 if trial.row.double else 1e-6)
 
 
-@pytest.mark.parametrize("method, memory, batch_size", [("auto", "auto", 1), ("tlora", "low", 2)])
-def test_training_moves_every_adapter_and_no_weight(trial, method, memory, batch_size, monkeypatch):
+@pytest.mark.parametrize(
+    "method, memory, config", [("auto", "auto", {}), ("tlora", "low", {"batch_size": 2, "preservation_weight": 1.0})]
+)
+def test_training_moves_every_adapter_and_no_weight(trial, method, memory, config, monkeypatch):
     from family_checks import personalization
 
     monkeypatch.setattr(
@@ -82,17 +84,18 @@ def test_training_moves_every_adapter_and_no_weight(trial, method, memory, batch
     before = trial.weights()
     if trial.row.refused:
         with pytest.raises(TLoRAError, match=trial.row.refused):
-            personalization(trial, memory, method=method, batch_size=batch_size)
+            personalization(trial, memory, method=method, config=config)
         return
     with torch.inference_mode():
-        training = personalization(trial, memory, method=method, batch_size=batch_size)
+        training = personalization(trial, memory, method=method, config=config)
         start = factors(training)
         training.train(2)
         assert all(map(math.isfinite, training.trainer.losses))
         still = [name for name, factor in factors(training).items() if all(map(torch.equal, factor, start[name]))]
         if method == "auto":
             side = training.request.resolution
-            assert training.draw(["a dog"]).shape == (1, side, side, 3)
+            [drawn] = training.draw(training.tlora(), ["a dog"], [0])
+            assert drawn.shape == (1, side, side, 3)
     assert set(still) <= set(trial.row.idle)
     trial.assert_untouched(before)
 

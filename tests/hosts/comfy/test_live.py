@@ -143,6 +143,20 @@ def test_validation_pictures_span_the_training_when_there_are_too_many(live):
     assert kept[0]["captions"] == ("a photo of sks dog",)
 
 
+def test_a_run_shows_its_scores_and_those_of_each_picture(live, pages):
+    run = live.LiveRun.begin("7", steps=10)
+    run.validation(1, Image.new("RGB", (8, 4)), ["a", "b"])
+    assert run.state()["scores"] is None and run.state()["pictures"][0]["scores"] is None
+    step = {"step": 2, "likeness": 0.7, "likeness_error": 0.01, "obedience": None, "obedience_error": None}
+    of_run = {"steps": [step], "best": 2, "sentence": "step 2: still learning.", "past": 0}
+    of_pictures = [{"likeness": 0.7, "obedience": None}, {"likeness": None, "obedience": None}]
+    run.scored(of_run)
+    run.validation(2, Image.new("RGB", (8, 4)), ["a", "b"], of_pictures)
+    state = json.loads(json.dumps(run.state()))
+    assert state["scores"] == of_run and [picture["scores"] for picture in state["pictures"]] == [None, of_pictures]
+    assert pages.sent[-1][1]["scores"] == of_run
+
+
 def test_page_gets_runs_and_pictures_and_404_for_what_is_not_there(live):
     run = live.LiveRun.begin("7", steps=10)
     run.validation(1, Image.new("RGB", (4096, 1024)), ["a", "b", "c", "d"])

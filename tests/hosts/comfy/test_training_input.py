@@ -89,6 +89,13 @@ def test_nan_from_vae_or_clip_is_reported_before_any_step(base, output, monkeypa
         ({"checkpoint_every": -5}, "checkpoint_every"),
         ({"rerun": "x"}, "rerun"),
         ({"validate_every": 5}, "validation_prompts is empty"),
+        ({"keep": "first"}, 'keep is "first"; choose one of last, best, stop when past it.'),
+        ({"patience": 0}, "patience is 0; set it to 1 or more."),
+        ({"score_seeds": 0}, "score_seeds is 0; set it to 1 or more."),
+        ({"keep": "best", "validate_every": 5, "validation_prompts": ("a",)}, "nothing scores the steps; choose a "),
+        ({"scorer": "x"}, 'scorer is "x", but validate_every is 0, so no step is scored; set it to '),
+        ({"clip_vision": True}, "clip_vision is connected, but validate_every is 0, so no step is scored; set it to "),
+        ({"clip_vision": True, "scorer": "x", "validate_every": 5}, "and clip_vision is connected; disconnect it, or "),
     ],
 )
 def test_invalid_keeping_is_refused(comfy, changes, message):

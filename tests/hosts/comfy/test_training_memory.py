@@ -294,7 +294,7 @@ def test_each_prior_picture_has_the_same_chance_whatever_its_shape(comfy, monkey
     with training_session(model):
         denoiser = HostDenoiser(model, adapters, RankSchedule(2, 2), prior[:1], TrainConfig(prior_weight=1.0), prior)
         seen = []
-        monkeypatch.setattr(denoiser, "_loss", lambda samples, generator: seen.append(samples) or torch.zeros(()))
+        monkeypatch.setattr(denoiser, "_loss", lambda samples, drawn: seen.append(samples) or torch.zeros(()))
         generator = torch.Generator().manual_seed(0)
         for _ in range(400):
             list(denoiser.losses([0], generator))

@@ -55,7 +55,7 @@ def test_validation_changes_nothing_and_is_kept(base, output):
     folder = folders(output)[-1]
     pictures = sorted((folder / "validation").iterdir())
     assert [p.name for p in pictures] == ["step_000004.png", "step_000006.png"]
-    assert Image.open(pictures[0]).size == (128, 78) and pictures[0].read_bytes() != pictures[1].read_bytes()
+    assert Image.open(pictures[0]).size == (256, 142) and pictures[0].read_bytes() != pictures[1].read_bytes()
     events = EventAccumulator(str(folder)).Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(plain.losses, rel=1e-6)
@@ -84,9 +84,10 @@ def grey_by_step(monkeypatch):
     monkeypatch.setattr(
         Personalization,
         "draw",
-        lambda self, prompts, seed=0: torch.stack(
-            [torch.full((64, 64, 3), 0.0 if number else self.trainer.step / 10) for number in range(len(prompts))]
-        ),
+        lambda self, tlora, prompts, seeds: [
+            torch.full((len(seeds), 64, 64, 3), 0.0 if number else self.trainer.step / 10)
+            for number in range(len(prompts))
+        ],
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import MIXED, Setting
+from gradients import MIXED, ClassSetting, Setting
 from training_runs import images, request, run
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
@@ -45,6 +45,14 @@ def test_gradients_are_the_same_but_for_the_order_of_sums(comfy, partly, family,
     assert len(cast) > 5, "some weights are not loaded"
     for whole, streamed in zip(found[:2], found[2:]):
         torch.testing.assert_close(streamed, whole, rtol=1e-12, atol=1e-16)
+
+
+def test_output_preservation_streams_the_evaluation_without_adapters_too(comfy, partly):
+    setting, found = ClassSetting("flux"), []
+    for room in (None, 0):
+        with setting.session(checkpointing=True, room=room):
+            found.append(torch.cat([gradient.flatten() for gradient in setting.gradients(MIXED)]))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-16)
 
 
 @contextmanager

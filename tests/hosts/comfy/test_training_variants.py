@@ -83,13 +83,13 @@ def test_baselines_train_save_and_draw_by_the_same_code(base, output, method, ra
     with torch.inference_mode():
         p = Personalization(*base, images(), asked)
         p.train(6)
-        drawn = p.draw(["a photo of sks heart"])
+        [drawn] = p.draw(p.tlora(), ["a photo of sks heart"], [0])
         tlora = p.tlora()
         tlora.save(output / "loras" / "baseline.safetensors")
         from tlora_core import TLoRAFile
 
         stored = TLoRAFile.load(output / "loras" / "baseline.safetensors")
-        again = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, 0)
-        bare = draw(*base, ["a photo of sks heart"], 64, 0)
+        [again] = draw(apply_tlora(base[0], stored), base[1], base[2], ["a photo of sks heart"], 64, [0])
+        [bare] = draw(*base, ["a photo of sks heart"], 64, [0])
     assert stored.schedule.is_constant and (drawn - bare).abs().max() > 0.01
     assert (drawn - again).abs().max() < 1e-3

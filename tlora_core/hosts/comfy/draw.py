@@ -17,16 +17,20 @@ from .model.noise import domain
 STEPS = 20
 
 
-def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], resolution: int, seed: int) -> Tensor:
-    """One picture for each prompt, all from the same seed: [len(prompts), resolution, resolution, 3] in 0..1 on the
-    CPU. Euler, 20 steps, with the guidance that suits the model; see `model.defaults`."""
+def draw(
+    model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], resolution: int, seeds: Sequence[int]
+) -> list[Tensor]:
+    """For each prompt one picture of each seed, drawn together: [len(seeds), H, W, 3] in 0..1 on the
+    CPU. A seed's noise is the same for every prompt, and with whatever other seeds it is drawn. Euler, 20 steps, with
+    the guidance that suits the model; see `model.defaults`."""
     guidance = defaults_for(model).guidance
     scheduler = "simple" if domain(model.get_model_object("model_sampling")) == "flow" else "normal"
-    latent = _empty_latent(model, vae, resolution)
+    empty = _empty_latent(model, vae, resolution)
+    latent = empty.repeat(len(seeds), *[1] * (empty.dim() - 1))
+    noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
     pictures = []
     for prompt in prompts:
         positive, negative = (_conditioning(clip, text, guidance.told) for text in (prompt, ""))
-        noise = comfy.sample.prepare_noise(latent, seed)
         drawn = comfy.sample.sample(
             model,
             noise,
@@ -38,11 +42,12 @@ def draw(model: ModelPatcher, clip: CLIP, vae: VAE, prompts: Sequence[str], reso
             negative,
             latent,
             disable_pbar=True,
-            seed=seed,
+            seed=seeds[0],
         )
         decoded = vae.decode(drawn)
-        pictures.append(decoded.reshape(-1, *decoded.shape[-3:])[:1].float().cpu())
-    return torch.cat(pictures)
+        # Of a video, the first picture.
+        pictures.append((decoded[:, 0] if decoded.dim() == 5 else decoded[: len(seeds)]).float().cpu())
+    return pictures
 
 
 def _conditioning(clip: CLIP, text: str, guidance: float | None) -> list:
@@ -59,14 +64,16 @@ def _empty_latent(model: ModelPatcher, vae: VAE, resolution: int) -> Tensor:
     return fixed if fixed.shape[1] == channels else torch.zeros(1, channels, *fixed.shape[2:])
 
 
-def strip(pictures: Tensor, captions: Sequence[str] = ()) -> Image.Image:
-    """Joins pictures [n, h, w, 3] in a row, each with its caption below, if any."""
-    drawn = [to_picture(picture) for picture in pictures]
-    width, height, line = drawn[0].width, drawn[0].height, 14 if captions else 0
-    sheet = Image.new("RGB", (width * len(drawn), height + line), "white")
+def strip(pictures: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
+    """Joins batches [n, h, w, 3] of one size: a column for each, with its caption below, if any."""
+    columns = [[to_picture(picture) for picture in batch] for batch in pictures]
+    width, height, rows = columns[0][0].width, columns[0][0].height, len(columns[0])
+    line = 14 if captions else 0
+    sheet = Image.new("RGB", (width * len(columns), height * rows + line), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, picture in enumerate(drawn):
-        sheet.paste(picture, (column * width, 0))
+    for left, column in enumerate(columns):
+        for top, picture in enumerate(column):
+            sheet.paste(picture, (left * width, top * height))
     for column, caption in enumerate(captions):
-        pen.text((column * width + 2, height + 1), caption[: width // 6], "black")
+        pen.text((column * width + 2, height * rows + 1), caption[: width // 6], "black")
     return sheet

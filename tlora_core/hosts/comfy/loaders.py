@@ -1,7 +1,7 @@
 """Loads models and pictures by name or path with the host's own loader nodes, so that they are what a graph gets."""
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ...tiny import comfy as tiny_base
 TINY = "tiny"  # the name of the pack's own model
 DEFAULT_DTYPE = "default"
 _ENDINGS = (".safetensors", ".sft", ".ckpt", ".pt", ".pt2", ".bin", ".pth")
+_FOLDERS = {"model": "checkpoints", "unet": "diffusion_models", "clip": "text_encoders", "vae": "vae"}
 Files = str | Path
 
 
@@ -53,6 +54,23 @@ def load_vae(name: Files) -> VAE:
     """What Load VAE gives. Raises TLoRAError."""
     with _listed("vae", "vae", name) as listed:
         return _node("VAELoader").load_vae(listed)[0]
+
+
+def load_clip_vision(name: Files) -> Any:
+    """What Load CLIP Vision gives, a CLIP_VISION. Raises TLoRAError."""
+    with _listed("clip_vision", "clip_vision", name) as listed:
+        return _node("CLIPVisionLoader").load_clip(listed)[0]
+
+
+def check_files(parts: Mapping[str, Any]) -> None:
+    """Whether the files exist that these parts of a model name: model, unet, clip (one or several) and vae. Raises
+    TLoRAError."""
+    for name, kind in _FOLDERS.items():
+        given = parts.get(name) or ()
+        for file in [given] if isinstance(given, Files) else given:
+            if (name, str(file)) != ("model", TINY):
+                with _listed(name, kind, file):
+                    pass
 
 
 def load_picture(path: Files, name: str = "image") -> Tensor:

@@ -135,7 +135,7 @@ def _effect(base, tlora) -> float:
     model, clip, vae = base
     prompt = ["a photo of sks circle in the snow"]
     with torch.inference_mode():
-        pictures = [draw(m, clip, vae, prompt, 64, 7).float() for m in (model, apply_tlora(model, tlora))]
+        pictures = [draw(m, clip, vae, prompt, 64, [7])[0].float() for m in (model, apply_tlora(model, tlora))]
     if not all(bool(picture.isfinite().all()) for picture in pictures):
         raise Failed("a picture holds values that are not finite")
     return relative_error(pictures[1], pictures[0])

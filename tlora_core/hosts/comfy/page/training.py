@@ -41,12 +41,14 @@ Point = tuple[int, float, float]  # step, its loss, running mean of the loss
 
 @dataclass(frozen=True)
 class ValidationPicture:
-    """A picture of `step` for the page: the bytes of a PNG or JPEG, and its prompts from left to right."""
+    """A picture of `step` for the page: the bytes of a PNG or JPEG, and its prompts from left to right. scores: of each
+    prompt's pictures, values by name that are None where not measured; None for no scores."""
 
     step: int
     captions: tuple[str, ...]
     content: bytes
     content_type: str
+    scores: tuple[Mapping[str, float | None], ...] | None = None
 
 
 class LiveRun:
@@ -70,6 +72,7 @@ class LiveRun:
         self._pace: deque[tuple[float, int]] = deque([(time.monotonic(), first_step)])
         self._pictures: dict[int, ValidationPicture] = {}
         self._pictures_made = 0
+        self._scores: Mapping[str, Any] | None = None
         self._message = self._file = ""
         self._way: dict[str, Any] | None = None
         self._wishes: set[Literal["stop", "checkpoint"]] = set()
@@ -128,14 +131,22 @@ class LiveRun:
         if due:
             self._tell()
 
-    def validation(self, step: int, picture: Image.Image, captions: Sequence[str]) -> None:
-        """Adds a validation picture of `step`. It may show several prompts side by side, with a caption for each."""
+    def validation(
+        self,
+        step: int,
+        picture: Image.Image,
+        captions: Sequence[str],
+        scores: Sequence[Mapping[str, float | None]] | None = None,
+    ) -> None:
+        """Adds a validation picture of `step`. It may show several prompts side by side, with a caption for each, and
+        the scores of each; see ValidationPicture."""
         shrunk = picture.convert("RGB")
         shrunk.thumbnail((PICTURE_SIDE * max(len(captions), 1), PICTURE_SIDE))
         kind = "PNG" if max(shrunk.size) <= 256 else "JPEG"
         content = io.BytesIO()
         shrunk.save(content, kind, quality=90)
-        made = ValidationPicture(step, tuple(captions), content.getvalue(), f"image/{kind.lower()}")
+        rated = None if scores is None else tuple(scores)
+        made = ValidationPicture(step, tuple(captions), content.getvalue(), f"image/{kind.lower()}", rated)
         with self._lock:
             self._pictures[self._pictures_made] = made
             self._pictures_made += 1
@@ -143,6 +154,12 @@ class LiveRun:
                 # Drop every second one, but not the first and the newest, so that they still span the whole training.
                 for index in list(self._pictures)[1:-1:2]:
                     del self._pictures[index]
+        self._tell()
+
+    def scored(self, scores: Mapping[str, Any]) -> None:
+        """Shows the scores of all validations so far, as JSON values: steps, best, past and sentence."""
+        with self._lock:
+            self._scores = scores
         self._tell()
 
     def note(self, message: str) -> None:
@@ -237,8 +254,10 @@ class LiveRun:
             "memory_kind": kind,
             "way": self._way,
             "pictures": [
-                {"index": index, "step": p.step, "captions": p.captions} for index, p in self._pictures.items()
+                {"index": index, "step": p.step, "captions": p.captions, "scores": p.scores}
+                for index, p in self._pictures.items()
             ],
+            "scores": self._scores,
             "wishes": sorted(self._wishes),
             "message": self._message,
             "file": self._file,

@@ -32,18 +32,20 @@ def wrong_file_name(file_name: Any) -> str | None:
     return None
 
 
-def wrong_training(inputs: Mapping[str, Any]) -> str | None:
+def wrong_training(inputs: Mapping[str, Any], has_clip_vision: bool = False) -> str | None:
     """The error sentence about the first wrong input of the Train node, or None.
 
-    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every; an
-    input that is None is not known yet and is checked by the run.
+    inputs: token, class_word, method, rank, min_rank, curve, file_name, validation_prompts, validate_every, scorer,
+    keep, patience, score_seeds; an input that is None is not known yet and is checked by the run. has_clip_vision:
+    whether clip_vision is connected.
     """
     known = {name: given(value) for name, value in inputs.items()}
     try:
         _check_request(known)
-        if known["validate_every"] is not None and known["validation_prompts"] is not None:
+        keeping = {name: known[name] for name in ("validate_every", "scorer", "keep", "patience", "score_seeds")}
+        if known["validation_prompts"] is not None and None not in keeping.values():
             prompts = tuple(line for line in known["validation_prompts"].splitlines() if line.strip())
-            Keeping(validation_prompts=prompts, validate_every=known["validate_every"])
+            Keeping(validation_prompts=prompts, clip_vision=has_clip_vision or None, **keeping)
     except TLoRAError as error:
         return str(error)
     return wrong_file_name(known["file_name"])

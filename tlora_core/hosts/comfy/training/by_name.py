@@ -16,6 +16,7 @@ from .personalize import TrainRequest, filled_in
 from .run import Outcome
 
 PROMPTS = "validation_prompts"  # text with one prompt per line, where Keeping has a tuple
+_NOT_PLAIN = ("config", "clip_vision", PROMPTS)
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -66,7 +67,7 @@ def _taken(inputs: dict[str, Any], kind: type) -> dict[str, Any]:
 def input_kinds() -> dict[str, type]:
     """The inputs with plain values of the Train and the options node, by name: int, float, bool or str."""
     every = [field for kind in (TrainRequest, TrainConfig, Keeping) for field in fields(kind)]
-    kinds: dict[str, Any] = {field.name: field.type for field in every if field.name not in ("config", PROMPTS)}
+    kinds: dict[str, Any] = {field.name: field.type for field in every if field.name not in _NOT_PLAIN}
     return {**kinds, PROMPTS: str, "file_name": str, "captions": str}
 
 

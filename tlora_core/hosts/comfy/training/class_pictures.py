@@ -36,17 +36,18 @@ class ClassPictures:
     def of(
         self, model: ModelPatcher, clip: CLIP, vae: VAE, class_word: str, resolution: int, seeds: Sequence[int]
     ) -> list[TrainingImage]:
-        """One picture [resolution, resolution, 3] for each seed. Lets the host's interrupt through; pictures drawn by
-        then stay saved."""
+        """One picture for each seed, [side, side, 3]; side is the resolution, unless the VAE decodes at another size
+        than it encodes. Lets the host's interrupt through; pictures drawn by then stay saved."""
         folder = self._folder_for(
             class_word, DRAWN_SINCE, model, clip.patcher, clip.layer_idx, vae.patcher, PROMPT, class_word, resolution
         )
         paths = [folder and folder / f"{seed}.png" for seed in seeds]
-        pictures = [path and _loaded(path, resolution) for path in paths]
+        side = resolution // int(vae.spacial_compression_encode()) * int(vae.spacial_compression_decode())
+        pictures = [path and _loaded(path, side) for path in paths]
         for i, seed in enumerate(seeds):
             if pictures[i] is None:
                 self._tell(i, len(seeds))
-                [drawn] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, seed)
+                [[drawn]] = draw(model, clip, vae, [caption_of(PROMPT, "", class_word)], resolution, [seed])
                 pictures[i] = _saved(drawn, paths[i])
         self._tell(len(seeds), len(seeds))
         return [TrainingImage(picture, PROMPT) for picture in pictures]
@@ -66,8 +67,8 @@ class ClassPictures:
         ProgressBar(total, node_id=self.node_id).update_absolute(done)
 
 
-def _loaded(path: Path, resolution: int) -> Tensor | None:
-    """The picture [h, w, 3] that `_saved` wrote; None if there is no intact file."""
+def _loaded(path: Path, side: int) -> Tensor | None:
+    """The picture [side, side, 3] that `_saved` wrote; None if there is no intact file."""
     try:
         with Image.open(path) as picture:
             pixels = to_tensor(picture)[0]
@@ -76,7 +77,7 @@ def _loaded(path: Path, resolution: int) -> Tensor | None:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # PIL's errors for damaged files
         logging.warning("[T-LoRA] %s is damaged and drawn again: %s", path, error)
         return None
-    return pixels if pixels.shape[:2] == (resolution, resolution) else None
+    return pixels if pixels.shape[:2] == (side, side) else None
 
 
 def _saved(drawn: Tensor, path: Path | None) -> Tensor:

@@ -3,8 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import comfy.sampler_helpers
@@ -65,10 +65,10 @@ def _is_cache(key: str | None) -> bool:
 
 
 class TrainingPatch(TimestepAwarePatch):
-    """The patch for training. `level`: the timesteps [B], on the CPU, and T of the next evaluation. `text`: its
-    text."""
+    """The patch for training. `level`: the timesteps [B], on the CPU, and T of the next evaluation; None for one
+    without the adapters. `text`: its text."""
 
-    level: tuple[Tensor, float]
+    level: tuple[Tensor, float] | None
     text: Text | None
 
     def __init__(self, adapters: Adapters, schedule: RankSchedule):
@@ -77,7 +77,8 @@ class TrainingPatch(TimestepAwarePatch):
         self.reach = _TrainedReach()
 
     def evaluation(self, base, x, sigma, text):
-        return self.overlays(self._place(base), *self.level), None, self.text
+        overlays = [] if self.level is None else self.overlays(self._place(base), *self.level)
+        return overlays, None, self.text
 
     def watched(self, base, x):
         return self.reach.evaluating(self._place(base).layers)
@@ -115,11 +116,20 @@ def require_picture(base) -> None:
         )
 
 
+class Drawn(NamedTuple):
+    """What a step draws for a batch: latents and noise [B, C, ...], in the model's scale; sigmas [B], on the CPU."""
+
+    latents: Tensor
+    noise: Tensor
+    sigmas: Tensor
+
+
 class HostDenoiser:
     """A `trainer.Denoiser` on the host's model. Make and use it inside `training_session`.
 
-    samples: the subject's pictures. prior: pictures of its class for prior preservation, or none.
-    config: this class uses its timesteps, Min-SNR, fresh latents and prior weight.
+    samples: the subject's pictures; for output preservation with `of_class`. prior: pictures of its class for prior
+        preservation, or none.
+    config: this class uses its timesteps, Min-SNR, fresh latents, and the weights of the prior and of preservation.
     """
 
     def __init__(
@@ -139,6 +149,12 @@ class HostDenoiser:
         self.samples: list[Sample] = normal(list(samples), made)
         self.prior: list[Sample] = normal(list(prior), made)
         self.buckets, self.prior_buckets = buckets(self.samples), buckets(self.prior)
+        # The loss that keeps the class covers the whole picture, so these have no weights.
+        self.of_class = {
+            sample: replace(sample, conditioning=sample.of_class, weights=None)
+            for sample in self.samples
+            if sample.of_class is not None
+        }
         # On the CPU, where steps are drawn: reading a step's rank from a GPU would wait for it.
         self.levels = copy.deepcopy(self.sampling).cpu()
         self.patch = TrainingPatch(adapters, schedule)
@@ -156,27 +172,48 @@ class HostDenoiser:
         self._texts: WeakValueDictionary[tuple, Text] = WeakValueDictionary()  # by the captions of the samples
 
     def losses(self, indices: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        yield self._loss([self.samples[i] for i in indices], generator)
+        samples = [self.samples[i] for i in indices]
+        drawn = self._drawn(samples, generator)
+        yield self._loss(samples, drawn)
+        if self.config.preservation_weight:
+            yield self.config.preservation_weight * self._change_of_class(samples, drawn)
         if self.prior:
             # A bucket is chosen by one of its pictures, so that each picture has the same chance.
             picture = int(torch.randint(len(self.prior), (1,), generator=generator))
             bucket = next(bucket for bucket in self.prior_buckets if picture in bucket)
             chosen = torch.randint(len(bucket), (len(indices),), generator=generator).tolist()
-            yield self.config.prior_weight * self._loss([self.prior[bucket[i]] for i in chosen], generator)
+            samples = [self.prior[bucket[i]] for i in chosen]
+            yield self.config.prior_weight * self._loss(samples, self._drawn(samples, generator))
 
-    def _loss(self, samples: list[Sample], generator: torch.Generator) -> Tensor:
+    def _drawn(self, samples: list[Sample], generator: torch.Generator) -> "Drawn":
         config = self.config
         latents = moved(torch.stack([self._latent(sample, generator) for sample in samples]), self.device)
         noise = moved(torch.randn(latents.shape, generator=generator), self.device)
         sigmas = draw_sigmas(
             self.levels, len(samples), generator, config.timestep_density, config.noise_from, config.noise_to
         )
-        error = self.output_error(samples, latents, noise, sigmas).float().square()
+        return Drawn(latents, noise, sigmas)
+
+    def _loss(self, samples: list[Sample], drawn: "Drawn") -> Tensor:
+        error = self.output_error(samples, *drawn).float().square()
         if any(sample.weights is not None for sample in samples):
             error = error * self._weights(samples, error)
-        per_sample = error.flatten(1).mean(1)
-        if config.min_snr_gamma:
-            per_sample = per_sample * moved(min_snr_weight(self.levels, sigmas, config.min_snr_gamma), self.device)
+        return self._mean(error, drawn.sigmas)
+
+    def _change_of_class(self, samples: list[Sample], drawn: "Drawn") -> Tensor:
+        """How far the adapters move the prediction for the class on the subject's own noised latents: the mean square,
+        which is 0 at the start."""
+        of_class = [self.of_class[sample] for sample in samples]
+        with torch.no_grad():
+            own = self.output_error(of_class, *drawn, is_bare=True)
+        # Of errors with one target, the difference is that of the predictions.
+        return self._mean((self.output_error(of_class, *drawn) - own).float().square(), drawn.sigmas)
+
+    def _mean(self, squares: Tensor, sigmas: Tensor) -> Tensor:
+        """The mean of squares [B, C, ...], each sample with the weight of its noise level."""
+        per_sample, gamma = squares.flatten(1).mean(1), self.config.min_snr_gamma
+        if gamma:
+            per_sample = per_sample * moved(min_snr_weight(self.levels, sigmas, gamma), self.device)
         return per_sample.mean()
 
     @staticmethod
@@ -192,13 +229,16 @@ class HostDenoiser:
             latent = latent + sample.deviation * torch.randn(latent.shape, generator=generator)
         return self.base.process_latent_in(latent[None])[0]
 
-    def output_error(self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    def output_error(
+        self, samples: Sequence[Sample], latents: Tensor, noise: Tensor, sigmas: Tensor, is_bare: bool = False
+    ) -> Tensor:
         """The model's prediction (noise, v or flow) minus its target, [B, C, ...]. latents, noise: of that shape, in
-        the model's scale. sigmas: [B] on the CPU. Each sample has the ranks of its own timestep."""
+        the model's scale. sigmas: [B] on the CPU. Each sample has the ranks of its own timestep; is_bare: no adapter
+        is on."""
         if len(samples) > 1 and self._is_of_one_sigma:
             each = zip(samples, *(tensor.split(1) for tensor in (latents, noise, sigmas)))
-            return torch.cat([self.output_error([sample], *rest) for sample, *rest in each])
-        self.patch.level = noise_level(self.levels, sigmas)
+            return torch.cat([self.output_error([sample], *rest, is_bare=is_bare) for sample, *rest in each])
+        self.patch.level = None if is_bare else noise_level(self.levels, sigmas)
         sigmas = moved(sigmas, self.device)
         each = sigmas.view(-1, *[1] * (latents.ndim - 1))
         noisy = noised(self.sampling, each, noise, latents)

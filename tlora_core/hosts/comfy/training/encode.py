@@ -26,13 +26,15 @@ class Sample:
 
     mean: of the VAE's posterior, [C, ..., h, w]. deviation: its standard deviation, of the same shape; None if the VAE
         is deterministic. Both in the VAE's scale, on the CPU.
-    weights: of the loss, [h, w], or None. conditioning: the caption's CONDITIONING.
+    weights: of the loss, [h, w], or None. conditioning: the caption's CONDITIONING. of_class: that of the caption
+        without the token, for output preservation; None without it.
     """
 
     mean: Tensor
     deviation: Tensor | None
     weights: Tensor | None
     conditioning: list
+    of_class: list | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -90,8 +92,10 @@ class Encoder:
         if resolution % self.unit:
             raise TLoRAError(f"resolution is {resolution}; set it to a multiple of {self.unit} for this VAE.")
 
-    def sample(self, picture: Framed, caption: str) -> Sample:
-        """Raises TLoRAError if VAE or CLIP fail, give what the model does not take, or NaN or infinite values, and if
+    def sample(self, picture: Framed, caption: str, class_caption: str | None = None) -> Sample:
+        """class_caption: the caption without the token, for output preservation.
+
+        Raises TLoRAError if VAE or CLIP fail, give what the model does not take, or NaN or infinite values, and if
         the mask leaves nothing to learn."""
         with _failing("vae failed to encode a picture", "another VAE"):
             mean, deviation = posterior(self.vae, picture.pixels[None])
@@ -106,7 +110,8 @@ class Encoder:
                 "another VAE."
             )
         weights = None if picture.mask is None else loss_weights(picture.mask, mean.shape[-2:], self.outside)
-        return Sample(mean, deviation, weights, self.conditioning(picture, caption))
+        of_class = None if class_caption is None else self.conditioning(picture, class_caption)
+        return Sample(mean, deviation, weights, self.conditioning(picture, caption), of_class)
 
     def conditioning(self, picture: Framed, caption: str) -> list:
         """CONDITIONING of the caption, with the sizes (pixels) for SDXL; other models ignore them."""
@@ -180,9 +185,10 @@ def posterior(vae: VAE, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def buckets(samples: Sequence[Sample]) -> list[list[int]]:
-    """Groups the samples' indices by what can share a batch: one shape and one text length, because not every model
-    pads texts."""
+    """Groups the samples' indices by what can share a batch: one shape and one length of each text, because not every
+    model pads texts."""
     groups: dict[tuple, list[int]] = {}
     for index, sample in enumerate(samples):
-        groups.setdefault((sample.shape, sample.conditioning[0][0].shape), []).append(index)
+        texts = [text[0][0].shape for text in (sample.conditioning, sample.of_class) if text is not None]
+        groups.setdefault((sample.shape, *texts), []).append(index)
     return list(groups.values())

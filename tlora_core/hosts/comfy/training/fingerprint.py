@@ -8,7 +8,7 @@ hash unique, so the run is never found.
 import hashlib
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -67,7 +67,7 @@ def _add(digest, value) -> None:
         _add(digest, value.caption)
         _add_tensor(digest, torch.empty(0) if value.mask is None else value.mask, whole=True)
     elif is_dataclass(value):
-        _add(digest, {field.name: getattr(value, field.name) for field in fields(value)})
+        _add(digest, {f.name: getattr(value, f.name) for f in fields(value) if not _is_as_before(value, f)})
     elif isinstance(value, Mapping):
         digest.update(f"{len(value)} pairs;".encode())
         for key in sorted(value, key=str):
@@ -81,6 +81,11 @@ def _add(digest, value) -> None:
         _add(digest, (type(value).__name__, value.weights))
     else:
         _add_opaque(digest, value)
+
+
+def _is_as_before(value, field: Field) -> bool:
+    """Whether a dataclass has a field's default where versions before did not have the field."""
+    return "added later" in field.metadata and getattr(value, field.name) == field.default
 
 
 def _add_opaque(digest, value) -> None:

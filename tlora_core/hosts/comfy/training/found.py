@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 
@@ -22,9 +23,10 @@ from ..page.training import LiveRun
 from ..room import LORAS_ADVICE, RUNS_ADVICE, Need, require_room, require_writable
 from .class_pictures import ClassPictures
 from .fingerprint import RESULTS_BEFORE, RESULTS_OF, AsTrained, fingerprint
-from .keeping import Keeping
+from .keeping import LAST, STOP_WHEN_PAST, Keeping
 from .personalize import Personalization, TrainRequest
 from .run import DTYPE, Outcome, TrainingRun, result_hash, result_hashes
+from .scored import drawn_prompts, encoder_of, live_scorer, scores_of, shown
 
 
 def train_or_find(
@@ -47,12 +49,13 @@ def train_or_find(
     draws = request.config.prior_weight and not prior  # the model draws class pictures with the sampler
     base = model if draws else AsTrained(model)
     parts = base, clip.patcher, clip.layer_idx, vae.patcher, list(images), list(prior), request
+    parts += _choice(keeping, request)
     key = fingerprint(RESULTS_OF, *parts)
     found = None if keeping.rerun == "restart" else _found(key, parts)
     if found is not None:
         outcome = _finished(found, file_name, keeping)
         if outcome is not None:
-            _show_found(outcome, request, node_id)
+            _show_found(outcome, found.record["state"] == "stopped", request, node_id)
             return outcome
     require_writable(path.parent, LORAS_ADVICE)
     require_writable(runs_folder(), RUNS_ADVICE)
@@ -78,13 +81,27 @@ def train_or_find(
         state = None
     if state is not None:
         personalization.go_on_from(state)
+    scorer = None
+    if keeping.is_scored:
+        scorer = live_scorer(encoder_of(keeping, clip), personalization, images, keeping)
+        remark = " ".join(filter(None, (remark, scorer.remark)))
     require_room(_needs(personalization, keeping, path, found if state else None))
     if found is None or state is None:
         settings = {**asdict(request), "images": len(images), "base_model": type(model.model.model_config).__name__}
         found = RunFolder.create(runs_folder(), _without_counter(stem_of(path)), key, request.config.steps, settings)
     else:
         found.update(state="running", message="")
-    return TrainingRun(personalization, found, keeping, file_name, node_id, remark).go()
+    scored = state and state.get("validations")
+    return TrainingRun(personalization, found, keeping, file_name, node_id, remark, scorer, scored).go()
+
+
+def _choice(keeping: Keeping, request: TrainRequest) -> tuple:
+    """What the step in the file depends on, beside the training itself; nothing if it is the last in any case."""
+    if keeping.keep == LAST:
+        return ()
+    by = keeping.scorer if keeping.clip_vision is None else keeping.clip_vision.patcher
+    patience = keeping.patience if keeping.keep == STOP_WHEN_PAST else None
+    return ((by, drawn_prompts(keeping, request), keeping.score_seeds, keeping.validate_every, patience),)
 
 
 def _found(key: str, parts: Sequence) -> RunFolder | None:
@@ -114,16 +131,19 @@ def _finished(run: RunFolder, file_name: str, keeping: Keeping) -> Outcome | Non
         run.update(
             files={**run.record["files"], file_name: name}, sha256_also=sorted(result_hashes(run) | {result_hash(name)})
         )
-    return Outcome(TLoRAFile.load(lora_path(name)), name, run.path, run.load_losses())
+    tlora, why = TLoRAFile.load(lora_path(name)), run.record.get("why", "")
+    return Outcome(tlora, name, run.path, run.load_losses(), scores_of(run), why)
 
 
-def _show_found(outcome: Outcome, request: TrainRequest, node_id: str | None) -> None:
+def _show_found(outcome: Outcome, is_stopped: bool, request: TrainRequest, node_id: str | None) -> None:
     done, steps = len(outcome.losses), request.config.steps
     live = LiveRun.begin(node_id, steps, done, str(request))
     for step, loss in enumerate(outcome.losses, 1):
         live.report(step, loss)
-    hint = "" if done == steps else f"Stopped at step {done} of {steps}; set rerun to continue to resume."
-    live.finish("found", " ".join(filter(None, (hint, outcome.tlora.note))), outcome.file)
+    if outcome.scores:
+        live.scored(shown(outcome.scores))
+    hint = f"Stopped at step {done} of {steps}; set rerun to continue to resume." if is_stopped else ""
+    live.finish("found", " ".join(filter(None, (hint, outcome.why, outcome.tlora.note))), outcome.file)
 
 
 def _without_counter(name: str) -> str:
@@ -149,6 +169,7 @@ def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken
     files = 1 + (to_come if keeping.checkpoint_files else 0)
     # A new run state replaces the old one only once it is complete, so two exist for a while.
     states = min(to_come, 2 if taken_up is None else 1)
+    best = 0 if keeping.keep == LAST else personalization.file_bytes(torch.float32)  # in each run state
     return [
         Need(
             path.parent,
@@ -156,5 +177,5 @@ def _needs(personalization: Personalization, keeping: Keeping, path: Path, taken
             "the T-LoRA file" if files == 1 else "T-LoRA files",
             LORAS_ADVICE,
         ),
-        Need(runs_folder(), states * trainer.state_bytes, "the run state", "set checkpoint_every to 0"),
+        Need(runs_folder(), states * (trainer.state_bytes + best), "the run state", "set checkpoint_every to 0"),
     ]

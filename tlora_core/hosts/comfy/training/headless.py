@@ -9,24 +9,31 @@ from torch import Tensor
 
 from ....errors import TLoRAError
 from ....training.dataset import training_list
-from ..loaders import load_checkpoint, load_clip, load_mask, load_picture, load_unet, load_vae
+from ..loaders import load_checkpoint, load_clip, load_clip_vision, load_mask, load_picture, load_unet, load_vae
 from .before_run import wrong_training
 from .by_name import PROMPTS, check_without_model, checked, trained
+from .keeping import NO_SCORER, Keeping
 from .run import Outcome
 
 # The Train node's own defaults where they are not those of TrainRequest.
 DEFAULTS = {"token": "sks", "method": "auto", "resolution": 0, "file_name": "tlora/my_subject"}
-VALIDATE_EVERY = 100  # steps between validation pictures where there are prompts and no other number is given
-_CHECKED = ("token", "class_word", "method", "rank", "min_rank", "file_name", "curve", PROMPTS, "validate_every")
-_CHECKED_WITHOUT = {"rank": 64, "min_rank": 32, "curve": "", PROMPTS: "", "validate_every": 0}
+VALIDATE_EVERY = 100  # steps between validations where there are prompts or a scorer, and no other number is given
+# What is checked before anything is loaded, with its value where none is given.
+_CHECKED = {
+    **dict.fromkeys(("token", "class_word", "method", "file_name")),
+    **{"rank": 64, "min_rank": 32, "curve": "", PROMPTS: "", "validate_every": 0},
+    **{name: getattr(Keeping, name) for name in ("scorer", "keep", "patience", "score_seeds")},
+}
 
 
 def train_from_files(
     parts: Mapping[str, Any], image: Any, mask: Any, prior_images: Any, inputs: Mapping[str, Any]
 ) -> Outcome:
-    """See `tlora_core.train`. parts: model or unet, clip, vae, clip_type, weight_dtype. Lets the host's interrupt
-    through."""
-    values = completed_inputs(inputs)
+    """See `tlora_core.train`. parts: model or unet, clip, vae, clip_type, weight_dtype, clip_vision. Lets the host's
+    interrupt through."""
+    models = dict(parts)
+    clip_vision = models.pop("clip_vision")
+    values = completed_inputs(inputs, clip_vision is not None)
     captions = values.pop("captions", "")
     with torch.inference_mode():  # as in the host
         pictures = [_tensor(each, load_picture) for each in _several(image)]
@@ -35,21 +42,23 @@ def train_from_files(
         images = training_list(pictures, [captions], [_tensor(each, load_mask) for each in _several(mask)])
         priors = [_tensor(each, lambda path: load_picture(path, "prior_images")) for each in _several(prior_images)]
         prior = training_list(priors) if priors else ()
-        model, clip, vae = loaded(**parts)
+        model, clip, vae = loaded(**models)
+        values["clip_vision"] = load_clip_vision(clip_vision) if _is_file(clip_vision) else clip_vision
         return trained(images, model=model, clip=clip, vae=vae, options=({}, prior), **values)
 
 
-def completed_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """All inputs, in their own types, that a training needs. Raises TLoRAError for a wrong one."""
+def completed_inputs(inputs: Mapping[str, Any], has_clip_vision: bool = False) -> dict[str, Any]:
+    """All plain inputs, in their own types, that a training needs. has_clip_vision: whether a clip_vision is given
+    beside them. Raises TLoRAError for a wrong one."""
     values = {**DEFAULTS, **checked(inputs)}
     if "class_word" not in values:
         raise TLoRAError('class_word is missing; say what the picture shows, such as "dog".')
-    if values.get(PROMPTS, "").strip():
+    if has_clip_vision or values.get(PROMPTS, "").strip() or values.get("scorer", NO_SCORER) != NO_SCORER:
         values.setdefault("validate_every", VALIDATE_EVERY)
-    wrong = wrong_training({name: {**_CHECKED_WITHOUT, **values}[name] for name in _CHECKED})
+    wrong = wrong_training({name: values.get(name, usual) for name, usual in _CHECKED.items()}, has_clip_vision)
     if wrong is not None:
         raise TLoRAError(wrong)
-    check_without_model(values)
+    check_without_model({**values, "clip_vision": has_clip_vision or None})
     return values
 
 

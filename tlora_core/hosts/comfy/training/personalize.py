@@ -21,7 +21,7 @@ from ....method.schedule import RankSchedule
 from ....method.starts import counted
 from ....reports.report import B_KEY, effective_rank_of_b
 from ....training.config import TrainConfig
-from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, frame
+from ....training.dataset import FRAMINGS, PROMPT, TrainingImage, caption_of, class_caption_of, frame
 from ....training.masks import BORDER_IS_COVERED, covers_border
 from ....training.trainer import Trainer
 from ..draw import draw
@@ -34,7 +34,7 @@ from ..sampling import apply_tlora
 from .blame import saying_what_failed
 from .class_pictures import ClassPictures
 from .denoiser import HostDenoiser, require_picture
-from .encode import Encoder, Takes
+from .encode import Encoder, Sample, Takes
 from .failure import forget_failed_step, ran_out_of_memory
 from .memory import FAST, LOW, Fit, fit_for, leanest_fit
 from .session import training_session
@@ -79,6 +79,12 @@ class TrainRequest:
             raise TLoRAError('token and class_word are both empty; give for example "sks" and "dog".')
         require_choice("method", self.method, METHODS)
         require_choice("framing", self.framing, FRAMINGS)
+        if self.config.preservation_weight and not (self.token and self.class_word):
+            missing = "class_word" if self.token else "token"
+            raise TLoRAError(
+                f"{missing} is empty, but preservation_weight keeps what the model draws for class_word without token; "
+                f"give {missing}, or set preservation_weight to 0."
+            )
         _ = self.schedule  # which refuses ranks that cannot be
 
     @property
@@ -166,7 +172,7 @@ class Personalization:
                 model, clip, vae, request.class_word, request.resolution, seeds
             )
         self.remark = ""  # for the user, on what is doubtful about the pictures
-        self.samples = self._encode(encoder, images)
+        self.samples = self._encode(encoder, images, bool(request.config.preservation_weight))
         self.prior = self._encode(encoder, prior) if request.config.prior_weight else []
         layers, self.layers_in_words = seen_layers(model, self.samples[0], request.config, request.layers)
         self.images, self.shapes = len(images), {name: layer.shape for name, layer in layers.items()}
@@ -295,9 +301,10 @@ class Personalization:
             heights=self.heights,
         )
 
-    def draw(self, prompts: Sequence[str], seed: int = 0) -> Tensor:
-        """Pictures [n, h, w, 3] in 0..1 that the current T-LoRA draws, one for each prompt."""
-        return draw(apply_tlora(self.model, self.tlora()), self.clip, self.vae, prompts, self.request.resolution, seed)
+    def draw(self, tlora: TLoRAFile, prompts: Sequence[str], seeds: Sequence[int]) -> list[Tensor]:
+        """The pictures that the model draws with a T-LoRA; see `draw`."""
+        model = apply_tlora(self.model, tlora)
+        return draw(model, self.clip, self.vae, prompts, self.request.resolution, seeds)
 
     def _check_config(self) -> None:
         """Raises TLoRAError for settings that this model cannot use, now instead of in the middle of a step."""
@@ -308,7 +315,8 @@ class Personalization:
         if config.min_snr_gamma:
             min_snr_weight(self.sampling, self.sampling.sigma_max.reshape(1), config.min_snr_gamma)
 
-    def _encode(self, encoder: Encoder, images: Sequence[TrainingImage]) -> list:
+    def _encode(self, encoder: Encoder, images: Sequence[TrainingImage], with_class: bool = False) -> list[Sample]:
+        """with_class: also each caption without the token."""
         request, samples = self.request, []
         for image in counted(images, counting("encoding pictures", self.node_id, "picture")):
             picture = frame(image, request.framing, request.resolution, encoder.unit)
@@ -316,12 +324,13 @@ class Personalization:
                 self.remark = BORDER_IS_COVERED
                 logging.warning("[T-LoRA] %s", self.remark)
             caption = caption_of(image.caption, request.token, request.class_word)
-            samples.append(encoder.sample(picture, caption))
+            of_class = class_caption_of(image.caption, request.token, request.class_word) if with_class else None
+            samples.append(encoder.sample(picture, caption, of_class))
             if request.flip:
                 mirrored = replace(
                     picture, pixels=picture.pixels.flip(1), mask=None if picture.mask is None else picture.mask.flip(1)
                 )
-                samples.append(encoder.sample(mirrored, caption))
+                samples.append(encoder.sample(mirrored, caption, of_class))
         return samples
 
     def _adapters(self, layers: Mapping[LayerName, TargetLayer]) -> Adapters:

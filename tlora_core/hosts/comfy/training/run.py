@@ -2,9 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from comfy.model_management import InterruptProcessingException
@@ -13,34 +14,39 @@ from comfy.utils import ProgressBar
 from ....errors import TLoRAError
 from ....files.atomic import write_whole
 from ....files.tlora_file import TLoRAFile
-from ....files.untrusted import one_line
-from ....training.dataset import caption_of
-from ....training.images import thumbnail as make_thumbnail
+from ....reports.live_scores import LiveScorer, StepScores
 from ....training.run_folder import Recorder, RunFolder
 from ....training.trainer import TrainingDiverged
-from ..draw import strip
 from ..files import lora_path, name_of, new_lora_path, save_elsewhere
 from ..page.training import Ended, LiveRun
-from .keeping import Keeping
+from .keeping import LAST, Keeping
 from .personalize import Personalization
+from .scored import Kept, Validations
 
 DTYPE = torch.float16  # of the files; see docs/FILE_FORMAT.md for its error
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The T-LoRA as read from its file, the file's name in the loras list, the run's folder, and the loss of each
-    step."""
+    """The T-LoRA as read from its file, the file's name in the loras list, the run's folder, the loss of each step, the
+    scores of each validation, and why the file holds the step it holds; "" if that is the last in any case."""
 
     tlora: TLoRAFile
     file: str
     folder: Path
     losses: list[float] = field(default_factory=list)
+    scores: list[StepScores] = field(default_factory=list)
+    why: str = ""
 
     @property
     def path(self) -> Path:
         """Where the file lies."""
         return lora_path(self.file)
+
+    @property
+    def step(self) -> int:
+        """The step that the file holds."""
+        return self.tlora.training["steps_done"]
 
 
 class TrainingRun:
@@ -56,11 +62,13 @@ class TrainingRun:
         file_name: str,
         node_id: str | None,
         remark: str = "",
+        scorer: LiveScorer | None = None,
+        scored: Mapping[str, Any] | None = None,
     ):
+        """scorer: of the validations, or None. scored: the validations of the run state that it goes on from."""
         self.personalization, self.trainer = personalization, personalization.trainer
         self.request, self.folder, self.keeping, self.file_name = personalization.request, folder, keeping, file_name
         self.steps, first = self.request.config.steps, self.trainer.step
-        self.prompts = [caption_of(p, self.request.token, self.request.class_word) for p in keeping.validation_prompts]
         self.recorder = Recorder(folder, first, keeping.wandb)
         subject = f"{self.request.token} {self.request.class_word}".strip()
         title = f"{subject}: {self.request}, {personalization.guidance}, {personalization.layers_in_words}"
@@ -68,8 +76,10 @@ class TrainingRun:
         for step, loss in enumerate(self.trainer.losses, 1):
             self.live.report(step, loss)
         self.bar = ProgressBar(self.steps, node_id=node_id)
-        self.save_requested = self.is_saved = False  # is_saved: the result is saved
-        self.picture: bytes | None = None  # thumbnail for the files, from the last validation
+        self.validations = Validations(personalization, keeping, scorer, folder, self.recorder, self.live)
+        if scored is not None:
+            self.validations.load_state_dict(scored)
+        self.save_requested = self.is_ending = self.is_saved = False  # is_saved: the result is saved
         # The run is trained, or the user has stopped it, and only its file is missing.
         self.is_over = first == self.steps or (keeping.rerun == "auto" and 0 < first == folder.record.get("unsaved"))
         self.state_step = first  # step of the run state on disk; 0 if there is none
@@ -84,10 +94,12 @@ class TrainingRun:
         """Trains to the last step, or until the user stops it, and saves. Records every error and raises it; lets the
         host's interrupt through."""
         try:
-            while not self.is_over and self.trainer.step < self.steps and not self.live.stop_requested:
+            if not (self.is_over or self._is_done):
+                self.validations.begin()
+            while not (self.is_over or self._is_done or self.live.stop_requested):
                 self.personalization.train(self._next_pause(), self._on_step)
                 self._pause()
-            return self._end("done" if self.trainer.step == self.steps else "stopped")
+            return self._end("done" if self._is_done else "stopped")
         except InterruptProcessingException:
             if not self.is_saved:
                 self._cancelled()
@@ -102,6 +114,10 @@ class TrainingRun:
             raise
         finally:
             self.recorder.close()
+
+    @property
+    def _is_done(self) -> bool:
+        return self.trainer.step == self.steps or self.validations.is_past
 
     def _on_step(self, step: int, loss: float) -> bool:
         self.recorder.loss(step, loss)
@@ -123,7 +139,7 @@ class TrainingRun:
         if due:
             self._try_to_save(self._save_state_midway)
         if keeping.validate_every and step % keeping.validate_every == 0 and step < self.steps:
-            self._validate()
+            self.validations.validate()
         # After the pictures, because the file holds one of them.
         if self.save_requested or (due and keeping.checkpoint_files):
             self._try_to_save(self._save_file_midway)
@@ -140,7 +156,7 @@ class TrainingRun:
         self.live.note(message)
 
     def _save_state(self) -> None:
-        self.folder.save_state(self.trainer.state_dict())
+        self.folder.save_state({**self.trainer.state_dict(), "validations": self.validations.state_dict()})
         self.state_step = self.trainer.step
 
     def _save_state_midway(self) -> str:
@@ -149,42 +165,26 @@ class TrainingRun:
 
     def _save_file_midway(self) -> str:
         path = new_lora_path(f"{self.file_name}_step{self.trainer.step:06}")
-        self._write(path)
+        self.personalization.tlora().save(path, DTYPE, self.validations.thumbnail)
         return f"step {self.trainer.step} saved as {name_of(path)}"
 
-    def _write(self, path: Path) -> TLoRAFile:
-        """Saves the current T-LoRA to `path` and returns it."""
-        tlora = self.personalization.tlora()
-        tlora.save(path, DTYPE, self.picture)
-        return tlora
-
-    def _validate(self) -> None:
-        """Draws the validation pictures. A failure to draw or save them does not end the training."""
-        step = self.trainer.step
-        try:
-            drawn = self.personalization.draw(self.prompts)
-            self.live.validation(step, strip(drawn), self.prompts)
-            picture = strip(drawn, self.prompts)
-            self.recorder.picture(step, picture)
-            self.folder.save_picture(step, picture)
-            self.picture = make_thumbnail(drawn) if self.keeping.thumbnail else None
-        except InterruptProcessingException:
-            raise
-        except Exception as error:
-            logging.warning("[T-LoRA] No validation pictures at step %s: %s", step, error)
-            self.live.note(f"no validation pictures at step {step}: {one_line(error)}")
+    def _write(self, path: Path) -> Kept:
+        """Saves the run's T-LoRA to `path`, and returns it."""
+        kept = self.validations.result()
+        kept.tlora.save(path, DTYPE, kept.thumbnail)
+        return kept
 
     def _save(self) -> tuple[str, str]:
-        """Saves the T-LoRA. Returns (name of the file, note for the user)."""
+        """Saves the T-LoRA. Returns (name of the file, what the user should know of it)."""
         path = new_lora_path(self.file_name)
-        tlora, name = self._write(path), name_of(path)
+        kept, name, why = self._write(path), name_of(path), self.validations.why
         self._note_down(lambda: self.folder.save_losses(self.trainer.losses))
         self._note_down(
             lambda: self.folder.update(
-                files={self.file_name: name}, sha256=result_hash(name), step=self.trainer.step, unsaved=0
+                files={self.file_name: name}, sha256=result_hash(name), step=self.trainer.step, unsaved=0, why=why
             )
         )
-        return name, tlora.note
+        return name, " ".join(filter(None, (why, kept.tlora.note)))
 
     def _note_down(self, write: Callable[[], None]) -> None:
         """Writes a record that the saved file does not need. On a full disk only the record is lost, and the run is not
@@ -195,6 +195,9 @@ class TrainingRun:
             logging.warning("[T-LoRA] %s", error)
 
     def _end(self, state: Ended, message: str = "") -> Outcome:
+        self.is_ending = True
+        if state != "failed":
+            self.validations.complete()
         if state == "stopped":
             TrainingRun.stopped += 1
             message = f"{message} {self._save_final_state()}".strip()  # so that the user can resume it
@@ -209,24 +212,25 @@ class TrainingRun:
             if state == "done":
                 self.folder.remove_state()
                 # After the save, so that cancelling the last pictures does not lose the training.
-                if self.keeping.validate_every:
-                    self._validate()
+                if self.keeping.validate_every and self.keeping.keep == LAST:
+                    self.validations.validate()
                     self._note_down(lambda: self._renew_picture(name))
         finally:
             self.live.finish(state, message, name)
         # Read from the file, because the next run of the graph also reads the file.
-        return Outcome(TLoRAFile.load(lora_path(name)), name, self.folder.path, list(self.trainer.losses))
+        losses, scores = list(self.trainer.losses), list(self.validations.scores)
+        return Outcome(TLoRAFile.load(lora_path(name)), name, self.folder.path, losses, scores, self.validations.why)
 
     def _renew_picture(self, name: str) -> None:
         """Puts the last validation picture into the finished file. The file is complete and matches the record at every
         moment."""
-        path = lora_path(name)
+        path, picture = lora_path(name), self.validations.thumbnail
 
         def write(temporary: Path) -> None:
-            TLoRAFile.load(path).save(temporary, DTYPE, self.picture)
+            TLoRAFile.load(path).save(temporary, DTYPE, picture)
             self.folder.update(sha256_also=sorted(result_hashes(self.folder) | {_file_hash(temporary)}))
 
-        if self.picture is not None:
+        if picture is not None:
             write_whole(path, write)
 
     def _save_otherwise(self, ended: Ended) -> str:
@@ -244,7 +248,7 @@ class TrainingRun:
 
     def _advice_to_resume(self, ended: str) -> str:
         step, rerun = self.trainer.step, self.keeping.rerun
-        only_writes = step == self.steps or (ended == "stopped" and rerun != "continue")
+        only_writes = self._is_done or (ended == "stopped" and rerun != "continue")
         if only_writes:
             self._note_down(lambda: self.folder.update(unsaved=step))
         press = 'set rerun to "auto" and press Run again' if rerun == "restart" else "press Run again"
@@ -254,9 +258,11 @@ class TrainingRun:
         )
 
     def _save_last_good_state(self, message: str) -> str:
-        """Saves the last good state of a failed training. Returns a sentence with the file or the error."""
+        """Saves the last good state of a failed training, or the best step. Returns a sentence with the file or the
+        error."""
         try:
-            return f"It is saved as {self._end('failed', message).file}."
+            done = self._end("failed", message)
+            return f"{done.file} is saved. {done.why}" if done.why else f"It is saved as {done.file}."
         except Exception as error:
             self._ended_badly("failed", f"{message} {error}")
             return str(error)
@@ -282,6 +288,8 @@ class TrainingRun:
             except TLoRAError as error:
                 self._ended_badly("cancelled", f"{message} and not saved: {error} {self._save_otherwise('cancelled')}")
                 return
+        elif self.is_ending:  # only the last pictures were cancelled
+            missing = self._save_final_state()
         self._ended_badly("cancelled", " ".join(filter(None, (f"{message}.", self._next_run(), missing))), file)
 
     def _next_run(self) -> str:

@@ -1,0 +1,153 @@
+"""The section on the stopping rule: what it keeps, against the best that all checkpoints held, and fixed steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from tlora_core.reports.stopping import verdict
+
+from . import markdown
+from .analysis import FEWEST, RESAMPLES, Estimate, Point, estimate, left_out, percentiles, points
+from .stopped import EVERY, FILE, LAST, SEEDS_PER_PROMPT, Checkpoint, Unit, load
+
+PATIENCE = 3  # the Train node's default
+TARGET = 0.95
+_COMMAND = "python3 tools/host.py bench stopping"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One training. trade_offs: the truth at each checkpoint, step 0 first. chosen: name of a way to choose -> index of
+    the checkpoint that it keeps. ended: index of the checkpoint at which "stop when past it" ends."""
+
+    unit: Unit
+    points: Sequence[Point]
+    trade_offs: Sequence[float]
+    chosen: Mapping[str, int]
+    ended: int
+
+    def share(self, way: str) -> float:
+        """What the way keeps, as a share of the best trade-off."""
+        return self.trade_offs[self.chosen[way]] / max(self.trade_offs)
+
+
+KEPT, STOPPED, AFTERWARDS, FIXED = (
+    "rule, best of all",
+    "rule, stopped past it",
+    "afterwards, by the truth",
+    f"{LAST} steps",
+)
+
+
+def trade_off(point: Point, bare: Point) -> float:
+    """The geometric mean of IS, TS and what is not copied, each within 0 and 1. What is copied is the mean for place
+    and background of the share of pictures that show the training picture's, beyond that of the bare base."""
+    copied = [
+        (getattr(point, name) - getattr(bare, name)) / (1 - getattr(bare, name))
+        for name in ("copied_place", "copied_background")
+    ]
+    shares = [np.clip(value, 0, 1) for value in (point.is_, point.ts, 1 - np.mean(np.clip(copied, 0, 1)))]
+    return float(prod(shares) ** (1 / 3))
+
+
+def judged(unit: Unit, checkpoints: Sequence[Checkpoint], without) -> Judged:
+    """without: the result of `left_out`."""
+    at = {point.step: point for point in points([one.record for one in checkpoints], without)}
+    line = [at[one.live.step] for one in checkpoints]
+    values = [trade_off(point, line[0]) for point in line]
+    scores = [one.live for one in checkpoints]
+    ended = next((i for i in range(len(scores)) if verdict(scores[: i + 1]).past >= PATIENCE), len(scores) - 1)
+    steps = [one.step for one in scores]
+    chosen = {
+        KEPT: steps.index(verdict(scores).best),
+        STOPPED: steps.index(verdict(scores[: ended + 1]).best),
+        AFTERWARDS: int(np.argmax(values)),
+        FIXED: len(scores) - 1,
+    }
+    return Judged(unit, line, values, chosen, ended)
+
+
+def section(results: Path) -> str:
+    """Empty if the benchmark was not run."""
+    found = load(results / FILE)
+    found = [(unit, kept) for unit, kept in found if unit.weights == found[-1][0].weights]
+    if not found:
+        return ""
+    trained = [judged(unit, kept, left_out(results)) for unit, kept in found]
+    return f"## When to stop\n\n{_introduction(trained)}\n\n{_table(trained)}\n\n{_verdict(trained)}"
+
+
+def _introduction(trained):
+    concepts = {one.unit.concept for one in trained}
+    return (
+        f"`{_COMMAND}` trained {len(trained)} T-LoRAs of {len(concepts)} concepts for {LAST} steps, with a validation "
+        f"every {EVERY} steps and the scores that *Train T-LoRA from Image* shows: four prompts, {SEEDS_PER_PROMPT} "
+        "pictures each, seen by the tiny world's scorer. The rule (`tlora_core/reports/stopping.py`) sees only these. "
+        "The truth is measured at the same steps, on other prompts and seeds, as on the rest of this page. The "
+        "trade-off is the geometric mean of IS, TS and 1 - copied. Here copied is the mean for place and background of "
+        "the share of pictures that show the training picture's, beyond the bare base's share. *Rule, stopped past it* "
+        f"ends after {PATIENCE} validations without gain. *Afterwards* is the best of all checkpoints by the truth, "
+        "picked from the very figures that it is judged by, which favours it. The rule was made on trainings of other "
+        "concepts."
+    )
+
+
+def _table(trained):
+    head = ["kept", "step", "steps trained", *_OF_POINTS, "trade-off", "share of the best", "median share"]
+    return markdown.table(head, [_row(trained, way) for way in (KEPT, STOPPED, AFTERWARDS, FIXED)])
+
+
+_OF_POINTS: Mapping[str, Callable[[Point], float]] = {
+    "IS": lambda p: p.is_,
+    "TS": lambda p: p.ts,
+    "place copied": lambda p: p.copied_place,
+    "background copied": lambda p: p.copied_background,
+}
+
+
+def _row(trained, way):
+    kept = {_key(one): one.points[one.chosen[way]] for one in trained}
+    ended = [one.points[one.ended if way == STOPPED else -1].step for one in trained]
+    values = [{key: value(point) for key, point in kept.items()} for value in _OF_POINTS.values()]
+    shares = {_key(one): one.share(way) for one in trained}
+    return [
+        way,
+        f"{np.mean([point.step for point in kept.values()]):.0f}",
+        f"{np.mean(ended):.0f}",
+        *(markdown.text_of(estimate(each)) for each in values),
+        markdown.text_of(estimate({_key(one): one.trade_offs[one.chosen[way]] for one in trained})),
+        markdown.text_of(estimate(shares)),
+        markdown.text_of(median(shares)),
+    ]
+
+
+def _verdict(trained):
+    shares = median({_key(one): one.share(KEPT) for one in trained})
+    if shares.low is None:
+        return f"No verdict: it needs trainings of {FEWEST} concepts, and there are {shares.concepts}."
+    apart = estimate(
+        {_key(one): one.trade_offs[one.chosen[KEPT]] - one.trade_offs[one.chosen[FIXED]] for one in trained}
+    )
+    reached = "reaches" if shares.mean >= TARGET else "misses"
+    return (
+        f"In the median over concepts the rule keeps {shares} of the best trade-off, which {reached} the target of "
+        f"{TARGET}. Its trade-off is higher than that of {LAST} steps by {apart}, within trainings."
+    )
+
+
+def median(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimate:
+    """The median over concepts of the means over seeds, with a bootstrap interval over concepts."""
+    names = sorted({concept for concept, _ in by_unit})
+    means = np.array([np.mean([v for (concept, _), v in by_unit.items() if concept == name]) for name in names])
+    low = high = None
+    if len(names) >= FEWEST:
+        drawn = means[np.random.default_rng(seed).integers(len(means), size=(RESAMPLES, len(means)))]
+        low, high = (float(v) for v in np.percentile(np.median(drawn, axis=1), percentiles(len(means))))
+    return Estimate(float(np.median(means)), low, high, len(by_unit), len(names))
+
+
+def _key(one):
+    return one.unit.concept, one.unit.seed
