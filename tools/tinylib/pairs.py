@@ -25,7 +25,7 @@ COUNT = 6  # pictures of one call to the sampler
 DRAWN_CALLS = 3  # calls for each combination of shape, colour and pattern
 ODD_CONCEPTS, ODD_CALLS = 72, 3
 METHODS = ("lora", "tlora", "vanilla_tlora")
-NAMES = [field for field in world.Scenes.__dataclass_fields__]
+NAMES = list(world.Scenes.__dataclass_fields__)
 
 
 @dataclass
@@ -37,13 +37,14 @@ class Pairs:
 
     def save(self, path: Path) -> None:
         temporary = path.with_suffix(".tmp")
-        torch.save({"latents": self.latents.half(), **{k: getattr(self.scenes, k) for k in NAMES}}, temporary)
+        scenes = {k: torch.from_numpy(getattr(self.scenes, k)) for k in NAMES}
+        torch.save({"latents": self.latents.half(), **scenes}, temporary)
         temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "Pairs":
-        kept = torch.load(path, weights_only=False)  # made by `save` in the same work folder
-        return cls(kept.pop("latents").float(), world.Scenes(**kept))
+        kept = torch.load(path, weights_only=True)
+        return cls(kept.pop("latents").float(), world.Scenes(**{k: v.numpy() for k, v in kept.items()}))
 
     @classmethod
     def joined(cls, parts: list["Pairs"]) -> "Pairs":
