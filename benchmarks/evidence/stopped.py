@@ -2,8 +2,8 @@
 judged.
 
 A unit is one concept with one seed. Its validations draw four prompts (neutral, another background, another place,
-another colour) from two seeds each, and the tiny world's scorer scores them, as in *Train T-LoRA from Image*. The truth
-is measured on other prompts from other seeds, as in the rest of the study.
+another colour) from four seeds each, and the tiny world's scorer scores them, as in *Train T-LoRA from Image*. The
+truth is measured on other prompts from other seeds, as in the rest of the study.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from .study import Cell, chosen_rates
 FILE = "stopping.jsonl"
 LAST, EVERY = 350, 35  # fixed trainings end at LAST; a validation comes every so many steps
 STEPS = tuple(range(EVERY, LAST + 1, EVERY))
-SEEDS_PER_PROMPT = 2  # as the Train node's score_seeds
+SEEDS_PER_PROMPT = 4  # of the pictures that are scored; the rule is judged on the first ones, and on all
 _TRUTH, _LIVE = Draws(3, 2, 1, 2, 2, 0), Draws(1, 1, 1, 1, 0, 0)
 _OTHER = 100  # added to the seeds of the live pictures, and to that of their prompts
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from tlora_core.reports.live_scores import StepScores
 from tlora_core.reports.stopping import verdict
 
 from . import markdown
 from .analysis import FEWEST, RESAMPLES, Estimate, Point, estimate, left_out, percentiles, points
-from .stopped import EVERY, FILE, LAST, SEEDS_PER_PROMPT, Checkpoint, Unit, load
+from .stopped import EVERY, FILE, LAST, Checkpoint, Unit, load
 
-PATIENCE = 3  # the Train node's default
+PATIENCE, SCORE_SEEDS = 3, 2  # the Train node's defaults
+OTHER_SEEDS = (1, 2, 4)  # numbers of scored pictures of each prompt that are compared
 TARGET = 0.95
 _COMMAND = "python3 tools/host.py bench stopping"
 
@@ -53,12 +55,12 @@ def trade_off(point: Point, bare: Point) -> float:
     return float(prod(shares) ** (1 / 3))
 
 
-def judged(unit: Unit, checkpoints: Sequence[Checkpoint], without) -> Judged:
-    """without: the result of `left_out`."""
+def judged(unit: Unit, checkpoints: Sequence[Checkpoint], without, seeds: int = SCORE_SEEDS) -> Judged:
+    """without: the result of `left_out`. seeds: how many pictures of each prompt the rule sees."""
     at = {point.step: point for point in points([one.record for one in checkpoints], without)}
     line = [at[one.live.step] for one in checkpoints]
     values = [trade_off(point, line[0]) for point in line]
-    scores = [one.live for one in checkpoints]
+    scores = [seen(one.live, seeds) for one in checkpoints]
     ended = next((i for i in range(len(scores)) if verdict(scores[: i + 1]).past >= PATIENCE), len(scores) - 1)
     steps = [one.step for one in scores]
     chosen = {
@@ -70,21 +72,28 @@ def judged(unit: Unit, checkpoints: Sequence[Checkpoint], without) -> Judged:
     return Judged(unit, line, values, chosen, ended)
 
 
+def seen(scores: StepScores, seeds: int) -> StepScores:
+    """The scores of the first so many pictures of each prompt."""
+    return StepScores.of(scores.step, [of_prompt[:seeds] for of_prompt in scores.pictures], scores.copy)
+
+
 def section(results: Path) -> str:
     """Empty if the benchmark was not run."""
     found = load(results / FILE)
     found = [(unit, kept) for unit, kept in found if unit.weights == found[-1][0].weights]
     if not found:
         return ""
-    trained = [judged(unit, kept, left_out(results)) for unit, kept in found]
-    return f"## When to stop\n\n{_introduction(trained)}\n\n{_table(trained)}\n\n{_verdict(trained)}"
+    by_seeds = {n: [judged(unit, kept, left_out(results), n) for unit, kept in found] for n in OTHER_SEEDS}
+    trained = by_seeds[SCORE_SEEDS]
+    parts = (_introduction(trained), _table(trained), _verdict(trained), _by_seeds(by_seeds))
+    return "\n\n".join(("## When to stop", *parts))
 
 
 def _introduction(trained):
     concepts = {one.unit.concept for one in trained}
     return (
         f"`{_COMMAND}` trained {len(trained)} T-LoRAs of {len(concepts)} concepts for {LAST} steps, with a validation "
-        f"every {EVERY} steps and the scores that *Train T-LoRA from Image* shows: four prompts, {SEEDS_PER_PROMPT} "
+        f"every {EVERY} steps and the scores that *Train T-LoRA from Image* shows: four prompts, {SCORE_SEEDS} "
         "pictures each, seen by the tiny world's scorer. The rule (`tlora_core/reports/stopping.py`) sees only these. "
         "The truth is measured at the same steps, on other prompts and seeds, as on the rest of this page. The "
         "trade-off is the geometric mean of IS, TS and 1 - copied. Here copied is the mean for place and background of "
@@ -136,6 +145,25 @@ def _verdict(trained):
         f"In the median over concepts the rule keeps {shares} of the best trade-off, which {reached} the target of "
         f"{TARGET}. Its trade-off is higher than that of {LAST} steps by {apart}, within trainings."
     )
+
+
+def _by_seeds(by_seeds: Mapping[int, Sequence[Judged]]) -> str:
+    head = ["pictures of each prompt", "step", "steps trained, stopped past it", "share of the best", "median share"]
+    rows = []
+    for number, trained in by_seeds.items():
+        shares = {_key(one): one.share(KEPT) for one in trained}
+        step, ended = (np.mean([one.points[at(one)].step for one in trained]) for at in (_kept, lambda one: one.ended))
+        rows.append(
+            [str(number), f"{step:.0f}", f"{ended:.0f}", *map(markdown.text_of, (estimate(shares), median(shares)))]
+        )
+    return (
+        "The same trainings with other numbers of pictures for the scores (`score_seeds`), for the rule that keeps the "
+        f"best of all:\n\n{markdown.table(head, rows)}"
+    )
+
+
+def _kept(one: Judged) -> int:
+    return one.chosen[KEPT]
 
 
 def median(by_unit: Mapping[tuple[str, int], float], seed: int = 0) -> Estimate:

@@ -1,6 +1,7 @@
 """A stand-in for the interpreter that runs a batch's child: it speaks the child's side of batchlib.child, and "trains"
 by counting. `write_python(folder)` makes it executable, for --python."""
 
+import json
 import os
 import stat
 import sys
@@ -19,6 +20,16 @@ def write_python(folder: Path) -> tuple[Path, Path]:
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "$@"\n', encoding="utf-8")
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
     return comfyui, python
+
+
+def one_job(folder: Path, workflow: dict | None = None, **cells):
+    """The job of a table of one row; its files are in the folder."""
+    from batchlib.jobs import jobs_of
+    from batchlib.table import read_table
+
+    (folder / "one.jsonl").write_text(json.dumps(cells))
+    [job] = jobs_of(read_table(folder / "one.jsonl"), folder, workflow)
+    return job
 
 
 def main(program: str, *arguments: str) -> None:

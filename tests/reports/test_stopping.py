@@ -68,12 +68,13 @@ def test_nothing_is_gained_any_more():
 
 def test_still_learning():
     found = verdict(curve(BARE, (0.7, 0.3, 0.4), (0.8, 0.3, 0.4)))
-    assert (found.best, found.past, found.sentence) == (200, 0, "step 200: the best so far; still learning.")
+    assert (found.best, found.is_better, found.past) == (200, True, 0)
+    assert found.sentence == "step 200: the best so far; still learning."
 
 
 def test_never_became_like_it():
     found = verdict(curve(BARE, (0.6, 0.3, 0.4), (0.58, 0.3, 0.4)))
-    assert (found.best, found.past) == (200, 0)
+    assert (found.best, found.is_better, found.past) == (200, False, 0)
     assert found.sentence == "step 200: no step so far is better than step 0; still learning."
 
 

@@ -57,6 +57,24 @@ def test_what_the_rule_keeps_is_judged_by_the_truth_of_that_step():
     assert one.share(stopping_report.AFTERWARDS) == one.share(stopping_report.FIXED) == 1
 
 
+def test_the_rule_sees_as_many_pictures_of_each_prompt_as_asked():
+    def told(step, first, later):
+        neutral = [PictureScores(value, 0.8, None) for value in (first, later, later)]
+        return StepScores.of(step, [neutral, [PictureScores(None, 0.8, 0.2)]], COPY)
+
+    scores = zip((0, 100, 200, 300), (0.5, 0.6, 0.9, 0.9), (0.5, 0.9, 0.5, 0.5))
+    one, checkpoints = unit()
+    checkpoints = [stopped.Checkpoint(told(*each), kept.record) for each, kept in zip(scores, checkpoints)]
+    kept = [stopping_report.judged(one, checkpoints, set(), n).chosen[stopping_report.KEPT] for n in (1, 3)]
+    assert kept == [2, 1]
+
+
+def test_the_defaults_that_are_judged_are_the_train_nodes(comfy):
+    from tlora_core.hosts.comfy.training.keeping import Keeping
+
+    assert (stopping_report.PATIENCE, stopping_report.SCORE_SEEDS) == (Keeping.patience, Keeping.score_seeds)
+
+
 def test_stopped_past_it_ends_after_so_many_validations_without_gain():
     steps = tuple(range(100, 800, 100))
     likeness = (0.5, 0.6, 0.9, 0.9, 0.9, 0.9, 0.9, 1.0)  # it would have gained once more
@@ -100,7 +118,7 @@ def test_live_prompts_are_not_those_of_the_truth_and_each_comes_with_its_seeds()
     made = stopped.live_prompts(concept, 0, settings(concept, 0)[0])
     assert [of_prompt[0].kind for of_prompt in made] == ["neutral", "background", "appearance", "place"]
     for of_prompt in made:
-        assert [p.seed for p in of_prompt] == [100, 101] and len({p.text for p in of_prompt}) == 1
+        assert [p.seed for p in of_prompt] == [100, 101, 102, 103] and len({p.text for p in of_prompt}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +139,7 @@ def test_a_training_in_miniature_is_measured_and_not_trained_again(bench, tmp_pa
     assert said[-1] == "1 of 1 trainings are done." and len(stopped.load(file)) == 1
     assert unit == wanted[0] and unit.weights == stopped.weights_digest()
     assert [one.live.step for one in checkpoints] == [one.record["step"] for one in checkpoints] == [0, 1, 2]
-    assert [len(of_prompt) for of_prompt in checkpoints[0].live.pictures] == [2, 2, 2, 2]
+    assert [len(of_prompt) for of_prompt in checkpoints[0].live.pictures] == [4, 4, 4, 4]
     assert checkpoints[0].live != checkpoints[1].live, "the T-LoRA changes the pictures"
     judged = stopping_report.judged(unit, checkpoints, set())
     assert judged.trade_offs[0] == 0 and all(0 <= value <= 1 for value in judged.trade_offs)

@@ -30,10 +30,11 @@ _UNLIKE = 0.05  # of the shares; smaller changes are not worth telling
 
 @dataclass(frozen=True)
 class Verdict:
-    """best: the best step; the last while none is better than the first. past: how many validations have followed it
-    without gain. sentence: for the user."""
+    """best: the best step; the last while none is better than the first. is_better: whether one is. past: how many
+    validations have followed it without gain. sentence: for the user."""
 
     best: int
+    is_better: bool
     past: int
     sentence: str
 
@@ -46,8 +47,8 @@ def verdict(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> Verdi
     best, last = best_index(scores, tolerance), len(scores) - 1
     if best == 0:
         reason = f"no step so far is better than step {scores[0].step}" if last else "the first with scores"
-        return Verdict(scores[last].step, 0, f"step {scores[last].step}: {reason}; still learning.")
-    return Verdict(scores[best].step, last - best, f"step {scores[best].step}: {why(scores, best)}")
+        return Verdict(scores[last].step, False, 0, f"step {scores[last].step}: {reason}; still learning.")
+    return Verdict(scores[best].step, True, last - best, f"step {scores[best].step}: {why(scores, best)}")
 
 
 def best_index(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> int:

@@ -13,6 +13,7 @@ import queue
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,8 +47,16 @@ class Talk:
             else:
                 self._commands.put(command)
         self.on_end()
-        shutil.rmtree(self.settings["private"], ignore_errors=True)
+        self._remove_private()
         os._exit(0)
+
+    def _remove_private(self) -> None:
+        """What runs may still be writing there, hence several tries."""
+        for _ in range(20):
+            shutil.rmtree(self.settings["private"], ignore_errors=True)
+            if not os.path.exists(self.settings["private"]):
+                return
+            time.sleep(0.05)
 
     def tell(self, event: str, **what: Any) -> None:
         with self._lock:

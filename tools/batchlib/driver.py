@@ -56,11 +56,11 @@ class Batch:
             if waiting:
                 self._waiting = len(waiting)
                 self._check(waiting)
-                self._todo.extend(waiting)
-                with self._cancelled_by_signals():
-                    for job, event in self.engine.run(self._todo, self.results.begin):
-                        self._take(job, event)
-            self._end(bool(waiting))
+                with self.results.locked():
+                    self._run(waiting)
+                    self._end(something_ran=True)
+            else:
+                self._end(something_ran=False)
         finally:
             if "engine" in self.__dict__:
                 self.engine.close()
@@ -80,6 +80,12 @@ class Batch:
         if "uploads" in found:
             for job in waiting:
                 job.files = {name: paths for name, paths in job.files.items() if name in found["uploads"]}
+
+    def _run(self, waiting: Sequence[Job]) -> None:
+        self._todo.extend(waiting)
+        with self._cancelled_by_signals():
+            for job, event in self.engine.run(self._todo, self.results.begin):
+                self._take(job, event)
 
     def _take(self, job: Job, event: Event) -> None:
         kind = event["event"]
@@ -133,7 +139,8 @@ class Batch:
 
     def _on_sheet(self, job: Job) -> OnSheet:
         failed = " (failed)" if self.results.record(job)["state"] == "failed" else ""
-        return job.name + failed, job.prompts, [path.read_bytes() for path in self.results.pictures(job)]
+        title = f"{job.row.number}: {job.title}{failed}"
+        return title, job.prompts, [path.read_bytes() for path in self.results.pictures(job)]
 
     @contextlib.contextmanager
     def _cancelled_by_signals(self) -> Iterator[None]:

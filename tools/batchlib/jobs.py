@@ -42,12 +42,16 @@ class Job:
         text = json.dumps([told, sets, digests, self.workflow], sort_keys=True)
         return digest(text.encode())
 
+    @property
+    def title(self) -> str:
+        """What the row calls itself, or else its first file's name; two rows may have one."""
+        first = next(iter(self.files.values()), [Path("row")])
+        return str(self.row.cells.get(NAME) or first[0].stem)
+
     @cached_property
     def name(self) -> str:
         """The name of its folder: a readable part and the beginning of the key."""
-        first = next(iter(self.files.values()), [Path("row")])
-        shown = str(self.row.cells.get(NAME) or first[0].stem)
-        return f"{_UNSAFE.sub('_', shown)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:KEY_SHOWN]}"
+        return f"{_UNSAFE.sub('_', self.title)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:KEY_SHOWN]}"
 
     @property
     def prompts(self) -> int:

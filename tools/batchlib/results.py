@@ -9,16 +9,18 @@ sheet.jpg            the rows' pictures
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hostlib.errors import HostError
+from hostlib.cache import try_lock
+from hostlib.errors import HostError, WrongArguments
 
 from .jobs import KEY_SHOWN, Job
 
@@ -38,6 +40,20 @@ class Results:
     def __init__(self, folder: Path, part: str = ""):
         self.folder, self.part = folder, part
         self._sums: dict[str, dict[str, str]] = {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within the block, no other batch of the same rows writes here. Raises WrongArguments where one does."""
+        path = self.folder / f".lock{self.part}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = open(path, "a+b")
+        except OSError as error:
+            raise _unwritten(path, error) from error
+        with handle:
+            if not try_lock(handle):
+                raise WrongArguments(f"Another batch writes to {self.folder}; wait for it, or give another --out.")
+            yield
 
     def of(self, job: Job) -> Path:
         """The row's folder: one with the row's key, whatever the row was called, if there is one."""
@@ -133,9 +149,11 @@ class Results:
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise HostError(
-                f"{path} cannot be written ({error.strerror or error}); the same command goes on."
-            ) from error
+            raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> HostError:
+    return HostError(f"{path} cannot be written ({error.strerror or error}); the same command goes on.")
 
 
 def _scores(scores: Sequence[Mapping[str, Any]] | None, kept_step: int | None) -> dict[str, Any]:

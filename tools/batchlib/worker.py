@@ -11,13 +11,15 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from hostlib import commands
 from hostlib.build import Host, ensure_host, has_accelerator, user_host
+from hostlib.cache import try_lock
 from hostlib.errors import HostError
 from hostlib.process import GRACE_SECONDS, start_group, stop_group
 from hostlib.server import make_workspace
@@ -25,9 +27,11 @@ from hostlib.server import make_workspace
 HERE = Path(__file__).resolve().parent
 RUNS, STATE = Path("output", "tlora_runs"), "checkpoint.pt"  # where a training keeps its runs, and its state in one
 LOG_TAIL_LINES = 12
+_PREFIX, _LOCK = "tlora-batch-", "lock"
+_SURELY_HELD_SECONDS = 60  # a younger folder may be about to be locked
 _NOT_CARRIED = "events.out"  # TensorBoard's, which begin anew
 Event = dict[str, Any]
-OnSheet = tuple[str, int, Sequence[bytes]]  # a row's name, the parts of each picture, and the pictures
+OnSheet = tuple[str, int, Sequence[bytes]]  # a row's title, the parts of each picture, and the pictures
 
 
 class Lost(HostError):
@@ -41,7 +45,7 @@ class Worker:
     def __init__(self, settings: dict[str, Any]):
         self.settings = settings
         self._process: subprocess.Popen | None = None
-        self._private = Path()
+        self._private, self._held = Path(), None
         self._host: Host | None = None
 
     @property
@@ -59,7 +63,7 @@ class Worker:
     def _child(self) -> subprocess.Popen:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            self._private = Path(tempfile.mkdtemp(prefix="tlora-batch-"))
+            self._private, self._held = _private_folder()
             self._process = self._started()
         return self._process
 
@@ -208,7 +212,21 @@ class Worker:
                 self._process.wait(GRACE_SECONDS)
             stop_group(self._process)
             self._process = None
+            self._held.close()
             shutil.rmtree(self._private, ignore_errors=True)
+
+
+def _private_folder() -> tuple[Path, BinaryIO]:
+    """A new folder for a child, and the handle that shows, while it is open, that it is in use. Folders of workers that
+    were killed, and so could not remove theirs, are removed."""
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), open(lock, "a+b") as handle:
+            if time.time() - lock.stat().st_mtime > _SURELY_HELD_SECONDS and try_lock(handle):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    held = open(folder / _LOCK, "a+b")
+    try_lock(held)
+    return folder, held
 
 
 def _stamp(path: Path) -> int:

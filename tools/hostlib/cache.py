@@ -81,7 +81,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold an operating-system lock, which a killed process releases by itself."""
     with open(path, "a+b") as handle:
         told = False
-        while not _try_lock(handle):
+        while not try_lock(handle):
             if not told:
                 print("Another set-up of the same host is running; waiting for it ...", file=sys.stderr, flush=True)
                 told = True
@@ -89,7 +89,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _try_lock(handle) -> bool:
+def try_lock(handle) -> bool:
+    """Takes the operating system's lock of an open file, which lasts until it is closed; False if another has it."""
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -10,6 +10,7 @@ from comfy.sd import CLIP, VAE
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ...reports.lettering import Lettering
 from ...training.images import to_picture
 from .model.defaults import defaults_for
 from .model.noise import domain
@@ -65,15 +66,18 @@ def _empty_latent(model: ModelPatcher, vae: VAE, resolution: int) -> Tensor:
 
 
 def strip(pictures: Sequence[Tensor], captions: Sequence[str] = ()) -> Image.Image:
-    """Joins batches [n, h, w, 3] of one size: a column for each, with its caption below, if any."""
+    """Joins batches [n, h, w, 3] of one size: a column for each, with its caption below in up to three lines."""
     columns = [[to_picture(picture) for picture in batch] for batch in pictures]
     width, height, rows = columns[0][0].width, columns[0][0].height, len(columns[0])
-    line = 14 if captions else 0
-    sheet = Image.new("RGB", (width * len(columns), height * rows + line), "white")
+    letters = Lettering(max(11, width // 30))
+    texts = [letters.wrapped(caption, width - 8, most=3) for caption in captions]
+    below = max((len(lines) * letters.line + 6 for lines in texts), default=0)
+    sheet = Image.new("RGB", (width * len(columns), height * rows + below), "white")
     pen = ImageDraw.Draw(sheet)
     for left, column in enumerate(columns):
         for top, picture in enumerate(column):
             sheet.paste(picture, (left * width, top * height))
-    for column, caption in enumerate(captions):
-        pen.text((column * width + 2, height * rows + 1), caption[: width // 6], "black")
+    for left, lines in enumerate(texts):
+        for i, text in enumerate(lines):
+            letters.write(pen, (left * width + 4, height * rows + 3 + i * letters.line), text, "black")
     return sheet

@@ -270,10 +270,10 @@ def scores_of(run: RunFolder) -> list[StepScores]:
 
 def shown(scores: Sequence[StepScores]) -> dict[str, Any]:
     """The scores of a run and the verdict on them, for the page."""
-    found = verdict(scores) if scores else Verdict(0, 0, "")
+    found = verdict(scores) if scores else Verdict(0, False, 0, "")
     return {
         "steps": [row(each) for each in scores],
-        "best": found.best or None,  # the bare model is none
+        "best": found.best if found.is_better else None,
         "sentence": found.sentence,
         "past": found.past,
     }
