@@ -89,7 +89,7 @@ def test_rows_run_in_order_and_a_failing_one_leaves_the_others(batch, tmp_path):
     assert f"{report[1]['row']} failed: It cannot be. (1 of 3 done)" in said
     assert [(tmp_path / "out" / report[place]["file"]).read_text() for place in (0, 2)] == ["40", "180"]
     sheet = json.loads((tmp_path / "out" / "sheet.jpg").read_text())
-    assert [name for name, _, _ in sheet] == ["2: p1 (failed)"]
+    assert [title for title, _ in sheet] == ["2: p1 (failed)"]
 
 
 def test_what_is_done_is_not_done_again_wherever_its_row_stands(batch, tmp_path):
@@ -248,13 +248,16 @@ def test_a_sheet_takes_validations_apart_and_shows_all_rows(tmp_path, monkeypatc
     import numpy as np
     from batchlib import sheet
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     wide, plain = Image.new("RGB", (96, 40), "red"), Image.new("RGB", (20, 40), "blue")
     wide.paste("lime", (48, 0, 96, 40))
     paths = [str(tmp_path / name) for name in ("wide.png", "plain.png")]
-    wide.save(paths[0])
+    text = PngInfo()
+    text.add_text("tlora_prompts", json.dumps(["a", "b"]))
+    wide.save(paths[0], pnginfo=text)
     plain.save(paths[1])
-    told = [["two", 2, paths[:1]], ["one", 1, paths[1:]], ["none", 1, []]]
+    told = [["two", paths[:1]], ["one", paths[1:]], ["none", []]]
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(told)))
     sheet.main(str(tmp_path / "sheet.jpg"))
     made = Image.open(tmp_path / "sheet.jpg").convert("RGB")

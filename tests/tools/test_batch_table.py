@@ -70,7 +70,6 @@ def test_a_row_is_the_job_that_train_would_make_of_it(tmp_path):
     asked = job_of(cli.parse([*line, *(part for prompt in prompts for part in ("--validation-prompt", prompt))]))
     assert job.asked == {"parts": asked["parts"], "inputs": {**asked["inputs"], "rank": 32}}
     assert {name: [str(path) for path in files] for name, files in job.files.items()} == asked["files"]
-    assert job.prompts == 2
 
 
 def test_a_row_may_hold_a_reference_line(tmp_path):

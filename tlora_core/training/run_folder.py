@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..errors import TLoRAError
 from ..files.atomic import write_whole
@@ -34,6 +35,7 @@ from ..version import __version__
 
 RECORD, STATE, LOSS = "run.json", "checkpoint.pt", "loss.csv"
 SCORES, SCORES_TABLE = "scores.json", "scores.csv"
+PROMPTS = "tlora_prompts"  # the text in a validation picture
 FLUSH_EVERY = 20.0  # seconds
 KEY_SHOWN, NAME_SHOWN = 16, 64  # digits of the key and characters of the name in a folder's name
 _UNSAFE = re.compile(r"[^\w.-]+")
@@ -142,11 +144,13 @@ class RunFolder:
         """The details that save_scores wrote; {} if there are none."""
         return _read_json(self.path / SCORES) if (self.path / SCORES).exists() else {}
 
-    def save_picture(self, step: int, picture: Image.Image) -> None:
-        """Writes a validation picture; a later one of the same step replaces it."""
-        folder = self.path / "validation"
+    def save_picture(self, step: int, picture: Image.Image, prompts: Sequence[str]) -> None:
+        """Writes a validation picture with a column for each of the prompts, which stand in the file's text PROMPTS as
+        a JSON list; a later picture of the same step replaces it."""
+        folder, told = self.path / "validation", PngInfo()
         folder.mkdir(exist_ok=True)
-        write_whole(folder / f"step_{step:06}.png", lambda path: picture.save(path, "PNG"))
+        told.add_text(PROMPTS, json.dumps(list(prompts)))
+        write_whole(folder / f"step_{step:06}.png", lambda path: picture.save(path, "PNG", pnginfo=told))
 
 
 class Recorder:

@@ -140,7 +140,7 @@ class Batch:
     def _on_sheet(self, job: Job) -> OnSheet:
         failed = " (failed)" if self.results.record(job)["state"] == "failed" else ""
         title = f"{job.row.number}: {job.title}{failed}"
-        return title, job.prompts, [path.read_bytes() for path in self.results.pictures(job)]
+        return title, [path.read_bytes() for path in self.results.pictures(job)]
 
     @contextlib.contextmanager
     def _cancelled_by_signals(self) -> Iterator[None]:

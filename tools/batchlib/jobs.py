@@ -53,12 +53,6 @@ class Job:
         """The name of its folder: a readable part and the beginning of the key."""
         return f"{_UNSAFE.sub('_', self.title)[:_NAME_SHOWN].strip('._') or 'row'}-{self.key[:KEY_SHOWN]}"
 
-    @property
-    def prompts(self) -> int:
-        """How many prompts a validation picture of a training shows; 1 where there is none."""
-        text = self.asked.get("inputs", {}).get(PROMPTS["validation_prompt"], "")
-        return max(1, sum(bool(line.strip()) for line in str(text).splitlines()))
-
     def checked(self) -> dict[str, Any]:
         """For Worker.check: what is asked, without the files themselves."""
         return {**self.asked, "row": self.row.number, "files": {name: len(paths) for name, paths in self.files.items()}}

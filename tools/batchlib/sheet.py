@@ -1,6 +1,6 @@
-"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[name, parts, [path, ...]], ...].
+"""Makes a contact sheet: `sheet.py OUT.jpg`, with JSON on standard input, [[title, [path, ...]], ...].
 
-parts: into how many each picture of a row is taken apart, as one of a validation shows several prompts.
+A validation's picture shows several prompts, and is taken apart.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from tlora_core.reports.sheet import MAX_PIXELS, comparison_sheet
+from tlora_core.training.run_folder import PROMPTS
 
 CELL, SMALLEST = 256, 32
 _EMPTY = (24, 26, 31)
@@ -21,18 +22,19 @@ _EMPTY = (24, 26, 31)
 
 def main(out: str) -> None:
     told = json.load(sys.stdin)
-    rows = [(name, [part for path in paths for part in _apart(path, parts)]) for name, parts, paths in told]
+    rows = [(title, [part for path in paths for part in _apart(path)]) for title, paths in told]
     wide = max(1, *(len(pictures) for _, pictures in rows))
     cell = CELL
     while cell > SMALLEST and len(rows) * (wide + 1) * cell**2 > MAX_PIXELS // 2:
         cell //= 2
     columns = [torch.stack([_cell(pictures[place : place + 1], cell) for _, pictures in rows]) for place in range(wide)]
-    comparison_sheet(columns, [""] * wide, [name for name, _ in rows], cell).save(out, "JPEG", quality=90)
+    comparison_sheet(columns, [""] * wide, [title for title, _ in rows], cell).save(out, "JPEG", quality=90)
 
 
-def _apart(path: str, parts: int) -> list[Image.Image]:
-    picture = Image.open(path).convert("RGB")
-    width, height = picture.size
+def _apart(path: str) -> list[Image.Image]:
+    opened = Image.open(path)
+    parts = len(json.loads(opened.info.get(PROMPTS, "[0]")))
+    picture, (width, height) = opened.convert("RGB"), opened.size
     return [picture.crop((i * width // parts, 0, (i + 1) * width // parts, height)) for i in range(parts)]
 
 

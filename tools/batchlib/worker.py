@@ -31,7 +31,7 @@ _PREFIX, _LOCK = "tlora-batch-", "lock"
 _SURELY_HELD_SECONDS = 60  # a younger folder may be about to be locked
 _NOT_CARRIED = "events.out"  # TensorBoard's, which begin anew
 Event = dict[str, Any]
-OnSheet = tuple[str, int, Sequence[bytes]]  # a row's title, the parts of each picture, and the pictures
+OnSheet = tuple[str, Sequence[bytes]]  # a row's title and its pictures
 
 
 class Lost(HostError):
@@ -187,11 +187,11 @@ class Worker:
         """A contact sheet, as a JPEG."""
         with tempfile.TemporaryDirectory() as folder:
             told = []
-            for number, (name, parts, pictures) in enumerate(rows):
+            for number, (title, pictures) in enumerate(rows):
                 paths = [Path(folder, f"{number}_{place}") for place in range(len(pictures))]
                 for path, data in zip(paths, pictures):
                     path.write_bytes(data)
-                told.append([name, parts, [str(path) for path in paths]])
+                told.append([title, [str(path) for path in paths]])
             out = Path(folder, "sheet.jpg")
             made = subprocess.run(
                 [str(self.host.python), str(HERE / "sheet.py"), str(out)],

@@ -1,6 +1,7 @@
 """The pictures that a run draws for its scores: which, how, and where they and the scores are shown and kept."""
 
 import io
+import json
 import sys
 from types import SimpleNamespace
 
@@ -44,7 +45,9 @@ def test_scores_have_a_batch_of_each_prompt_and_change_nothing(base, output, tab
     assert asked == [(prompts, range(2))] * 3  # of steps 0, 2 and 3
     # All in the run's folder; the first of each prompt on the page, with its scores.
     sheet = Image.open(folders(output)[-1] / "validation" / "step_000002.png").convert("RGB")
-    assert sheet.size == (256, 270)
+    # The longer caption takes two lines.
+    assert sheet.width == 256 and 256 + 2 * 11 < sheet.height < 256 + 4 * 11
+    assert json.loads(sheet.info["tlora_prompts"]) == prompts
     live = LiveRun.find(LiveRun.states()[-1]["id"])
     assert live is not None
     bare, shown, _ = live.state()["pictures"]

@@ -217,7 +217,7 @@ class Validations:
         self.live.validation(step, strip([batch[:1] for batch in drawn]), self.prompts, scores and by_prompt(scores))
         picture = strip(drawn, self.prompts)
         self.recorder.picture(step, picture)
-        self.folder.save_picture(step, picture)
+        self.folder.save_picture(step, picture, self.prompts)
 
     def _show_scores(self) -> None:
         if self.scorer is not None:
