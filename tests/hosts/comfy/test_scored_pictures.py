@@ -164,3 +164,14 @@ def test_scores_are_recorded_for_tensorboard_and_weights_and_biases(base, output
     assert [(e.step, round(e.value, 4)) for e in events.Scalars("scores/likeness")] == [*((0, 0), (2, 0.3), (4, 0.6))]
     assert [e.step for e in events.Scalars("scores/copying")] == [0, 2, 4]
     assert [step for step, names in service.logged if names == ["copying", "likeness", "obedience"]] == [0, 2, 4]
+
+
+def test_no_step_is_marked_as_the_best_while_none_is_better_than_the_bare_model(comfy):
+    from tlora_core.hosts.comfy.training.scored import shown
+    from tlora_core.reports.live_scores import PictureScores, StepScores
+
+    def scores(step, likeness):
+        return StepScores.of(step, [[PictureScores(likeness, 0.5, None)], [PictureScores(None, 0.5, 0.1)]])
+
+    steps = [scores(0, 0.5), scores(2, 0.4), scores(4, 0.8)]
+    assert [shown(steps[:count])["best"] for count in range(4)] == [None, None, None, 4]
