@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from tlora_core.errors import TLoRAError
 from tlora_core.reports.live_scores import LiveScorer, PictureScores, Score, StepScores
-from tlora_core.reports.picture_scores import Concept, WholePictureEncoder, middle
+from tlora_core.reports.picture_scores import Concept, WholePictureEncoder, copying, likeness, middle
 from tlora_core.training.dataset import TrainingImage
 
 PROMPTS = ["a photo of sks dog", "a sks dog at night"]
@@ -76,6 +76,24 @@ def test_without_a_mask_the_scene_is_what_surrounds_the_middle():
     assert torch.allclose(seen.subjects, Means().images(picture[None]))
 
 
+def test_the_middle_is_as_wide_and_as_high_as_the_picture_asks():
+    wanted = torch.zeros(10, 30)
+    wanted[2:8, 6:24] = 1
+    assert torch.equal(middle(torch.zeros(10, 30, 3)), wanted)
+
+
+def test_all_training_pictures_count_for_likeness_and_the_nearest_one_for_copying():
+    concept = Concept(subjects=torch.eye(3)[:2], scenes=torch.eye(3)[:2])
+    assert likeness(Means(), concept, plain((1, 0, 0), (0, 0, 1))).tolist() == [0.5, 0]
+    assert copying(Means(), concept, plain((1, 0, 0), (0, 0, 1))).tolist() == [1, 0]
+
+
+def test_the_copy_is_the_mean_of_all_training_pictures():
+    concept = [TrainingImage(plain(colour)[0]) for colour in ((1, 0, 0), (1, 0, 0), (0, 0, 1))]
+    copy = LiveScorer(Means(), concept, PROMPTS, PROMPTS[0], "sks").copy
+    assert copy.likeness == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
+
+
 def test_the_copy_is_the_training_picture_drawn_for_every_prompt():
     scorer = scorer_of(masked=False)
     picture = plain((0, 0, 1))
@@ -137,6 +155,7 @@ def test_batches_that_do_not_fit_are_refused(pictures, words):
 def test_a_neutral_prompt_that_is_not_drawn_is_refused():
     with pytest.raises(TLoRAError, match="a cat"):
         scorer_of(neutral="a cat")
+    assert scorer_of(neutral=f" {PROMPTS[0]}\n").is_neutral == [True, False], "spaces around it do not matter"
 
 
 def test_scores_come_back_from_json_as_they_were():
@@ -152,6 +171,7 @@ def test_scores_come_back_from_json_as_they_were():
         ({"pictures": 5}, "int"),
         ({"pictures": [[{"likeness": "0.5", "obedience": None, "copying": None}]]}, "likeness is '0.5'"),
         ({"pictures": [[{"likeness": float("nan"), "obedience": None, "copying": None}]]}, "likeness is nan"),
+        ({"pictures": [[{"likeness": float("inf"), "obedience": None, "copying": None}]]}, "likeness is inf"),
         ({"pictures": [[{"likeness": 0.5}]]}, "obedience is missing"),
         ({"copy": None}, "likeness is missing"),
     ],

@@ -38,6 +38,8 @@ def test_trade_off_is_the_geometric_mean_of_the_three_shares():
     assert trade_off(scores(0, *BARE), scores(100, 0.5, 0.3, 0.4)) == 0, "less like it than before"
     assert trade_off(scores(0, *BARE), scores(100, *(1.0, 0.1, 0.9))) == 0, "the training picture itself"
     assert trade_off(scores(0, *BARE), scores(100, 1.0, 0.4, 0.3)) == 1, "more than the bare model's does not count"
+    nothing_copied = scores(0, 0.6, 0.3, 0.0), scores(100, 0.8, 0.3, 0.45)
+    assert trade_off(*nothing_copied) == pytest.approx((0.5 * 0.5) ** (1 / 3)), "a score of 0 is a score"
 
 
 def test_as_like_as_it_gets():
@@ -66,6 +68,16 @@ def test_nothing_is_gained_any_more():
     )
 
 
+def test_changes_too_small_to_tell_are_not_told():
+    found = verdict(curve(BARE, (0.8, 0.3, 0.4), (0.8, 0.295, 0.41)))
+    assert found.sentence == "step 100: as like as it gets; after it nothing is gained."
+
+
+def test_more_like_it_by_less_than_counts():
+    found = verdict(curve(BARE, (0.8, 0.3, 0.4), (0.84, 0.3, 0.4)), tolerance=0.1)
+    assert found.sentence == "step 100: the best balance; after it the subject gets more alike, but no better."
+
+
 def test_still_learning():
     found = verdict(curve(BARE, (0.7, 0.3, 0.4), (0.8, 0.3, 0.4)))
     assert (found.best, found.is_better, found.past) == (200, True, 0)
@@ -91,6 +103,16 @@ def test_a_gain_within_its_noise_does_not_count():
     assert best_index([first, early, certain]) == 2 and best_index([first, early, noisy]) == 1
     # The same noise in both is no noise of their difference.
     assert best_index([first, scores(100, 0.8, 0.3, 0.4, noise=(0.1, -0.1)), noisy]) == 2
+    # All is counted from the first, so its noise is in every gain.
+    assert best_index([scores(0, *BARE, noise=(0.18, -0.18)), early, certain]) == 1
+
+
+def test_two_pictures_are_enough_to_know_the_noise():
+    rows = [
+        StepScores.of(100 * i, [[PictureScores(likeness + by, 0.3, None) for by in (noise, -noise)]], COPY)
+        for i, (likeness, noise) in enumerate(((0.6, 0), (0.8, 0), (0.86, 0.1)))
+    ]
+    assert best_index(rows) == 1
 
 
 def test_a_gain_within_the_tolerance_does_not_count():
@@ -111,10 +133,19 @@ def test_what_is_not_measured_is_left_out(left):
     del shares[left]
     first, second = shares.values()
     assert trade_off(found[0], found[1]) == pytest.approx((first * second) ** 0.5)
+    worse = {"obedience": "prompts are followed less", "copying": "the background is copied more"}
+    if worse.pop(left, None):
+        assert verdict(found).sentence.endswith(f"but {worse.popitem()[1]}.")
 
 
-def test_a_measure_in_which_the_copy_is_like_the_bare_model_is_left_out():
-    copy = PictureScores(likeness=1.0, obedience=0.3, copying=0.9)
+def test_where_nothing_is_measured_no_step_is_better():
+    found = curve(*[(None, None, None)] * 3)
+    assert trade_off(found[0], found[1]) == 0 and verdict(found).sentence.startswith("step 200: no step so far is")
+
+
+@pytest.mark.parametrize("of_copy", [0.3, 0.4])
+def test_a_measure_in_which_the_copy_is_no_worse_than_the_bare_model_is_left_out(of_copy):
+    copy = PictureScores(likeness=1.0, obedience=of_copy, copying=0.9)
     found = curve(BARE, (0.8, 0.1, 0.4), copy=copy)
     assert trade_off(*found) == pytest.approx(0.5**0.5)
 
@@ -125,6 +156,9 @@ def test_a_single_picture_of_a_prompt_is_enough():
         for i, likeness in enumerate((0.6, 0.8, 0.81))
     ]
     assert best_index(rows) == 1
+    # Each of its pictures is the only one of its measure, so none can be left out, and no noise is known.
+    later = [[PictureScores(0.95, 0.3, None)], [PictureScores(None, 0.3, 0.5)]]
+    assert best_index([*rows[:2], StepScores.of(200, later, COPY)]) == 2
 
 
 @pytest.mark.parametrize("name, best", [("peach_circle", 75), ("green_star", 100), ("brown_heart", 50)])

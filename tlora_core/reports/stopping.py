@@ -8,7 +8,7 @@ itself, as if the T-LoRA drew it whatever the prompt:
     o = (obedience - obedience_copy) / (obedience_first - obedience_copy)       how much of the prompts is left
 
 The trade-off is the geometric mean of l, o and 1 - c, each held within 0 and 1, so that none makes up for the lack of
-another. A measure that was not taken, or in which the first scores do not differ from the copy, is left out.
+another. A measure that was not taken, or in which the first scores do not lie on their side of the copy's, is left out.
 
 The best step is found from the first to the last: a step takes the place of the best so far if its trade-off is higher
 by more than its noise and more than TOLERANCE. So the best is always the best before or the newest. The noise is the

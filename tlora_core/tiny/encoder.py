@@ -41,7 +41,8 @@ class TinyEncoder:
 
     @torch.inference_mode()
     def scenes(self, pictures: Tensor, masks: Tensor | None = None) -> Tensor:
-        """The square roots of the probabilities of backgrounds and places, so that equal pictures have cosine 1."""
+        """The square roots of the probabilities of backgrounds and places, so that a cosine is the mean of what two
+        pictures have in common of each."""
         seen = self._probabilities(pictures)
         return normalize(torch.cat([seen["background"].sqrt(), seen["place"].sqrt()], dim=1), dim=-1)
 

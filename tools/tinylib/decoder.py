@@ -112,9 +112,8 @@ class DecoderTraining:
                 latent = latent + strength * torch.from_numpy(rng.standard_normal(latent.shape, np.float32))
             behind = BACKGROUND_WEIGHT.get(kind, 1.0)
             weight = behind + (1 - behind) * weights[rows][:, None].float() / 255
-            parts.append(
-                (latent, to_tensor(pictures[rows], "cpu"), weight.repeat_interleave(8, 2).repeat_interleave(8, 3))
-            )
+            weight = weight.repeat_interleave(8, 2).repeat_interleave(8, 3)
+            parts.append((latent, to_tensor(pictures[rows].numpy(), "cpu"), weight))
         latents, pictures, weights = (torch.cat(each).to(self.args.device) for each in zip(*parts))
         return latents, pictures.contiguous(memory_format=torch.channels_last), weights
 
@@ -123,7 +122,7 @@ class DecoderTraining:
         for optimizer, rate in ((self.optimizer, RATE), (self.critic_optimizer, CRITIC_RATE)):
             set_rate(optimizer, warm_stable_decay(step, self.steps, rate, warmup=100))
         decoded = self.model.decode(latents)
-        colours, edges = ((error * weights).mean() for error in _errors(decoded, pictures, weights))
+        colours, edges = ((error * weights).mean() for error in _errors(decoded, pictures))
         steepness = ((_steepness(decoded) - _steepness(pictures)).abs() * avg_pool2d(weights, PATCH)).mean()
         loss = colours + EDGES * edges + STEEPNESS * steepness
         told = {"colours": colours.item(), "edges": edges.item(), "steepness": steepness.item()}
@@ -199,7 +198,7 @@ def _as_bytes(values: np.ndarray) -> np.ndarray:
     return np.round(values * 255).astype(np.uint8)
 
 
-def _errors(decoded: Tensor, pictures: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _errors(decoded: Tensor, pictures: Tensor) -> tuple[Tensor, Tensor]:
     """The error of each pixel's colour, and of its differences to its neighbours, [B, 3, 128, 128] each. The latter
     also in the picture at half size, whose edges need not be exact to the pixel."""
     error = decoded - pictures

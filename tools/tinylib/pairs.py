@@ -76,15 +76,19 @@ class Backgrounds:
         self.seeds, self.pictures = scenes.seed, {}
         for index in range(len(world.BACKGROUNDS)):
             scenes.background[:] = index
-            self.pictures[index] = torch.from_numpy(world.render(scenes, SMALL)).movedim(-1, 1)
+            # As pictures are made small: a smaller rendering has other details.
+            self.pictures[index] = _small(torch.from_numpy(world.render(scenes)).movedim(-1, 1))
 
     def nearest(self, picture: Tensor, among: Sequence[int], outside: Tensor) -> tuple[int, int]:
         """(background, its seed). picture [3, 64, 64], outside [64, 64]: 1 where the object is not."""
-        small = torch.nn.functional.adaptive_avg_pool2d(picture, SMALL)
-        weight = torch.nn.functional.adaptive_avg_pool2d(outside[None], SMALL)
+        small, weight = _small(picture), _small(outside[None])
         errors = torch.stack([((self.pictures[b] - small).abs() * weight).sum((1, 2, 3)) for b in among])
         best = int(errors.argmin())
         return among[best // BACKGROUND_SEEDS], int(self.seeds[best % BACKGROUND_SEEDS])
+
+
+def _small(pictures: Tensor) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(pictures, SMALL)
 
 
 def fitted(

@@ -1,5 +1,7 @@
 """The host's CLIP_VISION as an encoder, and when the checkpoint's text encoder counts as belonging to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -100,6 +102,16 @@ def test_clips_image_vectors_are_those_of_its_projection(comfy):
     )
 
 
+def test_all_patches_of_siglip_count(comfy):
+    from tlora_core.hosts.comfy.encoders import VisionEncoder
+
+    vision = vision_of(SIGLIP_CONFIG)
+    shown = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(1))
+    patches = vision.encode_image(shown)["image_embeds"]
+    assert patches.shape == (2, 16, 16)
+    assert torch.allclose(VisionEncoder(vision).images(shown), normalize(patches.mean(1), dim=-1), atol=1e-6)
+
+
 def test_text_encoder_that_belongs_to_clip_vision_measures_obedience(pair):
     from tlora_core.hosts.comfy.encoders import Texts, VisionEncoder
 
@@ -109,6 +121,43 @@ def test_text_encoder_that_belongs_to_clip_vision_measures_obedience(pair):
     shown, prompts = torch.rand(2, 32, 32, 3), ["a red heart", "a star in the snow"]
     wanted = (encoder.images(shown) * Texts(clip, "l")(prompts)).sum(1)
     assert torch.allclose(encoder.follows(shown, prompts), wanted) and wanted.std() > 0
+    assert torch.allclose(Texts(clip, "l")(prompts).norm(dim=1), torch.ones(2), atol=1e-5)
+
+
+def test_of_a_long_prompt_the_first_part_is_read(pair, monkeypatch):
+    from tlora_core.hosts.comfy.encoders import Texts
+
+    clip = pair[1]
+    parts = [clip.tokenize(text)["l"][0] for text in ("a red heart", "a star in the snow")]
+    wanted = Texts(clip, "l")(["a red heart"])
+    monkeypatch.setattr(clip, "tokenize", lambda prompt: {"l": parts})
+    assert torch.equal(Texts(clip, "l")(["a prompt of two parts"]), wanted)
+
+
+@pytest.mark.parametrize("wrong, tells", [(0, True), (1, True), (2, False)])
+def test_all_colours_but_one_must_be_nearest_to_their_names(comfy, wrong, tells):
+    from tlora_core.hosts.comfy.encoders import COLOURS, tells_colours_apart
+
+    cosines = 0.1 * torch.eye(len(COLOURS))
+    cosines[:, 2] += 0.5  # a text that is near to all pictures
+    for place in range(wrong):
+        cosines[place, place] -= 0.3
+    encoder = SimpleNamespace(images=lambda pictures: torch.eye(len(COLOURS)))
+    assert tells_colours_apart(encoder, lambda prompts: cosines.T) == tells
+
+
+@pytest.mark.parametrize("name", ["l", "g", "h"])
+def test_each_text_encoder_of_the_hosts_clips_may_be_the_one(comfy, monkeypatch, name):
+    from tlora_core.hosts.comfy import encoders
+
+    monkeypatch.setattr(encoders, "tells_colours_apart", lambda encoder, texts: True)
+    sizes = {each: 7 if each == name else 5 for each in ("l", "g", "h")}
+    inner = {
+        f"clip_{each}": SimpleNamespace(transformer=SimpleNamespace(text_projection=torch.nn.Linear(3, size)))
+        for each, size in sizes.items()
+    }
+    clip = SimpleNamespace(cond_stage_model=SimpleNamespace(**inner))
+    assert encoders.paired_text(SimpleNamespace(projection=7), clip).name == name
 
 
 def test_text_encoder_of_the_same_size_that_does_not_tell_colours_apart_does_not_count(pair):
@@ -140,3 +189,19 @@ def test_scorers_by_name(comfy, model_folders):
         "dino",
     ]
     assert encoders.load_scorer("clip").why_no_text == "" != encoders.load_scorer("dino").why_no_text
+
+
+def test_a_folder_goes_to_the_card_once_there_is_room_or_to_the_cpu(comfy, model_folders, monkeypatch):
+    import comfy.model_management
+    import folder_paths
+
+    from tlora_core.hosts.comfy import encoders
+
+    folder_paths.add_model_folder_path("clip_vision", str(model_folders))
+    freed = []
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: "card")
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *room: freed.append(room))
+    monkeypatch.setattr(encoders, "FolderEncoder", lambda folder, types, device="cpu": (folder.name, device))
+    assert encoders.load_scorer("clip", on_cpu=True) == ("clip", "cpu") and freed == []
+    assert encoders.load_scorer("clip") == ("clip", "card")
+    assert freed == [((model_folders / "clip" / "model.safetensors").stat().st_size, "card")]
