@@ -168,7 +168,7 @@ def _optional():
         io.ClipVision.Input(
             "clip_vision",
             optional=True,
-            tooltip="From Load CLIP Vision, instead of clip_model. With SigLIP and DINOv2, TS is not measured.",
+            tooltip="From Load CLIP Vision, instead of clip_model. With SigLIP and DINO, TS is not measured.",
         ),
         io.Clip.Input(
             "clip",

@@ -29,6 +29,17 @@ DINO_CONFIG = {
     "use_swiglu_ffn": False,
     "image_size": 518,
 }
+DINO_3_CONFIG = {
+    **DINO_CONFIG,
+    "model_type": "dinov3",
+    "layer_norm_eps": 1e-5,
+    "num_register_tokens": 4,
+    "intermediate_size": 32,
+    "num_channels": 3,
+    "patch_size": 16,
+    "rope_theta": 100.0,
+    "image_size": 64,
+}
 SIGLIP_CONFIG = {k: v for k, v in CLIP_CONFIG.items() if k != "projection_dim"} | {"model_type": "siglip_vision_model"}
 
 
@@ -76,7 +87,9 @@ def pair(clip):
     return vision, clip
 
 
-@pytest.mark.parametrize("config", [CLIP_CONFIG, DINO_CONFIG, SIGLIP_CONFIG], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize(
+    "config", [CLIP_CONFIG, DINO_CONFIG, DINO_3_CONFIG, SIGLIP_CONFIG], ids=lambda config: config["model_type"]
+)
 def test_every_kind_of_clip_vision_gives_unit_vectors_that_tell_pictures_apart(comfy, config):
     from tlora_core.hosts.comfy.encoders import VisionEncoder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import comfy.model_management
 import folder_paths
 import torch
+from comfy.clip_model import clip_preprocess
 from comfy.clip_vision import ClipVisionModel
 from comfy.sd import CLIP
 from torch import Tensor
@@ -54,7 +55,7 @@ def load_encoder(name: str, types: Sequence[str], on_cpu: bool = False) -> Folde
 
 
 class VisionEncoder(WholePictureEncoder):
-    """The host's CLIP_VISION: CLIP, SigLIP or DINOv2, as Load CLIP Vision loads them. clip: the checkpoint's CLIP,
+    """The host's CLIP_VISION: CLIP, SigLIP, DINOv2 or DINOv3, as Load CLIP Vision loads them. clip: the checkpoint's CLIP,
     whose text encoder tells how well pictures follow prompts if it pairs with the image encoder."""
 
     def __init__(self, vision: ClipVisionModel, clip: CLIP | None = None):
@@ -78,8 +79,17 @@ class VisionEncoder(WholePictureEncoder):
 
     @torch.inference_mode()
     def images(self, pictures: Tensor) -> Tensor:
-        found = self.vision.encode_image(pictures)["image_embeds"].float().cpu()
+        found = self._vectors(pictures).float().cpu()
         return normalize(found if found.ndim == 2 else found.mean(1), dim=-1)  # SigLIP gives a vector for each patch
+
+    def _vectors(self, pictures: Tensor) -> Tensor:
+        vision = self.vision
+        if vision.model_type != "dinov3":
+            return vision.encode_image(pictures)["image_embeds"]
+        # The host's encode_image (0.30.0) fails, as it moves hidden states that this model does not give.
+        comfy.model_management.load_model_gpu(vision.patcher)
+        size, mean, std = vision.image_size, vision.image_mean, vision.image_std
+        return vision.model(clip_preprocess(pictures.to(vision.load_device), size, mean, std).float())[2]
 
     def follows(self, pictures: Tensor, prompts: Sequence[str]) -> Tensor:
         if self.texts is None:
