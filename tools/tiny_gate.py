@@ -1,7 +1,7 @@
 """Measures the tiny base model as ComfyUI runs it: does it draw what its prompts say, and can a LoRA teach it a
 concept?
 
-    python3 tools/host.py python tools/tiny_gate.py [--pictures 200] [--concepts 12] [--grid PICTURE.png] [--flow]
+    python3 tools/host.py python tools/tiny_gate.py [--pictures 600] [--concepts 12] [--grid PICTURE.png] [--flow]
 
 Prints a JSON report; the exit status is 1 if the gate is not passed. The gate: the background is right in 95% of the
 pictures, the colour in 90% and the shape in 95%, according to a scorer that is right on at least 95% of rendered
@@ -243,7 +243,7 @@ def save_grid(pictures: torch.Tensor, path: Path, columns: int = 8, scale: int =
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=200, help="how many prompts to draw (200)")
+    parser.add_argument("--pictures", type=int, default=600, help="how many prompts to draw (600)")
     parser.add_argument(
         "--concepts", type=int, default=len(world.CONCEPTS), help="how many held-out concepts to teach (all)"
     )

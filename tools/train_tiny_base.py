@@ -77,7 +77,7 @@ def main():
     parser.add_argument("--autoencoder-steps", type=int, default=4300)
     parser.add_argument("--text-steps", type=int, default=600)
     parser.add_argument("--scorer-steps", type=int, default=1500)
-    parser.add_argument("--gate-pictures", type=int, default=200)
+    parser.add_argument("--gate-pictures", type=int, default=600)
     parser.add_argument("--gate-concepts", type=int, default=len(world.CONCEPTS))
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     parser.add_argument("--base-steps", type=int, default=9000)
