@@ -55,8 +55,8 @@ def load_encoder(name: str, types: Sequence[str], on_cpu: bool = False) -> Folde
 
 
 class VisionEncoder(WholePictureEncoder):
-    """The host's CLIP_VISION: CLIP, SigLIP, DINOv2 or DINOv3, as Load CLIP Vision loads them. clip: the checkpoint's CLIP,
-    whose text encoder tells how well pictures follow prompts if it pairs with the image encoder."""
+    """The host's CLIP_VISION: CLIP, SigLIP, DINOv2 or DINOv3, as Load CLIP Vision loads them. clip: the checkpoint's
+    CLIP, whose text encoder tells how well pictures follow prompts if it pairs with the image encoder."""
 
     def __init__(self, vision: ClipVisionModel, clip: CLIP | None = None):
         self.vision = vision
