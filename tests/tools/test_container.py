@@ -34,6 +34,29 @@ def test_what_is_copied_is_there_and_part_of_the_context():
     assert sorted(Path(source).name for source in copied()) == sorted(allowed())
 
 
+def test_what_is_copied_keeps_its_name_and_place():
+    for line in instructions("COPY"):
+        *sources, target = line.split()
+        assert (
+            sources == [target.removeprefix("./")]
+            or target == "./"
+            and all((REPO / each).is_file() for each in sources)
+        )
+
+
+def test_the_setup_has_what_it_is_built_from_and_a_change_of_the_code_does_not_repeat_it():
+    before, after = DOCKERFILE.read_text(encoding="utf-8").split("RUN python3 tools/host.py setup")
+    assert re.findall(r"^COPY (.+) \./", before, re.MULTILINE) == ["requirements.txt", "tools"]
+    assert "COPY tlora_core " in after and "python3-venv" in before
+
+
+def test_the_examples_mount_folders_that_the_image_uses():
+    text = DOCKERFILE.read_text(encoding="utf-8")
+    tables, models = re.findall(r'-v "\$PWD[^:"]*:([^"]+)"', text)
+    cache = re.search(r"TLORA_HOST_CACHE=(\S+)", text)[1]
+    assert instructions("WORKDIR")[-1] == tables and f"{cache}/workspace/models" == models
+
+
 def test_all_that_the_pack_loads_is_copied():
     ignored = (REPO / ".comfyignore").read_text(encoding="utf-8").split()
     known = subprocess.run(["git", "ls-files"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\n")
