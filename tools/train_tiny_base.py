@@ -84,7 +84,7 @@ def main():
     parser.add_argument("--base-rate", type=float, default=1.2e-3)
     parser.add_argument("--pairs", type=int, default=100, help="percentage of the decoder's pairs to make")
     parser.add_argument("--decoder-scenes", type=int, default=4500, help="rendered ones, and as many odd ones")
-    parser.add_argument("--decoder-steps", type=int, default=9600)
+    parser.add_argument("--decoder-steps", type=int, default=16_000)
     parser.add_argument("--flow-steps", type=int, default=1500)
     parser.add_argument("--flow-rate", type=float, default=5e-4)
     parser.add_argument("--flow-output", type=Path, default=FLOW_WEIGHTS, help="file of the flow-matching U-Net")

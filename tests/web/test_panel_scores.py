@@ -15,13 +15,15 @@ RISING = [
 ]
 # What the panel shows of the scores: the lanes by name with their value, title, mark, sentence, and the rule's place.
 SHOWN = """() => {
-    const scores = document.querySelector(".tlora-scores"), rule = scores.querySelector(".tlora-rule");
+    const scores = document.querySelector(".tlora-scores"), [rule, pointed] = scores.querySelectorAll(".tlora-rule");
     const text = selector => scores.querySelector(selector).textContent;
     const lanes = [...scores.querySelectorAll(".tlora-lane")].filter(lane => lane.checkVisibility());
     return {
         steps: document.querySelector(".tlora-state + span").textContent,
         isShown: scores.checkVisibility(), lanes: lanes.map(lane => lane.querySelector(".tlora-name").textContent),
         values: lanes.map(lane => lane.querySelector(".tlora-strong").textContent),
+        ranges: lanes.map(lane => lane.querySelector(".tlora-range").textContent),
+        cursor: pointed.checkVisibility() ? pointed.style.left : null,
         title: text(".tlora-lanes > .tlora-row .tlora-strong"), mark: text(".tlora-mark"),
         sentence: text(".tlora-sentence"),
         rule: rule.checkVisibility() ? rule.style.left : null,
@@ -56,7 +58,8 @@ def test_curves_have_the_places_of_their_scores_and_the_best_step_is_marked_with
     assert panel["lanes"] == list(MEASURES)
     assert panel["values"] == ["0.600 ± 0.010", "0.500 ± 0.010", "0.900 ± 0.010"]
     assert panel["title"] == "Scores at step 400" and panel["mark"] == "best: step 300" and panel["rule"] == "75%"
-    assert panel["sentence"] == "step 300: as like as it gets."
+    assert panel["sentence"] == "step 300: as like as it gets." and panel["cursor"] is None
+    assert panel["ranges"] == ["0.20 to 0.70", "0.50 to 0.90", "0.10 to 0.90"]
     assert panel["label"] == (
         "Scores at step 400: likeness 0.600 ± 0.010, obedience 0.500 ± 0.010, copying 0.900 ± 0.010. best: step 300"
     )
@@ -79,7 +82,9 @@ def test_the_pointer_and_the_slider_tell_the_scores_of_a_step(page):
     width = plot.bounding_box()["width"]
     plot.hover(position={"x": 0.55 * width, "y": 60})
     panel = shown(page, "shown.title === 'Scores at step 200'")
-    assert panel["values"] == ["0.600 ± 0.010", "0.800 ± 0.010", "0.200 ± 0.010"]
+    assert panel["values"] == ["0.600 ± 0.010", "0.800 ± 0.010", "0.200 ± 0.010"] and panel["cursor"] == "50%"
+    plot.hover(position={"x": 0.7 * width, "y": 60})
+    shown(page, "shown.title === 'Scores at step 300' && shown.cursor === '75%'")
     page.locator(".tlora-buttons").hover()
     shown(page, "shown.title === 'Scores at step 400'")
 
@@ -93,6 +98,10 @@ def test_the_pointer_and_the_slider_tell_the_scores_of_a_step(page):
     assert slider.get_attribute("aria-valuetext") == (
         "step 300, best, likeness 0.700 ± 0.010, obedience 0.700 ± 0.010, copying 0.600 ± 0.010"
     )
+    plot.hover(position={"x": 0.55 * width, "y": 60})
+    shown(page, "shown.title === 'Scores at step 200'")
+    slider.hover()
+    shown(page, "shown.title === 'Scores at step 300'")
     page.keyboard.press("End")
     shown(page, "shown.title === 'Scores at step 400'")
 
@@ -117,6 +126,34 @@ def test_only_what_is_measured_is_shown_and_takes_room(page):
     assert grown[0] > grown[1] == grown[2] > 0
     tell(page, run | {"sequence": 9, "scores": None})
     assert shown(page, "!shown.isShown")["height"] == heights[0]
+
+
+def test_a_sentence_has_the_room_of_its_lines_and_is_not_said_twice(page):
+    run = scored_run(RISING, PROMPTS, best=300)
+    tell(page, run)
+    short = shown(page, "shown.sentence === 'step 300: as like as it gets.'")
+    long = "step 300: as like as it gets; after it " + "and".join([" prompts are followed less "] * 3)
+    tell(page, run | {"sequence": 2, "scores": run["scores"] | {"sentence": long}})
+    assert shown(page, "shown.sentence.length > 100")["height"] == short["height"] + 2 * 16
+    tell(page, run | {"sequence": 3, "message": f"The file holds {short['sentence']}"})
+    shown(page, "shown.sentence === ''")
+
+
+def test_an_even_curve_lies_in_the_middle_and_has_no_range(page):
+    even = [scored_step(step, likeness=0.5, copying=None) | {"likeness_error": None} for step in (200, 400)]
+    tell(page, scored_run(even, PROMPTS))
+    assert shown(page, "shown.lanes.length === 2 && !shown.mark")["ranges"] == ["", ""]
+    assert page.evaluate(POINTS, ["likeness", "line"]) == [[200, 0.5], [400, 0.5]]
+    tell(page, scored_run([even[0] | {"likeness_error": 0}], PROMPTS))
+    assert shown(page, "shown.title === 'Scores at step 200'")["values"][0] == "0.500 ± 0.000"
+
+
+def test_what_the_last_step_lacks_is_a_dash(page):
+    tell(page, scored_run(RISING, PROMPTS, best=300))
+    shown(page, "shown.values[1] === '0.500 ± 0.010'")
+    last = scored_step(400, likeness=0.6, obedience=None, copying=0.9)
+    tell(page, scored_run([*RISING[:3], last], PROMPTS, best=300))
+    assert shown(page, "shown.values[1] === '–'")["values"] == ["0.600 ± 0.010", "–", "0.900 ± 0.010"]
 
 
 @pytest.mark.parametrize("count", [1, 50])

@@ -19,11 +19,11 @@ PREFIX = "first_stage_model."
 STREAM = 8  # of random numbers; the other stages have their own
 SIDE, PATCH = 2 * SIZE, 8  # of decoded pictures; of the patches in which edges are compared
 # Pictures of each kind in a batch. The background of a drawn picture was only fitted, so it counts less.
-SHARES = {"plain": 1, "odd": 2, "changed": 3, "drawn": 6, "taught": 4}
+SHARES = {"plain": 1, "odd": 2, "changed": 3, "drawn": 6, "taught": 5}
 BACKGROUND_WEIGHT = {"drawn": 0.4, "taught": 0.4}
 RATE, CRITIC_RATE, AVERAGE_EVERY = 6e-4, 4e-4, 5
 CRITIC_FROM = 0.05  # share of the steps; before it, every decoded picture is told from a rendered one at once
-EDGES, STEEPNESS, FEATURES = 0.5, 10.0, 0.3  # weights in the loss, beside 1 for the colours
+EDGES, STEEPNESS, FEATURES = 0.5, 15.0, 0.3  # weights in the loss, beside 1 for the colours
 CRITIC = 0.6  # share of the critic's gradient, by its norm, beside that of the loss
 
 
