@@ -22,15 +22,15 @@ SIDE, GAP = 480, 6
 # By the number of a template: its object, and the number of pictures in a row.
 SHOWN = {
     "01": ("lime circle", 2),
-    "02": ("teal flower", 2),
-    "03": ("olive heart", 2),
+    "02": ("peach circle", 2),
+    "03": ("tan cross", 2),
     "04": ("maroon star", 2),
-    "05": ("teal flower", 1),
-    "06": ("olive heart", 1),
+    "05": ("peach circle", 1),
+    "06": ("tan cross", 1),
     "07": ("lime circle", 3),
     "08": ("lime circle", 3),
     "09": ("lime circle", 4),
-    "10": ("teal flower", 3),
+    "10": ("peach circle", 3),
     "11": ("lime circle", 2),
     "12": ("lime circle", 2),
     "13": ("maroon star", 2),
@@ -40,17 +40,18 @@ SHOWN = {
     "17": ("cyan star", 2),
     "18": ("cyan star", 2),
     "19": ("cyan star", 2),
-    "20": ("plum flower", 2),
+    "20": ("navy moon", 2),
     "21": ("mint square", 2),
 }
 # Their training pictures come before the generated ones.
 WITH_ITS_PICTURES = ("01", "02", "03", "04", "11", "12", "13", "14", "16", "17", "18", "19", "20", "21")
 # One training serves the templates with one object; their scenes differ.
 OTHER_SCENES = {
+    "05": "a photo of {} in the snow",
     "15": "a photo of {} on the beach",
     "16": "a photo of {} on the beach\na photo of {} by a brick wall\na photo of {} on a plain blue background",
-    "17": "a photo of {} at night\na photo of {} in the snow\na photo of {} on a plain grey background",
-    "18": "a photo of {} on a plain red background\na photo of {} in a meadow\na photo of {} at night",
+    "17": "a photo of {} in the snow\na photo of {} on a plain grey background\na photo of {} on the beach",
+    "18": "a photo of {} on a plain yellow background\na photo of {} in a meadow\na photo of {} on the beach",
     "19": "a photo of {} in the snow\na photo of {} on a plain blue background\na photo of {} on the beach",
 }
 NOT_NEEDED = (
