@@ -145,7 +145,8 @@ def _verdict(trained):
     return (
         f"In the median over concepts, of the means over their trainings, the rule keeps {shares} of the best "
         f"trade-off, which {reached} the target of {TARGET}; in the median over the single trainings it keeps "
-        f"{np.median(list(of_each.values())):.3f}. Its trade-off is higher than that of {LAST} steps by {apart}, within trainings."
+        f"{np.median(list(of_each.values())):.3f}. Its trade-off is higher than that of {LAST} steps by {apart}, "
+        "within trainings."
     )
 
 
