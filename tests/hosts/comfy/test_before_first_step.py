@@ -31,9 +31,17 @@ def test_pictures_and_layers_are_counted_as_they_are_done(base, output, said, me
     run(base, request(1, method=method, start=start), pictures=images(3))
     assert [line.split(",")[0] for line in said[:3]] == [f"picture {i} of 3" for i in (1, 2, 3)]
     layers = [line for line in said if line.startswith("layer ")]
-    assert layers[-1] == "layer 88 of 88, making the start, 0:00 left" and len(said) == 3 + len(layers)
+    assert layers[-1] == "layer 88 of 88, making the start, done" and len(said) == 3 + len(layers)
     done = [int(line.split()[1]) for line in layers]
     assert done == sorted(done) and len(done) > 4 and (start != "last_weight" or done == list(range(1, 89)))
+
+
+def test_what_is_done_at_once_leaves_no_line_on_the_node(base, output, said, monkeypatch):
+    from tlora_core.hosts.comfy import progress
+
+    monkeypatch.setattr(progress, "SAY_EVERY", 600)
+    run(base, request(1))
+    assert said == []
 
 
 @pytest.mark.parametrize("method, start", CASES)

@@ -28,21 +28,22 @@ def adding_to(text: str, node_id: str | None) -> Callable[[str], None]:
 
 
 def counting(what: str, node_id: str | None, unit: str = "step") -> Callable[[int, int], None]:
-    """A callback (done, total) that shows the node's progress, in units such as layers. Its first call must have
-    done = 0. It raises the host's interrupt after a cancel."""
-    bar, began, said = None, 0.0, 0.0
+    """A callback (done, total) that shows the node's progress, in units such as layers, and a line once it takes longer
+    than SAY_EVERY; the line stays on the node. Its first call must have done = 0. It raises the host's interrupt after
+    a cancel."""
+    bar, began, said = None, 0.0, 0.0  # said: when the line was last written, or it began
 
     def update(done: int, total: int) -> None:
         nonlocal bar, began, said
         now = time.monotonic()
         throw_exception_if_processing_interrupted()
         if done == 0:
-            bar, began = ProgressBar(total, node_id=node_id), now
+            bar, began, said = ProgressBar(total, node_id=node_id), now, now
             return
-        if now - said > SAY_EVERY or done == total:
+        if now - said > SAY_EVERY or (done == total and said > began):
             said = now
-            left = (now - began) / done * (total - done)
-            say(f"{unit} {done} of {total}, {what}, {duration(left)} left", node_id)
+            left = "done" if done == total else f"{duration((now - began) / done * (total - done))} left"
+            say(f"{unit} {done} of {total}, {what}, {left}", node_id)
         if bar is not None:
             bar.update_absolute(done, total)
 
