@@ -79,15 +79,14 @@ def run(page) -> None:
 
 
 def panel(page) -> None:
-    """The Train node in the middle of the quickstart's training."""
+    """The Train node in the middle of the quickstart's training, with scores."""
     load_workflow(page, workflow("01 Quickstart"))
-    page.evaluate(
-        SET, ["TLoRATrainFromImage", {"batch_size": 1, "validate_every": 25, "file_name": "screenshots/panel"}]
-    )
+    values = {"batch_size": 2, "validate_every": 25, "scorer": "tiny world", "file_name": "screenshots/panel"}
+    page.evaluate(SET, ["TLoRATrainFromImage", values])
     set_setting(page, "Comfy.VueNodes.Enabled", True)
     run(page)
     page.wait_for_function(
-        "() => document.querySelector('.tlora-strip:not([hidden])') && /^1[1-9]\\d /.test("
+        "() => document.querySelector('.tlora-strip:not([hidden])') && /^2[1-9]\\d /.test("
         "document.querySelector('.tlora-panel[data-state=running] .tlora-row .tlora-strong')?.textContent)",
         timeout=3 * RUN_MS,
     )

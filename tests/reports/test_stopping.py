@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tlora_core.reports import stopping
 from tlora_core.reports.live_scores import PictureScores, StepScores
 from tlora_core.reports.stopping import TOLERANCE, best_index, trade_off, verdict
 
@@ -99,24 +100,25 @@ def test_a_single_validation():
 
 def test_a_gain_within_its_noise_does_not_count():
     first, early = scores(0, *BARE), scores(100, 0.8, 0.3, 0.4)
-    certain, noisy = (scores(200, 0.86, 0.3, 0.4, noise=(by, -by)) for by in (0.0, 0.1))
+    certain, noisy = (scores(200, 0.9, 0.3, 0.4, noise=(by, -by)) for by in (0.0, 0.5))
     assert best_index([first, early, certain]) == 2 and best_index([first, early, noisy]) == 1
     # The same noise in both is no noise of their difference.
-    assert best_index([first, scores(100, 0.8, 0.3, 0.4, noise=(0.1, -0.1)), noisy]) == 2
+    assert best_index([first, scores(100, 0.8, 0.3, 0.4, noise=(0.5, -0.5)), noisy]) == 2
     # All is counted from the first, so its noise is in every gain.
-    assert best_index([scores(0, *BARE, noise=(0.18, -0.18)), early, certain]) == 1
+    assert stopping._gain(scores(0, *BARE, noise=(0.2, -0.2)), early, certain)[1] > 0
+    assert stopping._gain(first, early, certain)[1] == pytest.approx(0, abs=1e-9)
 
 
 def test_two_pictures_are_enough_to_know_the_noise():
     rows = [
         StepScores.of(100 * i, [[PictureScores(likeness + by, 0.3, None) for by in (noise, -noise)]], COPY)
-        for i, (likeness, noise) in enumerate(((0.6, 0), (0.8, 0), (0.86, 0.1)))
+        for i, (likeness, noise) in enumerate(((0.6, 0), (0.8, 0), (0.86, 0.5)))
     ]
     assert best_index(rows) == 1
 
 
 def test_a_gain_within_the_tolerance_does_not_count():
-    first, early, later = curve(BARE, (0.8, 0.3, 0.4), (0.805, 0.3, 0.4))
+    first, early, later = curve(BARE, (0.8, 0.3, 0.4), (0.82, 0.3, 0.4))
     assert trade_off(first, later) - trade_off(first, early) < TOLERANCE
     assert best_index([first, early, later]) == 1 and best_index([first, early, later], 0.0) == 2
 
