@@ -31,6 +31,7 @@ from .prompts import KINDS, TOKEN, TRAINING, Prompt, class_prompts, control_prom
 from .record_files import mend, read
 from .study import Cell, cell_of
 
+MADE_UP = "circle star heart cross square triangle moon circle star square triangle cross heart moon".split()  # shapes
 SAMPLING_STEPS, GUIDANCE = 20, 4.0  # as in the tiny base's gate
 
 
@@ -105,7 +106,15 @@ class Bench:
 
 
 def concept_named(name: str) -> world.Concept:
-    return next(c for c in world.CONCEPTS if c.name == name)
+    return next(c for c in (*world.CONCEPTS, *made_up_concepts()) if c.name == name)
+
+
+@functools.cache
+def made_up_concepts() -> tuple[world.Concept, ...]:
+    """Concepts of any colours, on which the stopping rule's numbers were chosen."""
+    rng = np.random.default_rng(99)
+    colours = (map(tuple, rng.integers(0, 256, (3, 3)).tolist()) for _ in MADE_UP)
+    return tuple(world.Concept(f"dev {i}", shape, *next(colours)) for i, shape in enumerate(MADE_UP))
 
 
 def training_pictures(cell: Cell) -> torch.Tensor:

@@ -26,7 +26,7 @@ from .prompts import TOKEN, TRAINING, Draws, Prompt, prompts, settings
 from .record_files import mend, read
 from .study import Cell, chosen_rates
 
-FILE = "stopping.jsonl"
+FILE, MADE_UP_FILE = "stopping.jsonl", "stopping_made_up.jsonl"
 LAST, EVERY = 350, 35  # fixed trainings end at LAST; a validation comes every so many steps
 STEPS = tuple(range(EVERY, LAST + 1, EVERY))
 SEEDS_PER_PROMPT = 4  # of the pictures that are scored; the rule is judged on the first ones, and on all

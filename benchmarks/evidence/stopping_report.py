@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from tlora_core.reports.live_scores import StepScores
-from tlora_core.reports.stopping import verdict
+from tlora_core.reports.stopping import OF_NOISE, TOLERANCE, best_index, verdict
 
 from . import markdown
 from .analysis import FEWEST, RESAMPLES, Estimate, Point, estimate, left_out, percentiles, points
-from .stopped import EVERY, FILE, LAST, Checkpoint, Unit, load
+from .stopped import EVERY, FILE, LAST, MADE_UP_FILE, Checkpoint, Unit, load
 
 PATIENCE, SCORE_SEEDS = 3, 2  # the Train node's defaults
 OTHER_SEEDS = (1, 2, 4)  # numbers of scored pictures of each prompt that are compared
@@ -85,7 +85,7 @@ def section(results: Path) -> str:
         return ""
     by_seeds = {n: [judged(unit, kept, left_out(results), n) for unit, kept in found] for n in OTHER_SEEDS}
     trained = by_seeds[SCORE_SEEDS]
-    parts = (_introduction(trained), _table(trained), _verdict(trained), _by_seeds(by_seeds))
+    parts = (_introduction(trained), _table(trained), _verdict(trained), _by_seeds(by_seeds), *_chosen(results))
     return "\n\n".join(("## When to stop", *parts))
 
 
@@ -163,6 +163,39 @@ def _by_seeds(by_seeds: Mapping[int, Sequence[Judged]]) -> str:
         "The same trainings with other numbers of pictures for the scores (`score_seeds`), for the rule that keeps the "
         f"best of all:\n\n{markdown.table(head, rows)}"
     )
+
+
+def _chosen(results: Path) -> list[str]:
+    """How the rule does on made-up objects with other numbers; nothing if they were not trained."""
+    found = load(results / MADE_UP_FILE)
+    if not found:
+        return []
+    lines = [[points([one.record for one in kept], set()), kept] for _, kept in found]
+    truths = [_trade_offs(kept, at) for at, kept in lines]
+    rows = []
+    for of_noise in (0.0, OF_NOISE, 0.5, 1.0):
+        for tolerance in (0.02, TOLERANCE):
+            means = [_mean_share(lines, truths, n, tolerance, of_noise) for n in OTHER_SEEDS]
+            rows.append([f"{of_noise:g}", f"{tolerance:g}", *(f"{mean:.3f}" for mean in means)])
+    head = ["of the noise", "tolerance", *(f"share, {n} of each prompt" for n in OTHER_SEEDS)]
+    return [
+        f"The rule's two numbers ({OF_NOISE:g} of the noise, and {TOLERANCE:g}) were chosen on {len(found)} trainings "
+        "of made-up objects (`bench stopping --made-up`), by the mean share of the best trade-off. The differences are "
+        f"small for so few trainings:\n\n{markdown.table(head, rows)}"
+    ]
+
+
+def _trade_offs(kept: Sequence[Checkpoint], of_steps: Sequence[Point]) -> list[float]:
+    at = {point.step: point for point in of_steps}
+    return [trade_off(at[one.live.step], at[0]) for one in kept]
+
+
+def _mean_share(lines, truths, seeds: int, tolerance: float, of_noise: float) -> float:
+    shares = []
+    for (_, kept), truth in zip(lines, truths):
+        place = best_index([seen(one.live, seeds) for one in kept], tolerance, of_noise)
+        shares.append(truth[place or -1] / max(truth))  # while none is better, the last is kept
+    return float(np.mean(shares))
 
 
 def _kept(one: Judged) -> int:

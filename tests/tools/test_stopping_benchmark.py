@@ -106,6 +106,33 @@ def test_section_is_of_the_weights_measured_last_and_says_whether_the_target_is_
     assert "in the median over the single trainings it keeps 0.794" in text
 
 
+def test_section_shows_how_the_rules_numbers_were_chosen(tmp_path):
+    written(tmp_path, [unit()])
+    assert "made-up objects" not in stopping_report.section(tmp_path)
+    (tmp_path / stopped.FILE).rename(tmp_path / stopped.MADE_UP_FILE)
+    written(tmp_path, [unit()])
+    text = stopping_report.section(tmp_path)
+    assert "chosen on 1 trainings of made-up objects" in text
+    # Whatever the numbers, the rule keeps step 200 of the best, 300; see `unit`.
+    assert f"| 0 | 0.02 | {3 * '0.794 | '}".strip() in text
+
+
+def test_a_tolerance_larger_than_the_gain_keeps_the_step_before():
+    _, checkpoints = unit()
+    truth = stopping_report._trade_offs(checkpoints, stopping_report.points([c.record for c in checkpoints], set()))
+    shares = [
+        stopping_report._mean_share([(None, checkpoints)], [truth], 2, tolerance, 0.0) for tolerance in (0.02, 1.0)
+    ]
+    assert shares == pytest.approx([truth[2] / truth[3], 1])  # none is better than the first: the last
+
+
+def test_made_up_concepts_are_none_of_the_worlds():
+    concepts = run.made_up_concepts()
+    names = {concept.name for concept in concepts}
+    assert len(names) == len(concepts) == 14 and not names & {c.name for c in run.world.CONCEPTS}
+    assert run.concept_named("dev 3") == concepts[3] and run.concept_named("dev 3").shape == "cross"
+
+
 def test_report_has_the_section(tmp_path, monkeypatch):
     monkeypatch.setattr(report.stopping_report, "section", lambda results: "## When to stop\n\nHere.")
     report.write(tmp_path, tmp_path)

@@ -56,12 +56,12 @@ def verdict(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> Verdi
     return Verdict(scores[best].step, True, last - best, f"step {scores[best].step}: {why(scores, best)}")
 
 
-def best_index(scores: Sequence[StepScores], tolerance: float = TOLERANCE) -> int:
+def best_index(scores: Sequence[StepScores], tolerance: float = TOLERANCE, of_noise: float = OF_NOISE) -> int:
     """The place of the best among the scores; 0 if none is better than the first."""
     best = 0
     for i in range(1, len(scores)):
         gain, noise = _gain(scores[0], scores[best], scores[i])
-        if gain > max(OF_NOISE * noise, tolerance):
+        if gain > max(of_noise * noise, tolerance):
             best = i
     return best
 
