@@ -37,7 +37,7 @@ def main():
     file = stopped.FILE
     if args.made_up:
         wanted, file = stopped.units([c.name for c in made_up_concepts()], range(1)), stopped.MADE_UP_FILE
-    if args.miniature:
+    elif args.miniature:
         wanted = stopped.units(concepts[2:3], range(1), (1, 2))
     with torch.inference_mode():
         stopped.run_units(bench, wanted, args.results / file, lambda line: print(line, file=sys.stderr))

@@ -79,14 +79,19 @@ def seen(scores: StepScores, seeds: int) -> StepScores:
 
 def section(results: Path) -> str:
     """Empty if the benchmark was not run."""
-    found = load(results / FILE)
-    found = [(unit, kept) for unit, kept in found if unit.weights == found[-1][0].weights]
+    found = _newest(results / FILE)
     if not found:
         return ""
     by_seeds = {n: [judged(unit, kept, left_out(results), n) for unit, kept in found] for n in OTHER_SEEDS}
     trained = by_seeds[SCORE_SEEDS]
     parts = (_introduction(trained), _table(trained), _verdict(trained), _by_seeds(by_seeds), *_chosen(results))
     return "\n\n".join(("## When to stop", *parts))
+
+
+def _newest(file: Path) -> list[tuple[Unit, list[Checkpoint]]]:
+    """The trainings of the weights that were measured last."""
+    found = load(file)
+    return [(unit, kept) for unit, kept in found if unit.weights == found[-1][0].weights]
 
 
 def _introduction(trained):
@@ -167,15 +172,13 @@ def _by_seeds(by_seeds: Mapping[int, Sequence[Judged]]) -> str:
 
 def _chosen(results: Path) -> list[str]:
     """How the rule does on made-up objects with other numbers; nothing if they were not trained."""
-    found = load(results / MADE_UP_FILE)
+    found, rows = _newest(results / MADE_UP_FILE), []
     if not found:
         return []
-    lines = [[points([one.record for one in kept], set()), kept] for _, kept in found]
-    truths = [_trade_offs(kept, at) for at, kept in lines]
-    rows = []
+    truths = [(kept, judged(unit, kept, set()).trade_offs) for unit, kept in found]
     for of_noise in (0.0, OF_NOISE, 0.5, 1.0):
         for tolerance in (0.02, TOLERANCE):
-            means = [_mean_share(lines, truths, n, tolerance, of_noise) for n in OTHER_SEEDS]
+            means = [_mean_share(truths, n, tolerance, of_noise) for n in OTHER_SEEDS]
             rows.append([f"{of_noise:g}", f"{tolerance:g}", *(f"{mean:.3f}" for mean in means)])
     head = ["of the noise", "tolerance", *(f"share, {n} of each prompt" for n in OTHER_SEEDS)]
     return [
@@ -185,14 +188,10 @@ def _chosen(results: Path) -> list[str]:
     ]
 
 
-def _trade_offs(kept: Sequence[Checkpoint], of_steps: Sequence[Point]) -> list[float]:
-    at = {point.step: point for point in of_steps}
-    return [trade_off(at[one.live.step], at[0]) for one in kept]
-
-
-def _mean_share(lines, truths, seeds: int, tolerance: float, of_noise: float) -> float:
+def _mean_share(truths, seeds: int, tolerance: float, of_noise: float) -> float:
+    """truths: for each training its checkpoints and their trade-offs."""
     shares = []
-    for (_, kept), truth in zip(lines, truths):
+    for kept, truth in truths:
         place = best_index([seen(one.live, seeds) for one in kept], tolerance, of_noise)
         shares.append(truth[place or -1] / max(truth))  # while none is better, the last is kept
     return float(np.mean(shares))

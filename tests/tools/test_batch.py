@@ -12,13 +12,13 @@ import tempfile
 import pytest
 from batch_child import one_job, write_python
 from batchlib import command, worker
-from batchlib.driver import TRIES
+from batchlib.driver import TRIES, Batch
 from batchlib.jobs import jobs_of
 from batchlib.results import Results
 from batchlib.table import read_table
 from hostlib import cli
 from hostlib.cache import try_lock
-from hostlib.errors import HostError
+from hostlib.errors import HostError, WrongArguments
 
 HEADER = "row,model,image,class_word,steps,how"
 
@@ -160,8 +160,36 @@ def test_a_folder_into_which_another_batch_writes_is_refused(batch, tmp_path):
     with Results(tmp_path / "out").locked():
         status, report, said = batch("a,tiny,p0.png,dog,3,")
         assert (status, report) == (2, []) and "Another batch writes to" in said and "another --out" in said
-        assert batch("a,tiny,p0.png,dog,3,", options=["--shard", "1/1"])[0] == 0, "a shard writes other reports"
     assert batch("b,tiny,p1.png,dog,3,")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "first, second, may",
+    [("", "-1-of-2", False), ("-1-of-2", "", False), ("-1-of-2", "-1-of-12", False), ("-1-of-2", "-2-of-2", True)],
+)
+def test_only_parts_of_one_division_may_write_beside_each_other(tmp_path, first, second, may):
+    with Results(tmp_path, first).locked():
+        if may:
+            with Results(tmp_path, second).locked():
+                pass
+        else:
+            with pytest.raises(WrongArguments, match="Another batch"), Results(tmp_path, second).locked():
+                pass
+    with Results(tmp_path, second).locked():
+        pass
+
+
+def test_what_another_batch_has_done_meanwhile_is_not_done_again(batch, monkeypatch, tmp_path):
+    check = Batch._check
+
+    def check_and_wait(mine, waiting):
+        check(mine, waiting)
+        monkeypatch.setattr(Batch, "_check", check)
+        assert batch("a,tiny,p0.png,dog,3,")[0] == 0
+
+    monkeypatch.setattr(Batch, "_check", check_and_wait)
+    status, report, said = batch("a,tiny,p0.png,dog,3,", "b,tiny,p1.png,dog,3,")
+    assert status == 0 and states(report) == ["done", "done"] and said.count(" done in ") == 1
 
 
 def test_what_a_killed_worker_has_left_is_removed(tmp_path, monkeypatch):

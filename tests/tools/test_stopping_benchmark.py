@@ -118,11 +118,9 @@ def test_section_shows_how_the_rules_numbers_were_chosen(tmp_path):
 
 
 def test_a_tolerance_larger_than_the_gain_keeps_the_step_before():
-    _, checkpoints = unit()
-    truth = stopping_report._trade_offs(checkpoints, stopping_report.points([c.record for c in checkpoints], set()))
-    shares = [
-        stopping_report._mean_share([(None, checkpoints)], [truth], 2, tolerance, 0.0) for tolerance in (0.02, 1.0)
-    ]
+    one, checkpoints = unit()
+    truth = stopping_report.judged(one, checkpoints, set()).trade_offs
+    shares = [stopping_report._mean_share([(checkpoints, truth)], 2, tolerance, 0.0) for tolerance in (0.02, 1.0)]
     assert shares == pytest.approx([truth[2] / truth[3], 1])  # none is better than the first: the last
 
 

@@ -82,7 +82,8 @@ class Batch:
                 job.files = {name: paths for name, paths in job.files.items() if name in found["uploads"]}
 
     def _run(self, waiting: Sequence[Job]) -> None:
-        self._todo.extend(waiting)
+        # Another batch may have done some of them before this one had the lock.
+        self._todo.extend(job for job in waiting if not self.results.is_done(job))
         with self._cancelled_by_signals():
             for job, event in self.engine.run(self._todo, self.results.begin):
                 self._take(job, event)

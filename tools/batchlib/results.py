@@ -15,9 +15,10 @@ import hashlib
 import io
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from hostlib.cache import try_lock
 from hostlib.errors import HostError, WrongArguments
@@ -25,6 +26,7 @@ from hostlib.errors import HostError, WrongArguments
 from .jobs import KEY_SHOWN, Job
 
 RECORD, STATE = "row.json", "state.zip"
+_LOCK = ".lock"
 SCORES = ("likeness", "obedience", "copying")
 PEAKS = ("peak_ram_gib", "peak_vram_gib")
 COLUMNS = ("number", "row", "state", "seconds", *PEAKS, *SCORES, "file", "error")
@@ -43,15 +45,19 @@ class Results:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within the block, no other batch of the same rows writes here. Raises WrongArguments where one does."""
-        path = self.folder / f".lock{self.part}"
+        """Within the block, no other batch that may have the same rows writes here: none but the other parts of the
+        same division. Raises WrongArguments where one does."""
+        own, of = self.folder / f"{_LOCK}{self.part}", self.part.rpartition("-of-")[2]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = open(path, "a+b")
+            handle = open(own, "a+b")
         except OSError as error:
-            raise _unwritten(path, error) from error
+            raise _unwritten(own, error) from error
         with handle:
-            if not try_lock(handle):
+            # Its own first: of two batches that begin at once, at least one sees the other.
+            others = [path for path in self.folder.glob(f"{_LOCK}*") if path != own]
+            overlapping = [path for path in others if not (of and path.name.endswith(f"-of-{of}"))]
+            if not _take(handle) or not all(map(_is_free, overlapping)):
                 raise WrongArguments(f"Another batch writes to {self.folder}; wait for it, or give another --out.")
             yield
 
@@ -150,6 +156,20 @@ class Results:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise _unwritten(path, error) from error
+
+
+def _take(handle: BinaryIO) -> bool:
+    """Takes a lock; a look of another batch's may hold it for a moment."""
+    for _ in range(20):
+        if try_lock(handle):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _is_free(path: Path) -> bool:
+    with open(path, "a+b") as handle:
+        return _take(handle)
 
 
 def _unwritten(path: Path, error: OSError) -> HostError:
